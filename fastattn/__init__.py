@@ -1,0 +1,20 @@
+"""fastattn: fused attention for PyTorch, on CPUs first. See README.md; start with `fastattn.attention`."""
+
+from .api import attention, explain
+from .dispatch import FallbackWarning, UnsupportedError, last_call, record, use
+from .dropout import dropout_mask
+from .masks import Mask
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FallbackWarning",
+    "Mask",
+    "UnsupportedError",
+    "attention",
+    "dropout_mask",
+    "explain",
+    "last_call",
+    "record",
+    "use",
+]

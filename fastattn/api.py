@@ -1,0 +1,259 @@
+"""`attention()`: arguments -> Problem -> select -> run."""
+
+import math
+from functools import lru_cache
+
+import torch
+
+from . import dispatch
+from .masks import UNBOUNDED, Mask, Window, check_window, diagonal_bounds
+from .problem import FLOATS, Problem
+
+_is_grad_enabled = torch.is_grad_enabled
+_current_backend = dispatch.current_backend
+_note = dispatch.note
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    mask: Mask | torch.Tensor | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """softmax(scale * q k^T + bias, masked) v, without ever storing the n x n scores.
+
+    q             [batch, num_heads, seqlen_q, head_dim], any strides; float32, bfloat16, float16 or float64
+    k             [batch, num_heads_k, seqlen_k, head_dim], same dtype; num_heads is a multiple of num_heads_k, and
+                  query head h reads key head h // (num_heads // num_heads_k)
+    v             [batch, num_heads_k, seqlen_k, head_dim_v], same dtype
+    mask          a `Mask`, or a bool tensor broadcastable to [batch, num_heads, seqlen_q, seqlen_k], True = attend
+    causal        query i sees keys up to i + seqlen_k - seqlen_q: bottom-right aligned (see `Mask` for pictures of
+                  both alignments; `mask=Mask.causal("top_left")` is torch's rule)
+    window_size   (left, right), inclusive: query i sees keys i + seqlen_k - seqlen_q - left ... + right; None: open
+    softmax_scale factor of the scores, default head_dim ** -0.5
+    softcap       c > 0 turns scores s into c * tanh(s / c), before bias and mask
+    alibi_slopes  [num_heads] or [batch, num_heads]: adds -slope * |i + seqlen_k - seqlen_q - j|
+    bias          float tensor of any dtype, broadcastable to [batch, num_heads, seqlen_q, seqlen_k], added to the
+                  scores; an entry of -inf masks
+    sinks         [num_heads], any float dtype: one more logit a head in the softmax denominator
+    dropout_p     probability in [0, 1) that a weight is dropped (the others grow by 1 / (1 - dropout_p))
+    seed          of the dropout mask, 0 ... 2^63 - 1; None draws one from torch's generator
+    return_lse    also return the log of the softmax denominator
+    backend       "cpu" or "reference": only its kernels, an error instead of a fallback
+
+    Returns out [batch, num_heads, seqlen_q, head_dim_v] in q's dtype and memory order, or (out, lse) with lse
+    [batch, num_heads, seqlen_q], natural log, float32 (float64 for float64 inputs).
+
+    mask, causal and window_size combine: a key is seen if all allow it. A query that sees no key gives out = 0 and
+    lse = -inf (the sink's logit, with sinks). NaN or Inf in a masked key or value never reaches the result. The bits
+    of a row do not depend on the number of threads or on what else is in the batch.
+
+    Memory is O(seqlen) beyond inputs and outputs, except on the reference (gradients and dropout today, with a
+    `FallbackWarning`), which is O(seqlen_q * seqlen_k).
+
+    Raises TypeError or ValueError that names the argument, its value and the rule; `UnsupportedError` if the named
+    backend refuses. Method: Vaswani et al., arXiv 1706.03762; tiled as in FlashAttention-2, arXiv 2307.08691.
+    """
+    signature, mask, k_start, k_end = _signature(
+        q, k, v, mask, causal, window_size, softmax_scale, softcap, alibi_slopes, bias, sinks, dropout_p, seed,
+        return_lse,
+    )  # fmt: skip
+    choice, softmax_scale, lo, hi = _plan(signature, _current_backend() if backend is None else backend)
+    if dropout_p > 0.0 and seed is None:
+        seed = int(torch.randint(2**63 - 1, ()))
+    out, lse = choice.kernel(
+        choice.call.problem, q, k, v, softmax_scale, softcap, lo, hi, k_start, k_end, mask, bias, alibi_slopes, sinks,
+        dropout_p, seed,
+    )  # fmt: skip
+    _note(choice)
+    return (out, lse) if return_lse else out
+
+
+class Explanation(str):
+    """Text that shows itself unquoted at the prompt."""
+
+    __repr__ = str.__str__
+
+
+def explain(
+    q, k, v, *, mask=None, causal=False, window_size=None, softmax_scale=None, softcap=0.0, alibi_slopes=None,
+    bias=None, sinks=None, dropout_p=0.0, seed=None, return_lse=False, backend=None,
+) -> Explanation:  # fmt: skip
+    """Which kernel `attention` with these arguments would run, and why each other one would not. Computes nothing."""
+    signature, *_ = _signature(
+        q, k, v, mask, causal, window_size, softmax_scale, softcap, alibi_slopes, bias, sinks, dropout_p, seed,
+        return_lse,
+    )  # fmt: skip
+    backend = _current_backend() if backend is None else dispatch.check_backend(backend, "backend")
+    return Explanation(dispatch.explain(_problem(*signature)[0], backend))
+
+
+def _signature(
+    q, k, v, mask, causal, window_size, softmax_scale, softcap, alibi_slopes, bias, sinks, dropout_p, seed, return_lse
+):
+    """The hashable part of a call, which decides everything but the numbers; and the mask as tensors."""
+    k_start = k_end = extras = None
+    windows = ()
+    if mask is not None:
+        if isinstance(mask, Mask):
+            mask, windows, k_start, k_end = None, mask.windows, mask.k_start, mask.k_end
+        elif not isinstance(mask, torch.Tensor):
+            raise TypeError(f"mask must be a Mask or a bool tensor, got {type(mask).__name__}")
+    if window_size is not None:
+        windows += (Window(*check_window(window_size)),)
+    if causal:
+        windows += (Window(None, 0),)
+    try:
+        needs_grad = _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        if not (mask is k_start is k_end is bias is alibi_slopes is sinks is None):
+            tensors = (mask, k_start, k_end, bias, alibi_slopes, sinks)
+            extras = tuple([None if t is None else (t.shape, t.dtype, t.device) for t in tensors])
+            needs_grad = needs_grad or _is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        signature = (
+            q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, needs_grad, windows,
+            softmax_scale, softcap, dropout_p, return_lse, extras,
+        )  # fmt: skip
+    except AttributeError:
+        _raise_not_a_tensor(q=q, k=k, v=v, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
+        raise
+    if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**63):
+        raise ValueError(f"seed={seed!r} must be an int in 0 ... 2^63 - 1, or None")
+    return signature, mask, k_start, k_end
+
+
+@lru_cache(maxsize=4096)
+def _plan(signature: tuple, backend: str | None) -> tuple[dispatch.Choice, float, int, int]:
+    problem, softmax_scale, lo, hi = _problem(*signature)
+    return dispatch.select(problem, dispatch.check_backend(backend, "backend")), softmax_scale, lo, hi
+
+
+def _problem(
+    q, k, v, q_dtype, k_dtype, v_dtype, q_device, k_device, v_device, needs_grad, windows, softmax_scale, softcap,
+    dropout_p, return_lse, extras,
+) -> tuple[Problem, float, int, int]:  # fmt: skip
+    """Validate shapes, dtypes and scalars; q, k, v are shapes. The only place that does."""
+    for name, shape in (("q", q), ("k", k), ("v", v)):
+        if len(shape) != 4:
+            raise ValueError(
+                f"{name} has shape {tuple(shape)}; it must be [batch, num_heads, seqlen, head_dim] (unsqueeze what is "
+                "missing; scaled_dot_product_attention takes other ranks)"
+            )
+    batch, num_heads, seqlen_q, head_dim = q
+    num_heads_k, seqlen_k, head_dim_v = k[1], k[2], v[3]
+    for name, shape, expected in (
+        ("k", k, (batch, num_heads_k, seqlen_k, head_dim)),
+        ("v", v, (batch, num_heads_k, seqlen_k, head_dim_v)),
+    ):
+        if tuple(shape) != expected:
+            others = "q" if name == "k" else "q and k"
+            raise ValueError(
+                f"{name} has shape {tuple(shape)}; with {others} of shape {tuple(q)}"
+                + (f" and {tuple(k)}" if name == "v" else "")
+                + f" it must be {expected}"
+            )
+    if head_dim == 0 or head_dim_v == 0:
+        raise ValueError(f"head_dim={head_dim}, head_dim_v={head_dim_v}: both must be at least 1")
+    if num_heads != num_heads_k and (num_heads_k == 0 or num_heads % num_heads_k):
+        raise ValueError(
+            f"q has num_heads={num_heads} and k has num_heads_k={num_heads_k}; num_heads must be a multiple of "
+            "num_heads_k" + _layout_hint(q, k)
+        )
+    dtype = str(q_dtype).removeprefix("torch.")
+    if not q_dtype == k_dtype == v_dtype:
+        raise TypeError(f"q, k, v have dtypes {q_dtype}, {k_dtype}, {v_dtype}; they must agree (cast with .to)")
+    if dtype not in FLOATS:
+        raise TypeError(f"q has dtype {q_dtype}; supported are {', '.join(FLOATS)}")
+    if not q_device == k_device == v_device:
+        raise ValueError(f"q, k, v are on {q_device}, {k_device}, {v_device}; they must be on one device")
+    softmax_scale = _check_real("softmax_scale", head_dim**-0.5 if softmax_scale is None else softmax_scale)
+    if _check_real("softcap", softcap) < 0.0:
+        raise ValueError(f"softcap={softcap!r} must be >= 0 (0 turns it off)")
+    if not 0.0 <= _check_real("dropout_p", dropout_p) < 1.0:
+        raise ValueError(f"dropout_p={dropout_p!r} must be in [0, 1)")
+
+    mask, k_start, k_end, bias, alibi_slopes, sinks = extras or (None,) * 6
+    scores, heads = (batch, num_heads, seqlen_q, seqlen_k), (batch, num_heads)
+    if mask is not None and mask[1] != torch.bool:
+        raise TypeError(f"mask has dtype {mask[1]}; it must be bool, True = attend (an additive mask goes to bias=)")
+    for name, extra in (("bias", bias), ("alibi_slopes", alibi_slopes), ("sinks", sinks)):
+        if extra is not None and str(extra[1]).removeprefix("torch.") not in FLOATS:
+            raise TypeError(
+                f"{name} has dtype {extra[1]}; supported are {', '.join(FLOATS)}"
+                + (" (a bool mask goes to mask=)" if extra[1] == torch.bool else "")
+            )
+    _check_broadcast("mask", mask, scores, "[batch, num_heads, seqlen_q, seqlen_k]")
+    _check_broadcast("bias", bias, scores, "[batch, num_heads, seqlen_q, seqlen_k]")
+    _check_broadcast("k_start of mask", k_start, scores[:3], "[batch, num_heads, seqlen_q]")
+    _check_broadcast("k_end of mask", k_end, scores[:3], "[batch, num_heads, seqlen_q]")
+    if alibi_slopes is not None and tuple(alibi_slopes[0]) not in ((num_heads,), heads):
+        raise ValueError(
+            f"alibi_slopes has shape {tuple(alibi_slopes[0])}; it must be [num_heads] or [batch, num_heads], here "
+            f"({num_heads},) or {heads}"
+        )
+    if sinks is not None and tuple(sinks[0]) != (num_heads,):
+        raise ValueError(f"sinks has shape {tuple(sinks[0])}; it must be [num_heads], here ({num_heads},)")
+    names = ("mask", "k_start of mask", "k_end of mask", "bias", "alibi_slopes", "sinks")
+    for name, extra in zip(names, extras or (), strict=False):
+        if extra is not None and extra[2] != q_device:
+            raise ValueError(f"{name} is on {extra[2]}, q on {q_device}; they must be on one device")
+
+    lo, hi = diagonal_bounds(windows, seqlen_q, seqlen_k)
+    if mask is not None:
+        kind = "tensor"
+    elif k_start is not None or k_end is not None:
+        kind = "interval"
+    elif lo == -UNBOUNDED and hi == UNBOUNDED:
+        kind = "none"
+    else:
+        kind = "causal" if lo == -UNBOUNDED else "window"
+    problem = Problem(
+        device=q_device.type, dtype=dtype, batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k, num_heads=num_heads,
+        num_heads_k=num_heads_k, head_dim=head_dim, head_dim_v=head_dim_v, mask=kind,
+        bias="none" if bias is None else str(bias[1]).removeprefix("torch."), alibi=alibi_slopes is not None,
+        softcap=softcap > 0.0, sinks=sinks is not None, dropout=dropout_p > 0.0, lse=bool(return_lse),
+        needs_grad=needs_grad,
+    )  # fmt: skip
+    return problem, softmax_scale, lo, hi
+
+
+def _check_real(name: str, value) -> float:
+    if isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} is a tensor of shape {tuple(value.shape)}; it must be a float (use .item())")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} must be a float")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}={value!r} must be finite")
+    return float(value)
+
+
+def _check_broadcast(name: str, extra, target: tuple[int, ...], text: str) -> None:
+    if extra is None:
+        return
+    shape = tuple(extra[0])
+    aligned = target[len(target) - len(shape) :] if len(shape) <= len(target) else ()
+    if len(aligned) != len(shape) or any(size not in (1, full) for size, full in zip(shape, aligned, strict=True)):
+        raise ValueError(f"{name} has shape {shape}; it must be broadcastable to {text}, here {target}")
+
+
+def _layout_hint(q, k) -> str:
+    if q[2] == k[2] and q[1] != k[1]:
+        return " (if these are [batch, seqlen, num_heads, head_dim], pass q.transpose(1, 2) and so on)"
+    return ""
+
+
+def _raise_not_a_tensor(**arguments) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, torch.Tensor) and (value is not None or name in "qkv"):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")

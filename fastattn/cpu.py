@@ -1,0 +1,43 @@
+"""Tensors to the arguments of the C++ extension; no policy."""
+
+import torch
+
+try:
+    from . import _C
+except ImportError as error:  # a wheel built without a compiler, or for another platform
+    _C, _import_error = None, error
+
+_get_num_threads = torch.get_num_threads
+
+
+def unavailable() -> str | None:
+    """None if the compiled kernels can run here, else why not."""
+    if _C is None:
+        return f"the compiled CPU kernels are missing ({_import_error}); reinstall with a C++ compiler to build them"
+    return None
+
+
+def isa() -> str:
+    """The instruction set that the kernels run on: avx512, avx2, neon or scalar (FASTATTN_CPU_ISA narrows it)."""
+    return _C.isa()
+
+
+def prefill(
+    problem, q, k, v, softmax_scale, softcap, diagonal_lo, diagonal_hi, k_start, k_end, mask, bias, alibi_slopes,
+    sinks, dropout_p, seed,
+):  # fmt: skip
+    """Forward pass (kernel signature of dispatch.Row); `out` follows q's memory order."""
+    shape = (problem.batch, problem.num_heads, problem.seqlen_q, problem.head_dim_v)
+    strides = q.stride()
+    if strides[1] < strides[2] and problem.seqlen_q > 1:  # [batch, seqlen, num_heads, head_dim] memory
+        out = q.new_empty((shape[0], shape[2], shape[1], shape[3])).transpose(1, 2)
+    else:
+        out = q.new_empty(shape)
+    lse = None
+    if problem.lse:
+        lse = q.new_empty(shape[:3], dtype=torch.float64 if problem.dtype == "float64" else torch.float32)
+    _C.forward(
+        q, k, v, out, lse, softmax_scale, softcap, diagonal_lo, diagonal_hi, k_start, k_end, mask, bias,
+        alibi_slopes, sinks, _get_num_threads(),
+    )  # fmt: skip
+    return out, lse

@@ -1,0 +1,46 @@
+"""Dropout bits from a counter-based generator, so that every kernel sees the same mask without storing it.
+
+Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), keyed by the 64-bit seed, with
+the counter (key // 4, query, head, batch): one evaluation serves four neighbouring keys.
+"""
+
+import torch
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_MASK32 = 0xFFFFFFFF
+ROUNDS = 10
+
+
+def philox(counter: tuple[torch.Tensor, ...], seed: int) -> tuple[torch.Tensor, ...]:
+    """Four 32-bit words (as int64 tensors) for each 4-word counter; the words of `counter` broadcast."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
+    for _ in range(ROUNDS):
+        high0, low0 = _mulhilo(_MULTIPLIERS[0], c0)
+        high1, low1 = _mulhilo(_MULTIPLIERS[1], c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _WEYL[0]) & _MASK32, (k1 + _WEYL[1]) & _MASK32
+    return c0, c1, c2, c3
+
+
+def dropout_mask(
+    batch: int, num_heads: int, seqlen_q: int, seqlen_k: int, dropout_p: float, seed: int, device="cpu"
+) -> torch.Tensor:
+    """The keep mask (bool, True = kept) [batch, num_heads, seqlen_q, seqlen_k] of a call with this seed. O(n^2) memory.
+
+    A weight is kept when its 32-bit word is at least dropout_p * 2^32.
+    """
+
+    def index(size, dim):
+        return torch.arange(size, dtype=torch.int64, device=device).view([-1 if d == dim else 1 for d in range(4)])
+
+    quads = (seqlen_k + 3) // 4
+    counter = torch.broadcast_tensors(index(quads, 3), index(seqlen_q, 2), index(num_heads, 1), index(batch, 0))
+    words = torch.stack(philox(counter, seed), dim=-1).flatten(-2)[..., :seqlen_k]
+    return words >= int(dropout_p * 2**32)
+
+
+def _mulhilo(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    product = a * b  # wraps as an unsigned 64-bit product would: the bits are the same
+    return (product >> 32) & _MASK32, product & _MASK32

@@ -1,0 +1,73 @@
+"""`Problem`: what a kernel needs to know about one attention call, as plain hashable values.
+
+The same value is the dispatch key, the tuning key, the id of a test, the row of a benchmark and the first line of
+an error. If a kernel needs a fact to decide, that fact is a field here; tensors never are.
+"""
+
+from typing import NamedTuple
+
+MASK_KINDS = ("none", "causal", "window", "interval", "tensor")
+"""From special to general; a call's `mask` field is the most general kind that it contains.
+
+none      every query sees every key
+causal    one diagonal bound: query i sees keys up to i + offset
+window    two diagonal bounds, or one that is not causal
+interval  per-row key intervals (padding, documents, prefix-LM), with diagonal bounds or without
+tensor    a bool tensor, with any of the above or without
+"""
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+class Problem(NamedTuple):
+    """One attention call without its tensors.
+
+    device, dtype        "cpu" | "cuda" | ..., "float32" | "bfloat16" | "float16" | "float64" (of q, k and v)
+    batch ... head_dim_v sizes: q [batch, num_heads, seqlen_q, head_dim], k [batch, num_heads_k, seqlen_k, head_dim],
+                         v [batch, num_heads_k, seqlen_k, head_dim_v]
+    layout               "dense"; "varlen" and "paged" have their place
+    mask                 one of MASK_KINDS
+    bias                 dtype of the additive bias, or "none"
+    alibi softcap sinks  whether that score modification is on
+    dropout lse          whether dropout is on, whether lse is returned
+    direction            "forward" | "backward"
+    needs_grad           a gradient will be asked of the result
+    """
+
+    device: str
+    dtype: str
+    batch: int
+    seqlen_q: int
+    seqlen_k: int
+    num_heads: int
+    num_heads_k: int
+    head_dim: int
+    head_dim_v: int
+    layout: str = "dense"
+    mask: str = "none"
+    bias: str = "none"
+    alibi: bool = False
+    softcap: bool = False
+    sinks: bool = False
+    dropout: bool = False
+    lse: bool = False
+    direction: str = "forward"
+    needs_grad: bool = False
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one key head."""
+        return self.num_heads // self.num_heads_k if self.num_heads_k else 1
+
+    def __str__(self) -> str:
+        heads = f"H{self.num_heads}" + (f"/{self.num_heads_k}" if self.num_heads_k != self.num_heads else "")
+        dims = f"D{self.head_dim}" + (f"/{self.head_dim_v}" if self.head_dim_v != self.head_dim else "")
+        seqs = f"S{self.seqlen_q}" + (f"x{self.seqlen_k}" if self.seqlen_k != self.seqlen_q else "")
+        parts = [self.device, self.dtype, f"B{self.batch}", heads, seqs, dims]
+        parts += [] if self.layout == "dense" else [self.layout]
+        parts += [] if self.mask == "none" else [self.mask]
+        parts += [] if self.bias == "none" else [f"bias:{self.bias}"]
+        flags = ("alibi", "softcap", "sinks", "dropout", "lse", "needs_grad")
+        parts += [name for name in flags if getattr(self, name)]
+        parts += [] if self.direction == "forward" else [self.direction]
+        return " ".join(parts)

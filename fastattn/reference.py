@@ -1,0 +1,192 @@
+"""The specification: attention in plain torch, forward and backward, any float dtype including float64.
+
+O(seqlen_q * seqlen_k) memory. Every kernel is compared with this file in float64. `attention` is differentiable by
+autograd to any order; `backward` is the explicit formula that the backward kernels follow.
+Source: Vaswani et al., arXiv 1706.03762; lse and the backward as in FlashAttention-2, arXiv 2307.08691.
+"""
+
+import math
+
+import torch
+
+from .dropout import dropout_mask
+from .masks import UNBOUNDED, dense
+from .score import alibi_bias, softcap_derivative, softcap_scores
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of scores and sums: float64 for float64, float32 for every other."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    visible: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) for q [B, H, Sq, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv], H a multiple of Hk.
+
+    Order: scale, softcap, bias (dense, ALiBi), mask, softmax with sinks in the denominator, dropout.
+    visible        bool, broadcastable to [B, H, Sq, Sk], True = attend; a bias of -inf masks as False does
+    alibi_slopes   [H] or [B, H];  bias broadcastable to [B, H, Sq, Sk];  sinks [H]
+    out [B, H, Sq, Dv] in q's dtype; lse [B, H, Sq], natural log, float32 (float64 for float64)
+
+    A row that sees no key gives out = 0 and lse = -inf (the sink, if there is one). A masked key takes no part at
+    all: NaN or Inf in it never reaches the result.
+    """
+    q, k, v, dtype = *_upcast(q, k, v), q.dtype
+    scores, visible = _scores(q, k, visible, softmax_scale, softcap, alibi_slopes, bias)
+    lse = _lse(scores, sinks)
+    p = _weights(scores, lse)
+    if dropout_p > 0.0:
+        p = p * _dropout_factor(p, dropout_p, seed)
+    return _weighted_sum(p, v, visible).to(dtype), lse
+
+
+def run(
+    problem, q, k, v, softmax_scale, softcap, diagonal_lo, diagonal_hi, k_start, k_end, mask, bias, alibi_slopes,
+    sinks, dropout_p, seed,
+):  # fmt: skip
+    """`attention` behind the kernel signature of dispatch.Row."""
+    visible = mask
+    if problem.mask != "none" and (diagonal_lo, diagonal_hi, k_start, k_end) != (-UNBOUNDED, UNBOUNDED, None, None):
+        visible = dense(diagonal_lo, diagonal_hi, k_start, k_end, problem.seqlen_q, problem.seqlen_k, q.device)
+        visible = visible if mask is None else visible & mask
+    out, lse = attention(
+        q, k, v, visible=visible, softmax_scale=softmax_scale, softcap=softcap, alibi_slopes=alibi_slopes, bias=bias,
+        sinks=sinks, dropout_p=dropout_p, seed=seed,
+    )  # fmt: skip
+    return out, lse if problem.lse else None
+
+
+def backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    dlse: torch.Tensor | None = None,
+    visible: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+) -> dict[str, torch.Tensor]:
+    """Gradients by name (q, k, v, and bias, alibi_slopes, sinks where given) of `attention` for cotangents dout, dlse.
+
+        P = exp(scores - lse)    dP = dropout(dout V^T)    delta = rowsum(dP * P) - dlse    dscores = P * (dP - delta)
+
+    The same arguments as `attention`; each gradient has the shape and dtype of its tensor. Finite inputs only.
+    """
+    inputs = {"q": q, "k": k, "v": v, "bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks}
+    q, k, v, dout = _upcast(q, k, v, dout)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    capped = softcap_scores(scale * _product(q, k), softcap)
+    scores, _ = _scores(q, k, visible, softmax_scale, softcap, alibi_slopes, bias)
+    lse = _lse(scores, sinks)
+    p = _weights(scores, lse)
+
+    keep = _dropout_factor(p, dropout_p, seed) if dropout_p > 0.0 else 1.0
+    dp = (dout @ _per_query_head(v, q.shape[1]).transpose(-1, -2)) * keep
+    delta = (dp * p).sum(-1) - (0.0 if dlse is None else dlse.to(p.dtype))
+    dscores = p * (dp - delta[..., None])
+    dproduct = scale * dscores * softcap_derivative(capped, softcap)
+
+    grads = {
+        "q": dproduct @ _per_query_head(k, q.shape[1]),
+        "k": _sum_over_group(dproduct.transpose(-1, -2) @ q, k.shape[1]),
+        "v": _sum_over_group((p * keep).transpose(-1, -2) @ dout, k.shape[1]),
+    }
+    if bias is not None:
+        grads["bias"] = dscores.sum_to_size(_pad_rank(bias, 4).shape).view(bias.shape)
+    if alibi_slopes is not None:
+        distance = alibi_bias(torch.ones_like(alibi_slopes, dtype=p.dtype), q.shape[2], k.shape[2])
+        grads["alibi_slopes"] = (dscores * distance).sum((-1, -2)).sum_to_size(alibi_slopes.shape)
+    if sinks is not None:
+        p_sink = torch.exp(sinks.to(p.dtype)[:, None] - lse)
+        grads["sinks"] = -(p_sink * delta).sum((0, 2))
+    return {name: grad.to(inputs[name].dtype) for name, grad in grads.items()}
+
+
+def _upcast(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [tensor.to(compute_dtype(tensor.dtype)) for tensor in tensors]
+
+
+def _pad_rank(tensor: torch.Tensor, rank: int) -> torch.Tensor:
+    return tensor.view([1] * (rank - tensor.dim()) + list(tensor.shape))
+
+
+def _per_query_head(x: torch.Tensor, num_heads: int) -> torch.Tensor:
+    group_size = num_heads // x.shape[1] if x.shape[1] else 1
+    return x if group_size == 1 else x.repeat_interleave(group_size, dim=1)
+
+
+def _sum_over_group(x: torch.Tensor, num_heads_k: int) -> torch.Tensor:
+    return x if x.shape[1] == num_heads_k else x.unflatten(1, (num_heads_k, -1)).sum(2)
+
+
+def _product(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    return q @ _per_query_head(k, q.shape[1]).transpose(-1, -2)
+
+
+def _scores(q, k, visible, softmax_scale, softcap, alibi_slopes, bias):
+    """Scores with -inf where a query does not see a key, and the visibility itself (None: everything)."""
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    scores = softcap_scores(scale * _product(q, k), softcap)
+    if bias is not None:
+        bias = _pad_rank(bias, 4).to(scores.dtype)
+        unmasked = bias != -math.inf
+        visible = unmasked if visible is None else visible & unmasked
+        scores = scores + bias
+    if alibi_slopes is not None:
+        scores = scores + alibi_bias(alibi_slopes.to(scores.dtype), q.shape[2], k.shape[2])
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -math.inf)
+    return scores, visible
+
+
+def _lse(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    if sinks is not None:
+        sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sink], -1)
+    if scores.shape[-1] == 0:
+        return scores.new_full(scores.shape[:-1], -math.inf)
+    # logsumexp's own gradient is NaN where every score is -inf: send zeros through and select afterwards
+    empty = (scores == -math.inf).all(-1, keepdim=True)
+    lse = torch.logsumexp(scores.masked_fill(empty, 0.0), -1)
+    return lse.masked_fill(empty[..., 0], -math.inf)
+
+
+def _weights(scores: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    masked = scores == -math.inf
+    safe = scores.masked_fill(masked, 0.0) - lse.masked_fill(lse == -math.inf, 0.0)[..., None]
+    return torch.exp(safe).masked_fill(masked, 0.0)
+
+
+def _dropout_factor(p: torch.Tensor, dropout_p: float, seed: int) -> torch.Tensor:
+    return dropout_mask(*p.shape, dropout_p, seed, p.device).to(p.dtype) / (1.0 - dropout_p)
+
+
+def _weighted_sum(p: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
+    """p @ v in which a masked key contributes nothing, not 0 * NaN."""
+    v = _per_query_head(v, p.shape[1])
+    if visible is None or torch.isfinite(v).all():
+        return p @ v
+    rows = torch.empty(*p.shape[:-1], v.shape[-1], dtype=p.dtype, device=p.device)
+    visible = visible.expand(p.shape)
+    for b, h, i in torch.cartesian_prod(*(torch.arange(size) for size in p.shape[:-1])).tolist():
+        seen = visible[b, h, i]
+        rows[b, h, i] = p[b, h, i, seen] @ v[b, h, seen]
+    return rows
