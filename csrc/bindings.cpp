@@ -1,0 +1,203 @@
+// The Python module: tensors in through DLPack's C exchange API (torch >= 2.10) or their attributes, no torch headers.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "dlpack_exchange.h"
+#include "driver.h"
+
+namespace py = pybind11;
+using fastattn::DType;
+using fastattn::Problem;
+using fastattn::Tensor;
+
+namespace {
+
+struct View {  // a tensor as it came: sizes and strides of its own rank
+  char* data;
+  int ndim;
+  int64_t shape[4], stride[4];
+  DType dtype;
+};
+
+DType dtype_of(const std::string& name) {
+  if (name == "float32") return DType::float32;
+  if (name == "float64") return DType::float64;
+  if (name == "bfloat16") return DType::bfloat16;
+  if (name == "float16") return DType::float16;
+  if (name == "bool") return DType::boolean;
+  if (name == "int32") return DType::int32;
+  throw std::invalid_argument("dtype " + name + " is not supported by the CPU kernels");
+}
+
+DType dtype_of(dlpack::DataType type) {
+  const int bits = type.lanes == 1 ? type.bits : 0;
+  if (type.code == dlpack::kFloat && bits == 32) return DType::float32;
+  if (type.code == dlpack::kFloat && bits == 64) return DType::float64;
+  if (type.code == dlpack::kFloat && bits == 16) return DType::float16;
+  if (type.code == dlpack::kBfloat && bits == 16) return DType::bfloat16;
+  if (type.code == dlpack::kBool && bits == 8) return DType::boolean;
+  if (type.code == dlpack::kInt && bits == 32) return DType::int32;
+  throw std::invalid_argument("a tensor's dtype is not supported by the CPU kernels");
+}
+
+View view_by_attributes(PyObject* tensor) {
+  py::handle t(tensor);
+  if (py::str(t.attr("device").attr("type")).cast<std::string>() != "cpu")
+    throw std::invalid_argument("a tensor is not on the CPU");
+  View view{};
+  py::tuple shape(t.attr("shape")), stride(t.attr("stride")());
+  view.ndim = (int)shape.size();
+  if (view.ndim > 4) throw std::invalid_argument("a tensor has more than 4 dimensions");
+  for (int i = 0; i < view.ndim; i++) {
+    view.shape[i] = shape[i].cast<int64_t>();
+    view.stride[i] = stride[i].cast<int64_t>();
+  }
+  view.data = (char*)t.attr("data_ptr")().cast<uintptr_t>();
+  const std::string dtype = py::str(t.attr("dtype")).cast<std::string>();
+  view.dtype = dtype_of(dtype.substr(dtype.find('.') + 1));
+  return view;
+}
+
+View view(PyObject* tensor) {
+  const dlpack::ExchangeAPI* api = dlpack::exchange_api(Py_TYPE(tensor));
+  if (!api) return view_by_attributes(tensor);
+  dlpack::DLTensor t;
+  if (api->dltensor_from_py_object_no_sync(tensor, &t)) throw py::error_already_set();
+  if (t.device_type != dlpack::kCPU) throw std::invalid_argument("a tensor is not on the CPU");
+  if (t.ndim > 4) throw std::invalid_argument("a tensor has more than 4 dimensions");
+  View view{(char*)t.data + t.byte_offset, t.ndim, {}, {}, dtype_of(t.dtype)};
+  for (int i = 0; i < t.ndim; i++) {
+    view.shape[i] = t.shape[i];
+    view.stride[i] = t.strides[i];
+  }
+  return view;
+}
+
+[[noreturn]] void mismatch(const char* name, const char* rule) {
+  throw std::invalid_argument(std::string(name) + " " + rule);
+}
+
+// `view` right-aligned against `sizes`, which it must broadcast to; size 1 becomes stride 0.
+Tensor broadcast(const View& view, const char* name, const int64_t (&sizes)[4], int missing_right = 0) {
+  Tensor t;
+  t.data = view.data;
+  t.dtype = view.dtype;
+  const int first = 4 - missing_right - view.ndim;
+  if (first < 0) mismatch(name, "has too many dimensions");
+  for (int i = 0; i < view.ndim; i++) {
+    if (view.shape[i] != 1 && view.shape[i] != sizes[first + i]) mismatch(name, "does not broadcast to the scores");
+    t.stride[first + i] = view.shape[i] == 1 ? 0 : view.stride[i];
+  }
+  static char empty[8];
+  if (!t.data) t.data = empty;  // no element is ever read; absent is another thing
+  return t;
+}
+
+Tensor exact(const View& view, const char* name, const int64_t (&sizes)[4], DType dtype) {
+  if (view.ndim != 4) mismatch(name, "must have 4 dimensions");
+  for (int i = 0; i < 4; i++)
+    if (view.shape[i] != sizes[i]) mismatch(name, "has a size that does not fit the other tensors");
+  if (view.dtype != dtype) mismatch(name, "has another dtype than q");
+  return broadcast(view, name, sizes);
+}
+
+Tensor optional(PyObject* object, const char* name, const int64_t (&sizes)[4], int missing_right = 0) {
+  return object == Py_None ? Tensor{} : broadcast(view(object), name, sizes, missing_right);
+}
+
+bool is_float(DType dtype) { return dtype != DType::boolean && dtype != DType::int32; }
+
+double real(PyObject* object) {
+  const double x = PyFloat_AsDouble(object);
+  if (x == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+  return x;
+}
+int64_t integer(PyObject* object) {
+  const long long x = PyLong_AsLongLong(object);
+  if (x == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return x;
+}
+
+constexpr int num_arguments = 16;
+
+// Everything that native code relies on is checked here, whatever the caller has checked.
+Problem problem_of(PyObject* const* args) {
+  const View q = view(args[0]), k = view(args[1]), v = view(args[2]), out = view(args[3]);
+  if (q.ndim != 4 || k.ndim != 4 || v.ndim != 4) mismatch("q, k and v", "must have 4 dimensions");
+  if (!is_float(q.dtype)) mismatch("q", "must have a float dtype");
+  Problem p{};
+  p.batch = q.shape[0], p.num_heads = q.shape[1], p.seqlen_q = q.shape[2], p.head_dim = q.shape[3];
+  p.num_heads_k = k.shape[1], p.seqlen_k = k.shape[2], p.head_dim_v = v.shape[3];
+  if (p.num_heads && (!p.num_heads_k || p.num_heads % p.num_heads_k))
+    mismatch("num_heads", "must be a multiple of num_heads_k");
+  const int64_t queries[4] = {p.batch, p.num_heads, p.seqlen_q, p.head_dim};
+  const int64_t keys[4] = {p.batch, p.num_heads_k, p.seqlen_k, p.head_dim};
+  const int64_t values[4] = {p.batch, p.num_heads_k, p.seqlen_k, p.head_dim_v};
+  const int64_t outs[4] = {p.batch, p.num_heads, p.seqlen_q, p.head_dim_v};
+  const int64_t scores[4] = {p.batch, p.num_heads, p.seqlen_q, p.seqlen_k};
+  p.q = exact(q, "q", queries, q.dtype), p.k = exact(k, "k", keys, q.dtype), p.v = exact(v, "v", values, q.dtype);
+  p.out = exact(out, "out", outs, q.dtype);
+  p.lse = optional(args[4], "lse", scores, 1);
+  p.softmax_scale = real(args[5]), p.softcap = real(args[6]);
+  p.diagonal_lo = integer(args[7]), p.diagonal_hi = integer(args[8]);
+  p.k_start = optional(args[9], "k_start", scores, 1), p.k_end = optional(args[10], "k_end", scores, 1);
+  p.mask = optional(args[11], "mask", scores), p.bias = optional(args[12], "bias", scores);
+  p.alibi_slopes = optional(args[13], "alibi_slopes", scores, 2), p.sinks = optional(args[14], "sinks", scores, 2);
+  if (p.lse && p.lse.dtype != (q.dtype == DType::float64 ? DType::float64 : DType::float32))
+    mismatch("lse", "must be float32, or float64 for float64");
+  if ((p.k_start && p.k_start.dtype != DType::int32) || (p.k_end && p.k_end.dtype != DType::int32))
+    mismatch("k_start and k_end", "must be int32");
+  if (p.mask && p.mask.dtype != DType::boolean) mismatch("mask", "must be bool");
+  for (const Tensor* t : {&p.bias, &p.alibi_slopes, &p.sinks})
+    if (*t && !is_float(t->dtype)) mismatch("bias, alibi_slopes and sinks", "must have a float dtype");
+  return p;
+}
+
+// forward(q, k, v, out, lse, softmax_scale, softcap, diagonal_lo, diagonal_hi, k_start, k_end, mask, bias, alibi_slopes,
+// sinks, threads), without pybind11's argument conversion: it would cost more than a tiny call.
+PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  try {
+    if (count != num_arguments) throw std::invalid_argument("forward takes 16 arguments");
+    const Problem problem = problem_of(args);
+    const int threads = (int)integer(args[15]);
+    py::gil_scoped_release release;
+    fastattn::forward(problem, threads);
+  } catch (py::error_already_set& error) {
+    error.restore();
+    return nullptr;
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+    return nullptr;
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+  Py_RETURN_NONE;
+}
+
+PyMethodDef fast_methods[] = {
+    {"forward", (PyCFunction)(void (*)())forward, METH_FASTCALL,
+     "forward(q, k, v, out, lse, softmax_scale, softcap, diagonal_lo, diagonal_hi, k_start, k_end, mask, bias, "
+     "alibi_slopes, sinks, threads): fills out and lse."},
+    {nullptr, nullptr, 0, nullptr}};
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  m.doc() = "fastattn's compiled CPU kernels.";
+  PyModule_AddFunctions(m.ptr(), fast_methods);
+  m.def("isa", [] { return fastattn::kernels().name; }, "The instruction set that the kernels run on.");
+  m.def(
+      "fma_rate",
+      [](const std::string& dtype, double seconds, int threads) {
+        const DType type = dtype_of(dtype);
+        py::gil_scoped_release release;
+        return fastattn::fma_rate(type, seconds, threads);
+      },
+      py::arg("dtype"), py::arg("seconds"), py::arg("threads"),
+      "Peak multiply-add rate of `threads` threads together, in FLOP/s, measured on registers for `seconds`.");
+}

@@ -1,0 +1,35 @@
+// How a problem is cut into units, panels, tiles and splits: from its shape alone.
+#pragma once
+#include "block_range.h"
+
+namespace fastattn::FASTATTN_ISA {
+
+// Rows of the register tile by panel width: enough independent accumulators to hide the latency of a multiply-add
+// (4-5 cycles, two a cycle) and few enough to stay in the registers (16 below AVX-512, 32 with it and on NEON).
+constexpr int max_vectors = 2;
+template <int NV>
+constexpr int MR = FASTATTN_REGISTERS == 32 ? (NV == 1 ? 12 : 8) : FASTATTN_FMA ? (NV == 1 ? 12 : 6) : 4;
+
+constexpr int64_t unit_rows = 128, key_block = 128, few_units = 32, min_split_keys = 512;
+
+template <class Real>
+Blocking make_blocking(const Problem& p) {
+  Blocking b{};
+  const int64_t group_size = p.num_heads_k ? p.num_heads / p.num_heads_k : 1;
+  b.heads_per_unit = (int)(p.seqlen_q < unit_rows ? group_size : 1);
+  const int64_t stacked = p.seqlen_q * b.heads_per_unit;
+  b.lanes = stacked <= VL<Real> ? VL<Real> : max_vectors * VL<Real>;
+  const int64_t rows = p.head_dim + p.head_dim_v > 512 ? unit_rows / 2 : unit_rows;  // the panels should stay in L2
+  b.rows = (int)smaller(round_up(rows, b.lanes), round_up(larger<int64_t>(stacked, 1), b.lanes));
+  b.n_block = key_block * 4 / sizeof(Real);
+
+  // Few row blocks (decoding, few heads): cut the keys as well, so that every core has work.
+  const int64_t units = p.num_heads / b.heads_per_unit * ((stacked + b.rows - 1) / b.rows);
+  int64_t splits = units && units < few_units ? few_units / units : 1;
+  splits = larger<int64_t>(1, smaller(splits, p.seqlen_k / min_split_keys));
+  b.split_keys = larger<int64_t>(b.n_block, round_up((p.seqlen_k + splits - 1) / splits, b.n_block));
+  b.num_splits = (int)larger<int64_t>(1, (p.seqlen_k + b.split_keys - 1) / b.split_keys);
+  return b;
+}
+
+}  // namespace fastattn::FASTATTN_ISA

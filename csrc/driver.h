@@ -1,0 +1,16 @@
+// The forward pass of a whole call: units from the shape, longest first, over the threads.
+#pragma once
+#include "params.h"
+
+namespace fastattn {
+
+// The best kernels that this machine runs, narrowed by FASTATTN_CPU_ISA; throws std::runtime_error for an ISA that is
+// unknown, not built or not supported here. Decided once.
+const Kernels& kernels();
+
+void forward(const Problem& problem, int threads);
+
+// Peak of independent multiply-adds, FLOP/s summed over `threads`, measured for `seconds`.
+double fma_rate(DType dtype, double seconds, int threads);
+
+}  // namespace fastattn

@@ -1,0 +1,61 @@
+// The body of every isa_*.cpp: the kernels compiled for one instruction set, behind one table.
+// No std container here and nothing else with a body from a std header: compiled under -mavx512f it would be a weak
+// symbol that the linker may pick for everybody.
+#pragma once
+#include "prefill.h"
+
+namespace fastattn::FASTATTN_ISA {
+
+FASTATTN_INLINE bool is_double(const Problem& p) { return p.q.dtype == DType::float64; }
+
+Blocking blocking(const Problem& p) { return is_double(p) ? make_blocking<double>(p) : make_blocking<float>(p); }
+
+int64_t scratch_bytes(const Problem& p, const Blocking& b) {
+  return is_double(p) ? layout<double>(p, b, nullptr).bytes : layout<float>(p, b, nullptr).bytes;
+}
+
+void find_keys(const Problem& p, const Blocking& b, Unit& u) {
+  const int64_t rows = smaller<int64_t>(b.rows, b.heads_per_unit * p.seqlen_q - u.row);
+  Range seen = visited_range(p, u.batch, u.head, u.row, rows);
+  u.k_lo = larger(seen.lo, u.split * b.split_keys);
+  u.k_hi = smaller(seen.hi, (u.split + 1) * b.split_keys);
+}
+
+void run(const Problem& p, const Blocking& b, const Unit& u, const Partial& partial, char* scratch) {
+  is_double(p) ? run_unit<double>(p, b, u, partial, scratch) : run_unit<float>(p, b, u, partial, scratch);
+}
+
+void combine_splits(const Problem& p, const Blocking& b, const Unit& u, const Partial& first, char* scratch) {
+  is_double(p) ? combine<double>(p, b, u, first, scratch) : combine<float>(p, b, u, first, scratch);
+}
+
+template <class V>
+FASTATTN_INLINE void keep(V& v) {
+#if defined(__x86_64__)
+  asm volatile("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm volatile("" : "+w"(v));
+#endif
+}
+
+// Independent multiply-add chains, enough to fill the pipes, kept opaque to the compiler.
+template <class Real, int... I>
+double multiply_adds(int64_t steps, std::integer_sequence<int, I...>) {
+  const Vec<Real> a = splat((Real)0.5);
+  Tile<Real, sizeof...(I), 1> tile = {splat((Real)I)...};
+  for (int64_t t = 0; t < steps; t++) {
+    ((tile.c[I] = tile.c[I] * a + a), ...);
+    (keep(tile.c[I]), ...);
+  }
+  const Real sum = (tile.c[I][0] + ...);
+  return sum == 0 ? 0 : 2.0 * sizeof...(I) * VL<Real> * steps;
+}
+double multiply_adds_of(DType dtype, int64_t steps) {
+  constexpr std::make_integer_sequence<int, 12> chains;
+  return dtype == DType::float64 ? multiply_adds<double>(steps, chains) : multiply_adds<float>(steps, chains);
+}
+
+extern const Kernels kernels;
+const Kernels kernels = {FASTATTN_NAME, blocking, scratch_bytes, find_keys, run, combine_splits, multiply_adds_of};
+
+}  // namespace fastattn::FASTATTN_ISA

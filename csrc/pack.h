@@ -1,0 +1,207 @@
+// Between tensors of any dtype and strides and the panels that the register tiles read: rows of Real, queries in lanes.
+#pragma once
+#include "params.h"
+#include "simd.h"
+
+namespace fastattn::FASTATTN_ISA {
+
+FASTATTN_INLINE float to_float(uint16_t bits, DType dtype) {
+  if (dtype == DType::bfloat16) {
+    uint32_t wide = (uint32_t)bits << 16;
+    float x;
+    memcpy(&x, &wide, 4);
+    return x;
+  }
+#if defined(__F16C__)
+  return _cvtsh_ss(bits);
+#else
+  uint32_t sign = (uint32_t)(bits & 0x8000) << 16, exponent = bits >> 10 & 31, fraction = bits & 1023, wide;
+  if (exponent == 31)
+    wide = sign | 0x7f800000 | fraction << 13;
+  else if (exponent)
+    wide = sign | (exponent + 112) << 23 | fraction << 13;
+  else {
+    float subnormal = (float)fraction * 5.9604644775390625e-8f;  // 2^-24
+    memcpy(&wide, &subnormal, 4);
+    wide |= sign;
+  }
+  float x;
+  memcpy(&x, &wide, 4);
+  return x;
+#endif
+}
+
+// Round to nearest even; NaN stays NaN.
+FASTATTN_INLINE uint16_t to_bfloat16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return x != x ? (uint16_t)(bits >> 16 | 64) : (uint16_t)rounded;
+}
+FASTATTN_INLINE uint16_t to_float16(float x) {
+#if defined(__F16C__)
+  return (uint16_t)_cvtss_sh(x, 0);
+#else
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+  if (magnitude >= 0x477ff000) return (uint16_t)(sign | 0x7c00);
+  if (magnitude < 0x38800000) {  // subnormal: adding 0.5 shifts the fraction into place, rounded by the adder
+    float a;
+    memcpy(&a, &magnitude, 4);
+    a += 0.5f;
+    memcpy(&magnitude, &a, 4);
+    return (uint16_t)(sign | (magnitude - 0x3f000000));
+  }
+  magnitude += 0xc8000fff + (magnitude >> 13 & 1);
+  return (uint16_t)(sign | magnitude >> 13);
+#endif
+}
+
+// n elements of a strided row as Real. A bool becomes 0 (attend) or -inf.
+template <class Real>
+void load_row(const char* source, DType dtype, int64_t stride, int64_t n, Real* row) {
+  switch (dtype) {
+    case DType::float32: {
+      const float* x = (const float*)source;
+      if (stride == 1)
+        for (int64_t i = 0; i < n; i++) row[i] = (Real)x[i];
+      else
+        for (int64_t i = 0; i < n; i++) row[i] = (Real)x[i * stride];
+      return;
+    }
+    case DType::float64: {
+      const double* x = (const double*)source;
+      for (int64_t i = 0; i < n; i++) row[i] = (Real)x[i * stride];
+      return;
+    }
+    case DType::bfloat16: {
+      const uint16_t* x = (const uint16_t*)source;
+      if (stride == 1)
+        for (int64_t i = 0; i < n; i++) row[i] = (Real)to_float(x[i], DType::bfloat16);
+      else
+        for (int64_t i = 0; i < n; i++) row[i] = (Real)to_float(x[i * stride], DType::bfloat16);
+      return;
+    }
+    case DType::float16: {
+      const uint16_t* x = (const uint16_t*)source;
+      int64_t i = 0;
+#if defined(__F16C__)
+      if (stride == 1 && sizeof(Real) == 4)
+        for (; i + 8 <= n; i += 8) {
+          __m256 wide = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(x + i)));
+          memcpy(row + i, &wide, 32);
+        }
+#endif
+      for (; i < n; i++) row[i] = (Real)to_float(x[i * stride], DType::float16);
+      return;
+    }
+    case DType::boolean: {
+      const uint8_t* x = (const uint8_t*)source;
+      const Real masked = (Real)-__builtin_inf();
+      if (stride == 1)
+        for (int64_t i = 0; i < n; i++) row[i] = x[i] ? (Real)0 : masked;
+      else
+        for (int64_t i = 0; i < n; i++) row[i] = x[i * stride] ? (Real)0 : masked;
+      return;
+    }
+    case DType::int32: return;
+  }
+}
+
+template <class Real>
+Real load_scalar(const char* source, DType dtype) {
+  Real x;
+  load_row(source, dtype, 1, 1, &x);
+  return x;
+}
+
+template <class Real>
+void store_row(const Real* row, int64_t n, char* target, DType dtype, int64_t stride) {
+  switch (dtype) {
+    case DType::float32:
+      for (int64_t i = 0; i < n; i++) ((float*)target)[i * stride] = (float)row[i];
+      return;
+    case DType::float64:
+      for (int64_t i = 0; i < n; i++) ((double*)target)[i * stride] = (double)row[i];
+      return;
+    case DType::bfloat16:
+      for (int64_t i = 0; i < n; i++) ((uint16_t*)target)[i * stride] = to_bfloat16((float)row[i]);
+      return;
+    case DType::float16: {
+      int64_t i = 0;
+#if defined(__F16C__)
+      if (stride == 1 && sizeof(Real) == 4)
+        for (; i + 8 <= n; i += 8) {
+          __m256 wide;
+          memcpy(&wide, row + i, 32);
+          _mm_storeu_si128((__m128i*)((uint16_t*)target + i), _mm256_cvtps_ph(wide, 0));
+        }
+#endif
+      for (; i < n; i++) ((uint16_t*)target)[i * stride] = to_float16((float)row[i]);
+      return;
+    }
+    default: return;
+  }
+}
+
+FASTATTN_INLINE int64_t bytes_of(DType dtype) {
+  return dtype == DType::boolean                                  ? 1
+         : dtype == DType::float64                                ? 8
+         : dtype == DType::float32 || dtype == DType::int32       ? 4
+                                                                  : 2;
+}
+
+FASTATTN_INLINE char* at(const Tensor& t, int64_t b, int64_t h, int64_t row, int64_t column = 0) {
+  int64_t offset = b * t.stride[0] + h * t.stride[1] + row * t.stride[2] + column * t.stride[3];
+  return t.data + offset * bytes_of(t.dtype);
+}
+
+// dst[c][r] = src[r][c] for an 8 x 8 block of float.
+FASTATTN_INLINE void transpose_8x8(const float* src, int64_t src_row, float* dst, int64_t dst_row) {
+  typedef float V8 __attribute__((vector_size(32)));
+  typedef int32_t I8 __attribute__((vector_size(32)));
+  V8 r[8], s[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) memcpy(&r[i], src + i * src_row, 32);
+  constexpr I8 low1 = {0, 8, 1, 9, 4, 12, 5, 13}, high1 = {2, 10, 3, 11, 6, 14, 7, 15};
+  constexpr I8 low2 = {0, 1, 8, 9, 4, 5, 12, 13}, high2 = {2, 3, 10, 11, 6, 7, 14, 15};
+  constexpr I8 low4 = {0, 1, 2, 3, 8, 9, 10, 11}, high4 = {4, 5, 6, 7, 12, 13, 14, 15};
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    s[i] = __builtin_shuffle(r[i], r[i + 1], low1);
+    s[i + 1] = __builtin_shuffle(r[i], r[i + 1], high1);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    r[i] = __builtin_shuffle(s[i], s[i + 2], low2);
+    r[i + 1] = __builtin_shuffle(s[i], s[i + 2], high2);
+    r[i + 2] = __builtin_shuffle(s[i + 1], s[i + 3], low2);
+    r[i + 3] = __builtin_shuffle(s[i + 1], s[i + 3], high2);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    V8 low = __builtin_shuffle(r[i], r[i + 4], low4), high = __builtin_shuffle(r[i], r[i + 4], high4);
+    memcpy(dst + i * dst_row, &low, 32);
+    memcpy(dst + (i + 4) * dst_row, &high, 32);
+  }
+}
+
+// dst[c][r] = src[r][c] for r < rows, c < columns.
+template <class Real>
+void transpose(const Real* src, int64_t src_row, int64_t rows, int64_t columns, Real* dst, int64_t dst_row) {
+  int64_t c0 = 0;
+  if constexpr (sizeof(Real) == 4 && FASTATTN_WIDTH >= 32) {
+    int64_t r8 = rows / 8 * 8;
+    c0 = columns / 8 * 8;
+    for (int64_t r = 0; r < r8; r += 8)
+      for (int64_t c = 0; c < c0; c += 8) transpose_8x8(src + r * src_row + c, src_row, dst + c * dst_row + r, dst_row);
+    for (int64_t r = r8; r < rows; r++)
+      for (int64_t c = 0; c < c0; c++) dst[c * dst_row + r] = src[r * src_row + c];
+  }
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t c = c0; c < columns; c++) dst[c * dst_row + r] = src[r * src_row + c];
+}
+
+}  // namespace fastattn::FASTATTN_ISA

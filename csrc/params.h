@@ -1,0 +1,68 @@
+// One attention call as plain data: what crosses the border between the bindings, the driver and the ISA files.
+#pragma once
+#include <cstdint>
+
+namespace fastattn {
+
+enum class DType : int8_t { float32, float64, bfloat16, float16, boolean, int32 };
+
+// A tensor seen as [batch, heads, rows, columns]; strides in elements, 0 where it broadcasts. data is null if absent.
+struct Tensor {
+  char* data = nullptr;
+  int64_t stride[4] = {0, 0, 0, 0};
+  DType dtype = DType::float32;
+
+  explicit operator bool() const { return data != nullptr; }
+};
+
+struct Problem {
+  int64_t batch, num_heads, num_heads_k, seqlen_q, seqlen_k, head_dim, head_dim_v;
+  Tensor q, k, v, out, lse;     // lse [batch, num_heads, seqlen_q, 1], absent or float32 (float64 for float64)
+  Tensor mask, bias;            // bool, float; [batch, num_heads, seqlen_q, seqlen_k]
+  Tensor alibi_slopes, sinks;   // [batch, num_heads, 1, 1]
+  Tensor k_start, k_end;        // int32 [batch, num_heads, seqlen_q, 1]
+  double softmax_scale, softcap;
+  int64_t diagonal_lo, diagonal_hi;  // a query sees keys with lo <= key - query <= hi
+};
+
+// How a problem is cut. It follows from the shape alone, never from the number of threads or the batch size: the bits of
+// a row depend on it.
+struct Blocking {
+  int lanes;           // query rows of a panel (NR), a multiple of the vector length
+  int rows;            // query rows of a unit, a multiple of lanes
+  int n_block;         // keys of a tile
+  int heads_per_unit;  // query heads stacked as rows of one unit: the group if one head does not fill a unit, else 1
+  int num_splits;      // key ranges of a row block that are computed apart and combined
+  int64_t split_keys;  // keys of such a range, a multiple of n_block
+};
+
+// One row block of one key head, against the keys of one split.
+struct Unit {
+  int32_t batch, head, split;  // first query head
+  int64_t row;                 // first stacked row: row r is query r % seqlen_q of head + r / seqlen_q
+  int64_t k_lo, k_hi;          // keys that some row of the block sees, within the split
+};
+
+// Row r of a unit's partial result: out [rows][head_dim_v] not yet divided by the sum, its maximum (log2) and sum.
+struct Partial {
+  char* out;
+  char* max;
+  char* sum;
+};
+
+// What an ISA file offers.
+struct Kernels {
+  const char* name;
+  Blocking (*blocking)(const Problem&);
+  int64_t (*scratch_bytes)(const Problem&, const Blocking&);
+  // Sets unit.k_lo and k_hi.
+  void (*find_keys)(const Problem&, const Blocking&, Unit&);
+  // Computes a unit into out and lse (num_splits == 1) or into its partial result.
+  void (*run_unit)(const Problem&, const Blocking&, const Unit&, const Partial&, char* scratch);
+  // Combines the partial results of a row block's splits into out and lse; `first` is that of split 0.
+  void (*combine)(const Problem&, const Blocking&, const Unit&, const Partial& first, char* scratch);
+  // `steps` rounds of independent multiply-adds on registers; returns how many FLOPs they were.
+  double (*multiply_adds)(DType, int64_t steps);
+};
+
+}  // namespace fastattn

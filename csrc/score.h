@@ -1,0 +1,108 @@
+// Score modifications and masks on a tile of scores^T [keys][NR], in their order: softcap, bias (ALiBi, dense), mask.
+// A masked score is selected to -inf, never multiplied, so that NaN behind a mask stays there.
+#pragma once
+#include "block_range.h"
+#include "softmax.h"
+
+namespace fastattn::FASTATTN_ISA {
+
+// The query rows that stand in the lanes of one panel. Lanes past `rows` hold zeros and are never stored.
+struct Lanes {
+  int64_t batch, head, row, rows;  // stacked rows row ... row + rows - 1 from `head`
+  Range visited;                   // keys that some lane sees
+  Range common;                    // keys that every lane sees
+};
+
+template <class Real, int NV>
+void softcap_scores(Real* scores, int64_t keys, Real softcap) {
+  constexpr int L = VL<Real>, NR = NV * L;
+  const Real factor = softcap * (Real)log2e;  // the scores come divided by softcap, not in log2 units
+  for (int64_t i = 0; i < keys * NR; i += L) store(scores + i, tanh(load(scores + i)) * factor);
+}
+
+// scores[j][lane] -= slopes[lane] * |position[lane] - key - j|
+template <class Real, int NV>
+void add_alibi(Real* scores, int64_t keys, const Real* slopes, const Real* positions, int64_t key) {
+  constexpr int L = VL<Real>, NR = NV * L;
+  for (int v = 0; v < NV; v++) {
+    Vec<Real> slope = load(slopes + v * L), position = load(positions + v * L);
+    for (int64_t j = 0; j < keys; j++) {
+      Real* s = scores + j * NR + v * L;
+      store(s, load(s) - slope * vabs(position - (Real)(key + j)));
+    }
+  }
+}
+
+// scores[j][lane] += bias[j] (natural log), -inf selects; whether anything is masked.
+template <class Real, int NV>
+bool add_key_bias(Real* scores, int64_t keys, const Real* bias) {
+  constexpr int L = VL<Real>, NR = NV * L;
+  const Real lowest = (Real)-__builtin_inf();
+  bool masked = false;
+  for (int64_t j = 0; j < keys; j++) {
+    const bool gone = bias[j] == lowest;
+    masked |= gone;
+    for (int v = 0; v < NV; v++) {
+      Real* s = scores + j * NR + v * L;
+      store(s, gone ? splat(lowest) : load(s) + bias[j] * (Real)log2e);
+    }
+  }
+  return masked;
+}
+
+// The same with a bias for each score, [keys][NR].
+template <class Real, int NV>
+bool add_bias(Real* scores, int64_t keys, const Real* bias) {
+  constexpr int L = VL<Real>, NR = NV * L;
+  const Vec<Real> lowest = splat((Real)-__builtin_inf());
+  auto masked = lowest > lowest;
+  for (int64_t i = 0; i < keys * NR; i += L) {
+    Vec<Real> b = load(bias + i);
+    auto gone = b == lowest;
+    masked |= gone;
+    store(scores + i, gone ? lowest : load(scores + i) + b * (Real)log2e);
+  }
+  return any<Real>(masked);
+}
+
+// The bias and mask of the lanes for `keys` keys from `key`, transposed to [keys][NR]; -inf where the mask is False.
+template <class Real>
+void load_bias(const Problem& p, const Lanes& lanes, int64_t key, int64_t keys, int NR, Real* rows, Real* bias) {
+  const Real lowest = (Real)-__builtin_inf();
+  Real* mask_row = rows + (int64_t)NR * keys;
+  for (int64_t r = 0; r < NR; r++) {
+    Real* row = rows + r * keys;
+    if (r >= lanes.rows) {
+      for (int64_t j = 0; j < keys; j++) row[j] = 0;
+      continue;
+    }
+    Row s = stacked_row(p, lanes.head, lanes.row + r);
+    const Tensor& first = p.bias ? p.bias : p.mask;
+    load_row(at(first, lanes.batch, s.head, s.query, key), first.dtype, first.stride[3], keys, row);
+    if (p.bias && p.mask) {
+      load_row(at(p.mask, lanes.batch, s.head, s.query, key), p.mask.dtype, p.mask.stride[3], keys, mask_row);
+      for (int64_t j = 0; j < keys; j++) row[j] = mask_row[j] == lowest ? lowest : row[j];
+    }
+  }
+  transpose(rows, keys, (int64_t)NR, keys, bias, (int64_t)NR);
+}
+
+// Masks keys outside the lanes' intervals; first[lane] <= j < last[lane] is seen, j counted from the tile's first key.
+// Every lane sees the keys common_lo ... common_hi - 1.
+template <class Real, int NV>
+void mask_intervals(Real* scores, int64_t keys, const Real* first, const Real* last, int64_t common_lo,
+                    int64_t common_hi) {
+  constexpr int L = VL<Real>, NR = NV * L;
+  const Vec<Real> lowest = splat((Real)-__builtin_inf());
+  for (int64_t j = 0; j < keys; j++) {
+    if (j == common_lo && common_hi > common_lo) j = common_hi;
+    if (j >= keys) break;
+    for (int v = 0; v < NV; v++) {
+      Real* s = scores + j * NR + v * L;
+      Vec<Real> x = load(first + v * L) > (Real)j ? lowest : load(s);
+      store(s, load(last + v * L) > (Real)j ? x : lowest);
+    }
+  }
+}
+
+}  // namespace fastattn::FASTATTN_ISA

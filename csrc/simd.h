@@ -1,0 +1,104 @@
+// Vectors of one width for the whole translation unit, written once with the compiler's vector extension (GCC, Clang).
+// FASTATTN_WIDTH (bytes) and the -m flags of the translation unit decide what it compiles to: see isa_*.cpp.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#define FASTATTN_INLINE static inline __attribute__((always_inline))
+
+namespace fastattn::FASTATTN_ISA {
+
+template <class Real>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  typedef float type __attribute__((vector_size(FASTATTN_WIDTH)));
+  typedef int32_t bits __attribute__((vector_size(FASTATTN_WIDTH)));
+};
+template <>
+struct VecOf<double> {
+  typedef double type __attribute__((vector_size(FASTATTN_WIDTH)));
+  typedef int64_t bits __attribute__((vector_size(FASTATTN_WIDTH)));
+};
+template <class Real>
+using Vec = typename VecOf<Real>::type;
+template <class Real>
+constexpr int VL = FASTATTN_WIDTH / sizeof(Real);  // lanes of a vector
+
+template <class Real>
+FASTATTN_INLINE Vec<Real> load(const Real* p) {
+  Vec<Real> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class Real>
+FASTATTN_INLINE void store(Real* p, Vec<Real> v) {
+  memcpy(p, &v, sizeof v);
+}
+template <class Real>
+FASTATTN_INLINE Vec<Real> splat(Real x) {
+  return Vec<Real>{} + x;
+}
+// The second operand where either is NaN, as the x86 instructions do: vmax(bound, x) keeps a NaN x, vmax(x, m) drops it.
+template <class V>
+FASTATTN_INLINE V vmax(V a, V b) {
+  return a > b ? a : b;
+}
+template <class V>
+FASTATTN_INLINE V vabs(V x) {
+  return x < V{} ? -x : x;
+}
+template <class Real>
+FASTATTN_INLINE bool any(typename VecOf<Real>::bits mask) {
+  typename VecOf<Real>::bits zero{};
+  return memcmp(&mask, &zero, sizeof mask) != 0;
+}
+
+// 2^x for x <= 127 (1023): 0 below -126.5 (-1022.5), exactly 1 at 0, NaN for NaN. float: 2 ulp, degree 5; double: 1 ulp.
+// Adding `magic` rounds to an integer whose biased value stands in the low bits, ready to become an exponent.
+FASTATTN_INLINE Vec<float> exp2(Vec<float> x) {
+  constexpr float magic = 12582912.0f + 127.0f;
+  x = vmax(splat(-127.0f), x);
+  Vec<float> n = x + magic;
+  Vec<float> t = x - (n - magic);
+  Vec<float> p = t * 0.00132647271f + 0.00967151264f;
+  p = p * t + 0.0555073374f;
+  p = p * t + 0.240222421f;
+  p = p * t + 0.693146978f;
+  p = p * t + 1.0f;
+  return p * (Vec<float>)((VecOf<float>::bits)n << 23);
+}
+FASTATTN_INLINE Vec<double> exp2(Vec<double> x) {
+  constexpr double magic = 6755399441055744.0 + 1023.0;
+  constexpr double ln2 = 0.693147180559945309417;
+  constexpr int degree = 13;
+  x = vmax(splat(-1023.0), x);
+  Vec<double> n = x + magic;
+  Vec<double> t = (x - (n - magic)) * ln2;
+  Vec<double> p = splat(1.0);
+  for (int k = degree; k >= 1; k--) p = p * t * (1.0 / k) + 1.0;
+  return p * (Vec<double>)((VecOf<double>::bits)n << 52);
+}
+
+// tanh: x + x^3 P(x^2) near 0 (Cephes), 1 - 2 / (e^2|x| + 1) beyond; float, 2 ulp.
+FASTATTN_INLINE Vec<float> tanh(Vec<float> x) {
+  Vec<float> a = vabs(x), z = x * x;
+  Vec<float> p = z * -5.70498872745e-3f + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  Vec<float> near = p * z * x + x;
+  Vec<float> capped = a > 15.0f ? splat(15.0f) : a;  // keeps NaN
+  Vec<float> far = 1.0f - 2.0f / (exp2(capped * 2.885390082f) + 1.0f);
+  return a < 0.625f ? near : x < 0.0f ? -far : far;
+}
+FASTATTN_INLINE Vec<double> tanh(Vec<double> x) {
+  for (int i = 0; i < VL<double>; i++) x[i] = __builtin_tanh(x[i]);
+  return x;
+}
+
+}  // namespace fastattn::FASTATTN_ISA
