@@ -3,6 +3,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "dlpack_exchange.h"
 #include "driver.h"
@@ -60,19 +61,38 @@ View view_by_attributes(PyObject* tensor) {
   return view;
 }
 
-View view(PyObject* tensor) {
-  const dlpack::ExchangeAPI* api = dlpack::exchange_api(Py_TYPE(tensor));
-  if (!api) return view_by_attributes(tensor);
-  dlpack::DLTensor t;
-  if (api->dltensor_from_py_object_no_sync(tensor, &t)) throw py::error_already_set();
-  if (t.device_type != dlpack::kCPU) throw std::invalid_argument("a tensor is not on the CPU");
-  if (t.ndim > 4) throw std::invalid_argument("a tensor has more than 4 dimensions");
-  View view{(char*)t.data + t.byte_offset, t.ndim, {}, {}, dtype_of(t.dtype)};
-  for (int i = 0; i < t.ndim; i++) {
-    view.shape[i] = t.shape[i];
-    view.stride[i] = t.strides[i];
+// Whether elements may be stored negated (z.conj().imag), which DLPack does not tell. Such a view is every second
+// element of something, so that few tensors need to be asked.
+bool is_negated(PyObject* tensor, const View& view) {
+  for (int i = 0; i < view.ndim; i++)
+    if (view.shape[i] > 1 && view.stride[i] % 2) return false;
+  return py::handle(tensor).attr("is_neg")().cast<bool>();
+}
+
+// Copies that the call made, alive until it ends.
+using Owned = std::vector<py::object>;
+
+View view(PyObject* tensor, Owned& owned) {
+  View view{};
+  if (const dlpack::ExchangeAPI* api = dlpack::exchange_api(Py_TYPE(tensor))) {
+    dlpack::DLTensor t;
+    if (api->dltensor_from_py_object_no_sync(tensor, &t)) throw py::error_already_set();
+    if (t.device_type != dlpack::kCPU) throw std::invalid_argument("a tensor is not on the CPU");
+    if (t.ndim > 4) throw std::invalid_argument("a tensor has more than 4 dimensions");
+    view = {(char*)t.data + t.byte_offset, t.ndim, {}, {}, dtype_of(t.dtype)};
+    for (int i = 0; i < t.ndim; i++) {
+      view.shape[i] = t.shape[i];
+      view.stride[i] = t.strides[i];
+    }
+  } else {
+    view = view_by_attributes(tensor);
   }
-  return view;
+  bool empty = false;
+  for (int i = 0; i < view.ndim; i++) empty |= view.shape[i] == 0;
+  if (!view.data && !empty) throw std::invalid_argument("a tensor has elements but no memory (fake, meta or freed)");
+  if (!is_negated(tensor, view)) return view;
+  owned.push_back(py::handle(tensor).attr("resolve_neg")());
+  return ::view(owned.back().ptr(), owned);
 }
 
 [[noreturn]] void mismatch(const char* name, const char* rule) {
@@ -103,8 +123,9 @@ Tensor exact(const View& view, const char* name, const int64_t (&sizes)[4], DTyp
   return broadcast(view, name, sizes);
 }
 
-Tensor optional(PyObject* object, const char* name, const int64_t (&sizes)[4], int missing_right = 0) {
-  return object == Py_None ? Tensor{} : broadcast(view(object), name, sizes, missing_right);
+Tensor optional(PyObject* object, const char* name, const int64_t (&sizes)[4], Owned& owned,
+                int missing_right = 0) {
+  return object == Py_None ? Tensor{} : broadcast(view(object, owned), name, sizes, missing_right);
 }
 
 bool is_float(DType dtype) { return dtype != DType::boolean && dtype != DType::int32; }
@@ -123,8 +144,8 @@ int64_t integer(PyObject* object) {
 constexpr int num_arguments = 16;
 
 // Everything that native code relies on is checked here, whatever the caller has checked.
-Problem problem_of(PyObject* const* args) {
-  const View q = view(args[0]), k = view(args[1]), v = view(args[2]), out = view(args[3]);
+Problem problem_of(PyObject* const* args, Owned& owned) {
+  const View q = view(args[0], owned), k = view(args[1], owned), v = view(args[2], owned), out = view(args[3], owned);
   if (q.ndim != 4 || k.ndim != 4 || v.ndim != 4) mismatch("q, k and v", "must have 4 dimensions");
   if (!is_float(q.dtype)) mismatch("q", "must have a float dtype");
   Problem p{};
@@ -139,12 +160,12 @@ Problem problem_of(PyObject* const* args) {
   const int64_t scores[4] = {p.batch, p.num_heads, p.seqlen_q, p.seqlen_k};
   p.q = exact(q, "q", queries, q.dtype), p.k = exact(k, "k", keys, q.dtype), p.v = exact(v, "v", values, q.dtype);
   p.out = exact(out, "out", outs, q.dtype);
-  p.lse = optional(args[4], "lse", scores, 1);
+  p.lse = optional(args[4], "lse", scores, owned, 1);
   p.softmax_scale = real(args[5]), p.softcap = real(args[6]);
   p.diagonal_lo = integer(args[7]), p.diagonal_hi = integer(args[8]);
-  p.k_start = optional(args[9], "k_start", scores, 1), p.k_end = optional(args[10], "k_end", scores, 1);
-  p.mask = optional(args[11], "mask", scores), p.bias = optional(args[12], "bias", scores);
-  p.alibi_slopes = optional(args[13], "alibi_slopes", scores, 2), p.sinks = optional(args[14], "sinks", scores, 2);
+  p.k_start = optional(args[9], "k_start", scores, owned, 1), p.k_end = optional(args[10], "k_end", scores, owned, 1);
+  p.mask = optional(args[11], "mask", scores, owned), p.bias = optional(args[12], "bias", scores, owned);
+  p.alibi_slopes = optional(args[13], "alibi_slopes", scores, owned, 2), p.sinks = optional(args[14], "sinks", scores, owned, 2);
   if (p.lse && p.lse.dtype != (q.dtype == DType::float64 ? DType::float64 : DType::float32))
     mismatch("lse", "must be float32, or float64 for float64");
   if ((p.k_start && p.k_start.dtype != DType::int32) || (p.k_end && p.k_end.dtype != DType::int32))
@@ -160,7 +181,8 @@ Problem problem_of(PyObject* const* args) {
 PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   try {
     if (count != num_arguments) throw std::invalid_argument("forward takes 16 arguments");
-    const Problem problem = problem_of(args);
+    Owned owned;
+    const Problem problem = problem_of(args, owned);
     const int threads = (int)integer(args[15]);
     py::gil_scoped_release release;
     fastattn::forward(problem, threads);

@@ -31,6 +31,7 @@ struct Row {
   int64_t head, query;
 };
 FASTATTN_INLINE Row stacked_row(const Problem& p, int64_t head, int64_t r) {
+  if (r < p.seqlen_q) return {head, r};  // spares the division
   return {head + r / p.seqlen_q, r % p.seqlen_q};
 }
 

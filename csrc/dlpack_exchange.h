@@ -33,8 +33,8 @@ struct ExchangeAPI {
 
 // The API of a tensor type, or null where it has none; remembered for the last type asked.
 inline const ExchangeAPI* exchange_api(PyTypeObject* type) {
-  static PyTypeObject* known = nullptr;
-  static const ExchangeAPI* api = nullptr;
+  thread_local PyTypeObject* known = nullptr;
+  thread_local const ExchangeAPI* api = nullptr;
   if (type == known) return api;
   const ExchangeAPI* found = nullptr;
   if (PyObject* capsule = PyObject_GetAttrString((PyObject*)type, "__dlpack_c_exchange_api__")) {

@@ -29,15 +29,6 @@ void combine_splits(const Problem& p, const Blocking& b, const Unit& u, const Pa
   is_double(p) ? combine<double>(p, b, u, first, scratch) : combine<float>(p, b, u, first, scratch);
 }
 
-template <class V>
-FASTATTN_INLINE void keep(V& v) {
-#if defined(__x86_64__)
-  asm volatile("" : "+v"(v));
-#elif defined(__aarch64__)
-  asm volatile("" : "+w"(v));
-#endif
-}
-
 // Independent multiply-add chains, enough to fill the pipes, kept opaque to the compiler.
 template <class Real, int... I>
 double multiply_adds(int64_t steps, std::integer_sequence<int, I...>) {

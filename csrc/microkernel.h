@@ -18,20 +18,58 @@ struct Tile {
 template <class Real, int R, int NV, int... I, int... J>
 FASTATTN_INLINE void multiply_step(Tile<Real, R, NV>& tile, const Real* a, int64_t a_row, const Real* b,
                                    std::integer_sequence<int, I...>, std::integer_sequence<int, J...>) {
-  const Vec<Real> bv[NV] = {load(b + J * VL<Real>)...};
+  Vec<Real> bv[NV] = {load(b + J * VL<Real>)...};
+  (keep(bv[J]), ...);
   ((tile.c[I] += a[(I / NV) * a_row] * bv[I % NV]), ...);
 }
 
-// a_row, a_step: strides of A over r and t; b_step: elements between the rows of B.
-template <class Real, int R, int NV>
+// An empty instruction that wants each accumulator in a register, or GCC 12 moves them about between the steps.
+template <class Real, int R, int NV, int... I>
+FASTATTN_INLINE void pin(Tile<Real, R, NV>& tile, std::integer_sequence<int, I...>) {
+  (keep(tile.c[I]), ...);
+}
+
+// a_row, a_step: strides of A over r and t; b_step: elements between the rows of B. Every few steps `aside` may do a
+// little of some other work (see softmax.h): its additions and latencies hide behind the multiply-adds.
+template <class Real, int R, int NV, class Aside>
 FASTATTN_INLINE Tile<Real, R, NV> multiply(const Real* a, int64_t a_row, int64_t a_step, const Real* b, int64_t b_step,
-                                           int64_t steps) {
+                                           int64_t steps, Aside&& aside) {
+  constexpr std::make_integer_sequence<int, R * NV> all;
+  constexpr std::make_integer_sequence<int, NV> vectors;
+  constexpr int unroll = 4;
   Tile<Real, R, NV> tile{};
+  int64_t t = 0;
+  for (; t + unroll <= steps; t += unroll) {
 #pragma GCC unroll 4
-  for (int64_t t = 0; t < steps; t++)
-    multiply_step(tile, a + t * a_step, a_row, b + t * b_step, std::make_integer_sequence<int, R * NV>{},
-                  std::make_integer_sequence<int, NV>{});
+    for (int i = 0; i < unroll; i++) multiply_step(tile, a + (t + i) * a_step, a_row, b + (t + i) * b_step, all, vectors);
+    pin(tile, all);
+    aside();
+    pin(tile, all);
+  }
+  for (; t < steps; t++) multiply_step(tile, a + t * a_step, a_row, b + t * b_step, all, vectors);
   return tile;
+}
+
+// Where a tile goes: rows of NV vectors, one after the other.
+template <class Real, int R, int NV, int... I>
+FASTATTN_INLINE void store_tile(const Tile<Real, R, NV>& tile, Real* c, std::integer_sequence<int, I...>) {
+  (store(c + I * VL<Real>, tile.c[I]), ...);
+}
+template <class Real, int R, int NV, int... I>
+FASTATTN_INLINE void add_tile(const Tile<Real, R, NV>& tile, Real* c, std::integer_sequence<int, I...>) {
+  (store(c + I * VL<Real>, load(c + I * VL<Real>) + tile.c[I]), ...);
+}
+
+// largest[lane] = max(largest[lane], the tile's rows), NaN left out.
+template <class Real, int R, int NV, int... I>
+FASTATTN_INLINE void max_column(const Tile<Real, R, NV>& tile, int v, Real* largest, std::integer_sequence<int, I...>) {
+  Vec<Real> m = load(largest);
+  ((m = vmax(tile.c[I * NV + v], m)), ...);
+  store(largest, m);
+}
+template <class Real, int R, int NV, int... V>
+FASTATTN_INLINE void max_tile(const Tile<Real, R, NV>& tile, Real* largest, std::integer_sequence<int, V...>) {
+  (max_column(tile, V, largest + V * VL<Real>, std::make_integer_sequence<int, R>{}), ...);
 }
 
 }  // namespace fastattn::FASTATTN_ISA

@@ -28,7 +28,7 @@ struct Arena {
 template <class Real>
 struct Panel {
   Real *q, *out;        // [head_dim][NR], [head_dim_v][NR]
-  Real *max, *sum;      // [NR]
+  Running<Real> run;
   Real *slopes, *positions;
   Lanes lanes;
 };
@@ -36,7 +36,7 @@ struct Panel {
 template <class Real>
 struct Scratch {
   Panel<Real> panels[unit_rows];
-  Real *scores, *bias, *key_bias, *rows, *first, *last, *k, *v, *seen;
+  Real *scores[2], *largest, *tile_sum, *bias, *key_bias, *rows, *first, *last, *k, *v[2], *seen;
   int64_t k_stride, v_stride, bytes;
 };
 
@@ -49,12 +49,13 @@ Scratch<Real> layout(const Problem& p, const Blocking& b, char* memory) {
     Panel<Real>& panel = s.panels[i];
     panel.q = arena.take<Real>(p.head_dim * NR);
     panel.out = arena.take<Real>(p.head_dim_v * NR);
-    panel.max = arena.take<Real>(NR);
-    panel.sum = arena.take<Real>(NR);
+    panel.run = {arena.take<Real>(NR), arena.take<Real>(NR), arena.take<Real>(NR)};
     panel.slopes = arena.take<Real>(NR);
     panel.positions = arena.take<Real>(NR);
   }
-  s.scores = arena.take<Real>(keys * NR);
+  for (Real*& scores : s.scores) scores = arena.take<Real>(keys * NR);
+  s.largest = arena.take<Real>(NR);
+  s.tile_sum = arena.take<Real>(NR);
   s.seen = arena.take<Real>(keys * NR);
   s.bias = arena.take<Real>(keys * NR);
   s.key_bias = arena.take<Real>(2 * keys);
@@ -64,7 +65,7 @@ Scratch<Real> layout(const Problem& p, const Blocking& b, char* memory) {
   s.k_stride = round_up(p.head_dim, 16) + 16;  // never a power of two, which would thrash the L1
   s.v_stride = round_up(p.head_dim_v, 16) + 16;
   s.k = arena.take<Real>(keys * s.k_stride);
-  s.v = arena.take<Real>(keys * s.v_stride);
+  for (Real*& v : s.v) v = arena.take<Real>(keys * s.v_stride);
   s.bytes = arena.used;
   return s;
 }
@@ -96,32 +97,62 @@ bool all_finite(TileRows<Real> rows, int64_t keys, int64_t columns) {
 }
 
 template <class Real, int R, int NV>
-__attribute__((noinline)) void scores_tile(const Real* k, int64_t k_stride, const Real* q, int64_t head_dim, Real* s) {
+__attribute__((noinline)) void scores_tile(const Real* k, int64_t k_stride, const Real* q, int64_t head_dim, Real* s,
+                                           Real* largest, Weigher<Real, NV>& before) {
   constexpr int L = VL<Real>;
-  auto tile = multiply<Real, R, NV>(k, k_stride, 1, q, NV * L, head_dim);
-  for (int i = 0; i < R * NV; i++) store(s + i * L, tile.c[i]);
+  Weigher<Real, NV> aside = before;
+  auto tile = multiply<Real, R, NV>(k, k_stride, 1, q, NV * L, head_dim, aside);
+  before.scores = aside.scores;
+  before.lane = aside.lane;
+  store_tile(tile, s, std::make_integer_sequence<int, R * NV>{});
+  max_tile(tile, largest, std::make_integer_sequence<int, NV>{});
 }
 
 // out += V^T P^T for R columns. The tile starts from zero: shorter sums are more accurate than one long one.
 template <class Real, int R, int NV>
 __attribute__((noinline)) void out_tile(const Real* v, int64_t v_stride, const Real* p, int64_t keys, Real* out) {
   constexpr int L = VL<Real>;
-  auto tile = multiply<Real, R, NV>(v, 1, v_stride, p, NV * L, keys);
-  for (int i = 0; i < R * NV; i++) store(out + i * L, load(out + i * L) + tile.c[i]);
+  auto tile = multiply<Real, R, NV>(v, 1, v_stride, p, NV * L, keys, [] {});
+  add_tile(tile, out, std::make_integer_sequence<int, R * NV>{});
 }
 
-// The last rows of a product, fewer than MR.
-template <class Real, int R, int NV>
-void scores_tail(int64_t rows, const Real* k, int64_t k_stride, const Real* q, int64_t head_dim, Real* s) {
-  if (rows == R) scores_tile<Real, R, NV>(k, k_stride, q, head_dim, s);
-  if constexpr (R > 1)
-    if (rows < R) scores_tail<Real, R - 1, NV>(rows, k, k_stride, q, head_dim, s);
+// The next of `left` rows for register tiles of up to R: never a sliver beside a full tile, which would idle the pipes.
+template <int R>
+FASTATTN_INLINE int64_t tile_rows_of(int64_t left) {
+  return left <= R ? left : left < R + R / 2 ? (left + 1) / 2 : R;
 }
-template <class Real, int R, int NV>
-void out_tail(int64_t rows, const Real* v, int64_t v_stride, const Real* p, int64_t keys, Real* out) {
-  if (rows == R) out_tile<Real, R, NV>(v, v_stride, p, keys, out);
-  if constexpr (R > 1)
-    if (rows < R) out_tail<Real, R - 1, NV>(rows, v, v_stride, p, keys, out);
+
+// scores [keys][NR] = K Q^T, and their maxima; `before` is worked off on the way.
+template <class Real, int NV, int R = MR<NV>>
+void scores_product(TileRows<Real> k, int64_t keys, const Real* q, int64_t head_dim, Real* scores, Real* largest,
+                    Weigher<Real, NV>& before) {
+  constexpr int NR = NV * VL<Real>;
+  while (keys) {
+    const int64_t rows = tile_rows_of<R>(keys);
+    if (rows == R)
+      scores_tile<Real, R, NV>(k.data, k.stride, q, head_dim, scores, largest, before);
+    else if constexpr (R > 1)
+      scores_product<Real, NV, R - 1>({k.data, k.stride}, rows, q, head_dim, scores, largest, before);
+    k.data += rows * k.stride;
+    scores += rows * NR;
+    keys -= rows;
+  }
+}
+
+// out [columns][NR] += V^T P^T
+template <class Real, int NV, int R = MR<NV>>
+void out_product(TileRows<Real> v, int64_t columns, const Real* p, int64_t keys, Real* out) {
+  constexpr int NR = NV * VL<Real>;
+  while (columns) {
+    const int64_t rows = tile_rows_of<R>(columns);
+    if (rows == R)
+      out_tile<Real, R, NV>(v.data, v.stride, p, keys, out);
+    else if constexpr (R > 1)
+      out_product<Real, NV, R - 1>(v, rows, p, keys, out);
+    v.data += rows;
+    out += rows * NR;
+    columns -= rows;
+  }
 }
 
 // out += V^T P^T where a masked key contributes nothing, not 0 * NaN; seen: the scores before the softmax.
@@ -146,8 +177,8 @@ void prepare_panel(const Problem& p, const Unit& u, int64_t r0, int64_t rows, in
   const Real scale = (Real)(p.softcap > 0.0 ? p.softmax_scale / p.softcap : p.softmax_scale * log2e);
   for (int64_t r = 0; r < NR; r++) {
     Real* row = tmp + r * p.head_dim;
-    panel.max[r] = (Real)-__builtin_inf();
-    panel.sum[r] = panel.slopes[r] = panel.positions[r] = 0;
+    panel.run.max[r] = (Real)-__builtin_inf();
+    panel.run.shift[r] = panel.run.sum[r] = panel.slopes[r] = panel.positions[r] = 0;
     if (r >= rows) {
       for (int64_t d = 0; d < p.head_dim; d++) row[d] = 0;
       continue;
@@ -180,6 +211,28 @@ void finish_rows(const Problem& p, const Lanes& lanes, const Real* out, int64_t 
   }
 }
 
+// A panel's scores of one tile on their way to its output: they are weighed while the next panel's are computed.
+template <class Real, int NV>
+struct Pending {
+  Panel<Real>* panel = nullptr;
+  Weigher<Real, NV> weigher;
+  Real* scores;
+  int64_t keys;
+  TileRows<Real> v;
+  bool select;  // v is not finite and some key is masked
+};
+
+template <class Real, int NV>
+void accumulate(Pending<Real, NV>& item, int64_t head_dim_v, const Real* seen) {
+  constexpr int NR = NV * VL<Real>;
+  if (!item.panel) return;
+  item.weigher.finish();
+  for (int i = 0; i < NR; i++) item.panel->run.sum[i] += item.weigher.sum[i];
+  Real* out = item.panel->out;
+  if (item.select) return select_out<Real, NV>(item.v, item.scores, seen, item.keys, head_dim_v, out);
+  out_product<Real, NV>(item.v, head_dim_v, item.scores, item.keys, out);
+}
+
 template <class Real, int NV>
 void run_unit_lanes(const Problem& p, const Blocking& b, const Unit& u, const Partial& partial, char* memory) {
   constexpr int L = VL<Real>, NR = NV * L, R = MR<NV>;
@@ -196,10 +249,12 @@ void run_unit_lanes(const Problem& p, const Blocking& b, const Unit& u, const Pa
   const bool any_bias = p.bias || p.mask;
   const bool key_bias = any_bias && same_for_all_rows(p.bias) && same_for_all_rows(p.mask);
 
-  for (int64_t tile = u.k_lo / b.n_block * b.n_block; tile < u.k_hi; tile += b.n_block) {
+  Pending<Real, NV> pending{};
+  int item = 0, tile_index = 0;
+  for (int64_t tile = u.k_lo / b.n_block * b.n_block; tile < u.k_hi; tile += b.n_block, tile_index++) {
     const int64_t t0 = larger(tile, u.k_lo), t1 = smaller(tile + b.n_block, u.k_hi);
     TileRows<Real> k = tile_rows(p.k, u.batch, head_k, t0, t1 - t0, D, s.k, s.k_stride);
-    TileRows<Real> v = tile_rows(p.v, u.batch, head_k, t0, t1 - t0, Dv, s.v, s.v_stride);
+    TileRows<Real> v = tile_rows(p.v, u.batch, head_k, t0, t1 - t0, Dv, s.v[tile_index % 2], s.v_stride);
     int finite = -1;  // of v; looked at only where something is masked
     if (key_bias) {
       const Lanes one{u.batch, u.head, u.row, 1, {}, {}};
@@ -210,19 +265,21 @@ void run_unit_lanes(const Problem& p, const Blocking& b, const Unit& u, const Pa
       const Lanes& lanes = panel.lanes;
       const int64_t k0 = larger(t0, lanes.visited.lo), k1 = smaller(t1, lanes.visited.hi), keys = k1 - k0;
       if (keys <= 0) continue;
-      const Real* kt = k.data + (k0 - t0) * k.stride;
-      int64_t j = 0;
-      for (; j + R <= keys; j += R) scores_tile<Real, R, NV>(kt + j * k.stride, k.stride, panel.q, D, s.scores + j * NR);
-      scores_tail<Real, R - 1, NV>(keys - j, kt + j * k.stride, k.stride, panel.q, D, s.scores + j * NR);
+      Real* scores = s.scores[item++ % 2];
+      Weigher<Real, NV>& before = pending.weigher;
+      before.per_visit = (int)((4 * R * NV + D - 1) / D);
+      for (int r = 0; r < NR; r++) s.largest[r] = (Real)-__builtin_inf();
+      scores_product<Real, NV>({k.data + (k0 - t0) * k.stride, k.stride}, keys, panel.q, D, scores, s.largest, before);
+      accumulate(pending, Dv, s.seen);
 
       bool masked = false;
-      if (p.softcap > 0.0) softcap_scores<Real, NV>(s.scores, keys, (Real)p.softcap);
-      if (p.alibi_slopes) add_alibi<Real, NV>(s.scores, keys, panel.slopes, panel.positions, k0);
+      if (p.softcap > 0.0) softcap_scores<Real, NV>(scores, keys, (Real)p.softcap);
+      if (p.alibi_slopes) add_alibi<Real, NV>(scores, keys, panel.slopes, panel.positions, k0);
       if (key_bias)
-        masked |= add_key_bias<Real, NV>(s.scores, keys, s.key_bias + (k0 - t0));
+        masked |= add_key_bias<Real, NV>(scores, keys, s.key_bias + (k0 - t0));
       else if (any_bias) {
         load_bias(p, lanes, k0, keys, NR, s.rows, s.bias);
-        masked |= add_bias<Real, NV>(s.scores, keys, s.bias);
+        masked |= add_bias<Real, NV>(scores, keys, s.bias);
       }
       if (k0 < lanes.common.lo || k1 > lanes.common.hi) {
         for (int64_t r = 0; r < NR; r++) {
@@ -234,39 +291,33 @@ void run_unit_lanes(const Problem& p, const Blocking& b, const Unit& u, const Pa
           s.first[r] = (Real)smaller(larger<int64_t>(range.lo - k0, 0), keys);
           s.last[r] = (Real)smaller(larger<int64_t>(range.hi - k0, 0), keys);
         }
-        mask_intervals<Real, NV>(s.scores, keys, s.first, s.last, lanes.common.lo - k0, lanes.common.hi - k0);
+        mask_intervals<Real, NV>(scores, keys, s.first, s.last, lanes.common.lo - k0, lanes.common.hi - k0);
         masked = true;
       }
-
-      update_max<Real, NV>(s.scores, keys, panel.max, panel.sum, panel.out, Dv);
       if (masked && finite < 0) finite = all_finite(v, t1 - t0, Dv);
-      const bool select = masked && !finite;
-      if (select) memcpy(s.seen, s.scores, keys * NR * sizeof(Real));
-      weigh<Real, NV>(s.scores, keys, panel.max, panel.sum);
 
-      const TileRows<Real> vt{v.data + (k0 - t0) * v.stride, v.stride};
-      if (select) {
-        select_out<Real, NV>(vt, s.scores, s.seen, keys, Dv, panel.out);
-        continue;
-      }
-      int64_t d = 0;
-      for (; d + R <= Dv; d += R) out_tile<Real, R, NV>(vt.data + d, v.stride, s.scores, keys, panel.out + d * NR);
-      out_tail<Real, R - 1, NV>(Dv - d, vt.data + d, v.stride, s.scores, keys, panel.out + d * NR);
+      pending = {&panel, {scores, scores + keys * NR, panel.run.shift, s.tile_sum, 0, 0}, scores, keys,
+                 {v.data + (k0 - t0) * v.stride, v.stride}, masked && !finite};
+      if (masked || any_bias || p.softcap > 0.0 || p.alibi_slopes) find_max<Real, NV>(scores, keys, s.largest);
+      update_max<Real, NV>(s.largest, panel.run, panel.out, Dv);
+      for (int r = 0; r < NR; r++) s.tile_sum[r] = 0;
+      if (pending.select) memcpy(s.seen, scores, keys * NR * sizeof(Real));
     }
   }
+  accumulate(pending, Dv, s.seen);
 
   for (int i = 0; i < panels; i++) {
     Panel<Real>& panel = s.panels[i];
     transpose(panel.out, (int64_t)NR, Dv, (int64_t)NR, s.rows, Dv);
     if (b.num_splits == 1) {
-      finish_rows(p, panel.lanes, s.rows, Dv, (int64_t)1, panel.max, panel.sum, s.rows);
+      finish_rows(p, panel.lanes, s.rows, Dv, (int64_t)1, panel.run.max, panel.run.sum, s.rows);
       continue;
     }
     for (int64_t r = 0; r < panel.lanes.rows; r++) {
       const int64_t row = (int64_t)i * NR + r;
       memcpy((Real*)partial.out + row * Dv, s.rows + r * Dv, Dv * sizeof(Real));
-      ((Real*)partial.max)[row] = panel.max[r];
-      ((Real*)partial.sum)[row] = panel.sum[r];
+      ((Real*)partial.max)[row] = panel.run.max[r];
+      ((Real*)partial.sum)[row] = panel.run.sum[r];
     }
   }
 }

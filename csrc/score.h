@@ -33,6 +33,14 @@ void add_alibi(Real* scores, int64_t keys, const Real* slopes, const Real* posit
   }
 }
 
+// A bias in log2 units. A finite one stays finite: finfo.min pushes a key away, only -inf masks it.
+template <class Real>
+FASTATTN_INLINE Vec<Real> bias_log2(Vec<Real> bias) {
+  const Vec<Real> limit = splat((Real)(sizeof(Real) == 8 ? 8e307 : 1.5e38));
+  const Vec<Real> b = vmax(-limit, bias * (Real)log2e);
+  return b > limit ? limit : b;
+}
+
 // scores[j][lane] += bias[j] (natural log), -inf selects; whether anything is masked.
 template <class Real, int NV>
 bool add_key_bias(Real* scores, int64_t keys, const Real* bias) {
@@ -42,9 +50,10 @@ bool add_key_bias(Real* scores, int64_t keys, const Real* bias) {
   for (int64_t j = 0; j < keys; j++) {
     const bool gone = bias[j] == lowest;
     masked |= gone;
+    const Vec<Real> b = bias_log2<Real>(splat(bias[j]));
     for (int v = 0; v < NV; v++) {
       Real* s = scores + j * NR + v * L;
-      store(s, gone ? splat(lowest) : load(s) + bias[j] * (Real)log2e);
+      store(s, gone ? splat(lowest) : load(s) + b);
     }
   }
   return masked;
@@ -60,7 +69,7 @@ bool add_bias(Real* scores, int64_t keys, const Real* bias) {
     Vec<Real> b = load(bias + i);
     auto gone = b == lowest;
     masked |= gone;
-    store(scores + i, gone ? lowest : load(scores + i) + b * (Real)log2e);
+    store(scores + i, gone ? lowest : load(scores + i) + bias_log2<Real>(b));
   }
   return any<Real>(masked);
 }

@@ -1,6 +1,7 @@
 """fastattn: fused attention for PyTorch, on CPUs first. See README.md; start with `fastattn.attention`."""
 
 from .api import attention, explain
+from .compat.sdpa import scaled_dot_product_attention
 from .dispatch import FallbackWarning, UnsupportedError, last_call, record, use
 from .dropout import dropout_mask
 from .masks import Mask
@@ -16,5 +17,6 @@ __all__ = [
     "explain",
     "last_call",
     "record",
+    "scaled_dot_product_attention",
     "use",
 ]

@@ -4,6 +4,7 @@ import math
 from functools import lru_cache
 
 import torch
+from torch.autograd import forward_ad as _forward_ad
 
 from . import dispatch
 from .masks import UNBOUNDED, Mask, Window, check_window, diagonal_bounds
@@ -70,14 +71,18 @@ def attention(
         q, k, v, mask, causal, window_size, softmax_scale, softcap, alibi_slopes, bias, sinks, dropout_p, seed,
         return_lse,
     )  # fmt: skip
-    choice, softmax_scale, lo, hi = _plan(signature, _current_backend() if backend is None else backend)
+    backend = _current_backend() if backend is None else backend
+    try:
+        choice, softmax_scale, lo, hi = _plan(signature, backend)
+    except TypeError:  # an unhashable argument, or _problem's own error
+        raise _validation_error(signature, backend) from None
     if dropout_p > 0.0 and seed is None:
         seed = int(torch.randint(2**63 - 1, ()))
+    _note(choice)
     out, lse = choice.kernel(
         choice.call.problem, q, k, v, softmax_scale, softcap, lo, hi, k_start, k_end, mask, bias, alibi_slopes, sinks,
         dropout_p, seed,
     )  # fmt: skip
-    _note(choice)
     return (out, lse) if return_lse else out
 
 
@@ -113,14 +118,17 @@ def _signature(
             raise TypeError(f"mask must be a Mask or a bool tensor, got {type(mask).__name__}")
     if window_size is not None:
         windows += (Window(*check_window(window_size)),)
-    if causal:
+    if causal is not False and _check_flag("causal", causal, '; mask=Mask.causal("top_left") is torch\'s alignment'):
         windows += (Window(None, 0),)
     try:
-        needs_grad = _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        # | and not or: an argument that is no tensor has no requires_grad, and must not slip through
+        needs_grad = (q.requires_grad | k.requires_grad | v.requires_grad) and _is_grad_enabled()
         if not (mask is k_start is k_end is bias is alibi_slopes is sinks is None):
             tensors = (mask, k_start, k_end, bias, alibi_slopes, sinks)
-            extras = tuple([None if t is None else (t.shape, t.dtype, t.device) for t in tensors])
-            needs_grad = needs_grad or _is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+            extras = tuple([None if t is None else (t.shape, t.dtype, t.device, t.requires_grad) for t in tensors])
+            needs_grad = needs_grad or _is_grad_enabled() and any([t is not None and t[3] for t in extras])
+        if _forward_ad._current_level >= 0:  # forward-mode tangents may hide in any input
+            needs_grad = True
         signature = (
             q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, needs_grad, windows,
             softmax_scale, softcap, dropout_p, return_lse, extras,
@@ -137,6 +145,14 @@ def _signature(
 def _plan(signature: tuple, backend: str | None) -> tuple[dispatch.Choice, float, int, int]:
     problem, softmax_scale, lo, hi = _problem(*signature)
     return dispatch.select(problem, dispatch.check_backend(backend, "backend")), softmax_scale, lo, hi
+
+
+def _validation_error(signature: tuple, backend) -> Exception:
+    try:
+        _plan.__wrapped__(signature, backend)
+    except Exception as error:
+        return error
+    return TypeError("an argument is not hashable")
 
 
 def _problem(
@@ -182,6 +198,8 @@ def _problem(
         raise ValueError(f"softcap={softcap!r} must be >= 0 (0 turns it off)")
     if not 0.0 <= _check_real("dropout_p", dropout_p) < 1.0:
         raise ValueError(f"dropout_p={dropout_p!r} must be in [0, 1)")
+
+    _check_flag("return_lse", return_lse)
 
     mask, k_start, k_end, bias, alibi_slopes, sinks = extras or (None,) * 6
     scores, heads = (batch, num_heads, seqlen_q, seqlen_k), (batch, num_heads)
@@ -231,11 +249,21 @@ def _problem(
 def _check_real(name: str, value) -> float:
     if isinstance(value, torch.Tensor):
         raise TypeError(f"{name} is a tensor of shape {tuple(value.shape)}; it must be a float (use .item())")
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}={value!r} must be a float")
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={_one_line(value)} must be a float")
     if not math.isfinite(value):
         raise ValueError(f"{name}={value!r} must be finite")
     return float(value)
+
+
+def _check_flag(name: str, value, hint: str = "") -> bool:
+    if value is not None and not isinstance(value, int):
+        raise TypeError(f"{name}={_one_line(value)} must be True or False{hint}")
+    return bool(value)
+
+
+def _one_line(value) -> str:
+    return " ".join(repr(value).split())[:80]
 
 
 def _check_broadcast(name: str, extra, target: tuple[int, ...], text: str) -> None:

@@ -1,5 +1,7 @@
 """Tensors to the arguments of the C++ extension; no policy."""
 
+from pathlib import Path
+
 import torch
 
 try:
@@ -7,13 +9,15 @@ try:
 except ImportError as error:  # a wheel built without a compiler, or for another platform
     _C, _import_error = None, error
 
-_get_num_threads = torch.get_num_threads
+_empty_like, _get_num_threads = torch.empty_like, torch.get_num_threads
 
 
 def unavailable() -> str | None:
     """None if the compiled kernels can run here, else why not."""
     if _C is None:
-        return f"the compiled CPU kernels are missing ({_import_error}); reinstall with a C++ compiler to build them"
+        build_error = Path(__file__).with_name("_build_error.txt")  # setup.py writes it
+        why = build_error.read_text().strip() if build_error.exists() else _import_error
+        return f"the compiled CPU kernels are missing ({why}); reinstall with a C++ compiler to build them"
     return None
 
 
@@ -27,15 +31,18 @@ def prefill(
     sinks, dropout_p, seed,
 ):  # fmt: skip
     """Forward pass (kernel signature of dispatch.Row); `out` follows q's memory order."""
-    shape = (problem.batch, problem.num_heads, problem.seqlen_q, problem.head_dim_v)
-    strides = q.stride()
-    if strides[1] < strides[2] and problem.seqlen_q > 1:  # [batch, seqlen, num_heads, head_dim] memory
-        out = q.new_empty((shape[0], shape[2], shape[1], shape[3])).transpose(1, 2)
+    if q.is_contiguous() and problem.head_dim == problem.head_dim_v:
+        out = _empty_like(q)
     else:
-        out = q.new_empty(shape)
+        b, h, s, d = problem.batch, problem.num_heads, problem.seqlen_q, problem.head_dim_v
+        strides = q.stride()
+        if strides[1] < strides[2] and s > 1:  # [batch, seqlen, num_heads, head_dim] memory
+            out = q.new_empty((b, s, h, d)).transpose(1, 2)
+        else:
+            out = q.new_empty((b, h, s, d))
     lse = None
     if problem.lse:
-        lse = q.new_empty(shape[:3], dtype=torch.float64 if problem.dtype == "float64" else torch.float32)
+        lse = q.new_empty(out.shape[:3], dtype=torch.float64 if problem.dtype == "float64" else torch.float32)
     _C.forward(
         q, k, v, out, lse, softmax_scale, softcap, diagonal_lo, diagonal_hi, k_start, k_end, mask, bias,
         alibi_slopes, sinks, _get_num_threads(),

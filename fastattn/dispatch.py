@@ -138,12 +138,12 @@ def explain(problem: Problem, backend: str | None) -> str:
 
 
 def note(choice: Choice) -> None:
-    """Remember a call for `last_call` and `record`; count and report a fallback."""
+    """Before a kernel runs: count and report a fallback, remember the call for `last_call` and `record`."""
+    if choice.is_fallback:
+        _report_fallback(choice.call)
     _state.last = choice.call
     for calls in _recorders.get():
         calls.append(choice.call)
-    if choice.is_fallback:
-        _report_fallback(choice.call)
 
 
 def last_call() -> Call | None:
@@ -189,7 +189,9 @@ fallbacks: Counter = Counter()
 
 _state = threading.local()
 _recorders: ContextVar[tuple[list[Call], ...]] = ContextVar("fastattn_recorders", default=())
-_backend: ContextVar[str | None] = ContextVar("fastattn_backend", default=None)
+_environment_backend = check_backend(os.environ.get("FASTATTN_BACKEND") or None, "FASTATTN_BACKEND")
+# The default, and not a value that is set here: a new thread starts with an empty context.
+_backend: ContextVar[str | None] = ContextVar("fastattn_backend", default=_environment_backend)
 _FALLBACK_POLICIES = ("warn", "silent", "error")
 
 
@@ -230,7 +232,3 @@ def _report_fallback(call: Call) -> None:
     fallbacks[call.reason] += 1
     if policy == "warn" and fallbacks[call.reason] == 1:
         warnings.warn(message + " (said once per reason; FASTATTN_FALLBACK=silent hides it)", FallbackWarning, 4)
-
-
-if os.environ.get("FASTATTN_BACKEND"):
-    _backend.set(check_backend(os.environ["FASTATTN_BACKEND"], "FASTATTN_BACKEND"))

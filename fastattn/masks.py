@@ -72,6 +72,10 @@ class Mask:
     k_start: torch.Tensor | None = None
     k_end: torch.Tensor | None = None
 
+    def __post_init__(self):
+        for name in ("k_start", "k_end"):
+            object.__setattr__(self, name, _bounds(getattr(self, name), name))
+
     @classmethod
     def causal(cls, alignment: str = "bottom_right") -> "Mask":
         """Each query sees the keys up to its own position."""
@@ -92,24 +96,24 @@ class Mask:
         Integer tensors broadcastable to [batch, num_heads, seqlen_q] (three dimensions). Values may lie outside
         0 ... seqlen_k: they are clamped. An empty interval masks the row.
         """
-        return cls(k_start=_bounds(k_start, "k_start"), k_end=_bounds(k_end, "k_end"))
+        return cls(k_start=k_start, k_end=k_end)
 
     @classmethod
     def lengths(cls, seqlens_k: torch.Tensor) -> "Mask":
         """Right padding: sequence b has seqlens_k[b] keys. int tensor [batch]."""
-        if seqlens_k.dim() != 1:
-            raise ValueError(f"seqlens_k has shape {tuple(seqlens_k.shape)}; it must be [batch]")
+        _check_rank("seqlens_k", seqlens_k, "[batch]")
         return cls.intervals(k_end=seqlens_k[:, None, None])
 
     @classmethod
     def padding(cls, keep: torch.Tensor) -> "Mask":
-        """Padding on either side from a bool (or 0/1) tensor [batch, seqlen_k], True = token.
+        """Padding on either side from a bool (or integer 0/1) tensor [batch, seqlen_k], True = token.
 
         The tokens of each sequence must be contiguous (left padding, right padding or both); ValueError otherwise:
         pass keep[:, None, None, :] as a bool mask then.
         """
-        if keep.dim() != 2:
-            raise ValueError(f"keep has shape {tuple(keep.shape)}; it must be [batch, seqlen_k]")
+        _check_rank("keep", keep, "[batch, seqlen_k]")
+        if keep.is_floating_point():  # most likely 0 = token, -inf = padding
+            raise TypeError(f"keep has dtype {keep.dtype}; it must be bool or 0/1 (an additive mask goes to bias=)")
         keep = keep.bool()
         count = keep.sum(1, dtype=torch.int32)
         if keep.shape[1] == 0:
@@ -134,10 +138,15 @@ class Mask:
         """
         ids_k = ids_q if ids_k is None else ids_k
         for name, ids in (("ids_q", ids_q), ("ids_k", ids_k)):
-            if ids.dim() != 2:
-                raise ValueError(f"{name} has shape {tuple(ids.shape)}; it must be [batch, seqlen]")
+            _check_rank(name, ids, "[batch, seqlen]")
+            if ids.dtype == torch.bool or ids.is_floating_point():
+                raise TypeError(f"{name} has dtype {ids.dtype}; document ids must be integers")
             if (ids[:, 1:] < ids[:, :-1]).any():
                 raise ValueError(f"{name} must not decrease along a sequence: number the documents in order")
+        if ids_q.shape[0] != ids_k.shape[0]:
+            raise ValueError(
+                f"ids_q has shape {tuple(ids_q.shape)} and ids_k {tuple(ids_k.shape)}; they must have the same batch"
+            )
         ids_q, ids_k = ids_q.contiguous(), ids_k.contiguous()
         start = torch.searchsorted(ids_k, ids_q, right=False)
         end = torch.searchsorted(ids_k, ids_q, right=True)
@@ -150,8 +159,7 @@ class Mask:
         prefix_lengths int [batch].
         """
         seqlen_k = seqlen_q if seqlen_k is None else seqlen_k
-        if prefix_lengths.dim() != 1:
-            raise ValueError(f"prefix_lengths has shape {tuple(prefix_lengths.shape)}; it must be [batch]")
+        _check_rank("prefix_lengths", prefix_lengths, "[batch]")
         own = torch.arange(seqlen_q, device=prefix_lengths.device) + (seqlen_k - seqlen_q + 1)
         return cls.intervals(k_end=torch.maximum(own, prefix_lengths[:, None])[:, None, :])
 
@@ -164,6 +172,9 @@ class Mask:
             k_start=_combine(torch.maximum, self.k_start, other.k_start),
             k_end=_combine(torch.minimum, self.k_end, other.k_end),
         )
+
+    def __bool__(self) -> bool:
+        raise TypeError("a Mask has no truth value: combine masks with & (`a and b` would drop a), test `is not None`")
 
     def to_dense(self, seqlen_q: int, seqlen_k: int, device: torch.device | str | None = None) -> torch.Tensor:
         """The mask as a bool tensor [batch|1, num_heads|1, seqlen_q, seqlen_k], True = attend. O(n^2) memory."""
@@ -201,16 +212,24 @@ def _merge(windows: tuple[Window, ...]) -> tuple[Window, ...]:
 def _combine(pick, a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
     if a is None or b is None:
         return b if a is None else a
-    return pick(a, b)
+    try:
+        return pick(a, b)
+    except RuntimeError as error:
+        shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
+        raise ValueError(f"the two masks have key intervals of shape {shapes}; they must broadcast") from error
 
 
 def _bounds(tensor: torch.Tensor | None, name: str) -> torch.Tensor | None:
     if tensor is None:
         return None
+    _check_rank(name, tensor, "[batch|1, num_heads|1, seqlen_q|1]")
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise TypeError(f"{name} has dtype {tensor.dtype}; key indices must be integers")
-    if tensor.dim() != 3:
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}; it must have three dimensions, [batch|1, num_heads|1, seqlen_q|1]"
-        )
-    return tensor.clamp(min=0, max=torch.iinfo(torch.int32).max).to(torch.int32)
+    return tensor.long().clamp(min=0, max=torch.iinfo(torch.int32).max).int()
+
+
+def _check_rank(name: str, tensor, expected: str) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor {expected}, got {type(tensor).__name__}")
+    if tensor.dim() != expected.count(",") + 1:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {expected}")

@@ -45,8 +45,7 @@ def attention(
     """
     q, k, v, dtype = *_upcast(q, k, v), q.dtype
     scores, visible = _scores(q, k, visible, softmax_scale, softcap, alibi_slopes, bias)
-    lse = _lse(scores, sinks)
-    p = _weights(scores, lse)
+    p, lse = _softmax(scores, sinks)
     if dropout_p > 0.0:
         p = p * _dropout_factor(p, dropout_p, seed)
     return _weighted_sum(p, v, visible).to(dtype), lse
@@ -65,6 +64,8 @@ def run(
         q, k, v, visible=visible, softmax_scale=softmax_scale, softcap=softcap, alibi_slopes=alibi_slopes, bias=bias,
         sinks=sinks, dropout_p=dropout_p, seed=seed,
     )  # fmt: skip
+    if q.stride(1) < q.stride(2) and problem.seqlen_q > 1:  # q's memory order, as every kernel
+        out = out.transpose(1, 2).contiguous().transpose(1, 2)
     return out, lse if problem.lse else None
 
 
@@ -95,8 +96,7 @@ def backward(
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     capped = softcap_scores(scale * _product(q, k), softcap)
     scores, _ = _scores(q, k, visible, softmax_scale, softcap, alibi_slopes, bias)
-    lse = _lse(scores, sinks)
-    p = _weights(scores, lse)
+    p, lse = _softmax(scores, sinks)
 
     keep = _dropout_factor(p, dropout_p, seed) if dropout_p > 0.0 else 1.0
     dp = (dout @ _per_query_head(v, q.shape[1]).transpose(-1, -2)) * keep
@@ -157,22 +157,18 @@ def _scores(q, k, visible, softmax_scale, softcap, alibi_slopes, bias):
     return scores, visible
 
 
-def _lse(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
-    if sinks is not None:
-        sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-        scores = torch.cat([scores, sink], -1)
-    if scores.shape[-1] == 0:
-        return scores.new_full(scores.shape[:-1], -math.inf)
-    # logsumexp's own gradient is NaN where every score is -inf: send zeros through and select afterwards
-    empty = (scores == -math.inf).all(-1, keepdim=True)
-    lse = torch.logsumexp(scores.masked_fill(empty, 0.0), -1)
-    return lse.masked_fill(empty[..., 0], -math.inf)
-
-
-def _weights(scores: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-    masked = scores == -math.inf
-    safe = scores.masked_fill(masked, 0.0) - lse.masked_fill(lse == -math.inf, 0.0)[..., None]
-    return torch.exp(safe).masked_fill(masked, 0.0)
+def _softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weights, lse). Not exp(scores - lse): lse is rounded, which a bias of -1e38 (finfo.min) turns into factors."""
+    sink = scores.new_full((1, 1, 1, 1), -math.inf) if sinks is None else sinks.to(scores.dtype).view(1, -1, 1, 1)
+    with torch.no_grad():
+        m = torch.cat([scores, sink.expand(*scores.shape[:-1], 1)], -1).amax(-1, keepdim=True)
+        m = m.masked_fill(m == -math.inf, 0.0)
+    # select after exp, so that the gradient at a masked key is 0 whatever stands there
+    p = torch.exp(scores - m).masked_fill(scores == -math.inf, 0.0)
+    total = p.sum(-1, keepdim=True) + torch.exp(sink - m)
+    empty = total == 0.0
+    total = total.masked_fill(empty, 1.0)
+    return p / total, (m + torch.log(total)).masked_fill(empty, -math.inf)[..., 0]
 
 
 def _dropout_factor(p: torch.Tensor, dropout_p: float, seed: int) -> torch.Tensor:

@@ -1,0 +1,196 @@
+"""The peers behind two functions each: `refuse(case)` and `prepare(case, q, k, v, kwargs)`.
+
+`refuse` gives the reason why a peer cannot run a case, or None. `prepare` does what a user would do once and outside
+the hot loop (compile, build masks and sessions, change layouts) for `torch.get_num_threads()` threads, and returns a
+function of no arguments whose result is out [batch, num_heads, seqlen_q, head_dim_v].
+"""
+
+import importlib.util
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from cases import Case
+from oracle import interval
+
+from fastattn.masks import UNBOUNDED, diagonal_bounds
+from fastattn.score import alibi_bias
+
+
+class SDPA:
+    """torch.nn.functional.scaled_dot_product_attention, with is_causal where that says it all.
+
+    Other masks reach it as the bool tensor that a user would write, or merged with the bias into one float tensor.
+    """
+
+    name = "sdpa"
+
+    @staticmethod
+    def refuse(case: Case) -> str | None:
+        names = [name for name in ("softcap", "sinks") if getattr(case, name)]
+        return f"no {' and '.join(names)}" if names else None
+
+    @staticmethod
+    def prepare(case: Case, q, k, v, kwargs: dict) -> Callable[[], torch.Tensor]:
+        square = q.shape[2] == k.shape[2]
+        causal_only = not (case.window_size or case.bias or case.alibi)
+        # torch's is_causal is aligned top-left, ours bottom-right: the same thing only when square
+        is_causal = causal_only and (
+            (case.causal and square and not case.mask) or (case.mask == "top_left" and (square or not case.causal))
+        )
+        attn_mask = None if is_causal else _visible(case, kwargs, q, k)
+        if case.bias or case.alibi:
+            bias = kwargs.get("bias", torch.zeros((), dtype=q.dtype))
+            if case.alibi:
+                bias = (bias + alibi_bias(kwargs["alibi_slopes"], q.shape[2], k.shape[2])).to(q.dtype)
+            attn_mask = bias if attn_mask is None else bias.masked_fill(~attn_mask, -math.inf)
+        options = dict(attn_mask=attn_mask, is_causal=is_causal, scale=case.softmax_scale)
+        options["enable_gqa"] = q.shape[1] != k.shape[1]
+        return lambda: F.scaled_dot_product_attention(q, k, v, **options)
+
+
+class Flex:
+    """torch.nn.attention.flex_attention, compiled for the case's exact shape, masks as a BlockMask."""
+
+    name = "flex"
+
+    @staticmethod
+    def refuse(case: Case) -> str | None:
+        if case.dtype == "float64":
+            return "no float64"
+        return "no sinks" if case.sinks else None
+
+    @staticmethod
+    def prepare(case: Case, q, k, v, kwargs: dict) -> Callable[[], torch.Tensor]:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        torch._dynamo.reset()  # or the recompile limit turns later cases into errors
+        mask_mod = _mask_mod(case, kwargs, q, k)
+        shape = *q.shape[:3], k.shape[2]
+        if not isinstance(kwargs.get("mask"), torch.Tensor) and not case.mask:
+            shape = None, None, *shape[2:]  # the same for every head: one block list
+        options = dict(
+            scale=case.softmax_scale, enable_gqa=q.shape[1] != k.shape[1], score_mod=_score_mod(case, kwargs, q, k)
+        )
+        options["block_mask"] = create_block_mask(mask_mod, *shape, device="cpu") if mask_mod else None
+        compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+        return lambda: compiled(q, k, v, **options)
+
+
+class OnnxRuntime:
+    """onnxruntime's com.microsoft.MultiHeadAttention: a model of that one node, with IO binding.
+
+    Its layout is [batch, seqlen, num_heads * head_dim]; inputs are brought into it beforehand. Its threads stop
+    spinning when a run ends, so that they do not take cores from the next contender.
+    """
+
+    name = "onnxruntime"
+
+    @staticmethod
+    def refuse(case: Case) -> str | None:
+        missing = [name for name in ("onnxruntime", "onnx") if importlib.util.find_spec(name) is None]
+        if missing:
+            return f"{' and '.join(missing)} not installed"
+        if case.dtype != "float32":
+            return "float32 only"
+        if case.num_heads_k or case.head_dim_v:
+            return "equal heads and head sizes only"
+        if case.mask or case.bias or case.window_size or case.alibi or case.softcap or case.sinks:
+            return "dense and causal only"
+        return "causal only where square" if case.causal and case.seqlen_k not in (None, case.seqlen_q) else None
+
+    @staticmethod
+    def prepare(case: Case, q, k, v, kwargs: dict) -> Callable[[], torch.Tensor]:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        session = onnxruntime.InferenceSession(_attention_model(case), options, providers=["CPUExecutionProvider"])
+        batch, num_heads, seqlen_q, head_dim = q.shape
+        binding = session.io_binding()
+        for name, x in (("query", q), ("key", k), ("value", v)):
+            packed = x.transpose(1, 2).reshape(batch, x.shape[2], num_heads * head_dim).contiguous().numpy()
+            binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(packed))
+        out = torch.empty(batch, seqlen_q, num_heads * head_dim)
+        binding.bind_ortvalue_output("out", onnxruntime.OrtValue.ortvalue_from_numpy(out.numpy()))
+        out = out.view(batch, seqlen_q, num_heads, head_dim).transpose(1, 2)
+
+        def run():
+            session.run_with_iobinding(binding)
+            return out
+
+        return run
+
+
+PEERS = {peer.name: peer for peer in (SDPA, Flex, OnnxRuntime)}
+
+
+def _visible(case: Case, kwargs: dict, q, k) -> torch.Tensor | None:
+    """The whole mask as a bool tensor; None if there is none."""
+    mask, tensor = interval(case, kwargs), kwargs.get("mask")
+    tensor = tensor if isinstance(tensor, torch.Tensor) else None
+    if not mask.windows and mask.k_start is None and mask.k_end is None:
+        return tensor
+    visible = mask.to_dense(q.shape[2], k.shape[2])
+    return visible if tensor is None else visible & tensor
+
+
+def _mask_mod(case: Case, kwargs: dict, q, k):
+    """The mask as FlexAttention's mask_mod, of index arithmetic wherever it can be."""
+    from torch.nn.attention.flex_attention import and_masks
+
+    mask, tensor, mods = interval(case, kwargs), kwargs.get("mask"), []
+    lo, hi = diagonal_bounds(mask.windows, q.shape[2], k.shape[2])
+    if hi < UNBOUNDED:
+        mods.append(lambda b, h, i, j: j <= i + hi)
+    if lo > -UNBOUNDED:
+        mods.append(lambda b, h, i, j: j >= i + lo)
+    if mask.k_start is not None:
+        start = mask.k_start.expand(q.shape[:3]).contiguous()
+        mods.append(lambda b, h, i, j: j >= start[b, h, i])
+    if mask.k_end is not None:
+        end = mask.k_end.expand(q.shape[:3]).contiguous()
+        mods.append(lambda b, h, i, j: j < end[b, h, i])
+    if isinstance(tensor, torch.Tensor):
+        expanded = tensor.expand(*q.shape[:3], k.shape[2])
+        mods.append(lambda b, h, i, j: expanded[b, h, i, j])
+    return and_masks(*mods) if mods else None
+
+
+def _score_mod(case: Case, kwargs: dict, q, k):
+    """Softcap, bias and ALiBi as FlexAttention's score_mod; None if there are none."""
+    if not (case.softcap or case.bias or case.alibi):
+        return None
+    softcap, offset = case.softcap, k.shape[2] - q.shape[2]
+    bias = kwargs["bias"].expand(*q.shape[:3], k.shape[2]) if case.bias else None
+    slopes = kwargs["alibi_slopes"].expand(q.shape[:2]).contiguous() if case.alibi else None
+
+    def score_mod(score, b, h, i, j):
+        if softcap:
+            score = softcap * torch.tanh(score / softcap)
+        if bias is not None:
+            score = score + bias[b, h, i, j]
+        if slopes is not None:
+            score = score - slopes[b, h] * (i + offset - j).abs()
+        return score
+
+    return score_mod
+
+
+def _attention_model(case: Case) -> bytes:
+    from onnx import TensorProto, helper
+
+    def value(name):
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+
+    names = ["query", "key", "value"]
+    attributes = {"num_heads": case.num_heads, "unidirectional": int(case.causal)}
+    if case.softmax_scale is not None:
+        attributes["scale"] = case.softmax_scale
+    node = helper.make_node("MultiHeadAttention", names, ["out"], domain="com.microsoft", **attributes)
+    graph = helper.make_graph([node], "attention", [value(name) for name in names], [value("out")])
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()

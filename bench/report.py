@@ -1,0 +1,214 @@
+"""How a run is shown: the header, the tables (terminal and Markdown from the same rich tables), the files."""
+
+import datetime
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rows import Result, Row, to_json
+
+import fastattn
+import fastattn.cpu
+
+ENVIRONMENT = re.compile("(FASTATTN|OMP|GOMP|KMP|MKL|TORCHINDUCTOR|ORT)_")
+
+
+def header(argv: list[str]) -> dict:
+    """What a reader needs in order to judge or repeat the figures."""
+    missing = fastattn.cpu.unavailable()
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(["python", "bench/run.py", *argv]),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "isa": None if missing else fastattn.cpu.isa(),
+        "kernels_missing": missing,
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "fastattn": fastattn.__version__ + _git_revision(),
+        "torch": torch.__version__,
+        "onnxruntime": _version("onnxruntime"),
+        "environment": {name: value for name, value in sorted(os.environ.items()) if ENVIRONMENT.match(name)},
+    }
+
+
+def tables(head: dict, rows: list[Row], targets: list[dict], peers: list[str]) -> list[Table]:
+    """Every table of the report, in reading order; those without rows are left out."""
+    made = [
+        _header_table(head),
+        _speed_table([row for row in rows if row.suite == "grid"], peers),
+        _comparison_table([row for row in rows if "base" in row.results]),
+        _single_table([row for row in rows if row.suite in ("overhead", "memory")], peers),
+        _accuracy_table([row for row in rows if "plain torch" in row.results], peers),
+        _refusal_table(rows),
+        _target_table(targets, bool(head.get("doubts"))),
+    ]
+    return [table for table in made if table.row_count]
+
+
+def write(out: Path, head: dict, rows: list[Row], targets: list[dict], made: list[Table]) -> None:
+    """bench.json and bench.md in `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "bench.json").write_text(json.dumps(to_json(head, rows, targets), indent=1) + "\n")
+    (out / "bench.md").write_text(markdown(made))
+
+
+def markdown(made: list[Table]) -> str:
+    """The tables as GitHub Markdown, each under its title."""
+    parts = ["# fastattn benchmark\n"]
+    for table in made:
+        title, terminal_box = table.title, table.box
+        table.title, table.box = None, box.MARKDOWN
+        text = io.StringIO()
+        Console(file=text, width=2000, markup=False, emoji=False, highlight=False).print(table)
+        table.title, table.box = title, terminal_box
+        parts.append(
+            f"## {title}\n\n" + "\n".join(line.rstrip() for line in text.getvalue().strip().splitlines()) + "\n"
+        )
+    return "\n".join(parts)
+
+
+def _table(title: str, *columns: str, words: int = 1) -> Table:
+    """A table whose first `words` columns are text and the others numbers."""
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < words else "right", overflow="fold")
+    return table
+
+
+def _header_table(head: dict) -> Table:
+    table = _table("Machine and versions", "what", "value", words=2)
+    for name, value in head.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key}={item}" for key, item in value.items())
+        if isinstance(value, list):
+            value = "; ".join(value)
+        if value not in (None, ""):
+            table.add_row(name, f"{value:.2f}" if isinstance(value, float) else str(value))
+    return table
+
+
+def _speed_table(rows: list[Row], peers: list[str]) -> Table:
+    title = "Speed: median ms, rate over the visited pairs, ratio = peer time / ours"
+    columns = ["case", "kernel", "threads", "ms", "GFLOP/s", "% of FMA peak"]
+    table = _table(title, *columns, *(name for peer in peers for name in (f"{peer} ms", "ratio")), words=2)
+    for row in rows:
+        ours = ["WRONG", "", ""] if row.wrong else [_ms(row.ours), f"{row.ours.gflops:.1f}", _share(row.ours)]
+        cells = [f"{row.name}{' (!)' if row.flags else ''}", _kernel(row), str(row.threads), *ours]
+        for peer in peers:
+            result = row.results.get(peer, Result())
+            cells += ["refused" if result.refused else _ms(result), _ratio(result.ratio)]
+        table.add_row(*cells)
+    return table
+
+
+def _comparison_table(rows: list[Row]) -> Table:
+    title = "Ours against ours, in turn (time: ours / base; rate: per visited pair; FMA: what the threads gain there)"
+    table = _table(title, "row", "kernel", "ms", "base ms", "speed-up", "time", "rate", "FMA speed-up", words=2)
+    for row in rows:
+        metrics = [_ratio(row.metrics.get(name)) for name in ("speed-up", "time", "rate", "peak speed-up")]
+        table.add_row(row.name, _kernel(row), _ms(row.ours), _ms(row.results["base"]), *metrics)
+    return table
+
+
+def _single_table(rows: list[Row], peers: list[str]) -> Table:
+    table = _table("Overhead and memory", "row", "ours", *(f"{peer} (ratio)" for peer in peers))
+    for row in rows:
+        if row.suite == "memory":
+            ours = f"{row.metrics['extra MiB']:.1f} MiB" if row.metrics else "refused"
+        else:
+            ours = "WRONG" if row.wrong else _microseconds(row.ours)
+        table.add_row(row.name, ours, *(_microseconds(row.results.get(peer, Result())) for peer in peers))
+    return table
+
+
+def _accuracy_table(rows: list[Row], peers: list[str]) -> Table:
+    title = "Error against float64: max / RMS"
+    names = ["fastattn", "plain torch", *peers]
+    table = _table(title, "case", *names)
+    for row in rows:
+        if "base" in row.results and not row.wrong:
+            continue  # the grid has its case
+        cells = [row.results.get(name, Result()) for name in names]
+        texts = ["" if r.max_error is None else f"{r.max_error:.1e} / {r.rms_error:.1e}" for r in cells]
+        table.add_row(row.name + (f"  WRONG: {row.wrong}" if row.wrong else ""), *texts)
+    return table
+
+
+def _refusal_table(rows: list[Row]) -> Table:
+    table = _table("Refused, wrong or to be distrusted", "who", "why", "rows", words=2)
+    counts: dict[tuple[str, str], int] = {}
+    for row in rows:
+        found = [(name, r.refused) for name, r in row.results.items() if r.refused and name != "plain torch"]
+        found += [("fastattn", f"WRONG, not timed: {row.wrong}")] if row.wrong else []
+        for reason in found + [(row.name, flag) for flag in row.flags]:
+            counts[reason] = counts.get(reason, 0) + 1
+    for (name, reason), count in counts.items():
+        table.add_row(name, reason.replace("|", "/"), str(count))
+    return table
+
+
+def _target_table(targets: list[dict], doubtful: bool) -> Table:
+    title = "Targets (the worst row of each counts)" + (": DOUBTFUL, see doubts above" if doubtful else "")
+    table = _table(title, "case", "quantity", "target", "measured", "", "rows", words=2)
+    for target in targets:
+        sign, met = "<=" if target["at_most"] else ">=", {True: "met", False: "NOT MET", None: "not measured"}
+        show = (lambda x: f"{100 * x:.0f} %") if target["percent"] else (lambda x: f"{x:.4g}")
+        measured = "" if target["value"] is None else show(target["value"])
+        words = target["what"], target["quantity"], f"{sign} {show(target['bound'])}"
+        table.add_row(*words, measured, met[target["met"]], f"{target['rows']} of {target['of']}")
+    return table
+
+
+def _ms(result: Result) -> str:
+    return "" if result.ms is None else f"{result.ms:.3g}" if result.ms < 100 else f"{result.ms:.0f}"
+
+
+def _microseconds(result: Result) -> str:
+    if result.ms is None:
+        return "refused" if result.refused else ""
+    return f"{1e3 * result.ms:.1f} us" + (f" ({result.ratio:.2f})" if result.ratio != 1.0 else "")
+
+
+def _share(result: Result) -> str:
+    return "" if result.share is None else f"{100 * result.share:.1f}"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _kernel(row: Row) -> str:
+    return f"{row.kernel}{f' ({row.isa})' if row.isa else ''}"
+
+
+def _cpu_model() -> str:
+    try:
+        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):  # not Linux, or not x86
+        return platform.processor() or platform.machine()
+
+
+def _git_revision() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return "+g" + subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or not a checkout
+        return ""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,160 @@
+"""Benchmark of `fastattn.attention` beside its peers: `python bench/run.py`, or `make bench`.
+
+Every result is compared with float64 before it is timed; a wrong one is not timed and the exit status is 1.
+Contenders are measured in turn in one process. Only the ratios and shares within one run mean something.
+Writes bench.json, bench.md and bench.png.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+sys.path += [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parents[1])]  # last: an installed one wins
+
+import report
+import targets
+from cases import GRID, Case
+from peers import PEERS
+from plots import draw
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import Progress, TimeElapsedColumn
+from rows import Row
+from suites import COMPARISONS, LONG_MEMORY, TINY, comparison_row, grid_row, memory_row, overhead_row
+from timing import Peak
+
+BUSY = 0.5
+"""Load average of the last minute above which somebody else is computing."""
+
+STEADY = 0.9
+"""Lowest reading of the FMA peak over the highest, below which the machine was not steady."""
+
+QUICK = tuple(
+    case
+    for case in GRID
+    if case.window_size or (case.seqlen_q <= 1024 and case.head_dim <= 64 and case.dtype in ("float32", "bfloat16"))
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run what the command line asks for; 0, or 1 if a result of ours was wrong."""
+    argv = sys.argv[1:] if argv is None else argv
+    options = _options(argv)
+    console = Console(width=None if sys.stdout.isatty() else 190, markup=False, emoji=False, highlight=False)
+    if options.isa:
+        os.environ["FASTATTN_CPU_ISA"] = options.isa  # read at the extension's first use, which is below
+    try:
+        head, rows, peak = report.header(argv), [], Peak()
+    except RuntimeError as error:  # an ISA that this CPU or this build lacks
+        console.print(str(error), style="bold red")
+        return 2
+    _warn(console, _doubts(head, peak))
+    plan = _plan(options, peak)
+    if not plan:
+        console.print(f"nothing matches --only {options.only!r}; names look like {GRID[0]} or {COMPARISONS[0].name!r}")
+        return 2
+    try:
+        with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as progress:
+            task = progress.add_task("measuring", total=len(plan))
+            for name, measure in plan:
+                progress.update(task, description=name)
+                rows.append(measure())
+                progress.console.print(_line(rows[-1]))
+                progress.advance(task)
+    except KeyboardInterrupt:
+        head["interrupted"] = True
+        console.print("interrupted: reporting what was measured")
+    head["fma_peak_gflops"] = {key: f"{low:.1f}...{high:.1f}" for key, (low, high, _) in peak.spread().items()}
+    head["doubts"] = _doubts(head, peak)
+    judged = targets.judge(rows)
+    made = report.tables(head, rows, judged, options.peers)
+    for table in made:
+        console.print(table)
+    report.write(options.out, head, rows, judged, made)
+    draw(options.out / "bench.png", rows, options.peers, f"{head['cpu']}, {head['isa']}, {head['date'][:10]}")
+    console.print(f"written: {options.out}/bench.json, bench.md, bench.png")
+    _warn(console, head["doubts"])
+    wrong = [row.name for row in rows if row.wrong]
+    if wrong:
+        console.print(f"WRONG results, not timed: {', '.join(wrong)}", style="bold red")
+    return 1 if wrong else 0
+
+
+def _options(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a subset, short budgets, no FlexAttention: under a minute")
+    add("--threads", type=int, nargs="+", default=[1], help="of the grid, default 1 (thread scaling has its own rows)")
+    add("--only", metavar="TEXT", help="rows whose name contains TEXT, or just the row whose name is TEXT")
+    add("--isa", help="narrow the kernels to this instruction set (FASTATTN_CPU_ISA)")
+    add("--peers", nargs="*", choices=PEERS, help="default all; none with no name")
+    add("--budget", type=float, metavar="SECONDS", help="of timing for each row, default 3, with --quick 0.6")
+    add("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="where the files go, default %(default)s")
+    add("--tiny", action="store_true", help="shrink every case: checks this program, says nothing about speed")
+    options = parser.parse_args(argv)
+    if options.budget is None:
+        options.budget = 0.6 if options.quick else 3.0
+    if options.peers is None:
+        options.peers = [name for name in PEERS if not (options.quick and name == "flex")]
+    return options
+
+
+def _plan(options: argparse.Namespace, peak: Peak) -> list[tuple[str, Callable[[], Row]]]:
+    """(name, function that measures it) for every row that the options ask for."""
+    shrink = _tiny if options.tiny else (lambda case: case)
+    peers = tuple(PEERS[name] for name in options.peers)
+    grid = dict.fromkeys(map(shrink, QUICK if options.quick else GRID))
+    plan = [(str(c), partial(grid_row, c, n, peers, options.budget, peak)) for c in grid for n in options.threads]
+    comparisons = [c for c in COMPARISONS if not options.quick or c.case.seqlen_q <= 1024]
+    for comparison in dict.fromkeys(c._replace(case=shrink(c.case), base=shrink(c.base)) for c in comparisons):
+        plan.append((comparison.name, partial(comparison_row, comparison, options.budget, peak)))
+    sdpa = tuple(peer for peer in peers if peer.name == "sdpa")
+    plan.append((f"overhead {TINY}", partial(overhead_row, TINY, sdpa)))
+    plan.append((f"memory {shrink(LONG_MEMORY)}", partial(memory_row, shrink(LONG_MEMORY))))
+    if options.only is None:
+        return plan
+    exact = [item for item in plan if item[0] == options.only]
+    return exact or [item for item in plan if options.only in item[0]]
+
+
+def _tiny(case: Case) -> Case:
+    keys = None if case.seqlen_k is None else min(case.seqlen_k, 128)
+    window = case.window_size and (8, 0)
+    heads = min(case.num_heads, 2)
+    return case._replace(
+        batch=min(case.batch, 2), num_heads=heads, seqlen_q=min(case.seqlen_q, 64), seqlen_k=keys, window_size=window
+    )
+
+
+def _line(row: Row) -> str:
+    """What is said of a row as soon as it is measured."""
+    if row.wrong:
+        return f"{row.name}: WRONG, {row.wrong}"
+    said = [f"{name} {value:.3g}" for name, value in row.metrics.items() if not name.startswith("error")]
+    said += [f"{name} refused ({r.refused})" for name, r in row.results.items() if r.refused and name != "plain torch"]
+    return f"{row.name}: " + ", ".join(said + row.flags)
+
+
+def _doubts(head: dict, peak: Peak) -> list[str]:
+    """Why not to trust the figures, from what is known so far."""
+    doubts = []
+    if (head["load_average"] or 0.0) > BUSY:
+        doubts.append(f"load average {head['load_average']:.2f} at the start: this machine is busy")
+    if head["kernels_missing"]:
+        doubts.append(f"{head['kernels_missing']}: all of it ran on the slow reference, and there is no FMA peak")
+    for key, (low, high, count) in peak.spread().items():
+        if low < STEADY * high:
+            doubts.append(f"the FMA peak ({key}) moved between {low:.0f} and {high:.0f} GFLOP/s in {count} readings")
+    return doubts
+
+
+def _warn(console: Console, doubts: list[str]) -> None:
+    if doubts:
+        console.print(Panel("\n".join(doubts), title="WARNING: do not trust these figures"), style="bold red")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

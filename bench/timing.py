@@ -1,0 +1,102 @@
+"""Times of several contenders, measured in turn, and the FMA peak beside them."""
+
+import gc
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+try:
+    from fastattn._C import fma_rate
+except ImportError:
+    fma_rate = None  # no compiled kernels, hence no peak: shares are left empty
+
+MIN_ROUNDS, MAX_ROUNDS = 5, 100
+BURST = 0.02
+"""Seconds that one contender runs at a stretch: short calls are repeated, so that cold caches do not decide."""
+
+
+class Contender(NamedTuple):
+    """A call of no arguments and the number of threads that it runs on."""
+
+    run: Callable
+    threads: int
+
+
+def in_turn(contenders: dict[str, Contender], budget: float) -> dict[str, list[float]]:
+    """Seconds of single calls by contender: a, b, c, a, b, c, ... for about `budget` seconds, five rounds at least.
+
+    The clock and the neighbours of a machine change within seconds; in turn, they change for everybody.
+    """
+    estimate = {name: min(_burst(contender, 2)) for name, contender in contenders.items()}
+    calls = {name: max(1, min(200, int(BURST / max(seconds, 1e-7)))) for name, seconds in estimate.items()}
+    rounds = int(budget / sum(estimate[name] * calls[name] for name in contenders))
+    times = {name: [] for name in contenders}
+    for _ in range(max(MIN_ROUNDS, min(MAX_ROUNDS, rounds))):
+        for name, contender in contenders.items():
+            times[name] += _burst(contender, calls[name])
+    return times
+
+
+def _burst(contender: Contender, calls: int) -> list[float]:
+    if torch.get_num_threads() != contender.threads:
+        torch.set_num_threads(contender.threads)
+    times, collect = [], gc.isenabled()
+    gc.disable()
+    for _ in range(calls):
+        start = time.perf_counter()
+        contender.run()
+        times.append(time.perf_counter() - start)
+    if collect:
+        gc.enable()
+    return times
+
+
+class Peak:
+    """FLOP/s of a loop of multiply-adds, read just before and just after what it is compared with.
+
+    A loop that does not reach the peak, or is disturbed, would flatter every share; so a reading is the best of several
+    short ones, which fit between disturbances, and stands beside the rate of torch.matmul, which no true peak is below.
+    `readings` keeps all by (dtype, threads): their spread says how steady the machine was.
+    """
+
+    def __init__(self, seconds: float = 0.005):
+        self.seconds = seconds
+        self.readings: dict[tuple[str, int], list[float]] = {}
+
+    def read(self, dtype: str, threads: int) -> None:
+        """Take a reading; nothing without the compiled extension."""
+        if fma_rate is not None:
+            rates = [fma_rate(_compute(dtype), self.seconds, threads) for _ in range(8)]
+            self.readings.setdefault((_compute(dtype), threads), []).append(max(rates))
+
+    def near(self, dtype: str, threads: int) -> tuple[float | None, str | None]:
+        """(best of the last three readings, why not to believe it); (None, None) without readings."""
+        readings = self.readings.get((_compute(dtype), threads), [])[-3:]
+        if not readings:
+            return None, None
+        matmul = matmul_rate(_compute(dtype), threads)
+        if matmul > max(readings):
+            return (
+                None,
+                f"no share: torch.matmul ({matmul / 1e9:.0f} GFLOP/s) beats the FMA loop ({max(readings) / 1e9:.0f})",
+            )
+        return max(readings), None
+
+    def spread(self) -> dict[str, tuple[float, float, int]]:
+        """(lowest, highest, how many) readings in GFLOP/s, by "dtype x threads"."""
+        return {
+            f"{dtype} x {threads}": (min(rates) / 1e9, max(rates) / 1e9, len(rates))
+            for (dtype, threads), rates in self.readings.items()
+        }
+
+
+def matmul_rate(dtype: str, threads: int, size: int = 512) -> float:
+    """FLOP/s of torch.matmul on square matrices, best of five."""
+    a = torch.ones(size, size, dtype=getattr(torch, dtype))
+    return 2 * size**3 / min(_burst(Contender(lambda: a @ a, threads), 5))
+
+
+def _compute(dtype: str) -> str:
+    return "float64" if dtype == "float64" else "float32"  # 16-bit inputs are computed in float32

@@ -1,0 +1,34 @@
+"""Every test starts from the same seed, and reads NaN from memory that nobody wrote."""
+
+import os
+
+import pytest
+import torch
+
+# The tests set these themselves. FASTATTN_CPU_ISA stays: the whole suite can run on a narrower instruction set.
+for name in ("FASTATTN_BACKEND", "FASTATTN_FALLBACK"):
+    os.environ.pop(name, None)
+
+from fastattn import dispatch  # noqa: E402  (after the environment is clean)
+
+
+def pytest_configure(config):
+    # Most calls here run on the reference on purpose; a test that means the warning asserts it with pytest.warns.
+    config.addinivalue_line("filterwarnings", "ignore::fastattn.FallbackWarning")
+
+
+@pytest.fixture(autouse=True)
+def deterministic_torch():
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # torch.empty is full of NaN
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def fresh_fallbacks():
+    """No fallback has been counted or warned about yet; also afterwards."""
+    dispatch.fallbacks.clear()
+    yield dispatch.fallbacks
+    dispatch.fallbacks.clear()

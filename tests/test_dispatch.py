@@ -1,0 +1,417 @@
+"""Which kernel runs, who may choose it, and how a user finds out."""
+
+import os
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastattn
+from cases import CASES, inputs
+from fastattn import FallbackWarning, UnsupportedError, cpu, dispatch, reference
+from fastattn.dispatch import KERNELS, Row, describe, refuse, select
+from fastattn.problem import MASK_KINDS, Problem
+
+ROOT = Path(fastattn.__file__).parents[1]
+CPU_HERE = cpu.unavailable() is None
+FASTEST = "cpu.prefill" if CPU_HERE else "reference"
+PROBLEM = Problem("cpu", "float32", 2, 3, 5, 4, 2, 8, 6)
+
+
+def qkv(**kwargs):
+    return [torch.randn(1, 2, 4, 8, **kwargs) for _ in range(3)]
+
+
+def problem_of(case):
+    (q, k, v), kwargs = inputs(case)
+    fastattn.attention(q, k, v, **kwargs, backend="reference")
+    return fastattn.last_call().problem
+
+
+PROBLEMS = [problem_of(case) for case in CASES if case.seqlen_q * (case.seqlen_k or case.seqlen_q) < 10_000]
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", KERNELS, ids=lambda row: row.name)
+def test_each_row_accepts_some_case(row):
+    accepted = [problem for problem in PROBLEMS if not refuse(row._replace(available=None), problem)]
+    assert accepted
+
+
+@pytest.mark.parametrize("row", KERNELS, ids=lambda row: row.name)
+def test_each_row_is_well_formed(row):
+    assert row.supports.keys() <= set(Problem._fields)
+    assert callable(dispatch._load(row.entry))
+    assert row.available is None or callable(dispatch._load(row.available))
+    for accepted in row.supports.values():
+        assert isinstance(accepted, (set, range)) and describe(accepted)
+
+
+def test_the_table_ends_with_what_accepts_everything():
+    assert KERNELS[-1].name == "reference" and all(not refuse(KERNELS[-1], problem) for problem in PROBLEMS)
+    assert len({row.name for row in KERNELS}) == len(KERNELS)
+
+
+def test_the_cases_cover_every_kind_of_mask():
+    assert {problem.mask for problem in PROBLEMS} == set(MASK_KINDS)
+
+
+def test_problem_says_what_was_called():
+    q, k, v = torch.randn(2, 4, 3, 8).double(), torch.randn(2, 2, 5, 8).double(), torch.randn(2, 2, 5, 6).double()
+    fastattn.attention(
+        q, k, v, causal=True, softcap=1.0, bias=torch.zeros(5), sinks=torch.zeros(4), alibi_slopes=torch.zeros(4),
+        dropout_p=0.5, return_lse=True,
+    )  # fmt: skip
+    assert fastattn.last_call().problem == Problem(
+        device="cpu", dtype="float64", batch=2, seqlen_q=3, seqlen_k=5, num_heads=4, num_heads_k=2, head_dim=8,
+        head_dim_v=6, mask="causal", bias="float32", alibi=True, softcap=True, sinks=True, dropout=True, lse=True,
+    )  # fmt: skip
+    text = "cpu float64 B2 H4/2 S3x5 D8/6 causal bias:float32 alibi softcap sinks dropout lse"
+    assert str(fastattn.last_call().problem) == text
+    assert fastattn.last_call().problem.group_size == 2
+
+
+@pytest.mark.parametrize(
+    "kwargs, kind",
+    [
+        ({}, "none"),
+        ({"causal": True}, "causal"),
+        ({"mask": fastattn.Mask.causal("top_left")}, "causal"),
+        ({"window_size": (None, None)}, "none"),
+        ({"window_size": (None, 3)}, "causal"),
+        ({"window_size": (3, 0)}, "window"),
+        ({"window_size": (3, None), "causal": True}, "window"),
+        ({"mask": fastattn.Mask.lengths(torch.tensor([3]))}, "interval"),
+        ({"mask": fastattn.Mask.lengths(torch.tensor([3])), "causal": True}, "interval"),
+        ({"mask": torch.ones(4, 4, dtype=torch.bool), "causal": True}, "tensor"),
+        ({"mask": fastattn.Mask()}, "none"),
+    ],
+)
+def test_kind_of_mask(kwargs, kind):
+    fastattn.attention(*qkv(), **kwargs)
+    assert fastattn.last_call().problem.mask == kind
+
+
+def test_select_takes_the_first_row_that_accepts(monkeypatch):
+    with_narrow_row(monkeypatch)
+    assert select(PROBLEM, None).call.kernel == "narrow.prefill"
+    assert select(PROBLEM._replace(head_dim=9), None).call.kernel != "narrow.prefill"
+
+
+def test_select_is_cached():
+    assert select(PROBLEM, "reference") is select(PROBLEM, "reference")
+
+
+# --- a backend asked for by name -------------------------------------------------------------------------------------
+
+
+def with_narrow_row(monkeypatch):
+    """A kernel that supports little, in front of the table."""
+    supports = {"head_dim": range(8, 65, 8), "dtype": {"float32", "bfloat16"}, "needs_grad": {False}, "lse": {False}}
+    row = Row("narrow.prefill", "fastattn.reference:run", None, supports)
+    monkeypatch.setattr(dispatch, "KERNELS", (row, *KERNELS))
+    monkeypatch.setattr(dispatch, "BACKENDS", ("narrow", *dispatch.BACKENDS))
+    clear_caches()
+
+
+def clear_caches():
+    for function in (dispatch.select, dispatch._load, fastattn.api._plan):
+        function.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def clean_caches():
+    yield
+    clear_caches()
+
+
+@pytest.mark.parametrize(
+    "shape, kwargs, refused, nearest",
+    [
+        ((1, 1, 4, 12), {}, r"head_dim=12 \(supports 8...64 in steps of 8\)", "head_dim=(8|16)"),
+        ((1, 1, 4, 80), {}, r"head_dim=80 \(supports 8...64", "head_dim=64"),
+        ((1, 1, 4, 8), {"return_lse": True}, r"lse=True \(supports False\)", "lse=False"),
+        ((1, 1, 4, 80), {"return_lse": True}, r"head_dim=80 .*, lse=True", "head_dim=64, lse=False"),
+    ],
+)
+def test_named_backend_never_falls_back(shape, kwargs, refused, nearest, monkeypatch, fresh_fallbacks):
+    with_narrow_row(monkeypatch)
+    q = torch.randn(shape)
+    pattern = f"backend='narrow' refuses .*narrow.prefill: {refused}.*would accept it with {nearest} .*explain"
+    with pytest.raises(UnsupportedError, match=pattern) as caught:
+        fastattn.attention(q, q, q, backend="narrow", **kwargs)
+    assert "\n" not in str(caught.value) and isinstance(caught.value, NotImplementedError)
+    with fastattn.use("narrow"), pytest.raises(UnsupportedError, match=refused):
+        fastattn.attention(q, q, q, **kwargs)
+    assert not fresh_fallbacks
+    fastattn.attention(q, q, q, **kwargs)  # nobody asked: the next row takes it
+
+
+def test_cpu_by_name():
+    q, k, v = qkv()
+    if not CPU_HERE:
+        with pytest.raises(UnsupportedError, match="compiled CPU kernels are missing .*reinstall with a C.. compiler"):
+            fastattn.attention(q, k, v, backend="cpu")
+        return
+    fastattn.attention(q, k, v, backend="cpu")
+    assert fastattn.last_call().kernel == "cpu.prefill" and fastattn.last_call().isa == cpu.isa()
+    with pytest.raises(UnsupportedError, match=r"needs_grad=True \(supports False\).*accept it with needs_grad=False"):
+        fastattn.attention(q.requires_grad_(), k, v, backend="cpu")
+    with pytest.raises(UnsupportedError, match="dropout=True.*with dropout=False"):
+        fastattn.attention(*qkv(), dropout_p=0.1, backend="cpu")
+    with pytest.raises(UnsupportedError, match=r"head_dim=513 \(supports 1...512\).*with head_dim=512, head_dim_v=512"):
+        fastattn.attention(*(torch.randn(1, 1, 2, 513) for _ in range(3)), backend="cpu")
+
+
+def test_cpu_backend_refuses_other_devices():
+    q, k, v = qkv(device="meta")
+    with pytest.raises(UnsupportedError, match=r"device='meta' \(supports cpu\)" if CPU_HERE else "missing"):
+        fastattn.attention(q, k, v, backend="cpu")
+
+
+def test_reference_by_name_is_no_fallback(fresh_fallbacks):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastattn.attention(*qkv(), backend="reference")
+        fastattn.attention(*qkv(requires_grad=True), backend="reference")
+    assert fastattn.last_call().kernel == "reference" and fastattn.last_call().isa is None
+    assert fastattn.last_call().reason == "" and not fresh_fallbacks
+
+
+def test_use_nests_and_argument_wins():
+    with fastattn.use("reference"):
+        fastattn.attention(*qkv())
+        assert fastattn.last_call().kernel == "reference"
+        with fastattn.use(None):
+            fastattn.attention(*qkv())
+            assert fastattn.last_call().kernel == FASTEST
+        fastattn.attention(*qkv())
+        assert fastattn.last_call().kernel == "reference"
+        if CPU_HERE:
+            fastattn.attention(*qkv(), backend="cpu")
+            assert fastattn.last_call().kernel == "cpu.prefill"
+    with pytest.raises(RuntimeError, match="inside"), fastattn.use("reference"):
+        raise RuntimeError("inside")
+    fastattn.attention(*qkv())
+    assert fastattn.last_call().kernel == FASTEST
+
+
+def test_use_refuses_an_unknown_backend():
+    with pytest.raises(ValueError, match="backend='gpu' is not a backend; choose one of cpu, reference"):
+        with fastattn.use("gpu"):
+            pass
+
+
+def test_use_reaches_scaled_dot_product_attention():
+    with fastattn.use("reference"):
+        fastattn.scaled_dot_product_attention(*qkv())
+    assert fastattn.last_call().kernel == "reference"
+
+
+# --- explain ---------------------------------------------------------------------------------------------------------
+
+
+def test_explain_lists_every_row():
+    text = fastattn.explain(*qkv())
+    lines = text.splitlines()
+    assert lines[0] == "cpu float32 B1 H2 S4 D8" and len(lines) == 1 + len(KERNELS)
+    assert [line.split()[0] for line in lines[1:]] == [row.name for row in KERNELS]
+    assert sum(line.endswith("runs") for line in lines) == 1
+    assert repr(text) == str(text)  # readable at the prompt
+
+
+def test_explain_says_what_attention_does():
+    for kwargs in ({}, {"dropout_p": 0.1}, {"backend": "reference"}, {"causal": True, "return_lse": True}):
+        runs = next(
+            line.split()[0] for line in fastattn.explain(*qkv(), **kwargs).splitlines() if line.endswith("runs")
+        )
+        fastattn.attention(*qkv(), **kwargs)
+        assert fastattn.last_call().kernel == runs
+
+
+def test_explain_gives_the_reasons():
+    text = fastattn.explain(*qkv(requires_grad=True), dropout_p=0.5)
+    assert "needs_grad" in text.splitlines()[0] and "dropout=True (supports False)" in text
+    assert "needs_grad=True (supports False)" in text
+    text = fastattn.explain(*qkv(), backend="reference")
+    assert "cpu.prefill   refused:" in text and "backend='reference' was asked for" in text
+
+
+def test_explain_computes_and_counts_nothing(fresh_fallbacks):
+    fastattn.attention(*qkv(), backend="reference")
+    before = fastattn.last_call()
+    state = torch.get_rng_state()
+    with fastattn.record() as calls:
+        fastattn.explain(*qkv(device="meta"), dropout_p=0.5)
+    assert not calls and not fresh_fallbacks and fastattn.last_call() is before
+    assert torch.equal(state, torch.get_rng_state())
+
+
+# --- what ran --------------------------------------------------------------------------------------------------------
+
+
+def test_record_collects_calls_in_order():
+    with fastattn.record() as outer:
+        fastattn.attention(*qkv(), backend="reference")
+        with fastattn.record() as inner:
+            fastattn.attention(*qkv(), causal=True)
+        fastattn.scaled_dot_product_attention(*qkv())
+    fastattn.attention(*qkv())
+    assert [call.problem.mask for call in outer] == ["none", "causal", "none"]
+    assert [call.kernel for call in outer] == ["reference", FASTEST, FASTEST]
+    assert inner == outer[1:2] and fastattn.last_call() == outer[2]
+
+
+def test_record_ends_with_its_block():
+    with pytest.raises(ZeroDivisionError), fastattn.record() as calls:
+        raise ZeroDivisionError
+    fastattn.attention(*qkv())
+    assert calls == []
+
+
+def test_call_gives_the_reason_of_a_fallback():
+    fastattn.attention(*qkv(), dropout_p=0.5)
+    call = fastattn.last_call()
+    assert call.kernel == "reference" and call.reason.startswith("cpu.prefill: ") and "dropout=True" in call.reason
+
+
+def test_a_failed_call_is_not_the_last_call():
+    fastattn.attention(*qkv())
+    before = fastattn.last_call()
+    with pytest.raises(ValueError):
+        fastattn.attention(*qkv(), softcap=-1.0)
+    assert fastattn.last_call() is before
+
+
+def test_threads_have_their_own_last_call_and_use():
+    fastattn.attention(*qkv())
+    mine, seen = fastattn.last_call(), {}
+
+    def run(name, batch):
+        seen[name, "before"] = fastattn.last_call()
+        fastattn.attention(*(torch.randn(batch, 2, 4, 8) for _ in range(3)))
+        barrier.wait()
+        seen[name] = fastattn.last_call()
+
+    barrier = threading.Barrier(3)
+    threads = [threading.Thread(target=run, args=(batch, batch)) for batch in (2, 3, 4)]
+    with fastattn.use("reference"), fastattn.record() as calls:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert all(seen[batch, "before"] is None and seen[batch].problem.batch == batch for batch in (2, 3, 4))
+    assert all(seen[batch].kernel == FASTEST for batch in (2, 3, 4))  # use() and record() are of this thread
+    assert calls == [] and fastattn.last_call() is mine
+
+
+# --- falling back ----------------------------------------------------------------------------------------------------
+
+
+def test_fallback_warns_once_a_reason_and_counts(fresh_fallbacks, monkeypatch):
+    monkeypatch.delenv("FASTATTN_FALLBACK", raising=False)
+    with pytest.warns(
+        FallbackWarning, match=r"\[cpu float32 B1 H2 S4 D8 dropout\] needs the reference.*dropout"
+    ) as log:
+        for _ in range(3):
+            fastattn.attention(*qkv(), dropout_p=0.5)
+    assert len(log) == 1 and log[0].filename == __file__
+    with pytest.warns(FallbackWarning, match="needs_grad") as log:
+        for seqlen in (4, 5):
+            fastattn.attention(*(torch.randn(1, 2, seqlen, 8, requires_grad=True) for _ in range(3)))
+    assert len(log) == 1
+    assert sorted(fresh_fallbacks.values()) == [2, 3]
+
+
+def test_another_fast_kernel_is_no_fallback(fresh_fallbacks, monkeypatch):
+    with_narrow_row(monkeypatch)
+    wide = Row("wide.prefill", "fastattn.reference:run", None, {})
+    monkeypatch.setattr(dispatch, "KERNELS", (dispatch.KERNELS[0], wide, *KERNELS))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastattn.attention(*(torch.randn(1, 1, 4, 12) for _ in range(3)))
+    assert fastattn.last_call().kernel == "wide.prefill" and "head_dim=12" in fastattn.last_call().reason
+    assert not fresh_fallbacks
+
+
+def test_fallback_silent(fresh_fallbacks, monkeypatch):
+    monkeypatch.setenv("FASTATTN_FALLBACK", "silent")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastattn.attention(*qkv(), dropout_p=0.5)
+    assert sum(fresh_fallbacks.values()) == 1
+
+
+def test_fallback_error_comes_before_the_work(fresh_fallbacks, monkeypatch):
+    monkeypatch.setenv("FASTATTN_FALLBACK", "error")
+    with fastattn.use("reference"):
+        fastattn.attention(*qkv())
+    before, computed = fastattn.last_call(), []
+    clear_caches()
+    monkeypatch.setattr(reference, "run", lambda *arguments: computed.append(arguments))
+    with fastattn.record() as calls, pytest.raises(UnsupportedError, match="dropout.*FASTATTN_FALLBACK=error"):
+        fastattn.attention(*qkv(), dropout_p=0.5)
+    assert not computed and not calls and fastattn.last_call() is before
+
+
+def test_fallback_policy_is_checked(fresh_fallbacks, monkeypatch):
+    monkeypatch.setenv("FASTATTN_FALLBACK", "loud")
+    with pytest.raises(ValueError, match="FASTATTN_FALLBACK='loud' must be one of warn, silent, error"):
+        fastattn.attention(*qkv(), dropout_p=0.5)
+
+
+# --- environment and import ------------------------------------------------------------------------------------------
+
+
+def python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+def test_environment_names_the_backend_in_every_thread():
+    code = """
+import threading, torch, fastattn
+q = torch.randn(1, 1, 2, 8)
+def run():
+    fastattn.attention(q, q, q)
+    print(fastattn.last_call().kernel)
+    with fastattn.use(None):
+        fastattn.explain(q, q, q)
+run()
+thread = threading.Thread(target=run)
+thread.start()
+thread.join()
+"""
+    result = python(code, FASTATTN_BACKEND="reference")
+    assert result.stdout.split() == ["reference", "reference"], result.stderr
+
+
+def test_environment_with_an_unknown_backend():
+    result = python("import fastattn", FASTATTN_BACKEND="tpu")
+    assert result.returncode == 1
+    assert "ValueError: FASTATTN_BACKEND='tpu' is not a backend; choose one of cpu, reference" in result.stderr
+
+
+def test_import_stays_light():
+    """No optional package is imported, and the compiled kernels wait for the first call."""
+    code = """
+import sys, torch
+before = set(sys.modules)
+import fastattn
+new = {name.split(".")[0] for name in set(sys.modules) - before}
+print(*sorted(new & {"triton", "transformers", "diffusers", "timm", "onnx", "onnxruntime", "numpy", "matplotlib"}))
+print("fastattn._C" in sys.modules, torch.cuda.is_initialized())
+"""
+    result = python(code, FASTATTN_BACKEND="")
+    assert result.stdout.splitlines() == ["", "False False"], result.stderr
+
+
+def test_public_names():
+    assert all(hasattr(fastattn, name) for name in fastattn.__all__) and fastattn.__all__ == sorted(fastattn.__all__)
