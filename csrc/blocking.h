@@ -4,11 +4,11 @@
 
 namespace fastattn::FASTATTN_ISA {
 
-// Rows of the register tile by panel width: enough independent accumulators to hide the latency of a multiply-add
-// (4-5 cycles, two a cycle) and few enough to stay in the registers (16 below AVX-512, 32 with it and on NEON).
-constexpr int max_vectors = 2;
+// The register tile: MR rows by NV vectors, as many independent accumulators as hide the latency of a multiply-add and
+// fit the registers beside their operands; one vector wide where all query rows fit into it.
+constexpr int max_vectors = FASTATTN_NV;
 template <int NV>
-constexpr int MR = FASTATTN_REGISTERS == 32 ? (NV == 1 ? 12 : 8) : FASTATTN_FMA ? (NV == 1 ? 12 : 6) : 4;
+constexpr int MR = NV == FASTATTN_NV ? FASTATTN_MR : FASTATTN_MR_NARROW;
 
 constexpr int64_t unit_rows = 128, key_block = 128, few_units = 32, min_split_keys = 512;
 

@@ -1,6 +1,8 @@
 #define FASTATTN_ISA avx2
 #define FASTATTN_NAME "avx2"
 #define FASTATTN_WIDTH 32
-#define FASTATTN_REGISTERS 16
-#define FASTATTN_FMA 1
+// 16 registers; 12 accumulators cover two multiply-adds a cycle at a latency of up to 5.
+#define FASTATTN_NV 2
+#define FASTATTN_MR 6
+#define FASTATTN_MR_NARROW 12
 #include "isa.h"

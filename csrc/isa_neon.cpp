@@ -1,6 +1,8 @@
 #define FASTATTN_ISA neon
 #define FASTATTN_NAME "neon"
 #define FASTATTN_WIDTH 16
-#define FASTATTN_REGISTERS 32
-#define FASTATTN_FMA 1
+// 32 registers.
+#define FASTATTN_NV 2
+#define FASTATTN_MR 8
+#define FASTATTN_MR_NARROW 12
 #include "isa.h"

@@ -1,6 +1,8 @@
 #define FASTATTN_ISA scalar
 #define FASTATTN_NAME "scalar"
 #define FASTATTN_WIDTH 16
-#define FASTATTN_REGISTERS 16
-#define FASTATTN_FMA 0
+// SSE4.2: 16 registers, multiply and add apart.
+#define FASTATTN_NV 2
+#define FASTATTN_MR 4
+#define FASTATTN_MR_NARROW 8
 #include "isa.h"

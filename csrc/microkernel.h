@@ -29,6 +29,8 @@ FASTATTN_INLINE void pin(Tile<Real, R, NV>& tile, std::integer_sequence<int, I..
   (keep(tile.c[I]), ...);
 }
 
+constexpr int multiply_unroll = 4;  // steps between two visits of the work aside
+
 // a_row, a_step: strides of A over r and t; b_step: elements between the rows of B. Every few steps `aside` may do a
 // little of some other work (see softmax.h): its additions and latencies hide behind the multiply-adds.
 template <class Real, int R, int NV, class Aside>
@@ -36,7 +38,7 @@ FASTATTN_INLINE Tile<Real, R, NV> multiply(const Real* a, int64_t a_row, int64_t
                                            int64_t steps, Aside&& aside) {
   constexpr std::make_integer_sequence<int, R * NV> all;
   constexpr std::make_integer_sequence<int, NV> vectors;
-  constexpr int unroll = 4;
+  constexpr int unroll = multiply_unroll;
   Tile<Real, R, NV> tile{};
   int64_t t = 0;
   for (; t + unroll <= steps; t += unroll) {

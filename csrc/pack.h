@@ -5,6 +5,9 @@
 
 namespace fastattn::FASTATTN_ISA {
 
+template <class Real>
+constexpr DType dtype_of = sizeof(Real) == 8 ? DType::float64 : DType::float32;
+
 FASTATTN_INLINE float to_float(uint16_t bits, DType dtype) {
   if (dtype == DType::bfloat16) {
     uint32_t wide = (uint32_t)bits << 16;
@@ -14,6 +17,10 @@ FASTATTN_INLINE float to_float(uint16_t bits, DType dtype) {
   }
 #if defined(__F16C__)
   return _cvtsh_ss(bits);
+#elif defined(__aarch64__)
+  __fp16 half;
+  memcpy(&half, &bits, 2);
+  return (float)half;
 #else
   uint32_t sign = (uint32_t)(bits & 0x8000) << 16, exponent = bits >> 10 & 31, fraction = bits & 1023, wide;
   if (exponent == 31)
@@ -41,6 +48,11 @@ FASTATTN_INLINE uint16_t to_bfloat16(float x) {
 FASTATTN_INLINE uint16_t to_float16(float x) {
 #if defined(__F16C__)
   return (uint16_t)_cvtss_sh(x, 0);
+#elif defined(__aarch64__)
+  const __fp16 half = (__fp16)x;
+  uint16_t bits;
+  memcpy(&bits, &half, 2);
+  return bits;
 #else
   uint32_t bits;
   memcpy(&bits, &x, 4);
@@ -59,6 +71,47 @@ FASTATTN_INLINE uint16_t to_float16(float x) {
 #endif
 }
 
+// The next VL elements of a row of 16-bit floats or bools, as floats.
+template <class Narrow>
+FASTATTN_INLINE VecOf<float>::bits widen(const Narrow* x) {
+  // __builtin_convertvector below says it all, but GCC 12 takes bytes apart one by one.
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Narrow) == 1) return (VecOf<float>::bits)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)x));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(Narrow) == 1) return (VecOf<float>::bits)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)x));
+#endif
+  typedef Narrow Vector __attribute__((vector_size(VL<float> * sizeof(Narrow))));
+  Vector v;
+  memcpy(&v, x, sizeof v);
+  return __builtin_convertvector(v, VecOf<float>::bits);
+}
+FASTATTN_INLINE Vec<float> load_vector(const uint16_t* x, DType dtype) {
+  if (dtype == DType::bfloat16) return (Vec<float>)(widen(x) << 16);
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)x));
+#elif defined(__F16C__)
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)x));
+#else
+  Vec<float> v;
+  for (int i = 0; i < VL<float>; i++) v[i] = to_float(x[i], dtype);
+  return v;
+#endif
+}
+FASTATTN_INLINE Vec<float> load_vector(const uint8_t* x, DType) {
+  return widen(x) != 0 ? Vec<float>{} : splat(-__builtin_inff());
+}
+FASTATTN_INLINE float load_element(const uint16_t* x, DType dtype) { return to_float(*x, dtype); }
+FASTATTN_INLINE float load_element(const uint8_t* x, DType) { return *x ? 0.0f : -__builtin_inff(); }
+
+template <class Real, class Narrow>
+FASTATTN_INLINE void load_narrow_row(const Narrow* x, DType dtype, int64_t stride, int64_t n, Real* row) {
+  int64_t i = 0;
+  if constexpr (sizeof(Real) == 4)
+    if (stride == 1)
+      for (; i + VL<float> <= n; i += VL<float>) store(row + i, load_vector(x + i, dtype));
+  for (; i < n; i++) row[i] = (Real)load_element(x + i * stride, dtype);
+}
+
 // n elements of a strided row as Real. A bool becomes 0 (attend) or -inf.
 template <class Real>
 void load_row(const char* source, DType dtype, int64_t stride, int64_t n, Real* row) {
@@ -71,41 +124,12 @@ void load_row(const char* source, DType dtype, int64_t stride, int64_t n, Real* 
         for (int64_t i = 0; i < n; i++) row[i] = (Real)x[i * stride];
       return;
     }
-    case DType::float64: {
-      const double* x = (const double*)source;
-      for (int64_t i = 0; i < n; i++) row[i] = (Real)x[i * stride];
+    case DType::float64:
+      for (int64_t i = 0; i < n; i++) row[i] = (Real)((const double*)source)[i * stride];
       return;
-    }
-    case DType::bfloat16: {
-      const uint16_t* x = (const uint16_t*)source;
-      if (stride == 1)
-        for (int64_t i = 0; i < n; i++) row[i] = (Real)to_float(x[i], DType::bfloat16);
-      else
-        for (int64_t i = 0; i < n; i++) row[i] = (Real)to_float(x[i * stride], DType::bfloat16);
-      return;
-    }
-    case DType::float16: {
-      const uint16_t* x = (const uint16_t*)source;
-      int64_t i = 0;
-#if defined(__F16C__)
-      if (stride == 1 && sizeof(Real) == 4)
-        for (; i + 8 <= n; i += 8) {
-          __m256 wide = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(x + i)));
-          memcpy(row + i, &wide, 32);
-        }
-#endif
-      for (; i < n; i++) row[i] = (Real)to_float(x[i * stride], DType::float16);
-      return;
-    }
-    case DType::boolean: {
-      const uint8_t* x = (const uint8_t*)source;
-      const Real masked = (Real)-__builtin_inf();
-      if (stride == 1)
-        for (int64_t i = 0; i < n; i++) row[i] = x[i] ? (Real)0 : masked;
-      else
-        for (int64_t i = 0; i < n; i++) row[i] = x[i * stride] ? (Real)0 : masked;
-      return;
-    }
+    case DType::bfloat16: return load_narrow_row((const uint16_t*)source, DType::bfloat16, stride, n, row);
+    case DType::float16: return load_narrow_row((const uint16_t*)source, DType::float16, stride, n, row);
+    case DType::boolean: return load_narrow_row((const uint8_t*)source, DType::boolean, stride, n, row);
     case DType::int32: return;
   }
 }

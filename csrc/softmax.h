@@ -2,7 +2,8 @@
 // Scores are in units of log2 (log2(e) is folded into the softmax scale). Source: arXiv 1805.02867; the lazy maximum is
 // FlashAttention-4's: a row's reference point moves only when its maximum has grown by more than `headroom`.
 #pragma once
-#include "simd.h"
+#include "blocking.h"
+#include "microkernel.h"
 
 namespace fastattn::FASTATTN_ISA {
 
@@ -18,12 +19,23 @@ struct Running {
 // largest[lane] = the maximum over the keys, NaN left out; -inf if there is none.
 template <class Real, int NV>
 void find_max(const Real* scores, int64_t keys, Real* largest) {
-  constexpr int L = VL<Real>, NR = NV * L;
+  constexpr int L = VL<Real>, NR = NV * L, chains = 4;
   for (int v = 0; v < NV; v++) {
-    Vec<Real> m = splat((Real)-__builtin_inf());
-    for (int64_t j = 0; j < keys; j++) m = vmax(load(scores + j * NR + v * L), m);
-    store(largest + v * L, m);
+    Vec<Real> m[chains];
+    for (Vec<Real>& chain : m) chain = splat((Real)-__builtin_inf());
+    for (int64_t j = 0; j < keys; j += chains)
+      for (int c = 0; c < chains && j + c < keys; c++) m[c] = vmax(load(scores + (j + c) * NR + v * L), m[c]);
+    store(largest + v * L, vmax(vmax(m[0], m[1]), vmax(m[2], m[3])));
   }
+}
+
+// Whether some lane's maximum has grown enough to move its reference point; false for an upper bound is final.
+template <class Real, int NV>
+bool outgrown(const Real* largest, const Real* max) {
+  constexpr int L = VL<Real>;
+  auto grown = load(largest) > load(max) + (Real)headroom;
+  for (int v = 1; v < NV; v++) grown |= load(largest + v * L) > load(max + v * L) + (Real)headroom;
+  return any<Real>(grown);
 }
 
 // Moves max to the tile's largest score in the lanes where it has grown, and rescales sum and out [out_rows][NR] there.
@@ -58,6 +70,11 @@ struct Weigher {
   int lane;            // where the next vector stands in its row
   int per_visit;       // vectors
 
+  // Spreads what is left over the visits that a product of `keys` rows and `head_dim` steps will make.
+  void spread(int64_t keys, int64_t head_dim) {
+    const int64_t visits = larger<int64_t>(1, (keys + MR<NV> - 1) / MR<NV> * (head_dim / multiply_unroll));
+    per_visit = (int)((end - scores + visits * VL<Real> - 1) / (visits * VL<Real>));
+  }
   __attribute__((always_inline)) inline void vector() {
     const Vec<Real> p = exp2(load(scores) - load(shift + lane));
     store(scores, p);
@@ -84,23 +101,22 @@ struct Weigher {
   }
 };
 
-// What a row's maximum and sum mean in the end: the factor of its accumulated output, and its lse (natural log).
+// What a row's maximum and sum mean in the end.
 struct Normalizer {
-  double factor, lse;
+  double factor;      // of its accumulated output
+  double top, total;  // lse = log(2^top * total)
+
+  double lse() const { return total == 0.0 ? -__builtin_inf() : (top + __builtin_log2(total)) * ln2; }
 };
 
 // sink: one more logit (natural log) in the denominator; -inf: none.
 FASTATTN_INLINE Normalizer normalizer(double max, double sum, double sink) {
-  const double infinity = __builtin_inf();
-  double reference = max == -infinity ? 0.0 : max, sink2 = sink * log2e;
-  if (sink2 != -infinity) {
-    double top = sum == 0.0 || reference < sink2 ? sink2 : reference;
-    double scale = sum == 0.0 ? 0.0 : __builtin_exp2(reference - top);
-    double total = sum * scale + __builtin_exp2(sink2 - top);
-    return {scale / total, (top + __builtin_log2(total)) * ln2};
-  }
-  if (sum == 0.0) return {0.0, -infinity};  // no key seen
-  return {1.0 / sum, (reference + __builtin_log2(sum)) * ln2};
+  const double lowest = -__builtin_inf(), reference = max == lowest ? 0.0 : max, sink2 = sink * log2e;
+  if (sink2 == lowest) return {sum == 0.0 ? 0.0 : 1.0 / sum, reference, sum};  // sum 0: no key seen
+  const double top = sum == 0.0 || reference < sink2 ? sink2 : reference;
+  const double scale = sum == 0.0 ? 0.0 : __builtin_exp2(reference - top);
+  const double total = sum * scale + __builtin_exp2(sink2 - top);
+  return {scale / total, top, total};
 }
 
 }  // namespace fastattn::FASTATTN_ISA

@@ -11,7 +11,8 @@ class Case(NamedTuple):
     """One call of `fastattn.attention`, by value: usable as a pytest id and as a row of a benchmark.
 
     mask    None | "lengths" | "left_padding" | "documents" | "prefix_lm" | "tensor" (a random bool [1, 1, Sq, Sk]) |
-            "tensor_per_head" ([B, H, Sq, Sk]) | "key_tensor" ([B, 1, 1, Sk]) | "top_left"
+            "tensor_per_head" ([B, H, Sq, Sk]) | "key_tensor" ([B, 1, 1, Sk]) | "top_left" |
+            "intervals" (random ones for each [B, H, Sq], empty ones among them)
     bias    None | "shared" ([1, 1, Sq, Sk]) | "per_head" ([1, H, Sq, Sk]) | "full" ([B, H, Sq, Sk]) |
             "key" ([B, 1, 1, Sk]) | "query" ([1, H, Sq, 1])
     layout  memory order of q, k, v and out: "bhsd" | "bshd"
@@ -104,6 +105,8 @@ def _mask(kind, generator, b, h, sq, sk):
         return Mask.prefix_lm(integers(0, sk + 1, (b,)), sq, sk)
     if kind == "top_left":
         return Mask.causal("top_left")
+    if kind == "intervals":
+        return Mask.intervals(integers(-2, sk + 1, (b, h, sq)), integers(0, sk + 3, (b, h, sq)))
     shape = {"tensor": (1, 1, sq, sk), "tensor_per_head": (b, h, sq, sk), "key_tensor": (b, 1, 1, sk)}[kind]
     return torch.rand(shape, generator=generator) < 0.7
 
@@ -125,7 +128,8 @@ def visited_pairs(case: Case) -> int:
 
 
 def _parity_cases() -> tuple[Case, ...]:
-    masks = ("lengths", "left_padding", "documents", "prefix_lm", "tensor", "tensor_per_head", "key_tensor", "top_left")
+    masks = ("lengths", "left_padding", "documents", "prefix_lm", "intervals", "top_left")
+    masks += ("tensor", "tensor_per_head", "key_tensor")
     biases = ("shared", "per_head", "full", "key", "query")
     small = Case(batch=2, num_heads=4, num_heads_k=2, seqlen_q=45, seqlen_k=77, head_dim=24, head_dim_v=40)
     cases = [Case(head_dim=d, seqlen_q=s, num_heads=2) for d in (1, 7, 8, 33, 64, 65, 128) for s in (1, 5, 64, 130)]
@@ -144,6 +148,15 @@ def _parity_cases() -> tuple[Case, ...]:
     for dtype in ("bfloat16", "float16", "float64"):
         cases += [Case(dtype=dtype, num_heads=2, seqlen_q=130, causal=True), small._replace(dtype=dtype)]
         cases += [everything._replace(dtype=dtype), small._replace(dtype=dtype, layout="bshd", mask="lengths")]
+    # several tiles of rows and of keys; few rows against many keys, which are split
+    tiles = Case(batch=2, num_heads=4, num_heads_k=2, seqlen_q=150, seqlen_k=400, head_dim=20, head_dim_v=36)
+    split = Case(batch=2, num_heads=4, num_heads_k=2, seqlen_q=5, seqlen_k=2100, head_dim=12)
+    for case in (tiles, split):
+        cases += [case, case._replace(causal=True), case._replace(window_size=(90, 20)), case._replace(bias="key")]
+        cases += [case._replace(mask=mask) for mask in ("lengths", "left_padding", "documents", "intervals", "tensor")]
+        cases += [case._replace(alibi=True), case._replace(softcap=2.0, bias="query"), case._replace(sinks=True)]
+        for dtype in ("bfloat16", "float16", "float64"):
+            cases += [case._replace(dtype=dtype, mask=mask, causal=True) for mask in ("documents", "tensor")]
     return tuple(dict.fromkeys(cases))
 
 
