@@ -142,6 +142,7 @@ int64_t integer(PyObject* object) {
 }
 
 constexpr int num_arguments = 16;
+constexpr double tiny_work = 1e5;  // multiply-adds, a few microseconds: below it, giving up the GIL costs more than it gives
 
 // Everything that native code relies on is checked here, whatever the caller has checked.
 Problem problem_of(PyObject* const* args, Owned& owned) {
@@ -184,8 +185,13 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
     Owned owned;
     const Problem problem = problem_of(args, owned);
     const int threads = (int)integer(args[15]);
-    py::gil_scoped_release release;
-    fastattn::forward(problem, threads);
+    const double pairs = (double)problem.batch * problem.num_heads * problem.seqlen_q * problem.seqlen_k;
+    if (pairs * (problem.head_dim + problem.head_dim_v) < tiny_work) {
+      fastattn::forward(problem, 1);
+    } else {
+      py::gil_scoped_release release;
+      fastattn::forward(problem, threads);
+    }
   } catch (py::error_already_set& error) {
     error.restore();
     return nullptr;

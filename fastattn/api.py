@@ -1,7 +1,10 @@
 """`attention()`: arguments -> Problem -> select -> run."""
 
+import inspect
 import math
+from collections.abc import Callable
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch.autograd import forward_ad as _forward_ad
@@ -67,20 +70,36 @@ def attention(
     Raises TypeError or ValueError that names the argument, its value and the rule; `UnsupportedError` if the named
     backend refuses. Method: Vaswani et al., arXiv 1706.03762; tiled as in FlashAttention-2, arXiv 2307.08691.
     """
-    signature, mask, k_start, k_end = _signature(
-        q, k, v, mask, causal, window_size, softmax_scale, softcap, alibi_slopes, bias, sinks, dropout_p, seed,
-        return_lse,
-    )  # fmt: skip
-    backend = _current_backend() if backend is None else backend
+    # The hot path of a tiny call: no helper is called, no attribute read twice.
     try:
-        choice, softmax_scale, lo, hi = _plan(signature, backend)
+        needs_grad = _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        if mask is window_size is alibi_slopes is bias is sinks is seed is None and causal is False:
+            windows, k_start, k_end, extras = (), None, None, None
+        else:
+            mask, windows, k_start, k_end = _bounds_of(mask, causal, window_size)
+            extras, extra_grad = _describe(mask, k_start, k_end, bias, alibi_slopes, sinks)
+            needs_grad = needs_grad or extra_grad
+            _check_seed(seed)
+        if _forward_ad._current_level >= 0:  # forward-mode tangents may hide in any input
+            needs_grad = True
+        signature = (
+            q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, needs_grad, windows,
+            softmax_scale, softcap, dropout_p, return_lse, extras,
+        )  # fmt: skip
+    except AttributeError:
+        _raise_not_a_tensor(q=q, k=k, v=v, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
+        raise
+    if backend is None:
+        backend = _current_backend()
+    try:
+        choice, kernel, problem, softmax_scale, lo, hi = _plan(signature, backend)
     except TypeError:  # an unhashable argument, or _problem's own error
         raise _validation_error(signature, backend) from None
     if dropout_p > 0.0 and seed is None:
         seed = int(torch.randint(2**63 - 1, ()))
     _note(choice)
-    out, lse = choice.kernel(
-        choice.call.problem, q, k, v, softmax_scale, softcap, lo, hi, k_start, k_end, mask, bias, alibi_slopes, sinks,
+    out, lse = kernel(
+        problem, q, k, v, softmax_scale, softcap, lo, hi, k_start, k_end, mask, bias, alibi_slopes, sinks,
         dropout_p, seed,
     )  # fmt: skip
     return (out, lse) if return_lse else out
@@ -92,25 +111,31 @@ class Explanation(str):
     __repr__ = str.__str__
 
 
-def explain(
-    q, k, v, *, mask=None, causal=False, window_size=None, softmax_scale=None, softcap=0.0, alibi_slopes=None,
-    bias=None, sinks=None, dropout_p=0.0, seed=None, return_lse=False, backend=None,
-) -> Explanation:  # fmt: skip
+class _Explain(NamedTuple):
+    """In place of a backend: the plan of the call is wanted, not its result."""
+
+    backend: str | None
+
+
+class _ProblemFound(BaseException):  # no Exception: nothing on the way may catch it
+    pass
+
+
+def explain(*args, backend: str | None = None, **kwargs) -> Explanation:
     """Which kernel `attention` with these arguments would run, and why each other one would not. Computes nothing."""
-    signature, *_ = _signature(
-        q, k, v, mask, causal, window_size, softmax_scale, softcap, alibi_slopes, bias, sinks, dropout_p, seed,
-        return_lse,
-    )  # fmt: skip
     backend = _current_backend() if backend is None else dispatch.check_backend(backend, "backend")
-    return Explanation(dispatch.explain(_problem(*signature)[0], backend))
+    try:
+        attention(*args, backend=_Explain(backend), **kwargs)
+    except _ProblemFound as found:
+        return Explanation(dispatch.explain(found.args[0], backend))
 
 
-def _signature(
-    q, k, v, mask, causal, window_size, softmax_scale, softcap, alibi_slopes, bias, sinks, dropout_p, seed, return_lse
-):
-    """The hashable part of a call, which decides everything but the numbers; and the mask as tensors."""
-    k_start = k_end = extras = None
-    windows = ()
+explain.__signature__ = inspect.signature(attention).replace(return_annotation=Explanation)
+
+
+def _bounds_of(mask, causal, window_size) -> tuple[torch.Tensor | None, tuple[Window, ...], torch.Tensor, torch.Tensor]:
+    """(bool tensor, windows, k_start, k_end) that say what mask, causal and window_size say together."""
+    windows, k_start, k_end = (), None, None
     if mask is not None:
         if isinstance(mask, Mask):
             mask, windows, k_start, k_end = None, mask.windows, mask.k_start, mask.k_end
@@ -120,31 +145,29 @@ def _signature(
         windows += (Window(*check_window(window_size)),)
     if causal is not False and _check_flag("causal", causal, '; mask=Mask.causal("top_left") is torch\'s alignment'):
         windows += (Window(None, 0),)
-    try:
-        # | and not or: an argument that is no tensor has no requires_grad, and must not slip through
-        needs_grad = (q.requires_grad | k.requires_grad | v.requires_grad) and _is_grad_enabled()
-        if not (mask is k_start is k_end is bias is alibi_slopes is sinks is None):
-            tensors = (mask, k_start, k_end, bias, alibi_slopes, sinks)
-            extras = tuple([None if t is None else (t.shape, t.dtype, t.device, t.requires_grad) for t in tensors])
-            needs_grad = needs_grad or _is_grad_enabled() and any([t is not None and t[3] for t in extras])
-        if _forward_ad._current_level >= 0:  # forward-mode tangents may hide in any input
-            needs_grad = True
-        signature = (
-            q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, needs_grad, windows,
-            softmax_scale, softcap, dropout_p, return_lse, extras,
-        )  # fmt: skip
-    except AttributeError:
-        _raise_not_a_tensor(q=q, k=k, v=v, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
-        raise
+    return mask, windows, k_start, k_end
+
+
+def _describe(*tensors: torch.Tensor | None) -> tuple[tuple | None, bool]:
+    """(what decides about the optional tensors, None without any; whether one wants a gradient)"""
+    if not any([t is not None for t in tensors]):
+        return None, False
+    extras = tuple([None if t is None else (t.shape, t.dtype, t.device, t.requires_grad) for t in tensors])
+    return extras, _is_grad_enabled() and any([extra is not None and extra[3] for extra in extras])
+
+
+def _check_seed(seed) -> None:
     if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**63):
         raise ValueError(f"seed={seed!r} must be an int in 0 ... 2^63 - 1, or None")
-    return signature, mask, k_start, k_end
 
 
 @lru_cache(maxsize=4096)
-def _plan(signature: tuple, backend: str | None) -> tuple[dispatch.Choice, float, int, int]:
+def _plan(signature: tuple, backend: str | None) -> tuple[dispatch.Choice, Callable, Problem, float, int, int]:
     problem, softmax_scale, lo, hi = _problem(*signature)
-    return dispatch.select(problem, dispatch.check_backend(backend, "backend")), softmax_scale, lo, hi
+    if isinstance(backend, _Explain):
+        raise _ProblemFound(problem)
+    choice = dispatch.select(problem, dispatch.check_backend(backend, "backend"))
+    return choice, choice.kernel, problem, softmax_scale, lo, hi
 
 
 def _validation_error(signature: tuple, backend) -> Exception:
@@ -160,6 +183,9 @@ def _problem(
     dropout_p, return_lse, extras,
 ) -> tuple[Problem, float, int, int]:  # fmt: skip
     """Validate shapes, dtypes and scalars; q, k, v are shapes. The only place that does."""
+    for name, dtype in (("q", q_dtype), ("k", k_dtype), ("v", v_dtype)):
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"{name} must be a torch.Tensor, not an array of dtype {dtype} (torch.from_numpy)")
     for name, shape in (("q", q), ("k", k), ("v", v)):
         if len(shape) != 4:
             raise ValueError(

@@ -142,8 +142,9 @@ def note(choice: Choice) -> None:
     if choice.is_fallback:
         _report_fallback(choice.call)
     _state.last = choice.call
-    for calls in _recorders.get():
-        calls.append(choice.call)
+    if recorders := _recorders.get():
+        for calls in recorders:
+            calls.append(choice.call)
 
 
 def last_call() -> Call | None:

