@@ -6,8 +6,8 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from cases import Case, inputs
 
+from cases import Case, inputs
 from fastattn import Mask, reference
 from fastattn.masks import dense, diagonal_bounds
 

@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from cases import Case
-from oracle import interval
 
+from cases import Case
 from fastattn.masks import UNBOUNDED, diagonal_bounds
 from fastattn.score import alibi_bias
+from oracle import interval
 
 
 class SDPA:

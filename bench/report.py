@@ -14,10 +14,10 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from rows import Result, Row, to_json
 
 import fastattn
 import fastattn.cpu
+from rows import Result, Row, to_json
 
 ENVIRONMENT = re.compile("(FASTATTN|OMP|GOMP|KMP|MKL|TORCHINDUCTOR|ORT)_")
 

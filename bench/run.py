@@ -14,14 +14,15 @@ from pathlib import Path
 
 sys.path += [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parents[1])]  # last: an installed one wins
 
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import Progress, TimeElapsedColumn
+
 import report
 import targets
 from cases import GRID, Case
 from peers import PEERS
 from plots import draw
-from rich.console import Console
-from rich.panel import Panel
-from rich.progress import Progress, TimeElapsedColumn
 from rows import Row
 from suites import COMPARISONS, LONG_MEMORY, TINY, comparison_row, grid_row, memory_row, overhead_row
 from timing import Peak

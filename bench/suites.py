@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+import fastattn
 from cases import Case, inputs, visited_pairs
 from oracle import above_ceiling, errors, truth, wrong
 from rows import Result, Row
 from timing import Contender, Peak, in_turn
-
-import fastattn
 
 
 class Comparison(NamedTuple):

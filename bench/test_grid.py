@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+
+import fastattn
 from cases import GRID, inputs, visited_pairs
 from oracle import above_ceiling, errors, truth, wrong
 from peers import SDPA
-
-import fastattn
 
 
 @pytest.fixture(autouse=True)

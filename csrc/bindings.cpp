@@ -123,8 +123,7 @@ Tensor exact(const View& view, const char* name, const int64_t (&sizes)[4], DTyp
   return broadcast(view, name, sizes);
 }
 
-Tensor optional(PyObject* object, const char* name, const int64_t (&sizes)[4], Owned& owned,
-                int missing_right = 0) {
+Tensor optional(PyObject* object, const char* name, const int64_t (&sizes)[4], Owned& owned, int missing_right = 0) {
   return object == Py_None ? Tensor{} : broadcast(view(object, owned), name, sizes, missing_right);
 }
 
@@ -142,7 +141,8 @@ int64_t integer(PyObject* object) {
 }
 
 constexpr int num_arguments = 16;
-constexpr double tiny_work = 1e5;  // multiply-adds, a few microseconds: below it, giving up the GIL costs more than it gives
+constexpr double tiny_work =
+    1e5;  // multiply-adds, a few microseconds: below it, giving up the GIL costs more than it gives
 
 // Everything that native code relies on is checked here, whatever the caller has checked.
 Problem problem_of(PyObject* const* args, Owned& owned) {
@@ -166,7 +166,8 @@ Problem problem_of(PyObject* const* args, Owned& owned) {
   p.diagonal_lo = integer(args[7]), p.diagonal_hi = integer(args[8]);
   p.k_start = optional(args[9], "k_start", scores, owned, 1), p.k_end = optional(args[10], "k_end", scores, owned, 1);
   p.mask = optional(args[11], "mask", scores, owned), p.bias = optional(args[12], "bias", scores, owned);
-  p.alibi_slopes = optional(args[13], "alibi_slopes", scores, owned, 2), p.sinks = optional(args[14], "sinks", scores, owned, 2);
+  p.alibi_slopes = optional(args[13], "alibi_slopes", scores, owned, 2),
+  p.sinks = optional(args[14], "sinks", scores, owned, 2);
   if (p.lse && p.lse.dtype != (q.dtype == DType::float64 ? DType::float64 : DType::float32))
     mismatch("lse", "must be float32, or float64 for float64");
   if ((p.k_start && p.k_start.dtype != DType::int32) || (p.k_end && p.k_end.dtype != DType::int32))

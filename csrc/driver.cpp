@@ -11,9 +11,9 @@
 
 namespace fastattn {
 
-#define FASTATTN_DECLARE(isa)     \
-  namespace isa {                 \
-  extern const Kernels kernels;   \
+#define FASTATTN_DECLARE(isa)   \
+  namespace isa {               \
+  extern const Kernels kernels; \
   }
 FASTATTN_DECLARE(scalar)
 FASTATTN_DECLARE(avx2)
@@ -138,12 +138,10 @@ void forward(const Problem& p, int threads) {
     call.order.resize(call.units.size());
     for (size_t i = 0; i < call.order.size(); i++) call.order[i] = (int64_t)i;
     auto keys = [&](int64_t i) { return call.units[i].k_hi - call.units[i].k_lo; };
-    std::stable_sort(call.order.begin(), call.order.end(), [&](int64_t i, int64_t j) {
-      return i / per_head != j / per_head ? i < j : keys(i) > keys(j);
-    });
+    std::stable_sort(call.order.begin(), call.order.end(),
+                     [&](int64_t i, int64_t j) { return i / per_head != j / per_head ? i < j : keys(i) > keys(j); });
   }
-  if (splits > 1)
-    call.partials.resize(call.units.size() * b.rows * (p.head_dim_v + 2) * call.element);
+  if (splits > 1) call.partials.resize(call.units.size() * b.rows * (p.head_dim_v + 2) * call.element);
 
   parallel_for((int64_t)call.units.size(), threads, flops, run_unit, &call);
   if (splits > 1) parallel_for((int64_t)call.units.size() / splits, threads, flops, combine, &call);

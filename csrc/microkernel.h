@@ -43,7 +43,8 @@ FASTATTN_INLINE Tile<Real, R, NV> multiply(const Real* a, int64_t a_row, int64_t
   int64_t t = 0;
   for (; t + unroll <= steps; t += unroll) {
 #pragma GCC unroll 4
-    for (int i = 0; i < unroll; i++) multiply_step(tile, a + (t + i) * a_step, a_row, b + (t + i) * b_step, all, vectors);
+    for (int i = 0; i < unroll; i++)
+      multiply_step(tile, a + (t + i) * a_step, a_row, b + (t + i) * b_step, all, vectors);
     pin(tile, all);
     aside();
     pin(tile, all);

@@ -76,9 +76,11 @@ template <class Narrow>
 FASTATTN_INLINE VecOf<float>::bits widen(const Narrow* x) {
   // __builtin_convertvector below says it all, but GCC 12 takes bytes apart one by one.
 #if defined(__AVX512F__)
-  if constexpr (sizeof(Narrow) == 1) return (VecOf<float>::bits)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)x));
+  if constexpr (sizeof(Narrow) == 1)
+    return (VecOf<float>::bits)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)x));
 #elif defined(__AVX2__)
-  if constexpr (sizeof(Narrow) == 1) return (VecOf<float>::bits)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)x));
+  if constexpr (sizeof(Narrow) == 1)
+    return (VecOf<float>::bits)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)x));
 #endif
   typedef Narrow Vector __attribute__((vector_size(VL<float> * sizeof(Narrow))));
   Vector v;
@@ -171,10 +173,10 @@ void store_row(const Real* row, int64_t n, char* target, DType dtype, int64_t st
 }
 
 FASTATTN_INLINE int64_t bytes_of(DType dtype) {
-  return dtype == DType::boolean                                  ? 1
-         : dtype == DType::float64                                ? 8
-         : dtype == DType::float32 || dtype == DType::int32       ? 4
-                                                                  : 2;
+  return dtype == DType::boolean                            ? 1
+         : dtype == DType::float64                          ? 8
+         : dtype == DType::float32 || dtype == DType::int32 ? 4
+                                                            : 2;
 }
 
 FASTATTN_INLINE char* at(const Tensor& t, int64_t b, int64_t h, int64_t row, int64_t column = 0) {

@@ -21,7 +21,7 @@ struct Arena {
 template <class Real>
 struct Panel {
   Lanes lanes;
-  Real *q, *out;             // [head_dim][NR], [head_dim_v][NR]
+  Real *q, *out;  // [head_dim][NR], [head_dim_v][NR]
   Running<Real> run;
   Real *slopes, *positions;  // [NR], of ALiBi
   int64_t *lo, *hi;          // [NR], the keys that a lane sees
@@ -31,12 +31,12 @@ struct Panel {
 template <class Real>
 struct Scratch {
   Panel<Real>* panels;
-  Real *scores[2], *seen;     // [n_block][NR]; scores before the softmax where they must be kept
-  Real *largest, *tile_sum;   // [NR]
-  Real *bias, *key_bias;      // [n_block][NR], [n_block]
-  Real *first, *last;         // [NR], the keys that a lane sees, counted from the tile's first
-  Real *rows;                 // rows on their way to or from lanes
-  Real *k, *v[2];             // [n_block][stride], converted tiles; v outlives its tile by one panel
+  Real *scores[2], *seen;    // [n_block][NR]; scores before the softmax where they must be kept
+  Real *largest, *tile_sum;  // [NR]
+  Real *bias, *key_bias;     // [n_block][NR], [n_block]
+  Real *first, *last;        // [NR], the keys that a lane sees, counted from the tile's first
+  Real* rows;                // rows on their way to or from lanes
+  Real *k, *v[2];            // [n_block][stride], converted tiles; v outlives its tile by one panel
   int64_t k_stride, v_stride, bytes;
 };
 

@@ -34,7 +34,8 @@ void parallel_for(int64_t count, int threads, double flops, void (*run)(void*, i
 #pragma omp parallel num_threads(threads)
   {
     try {
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) run(context, i, omp_get_thread_num());
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;)
+        run(context, i, omp_get_thread_num());
     } catch (...) {
 #pragma omp critical(fastattn_error)
       error = std::current_exception();

@@ -17,10 +17,10 @@ struct Tensor {
 
 struct Problem {
   int64_t batch, num_heads, num_heads_k, seqlen_q, seqlen_k, head_dim, head_dim_v;
-  Tensor q, k, v, out, lse;     // lse [batch, num_heads, seqlen_q, 1], absent or float32 (float64 for float64)
-  Tensor mask, bias;            // bool, float; [batch, num_heads, seqlen_q, seqlen_k]
-  Tensor alibi_slopes, sinks;   // [batch, num_heads, 1, 1]
-  Tensor k_start, k_end;        // int32 [batch, num_heads, seqlen_q, 1]
+  Tensor q, k, v, out, lse;    // lse [batch, num_heads, seqlen_q, 1], absent or float32 (float64 for float64)
+  Tensor mask, bias;           // bool, float; [batch, num_heads, seqlen_q, seqlen_k]
+  Tensor alibi_slopes, sinks;  // [batch, num_heads, 1, 1]
+  Tensor k_start, k_end;       // int32 [batch, num_heads, seqlen_q, 1]
   double softmax_scale, softcap;
   int64_t diagonal_lo, diagonal_hi;  // a query sees keys with lo <= key - query <= hi
 };

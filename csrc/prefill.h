@@ -83,7 +83,9 @@ class ForwardUnit {
   bool run() {
     for (int64_t key = u.k_lo / b.n_block * b.n_block; key < u.k_hi; key += b.n_block) {
       const KeyTile tile = load_tile(larger(key, u.k_lo), smaller(key + b.n_block, u.k_hi));
+      const int first = items;
       for (int i = 0; i < panels; i++) visit(s.panels[i], tile);
+      if (items != first) tiles++;  // a tile that no panel sees must not turn to the v that `pending` still reads
     }
     accumulate();
     if (any_masked && !careful)
@@ -113,7 +115,7 @@ class ForwardUnit {
     const int64_t head_k = u.head / (p.num_heads / p.num_heads_k), keys = hi - lo;
     if (has_key_bias) load_bias(p, Lanes{u.batch, u.head, u.row, 1, {}, {}}, lo, keys, 1, s.rows, s.key_bias);
     return {lo, hi, tile_rows(p.k, u.batch, head_k, lo, keys, p.head_dim, s.k, s.k_stride),
-            tile_rows(p.v, u.batch, head_k, lo, keys, p.head_dim_v, s.v[tiles++ % 2], s.v_stride)};
+            tile_rows(p.v, u.batch, head_k, lo, keys, p.head_dim_v, s.v[tiles % 2], s.v_stride)};
   }
 
   // One panel against one tile: its scores now, its output when the next panel's scores are computed.

@@ -73,7 +73,6 @@ FASTATTN_INLINE void keep(V& v) {
 #endif
 }
 
-
 // 2^x for x <= 127 (1023): 0 below -126.5 (-1022.5), exactly 1 at 0, NaN for NaN. float: 2 ulp, degree 5; double: 1 ulp.
 // Adding `magic` rounds to an integer whose biased value stands in the low bits, ready to become an exponent.
 #if defined(__AVX512DQ__)  // floor and exponent in one instruction each, which leaves the multiply-add pipes alone

@@ -13,7 +13,8 @@ constexpr double ln2 = 0.693147180559945309417, log2e = 1.44269504088896340736;
 // The running softmax of a panel's rows, one lane each.
 template <class Real>
 struct Running {
-  Real *max, *shift, *sum;  // [NR]: reference point (-inf: no key seen yet), what is subtracted (0 then), sum of weights
+  Real *max, *shift,
+      *sum;  // [NR]: reference point (-inf: no key seen yet), what is subtracted (0 then), sum of weights
 };
 
 // largest[lane] = the maximum over the keys, NaN left out; -inf if there is none.

@@ -94,6 +94,7 @@ def attention(
     try:
         choice, kernel, problem, softmax_scale, lo, hi = _plan(signature, backend)
     except TypeError:  # an unhashable argument, or _problem's own error
+        _raise_not_a_tensor(q=q, k=k, v=v)
         raise _validation_error(signature, backend) from None
     if dropout_p > 0.0 and seed is None:
         seed = int(torch.randint(2**63 - 1, ()))
@@ -183,9 +184,8 @@ def _problem(
     dropout_p, return_lse, extras,
 ) -> tuple[Problem, float, int, int]:  # fmt: skip
     """Validate shapes, dtypes and scalars; q, k, v are shapes. The only place that does."""
-    for name, dtype in (("q", q_dtype), ("k", k_dtype), ("v", v_dtype)):
-        if not isinstance(dtype, torch.dtype):
-            raise TypeError(f"{name} must be a torch.Tensor, not an array of dtype {dtype} (torch.from_numpy)")
+    if not all(isinstance(dtype, torch.dtype) for dtype in (q_dtype, k_dtype, v_dtype)):
+        raise TypeError("q, k and v must be tensors")  # `attention` says which is not
     for name, shape in (("q", q), ("k", k), ("v", v)):
         if len(shape) != 4:
             raise ValueError(

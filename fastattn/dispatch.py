@@ -233,3 +233,16 @@ def _report_fallback(call: Call) -> None:
     fallbacks[call.reason] += 1
     if policy == "warn" and fallbacks[call.reason] == 1:
         warnings.warn(message + " (said once per reason; FASTATTN_FALLBACK=silent hides it)", FallbackWarning, 4)
+
+
+def support_matrix() -> str:
+    """What each row of KERNELS supports, as a Markdown table: Problem fields down, kernels across."""
+    fields = list(dict.fromkeys(field for row in KERNELS for field in row.supports))
+    lines = [
+        "| | " + " | ".join(row.name for row in KERNELS) + " |",
+        "|---|" + "---|" * len(KERNELS),
+    ]
+    for field in fields:
+        cells = [describe(row.supports[field]) if field in row.supports else "any" for row in KERNELS]
+        lines.append(f"| {field} | " + " | ".join(cell.replace(" | ", ", ") for cell in cells) + " |")
+    return "\n".join(lines)

@@ -133,7 +133,9 @@ def _parity_cases() -> tuple[Case, ...]:
     biases = ("shared", "per_head", "full", "key", "query")
     small = Case(batch=2, num_heads=4, num_heads_k=2, seqlen_q=45, seqlen_k=77, head_dim=24, head_dim_v=40)
     cases = [Case(head_dim=d, seqlen_q=s, num_heads=2) for d in (1, 7, 8, 33, 64, 65, 128) for s in (1, 5, 64, 130)]
-    cases += [Case(head_dim=d, seqlen_q=19, seqlen_k=70, head_dim_v=dv) for d, dv in ((256, 512), (512, 96), (192, 128))]
+    cases += [
+        Case(head_dim=d, seqlen_q=19, seqlen_k=70, head_dim_v=dv) for d, dv in ((256, 512), (512, 96), (192, 128))
+    ]
     cases += [Case(seqlen_q=sq, seqlen_k=sk, head_dim=16) for sq, sk in ((0, 5), (5, 0), (1, 300), (300, 1), (17, 600))]
     cases += [Case(batch=0, seqlen_q=4), Case(num_heads=0, seqlen_q=4)]
     cases += [small, small._replace(layout="bshd"), small._replace(num_heads_k=1), small._replace(softmax_scale=0.0)]
@@ -143,7 +145,9 @@ def _parity_cases() -> tuple[Case, ...]:
     cases += [small._replace(mask=mask, causal=True, window_size=(20, None)) for mask in masks]
     cases += [small._replace(bias=bias) for bias in biases]
     cases += [small._replace(softcap=3.0), small._replace(alibi=True), small._replace(sinks=True)]
-    everything = small._replace(softcap=5.0, alibi=True, sinks=True, bias="per_head", mask="tensor_per_head", causal=True)
+    everything = small._replace(
+        softcap=5.0, alibi=True, sinks=True, bias="per_head", mask="tensor_per_head", causal=True
+    )
     cases += [everything]
     for dtype in ("bfloat16", "float16", "float64"):
         cases += [Case(dtype=dtype, num_heads=2, seqlen_q=130, causal=True), small._replace(dtype=dtype)]

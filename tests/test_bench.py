@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, GRID, Case, inputs, visited_pairs
 
 import fastattn
+from cases import CASES, GRID, Case, inputs, visited_pairs
 
 for package in ("rich", "matplotlib"):
     pytest.importorskip(package, reason="the benchmark needs it")

@@ -1,0 +1,37 @@
+"""The documents say what the code does: the support matrix is generated, the Python in README.md runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fastattn import dispatch
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def test_support_matrix_is_the_table_of_kernels():
+    assert dispatch.support_matrix() in README, "paste the output of fastattn.dispatch.support_matrix() into README.md"
+
+
+@pytest.mark.parametrize("block", PYTHON_BLOCKS, ids=[block.splitlines()[0][:40] for block in PYTHON_BLOCKS])
+def test_python_in_readme_runs(block):
+    if "transformers" in block:
+        pytest.importorskip("transformers")
+    exec(compile(block, "README.md", "exec"), {})
+
+
+def test_every_environment_variable_is_documented():
+    sources = [*ROOT.glob("fastattn/**/*.py"), *ROOT.glob("csrc/*.cpp"), ROOT / "setup.py"]
+    used = {name for path in sources for name in re.findall(r"[\"'](FASTATTN_[A-Z_]+)[\"']", path.read_text())}
+    documented = README + (ROOT / "CONTRIBUTING.md").read_text()
+    assert sorted(name for name in used if name not in documented) == []
+
+
+@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+def test_files_that_the_documents_name_exist(path):
+    text = (ROOT / path).read_text()
+    named = re.findall(r"`((?:fastattn|csrc|tests|bench|examples|docs)/[\w./]+\.\w+)`", text)
+    assert [name for name in named if not (ROOT / name).exists()] == []
