@@ -143,29 +143,35 @@ Real load_scalar(const char* source, DType dtype) {
   return x;
 }
 
+// A row times `factor` into n elements of a tensor.
 template <class Real>
-void store_row(const Real* row, int64_t n, char* target, DType dtype, int64_t stride) {
+void store_row(const Real* row, Real factor, int64_t n, char* target, DType dtype, int64_t stride) {
   switch (dtype) {
-    case DType::float32:
-      for (int64_t i = 0; i < n; i++) ((float*)target)[i * stride] = (float)row[i];
+    case DType::float32: {
+      float* x = (float*)target;
+      if (stride == 1)
+        for (int64_t i = 0; i < n; i++) x[i] = (float)(row[i] * factor);
+      else
+        for (int64_t i = 0; i < n; i++) x[i * stride] = (float)(row[i] * factor);
       return;
+    }
     case DType::float64:
-      for (int64_t i = 0; i < n; i++) ((double*)target)[i * stride] = (double)row[i];
+      for (int64_t i = 0; i < n; i++) ((double*)target)[i * stride] = (double)(row[i] * factor);
       return;
     case DType::bfloat16:
-      for (int64_t i = 0; i < n; i++) ((uint16_t*)target)[i * stride] = to_bfloat16((float)row[i]);
+      for (int64_t i = 0; i < n; i++) ((uint16_t*)target)[i * stride] = to_bfloat16((float)(row[i] * factor));
       return;
     case DType::float16: {
       int64_t i = 0;
 #if defined(__F16C__)
       if (stride == 1 && sizeof(Real) == 4)
         for (; i + 8 <= n; i += 8) {
-          __m256 wide;
-          memcpy(&wide, row + i, 32);
-          _mm_storeu_si128((__m128i*)((uint16_t*)target + i), _mm256_cvtps_ph(wide, 0));
+          float wide[8];
+          for (int j = 0; j < 8; j++) wide[j] = (float)(row[i + j] * factor);
+          _mm_storeu_si128((__m128i*)((uint16_t*)target + i), _mm256_cvtps_ph(_mm256_loadu_ps(wide), 0));
         }
 #endif
-      for (; i < n; i++) ((uint16_t*)target)[i * stride] = to_float16((float)row[i]);
+      for (; i < n; i++) ((uint16_t*)target)[i * stride] = to_float16((float)(row[i] * factor));
       return;
     }
     default: return;

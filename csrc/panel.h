@@ -103,7 +103,6 @@ void prepare_panel(const Problem& p, const Unit& u, int64_t r0, int64_t rows, in
     }
     Row s = stacked_row(p, u.head, lanes.row + r);
     load_row(at(p.q, u.batch, s.head, s.query), p.q.dtype, p.q.stride[3], p.head_dim, row);
-    for (int64_t d = 0; d < p.head_dim; d++) row[d] *= scale;
     Range range = row_range(p, u.batch, s.head, s.query);
     panel.lo[r] = range.lo, panel.hi[r] = range.hi;
     lanes.common = {larger(lanes.common.lo, range.lo), smaller(lanes.common.hi, range.hi)};
@@ -112,6 +111,7 @@ void prepare_panel(const Problem& p, const Unit& u, int64_t r0, int64_t rows, in
       panel.positions[r] = (Real)(s.query + p.seqlen_k - p.seqlen_q);
     }
   }
+  for (int64_t i = 0; i < NR * p.head_dim; i++) tmp[i] *= scale;  // not row by row: the stores would still be on their way
   transpose(tmp, p.head_dim, (int64_t)NR, p.head_dim, panel.q, (int64_t)NR);
   for (int64_t i = 0; i < p.head_dim_v * NR; i++) panel.out[i] = 0;
 }

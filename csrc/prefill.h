@@ -10,16 +10,16 @@
 
 namespace fastattn::FASTATTN_ISA {
 
-// Rows [rows][head_dim_v], not yet normalized, into out and lse; row: memory for one, may be the first of them.
+// Rows [rows][head_dim_v], not yet normalized, into out and lse.
 template <class Real>
-void finish_rows(const Problem& p, const Lanes& lanes, const Real* out, const Real* max, const Real* sum, Real* row) {
+void finish_rows(const Problem& p, const Lanes& lanes, const Real* out, const Real* max, const Real* sum) {
   for (int64_t r = 0; r < lanes.rows; r++) {
     const Row s = stacked_row(p, lanes.head, lanes.row + r);
     const double sink =
         p.sinks ? load_scalar<double>(at(p.sinks, lanes.batch, s.head, 0), p.sinks.dtype) : -__builtin_inf();
     const Normalizer n = normalizer(max[r], sum[r], sink);
-    for (int64_t d = 0; d < p.head_dim_v; d++) row[d] = out[r * p.head_dim_v + d] * (Real)n.factor;
-    store_row(row, p.head_dim_v, at(p.out, lanes.batch, s.head, s.query), p.out.dtype, p.out.stride[3]);
+    char* target = at(p.out, lanes.batch, s.head, s.query);
+    store_row(out + r * p.head_dim_v, (Real)n.factor, p.head_dim_v, target, p.out.dtype, p.out.stride[3]);
     if (p.lse) *(Real*)at(p.lse, lanes.batch, s.head, s.query) = (Real)n.lse();
   }
 }
@@ -100,7 +100,7 @@ class ForwardUnit {
       const Panel<Real>& panel = s.panels[i];
       transpose(panel.out, (int64_t)NR, Dv, (int64_t)NR, s.rows, Dv);
       if (b.num_splits == 1) {
-        finish_rows(p, panel.lanes, s.rows, panel.run.max, panel.run.sum, s.rows);
+        finish_rows(p, panel.lanes, s.rows, panel.run.max, panel.run.sum);
         continue;
       }
       const int64_t row = (int64_t)i * NR, n = panel.lanes.rows * sizeof(Real);
@@ -222,7 +222,7 @@ void combine(const Problem& p, const Blocking& b, const Unit& u, const Partial& 
       for (int64_t d = 0; d < Dv; d++) row[d] += out[s * b.rows * Dv + d] * weight;
     }
     const Lanes one{u.batch, u.head, u.row + r, 1, {}, {}};
-    finish_rows(p, one, row, &top, &total, row);
+    finish_rows(p, one, row, &top, &total);
   }
 }
 

@@ -13,7 +13,7 @@ from fastattn import cpu
 from test_prefill import SHAPES, assert_same_bits, bits, run, shapes
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="the CPU kernels are not built")
-PATIENCE = 60  # seconds after which a child counts as hanging
+PATIENCE = 30  # seconds after which a child counts as hanging
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,8 @@ def test_threads_of_python_call_at_once(threads):
 
 
 def attention_in_child(connection, call, expected, generations: int):
-    """Compares with numpy: torch's own thread pool is the one that does not survive a fork."""
+    """Without torch's own loops over many elements (fills, comparisons): its threads do not survive a fork."""
+    torch.use_deterministic_algorithms(False)
     (q, k, v), kwargs = call
     same = all(np.array_equal(x, y) for x, y in zip(bits(run(q, k, v, **kwargs)), expected, strict=True))
     if same and generations > 1:
