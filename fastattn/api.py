@@ -3,19 +3,19 @@
 import inspect
 import math
 from collections.abc import Callable
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch.autograd import forward_ad as _forward_ad
 
-from . import dispatch
+from . import cpu, dispatch
 from .masks import UNBOUNDED, Mask, Window, check_window, diagonal_bounds
 from .problem import FLOATS, Problem
 
 _is_grad_enabled = torch.is_grad_enabled
 _current_backend = dispatch.current_backend
 _note = dispatch.note
+_signature = cpu.signature
 
 
 def attention(
@@ -82,20 +82,20 @@ def attention(
             _check_seed(seed)
         if _forward_ad._current_level >= 0:  # forward-mode tangents may hide in any input
             needs_grad = True
-        signature = (
-            q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, needs_grad, windows,
-            softmax_scale, softcap, dropout_p, return_lse, extras,
-        )  # fmt: skip
+        key = _signature(q, k, v) or (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
     except AttributeError:
         _raise_not_a_tensor(q=q, k=k, v=v, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
         raise
     if backend is None:
         backend = _current_backend()
+    settings = (needs_grad, windows, softmax_scale, softcap, dropout_p, return_lse, extras, backend)
     try:
-        choice, kernel, problem, softmax_scale, lo, hi = _plan(signature, backend)
-    except TypeError:  # an unhashable argument, or _problem's own error
-        _raise_not_a_tensor(q=q, k=k, v=v)
-        raise _validation_error(signature, backend) from None
+        plan = _plans.get((key, settings))
+    except TypeError:  # an argument is not hashable: _make_plan says which
+        plan = None
+    if plan is None:
+        plan = _make_plan(key, settings, q, k, v)
+    choice, kernel, problem, softmax_scale, lo, hi = plan
     if dropout_p > 0.0 and seed is None:
         seed = int(torch.randint(2**63 - 1, ()))
     _note(choice)
@@ -162,21 +162,23 @@ def _check_seed(seed) -> None:
         raise ValueError(f"seed={seed!r} must be an int in 0 ... 2^63 - 1, or None")
 
 
-@lru_cache(maxsize=4096)
-def _plan(signature: tuple, backend: str | None) -> tuple[dispatch.Choice, Callable, Problem, float, int, int]:
-    problem, softmax_scale, lo, hi = _problem(*signature)
+_plans: dict[tuple, tuple[dispatch.Choice, Callable, Problem, float, int, int]] = {}
+_MAX_PLANS = 4096
+
+
+def _make_plan(key, settings, q, k, v) -> tuple[dispatch.Choice, Callable, Problem, float, int, int]:
+    """Validate a call that is new, select its kernel, and remember both."""
+    *settings, backend = settings
+    _raise_not_a_tensor(q=q, k=k, v=v)
+    tensors = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
+    problem, softmax_scale, lo, hi = _problem(*tensors, *settings)
     if isinstance(backend, _Explain):
         raise _ProblemFound(problem)
     choice = dispatch.select(problem, dispatch.check_backend(backend, "backend"))
-    return choice, choice.kernel, problem, softmax_scale, lo, hi
-
-
-def _validation_error(signature: tuple, backend) -> Exception:
-    try:
-        _plan.__wrapped__(signature, backend)
-    except Exception as error:
-        return error
-    return TypeError("an argument is not hashable")
+    if len(_plans) >= _MAX_PLANS:
+        _plans.clear()
+    plan = _plans[key, (*settings, backend)] = (choice, choice.kernel, problem, softmax_scale, lo, hi)
+    return plan
 
 
 def _problem(
@@ -184,8 +186,6 @@ def _problem(
     dropout_p, return_lse, extras,
 ) -> tuple[Problem, float, int, int]:  # fmt: skip
     """Validate shapes, dtypes and scalars; q, k, v are shapes. The only place that does."""
-    if not all(isinstance(dtype, torch.dtype) for dtype in (q_dtype, k_dtype, v_dtype)):
-        raise TypeError("q, k and v must be tensors")  # `attention` says which is not
     for name, shape in (("q", q), ("k", k), ("v", v)):
         if len(shape) != 4:
             raise ValueError(

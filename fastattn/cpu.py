@@ -21,6 +21,15 @@ def unavailable() -> str | None:
     return None
 
 
+def signature(q, k, v) -> bytes | None:
+    """Shapes and dtypes of three plain 4-D CPU tensors as a dictionary key; None for any other."""
+    return None
+
+
+if _C is not None:
+    signature = _C.signature  # noqa: F811  (straight, without a Python frame)
+
+
 def isa() -> str:
     """The instruction set that the kernels run on: avx512, avx2, neon or scalar (FASTATTN_CPU_ISA narrows it)."""
     return _C.isa()

@@ -32,3 +32,12 @@ def fresh_fallbacks():
     dispatch.fallbacks.clear()
     yield dispatch.fallbacks
     dispatch.fallbacks.clear()
+
+
+@pytest.fixture
+def one_thread():
+    """On a busy machine two threads wait for each other longer than they work; also afterwards as before."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

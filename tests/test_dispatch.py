@@ -121,8 +121,9 @@ def with_narrow_row(monkeypatch):
 
 
 def clear_caches():
-    for function in (dispatch.select, dispatch._load, fastattn.api._plan):
+    for function in (dispatch.select, dispatch._load):
         function.cache_clear()
+    fastattn.api._plans.clear()
 
 
 @pytest.fixture(autouse=True)
@@ -400,17 +401,17 @@ def test_environment_with_an_unknown_backend():
 
 
 def test_import_stays_light():
-    """No optional package is imported, and the compiled kernels wait for the first call."""
+    """No optional package is imported, and CUDA is left alone."""
     code = """
 import sys, torch
 before = set(sys.modules)
 import fastattn
 new = {name.split(".")[0] for name in set(sys.modules) - before}
 print(*sorted(new & {"triton", "transformers", "diffusers", "timm", "onnx", "onnxruntime", "numpy", "matplotlib"}))
-print("fastattn._C" in sys.modules, torch.cuda.is_initialized())
+print(torch.cuda.is_initialized())
 """
     result = python(code, FASTATTN_BACKEND="")
-    assert result.stdout.splitlines() == ["", "False False"], result.stderr
+    assert result.stdout.splitlines() == ["", "False"], result.stderr
 
 
 def test_public_names():

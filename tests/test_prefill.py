@@ -21,16 +21,8 @@ from fastattn import Mask, UnsupportedError, api, cpu, dispatch
 INF, NAN = math.inf, math.nan
 ROOT = Path(fastattn.__file__).parents[1]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+pytestmark = pytest.mark.usefixtures("one_thread")  # test_threads.py is about more
 needs_cpu = pytest.mark.skipif(cpu.unavailable() is not None, reason="the CPU kernels are not built")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On a busy machine two threads wait for each other longer than they work; test_threads.py is about more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(q, k, v, backend="cpu", **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,11 +71,11 @@ def only(row: dispatch.Row):
     kernels = dispatch.KERNELS
     try:
         dispatch.KERNELS = (row,)
-        dispatch.select.cache_clear(), api._plan.cache_clear()
+        dispatch.select.cache_clear(), api._plans.clear()
         yield
     finally:
         dispatch.KERNELS = kernels
-        dispatch.select.cache_clear(), api._plan.cache_clear()
+        dispatch.select.cache_clear(), api._plans.clear()
 
 
 @pytest.mark.parametrize("row", dispatch.KERNELS, ids=lambda row: row.name)
@@ -399,8 +391,8 @@ def test_masks_of_the_same_keys_give_the_same_bits(dtype):
 @pytest.mark.parametrize("seqlen_q", [1, 3, 40, 130])
 @pytest.mark.parametrize("group_size", [2, 4, 5])
 def test_shared_keys_equal_repeated_keys(group_size, seqlen_q, dtype):
-    case = Case(num_heads=2 * group_size, num_heads_k=2, seqlen_q=seqlen_q, seqlen_k=700, head_dim=20, dtype=dtype)
-    for case in (case, case._replace(causal=True, bias="per_head", mask="tensor_per_head", alibi=True, sinks=True)):
+    plain = Case(num_heads=2 * group_size, num_heads_k=2, seqlen_q=seqlen_q, seqlen_k=700, head_dim=20, dtype=dtype)
+    for case in (plain, plain._replace(causal=True, bias="per_head", mask="tensor_per_head", alibi=True, sinks=True)):
         (q, k, v), kwargs = inputs(case)
         k2, v2 = (x.repeat_interleave(group_size, 1) for x in (k, v))
         assert_same_bits(run(q, k, v, **kwargs), run(q, k2, v2, **kwargs))

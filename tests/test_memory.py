@@ -1,0 +1,279 @@
+"""Memory: nothing is read or written beside the tensors, offsets beyond 2^31, no leak, no n x n tensor."""
+
+import ctypes
+import faulthandler
+import math
+import mmap
+import multiprocessing
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastattn
+from cases import Case, inputs
+from fastattn import Mask, cpu
+from fastattn.masks import UNBOUNDED
+from test_prefill import DTYPES, assert_same_bits, dtypes, run
+
+pytestmark = [
+    pytest.mark.skipif(cpu.unavailable() is not None, reason="the CPU kernels are not built"),
+    pytest.mark.usefixtures("one_thread"),
+]
+PAGE = mmap.PAGESIZE
+
+
+def fill(out, lse, q, k, v, causal=False, **kwargs):
+    """The kernel into tensors of the caller's, without the allocations of fastattn.attention."""
+    hi = k.shape[2] - q.shape[2] if causal else UNBOUNDED
+    names = ("k_start", "k_end", "mask", "bias", "alibi_slopes", "sinks")
+    extras = [kwargs.get(name) for name in names]
+    cpu._C.forward(q, k, v, out, lse, q.shape[3] ** -0.5, kwargs.get("softcap", 0.0), -UNBOUNDED, hi, *extras, 1)
+    return out, lse
+
+
+def tensors_of(dtype, shape, extras: str) -> dict[str, torch.Tensor]:
+    """What the kernel reads, for batch, num_heads, seqlen_q, seqlen_k, head_dim, head_dim_v; half as many key heads.
+
+    extras   "none", "all", or "row": a mask and a bias of the keys alone
+    """
+    b, h, sq, sk, d, dv = shape
+    (q, k, v), _ = inputs(Case(b, h, sq, sk, d, dv, max(h // 2, 1), dtype))
+    tensors = {"q": q, "k": k, "v": v}
+    if extras == "row":
+        tensors |= {"mask": torch.rand(sk) < 0.7, "bias": torch.randn(sk)}
+    if extras == "all":
+        tensors |= {"mask": torch.rand(b, h, sq, sk) < 0.7, "bias": torch.randn(b, h, sq, sk).to(q.dtype)}
+        tensors |= {"k_start": torch.randint(3, (b, h, sq)).int(), "k_end": torch.randint(1, sk + 2, (b, h, sq)).int()}
+        tensors |= {"alibi_slopes": torch.rand(b, h), "sinks": torch.randn(h).to(q.dtype)}
+    return tensors
+
+
+def expected_of(tensors):
+    tensors = dict(tensors)
+    out = torch.empty(*tensors["q"].shape[:3], tensors["v"].shape[3], dtype=tensors["q"].dtype)
+    lse = torch.empty(out.shape[:3], dtype=torch.float64 if out.dtype == torch.float64 else torch.float32)
+    result = fill(out, lse, **tensors)
+    if "k_start" in tensors:
+        interval = Mask.intervals(tensors.pop("k_start"), tensors.pop("k_end")).to_dense(*_seqlens(tensors))
+        tensors["mask"] = tensors["mask"] & interval
+    torch.testing.assert_close(result, run(backend="reference", **tensors))
+    return result
+
+
+def _seqlens(tensors):
+    return tensors["q"].shape[2], tensors["k"].shape[2]
+
+
+# --- guard pages -----------------------------------------------------------------------------------------------------
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+UNTOUCHED = 0xA5
+
+
+class Guarded:
+    """A tensor between two pages that kill the process when touched: it ends at the one or starts at the other."""
+
+    def __init__(self, x: torch.Tensor, side: str):
+        x = x.contiguous()
+        inner = max(-(-x.nbytes // PAGE), 1) * PAGE
+        self.memory = mmap.mmap(-1, inner + 2 * PAGE)
+        self.memory[PAGE : PAGE + inner] = bytes([UNTOUCHED]) * inner
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        for guard in (address, address + PAGE + inner):
+            assert libc.mprotect(guard, PAGE, mmap.PROT_NONE if hasattr(mmap, "PROT_NONE") else 0) == 0
+        self.first = PAGE if side == "start" else PAGE + inner - x.nbytes
+        self.last = self.first + x.nbytes
+        self.end = PAGE + inner
+        self.tensor = torch.frombuffer(self.memory, dtype=x.dtype, count=x.numel(), offset=self.first).view(x.shape)
+        self.tensor.copy_(x)
+
+    def assert_untouched_outside(self):
+        outside = self.memory[PAGE : self.first] + self.memory[self.last : self.end]
+        assert outside.count(UNTOUCHED) == len(outside)
+
+
+def in_child(function, *arguments) -> None:
+    """function(say, *arguments) in a forked child; if that dies, fails with what it said last."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=function, args=(sender.send, *arguments))
+    child.start()
+    sender.close()
+    said = "nothing"
+    try:
+        while True:
+            said = receiver.recv()
+    except EOFError:
+        child.join()
+    assert child.exitcode == 0, f"exit code {child.exitcode} at {said}"
+
+
+GUARDED_SHAPES = [  # batch, num_heads, seqlen_q, seqlen_k, head_dim, head_dim_v
+    *((1, 2, 3, 5, d, dv) for d in (1, 7, 33, 65) for dv in (1, 7, 33, 65)),
+    *((2, 2, sq, sk, 7, 33) for sq, sk in ((1, 1), (1, 300), (17, 31), (129, 1), (131, 257))),
+    *((1, 1, 3, 1031, d, 65 - d) for d in (1, 24, 64)),
+]
+
+
+def guarded_calls(say, dtype, side):
+    torch.use_deterministic_algorithms(False)
+    for shape in GUARDED_SHAPES:
+        for layout in ("bhsd", "bshd"):
+            for extras in ("none", "row", "all"):
+                say((shape, layout, extras))
+                tensors = tensors_of(dtype, shape, extras)
+                out, lse = expected_of(tensors)
+                swap = layout == "bshd"
+
+                def place(x, swap=swap):
+                    guarded = Guarded(x.transpose(1, 2) if swap and x.dim() == 4 else x, side)
+                    return guarded, guarded.tensor.transpose(1, 2) if swap and x.dim() == 4 else guarded.tensor
+
+                targets = [place(torch.full_like(x, math.nan)) for x in (out, lse)]
+                sources = {name: place(x)[1] for name, x in tensors.items()}
+                assert_same_bits(fill(*(view for _, view in targets), **sources), (out, lse))
+                for guarded, _ in targets:
+                    guarded.assert_untouched_outside()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@dtypes
+@pytest.mark.parametrize("side", ["end", "start"])
+def test_guard_pages(side, dtype):
+    in_child(guarded_calls, dtype, side)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_guard_pages_guard():
+    def read_past(say):
+        faulthandler.disable()
+        guarded = Guarded(torch.ones(5), "end")
+        say("the read")
+        ctypes.string_at(guarded.tensor.data_ptr() + 20, 1)
+
+    def write_before(say):
+        guarded = Guarded(torch.ones(5), "end")
+        guarded.memory[guarded.first - 1] = 0
+        guarded.assert_untouched_outside()
+
+    with pytest.raises(AssertionError, match="exit code -(7|11) at the read"):
+        in_child(read_past)
+    with pytest.raises(AssertionError, match="exit code 1"):
+        in_child(write_before)
+
+
+# --- offsets beyond 2^31 ---------------------------------------------------------------------------------------------
+
+
+def spread_out(x: torch.Tensor, axis: int, stride: int) -> torch.Tensor:
+    """x with a huge stride along one axis, in memory that is reserved and hardly ever touched."""
+    strides = list(torch.empty(x.shape).stride())
+    strides[axis] = stride
+    elements = sum((size - 1) * step for size, step in zip(x.shape, strides, strict=True)) + 1
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    try:
+        memory = mmap.mmap(-1, elements * x.element_size(), flags=flags)
+    except OSError as error:
+        pytest.skip(f"no address space: {error}")
+    return torch.frombuffer(memory, dtype=x.dtype).as_strided(x.shape, strides).copy_(x)
+
+
+@dtypes
+@pytest.mark.parametrize("stride", [2**31 + 5, 2**32 + 3])
+@pytest.mark.parametrize("axis", ["batch", "heads", "seqlen", "head_dim"])
+def test_offsets_beyond_32_bits(axis, stride, dtype):
+    shape = {"batch": (2, 2, 5, 7, 9, 3), "heads": (1, 4, 5, 7, 9, 3), "seqlen": (1, 2, 2, 2, 9, 3)}
+    shape |= {"head_dim": (1, 2, 3, 2, 2, 2)}
+    tensors = tensors_of(dtype, shape[axis], "all")
+    out, lse = expected_of(tensors)
+    axis = ["batch", "heads", "seqlen", "head_dim"].index(axis)
+
+    def place(x):
+        dims = x.dim()
+        where = axis if dims >= 2 else 0
+        return spread_out(x, min(where, dims - 1), stride)
+
+    results = [place(torch.full_like(x, math.nan)) for x in (out, lse)]
+    assert_same_bits(fill(*results, **{name: place(x) for name, x in tensors.items()}), (out, lse))
+
+
+# --- the native entry checks for itself ------------------------------------------------------------------------------
+
+WRONG = {  # name of a tensor: what it must not be
+    "q": (torch.ones(2, 2, 3), torch.ones(2, 2, 3, 5), torch.ones(2, 2, 3, 4).int(), torch.ones(1, 1, 2, 2, 3, 4)),
+    "k": (torch.ones(1, 2, 5, 4), torch.ones(2, 3, 5, 4), torch.ones(2, 2, 5, 3), torch.ones(2, 2, 5, 4).half(), None),
+    "v": (torch.ones(2, 2, 4, 6), torch.ones(2, 1, 5, 6), torch.ones(2, 2, 5), torch.ones(2, 2, 5, 6).double(), 1.0),
+    "out": (torch.ones(2, 2, 3, 4), torch.ones(2, 2, 3, 6).half(), torch.ones(6), torch.ones(1, 2, 3, 6)),
+    "lse": (torch.ones(2, 2, 4), torch.ones(2, 2, 3).double(), torch.ones(2, 2, 3, 1)),
+    "mask": (torch.ones(3, 4).bool(), torch.ones(3, 5), torch.ones(1, 2, 2, 3, 5).bool()),
+    "bias": (torch.ones(4, 5), torch.ones(3, 5).int(), torch.ones(3, 5).bool(), torch.ones(2, 3, 3, 5)),
+    "k_start": (torch.ones(2, 2, 3), torch.ones(2, 2, 3).long(), torch.ones(2, 2, 5).int()),
+    "k_end": (torch.ones(2, 2, 3), torch.ones(2, 2, 3, 1).int(), torch.ones(3, 2, 3).int()),
+    "alibi_slopes": (torch.ones(3), torch.ones(2, 2).int(), torch.ones(2, 2, 1)),
+    "sinks": (torch.ones(3), torch.ones(2).int(), torch.ones(1, 1, 2)),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_the_native_entry_refuses_what_does_not_fit(name):
+    for wrong in (*WRONG[name], torch.ones(2, 2, device="meta"), "text"):
+        tensors = {"q": torch.ones(2, 2, 3, 4), "k": torch.ones(2, 2, 5, 4), "v": torch.ones(2, 2, 5, 6)}
+        tensors |= {"out": torch.ones(2, 2, 3, 6), "lse": torch.ones(2, 2, 3), name: wrong}
+        arguments = [tensors.get(n) for n in ("q", "k", "v", "out", "lse")] + [0.5, 0.0, -UNBOUNDED, UNBOUNDED]
+        arguments += [tensors.get(n) for n in ("k_start", "k_end", "mask", "bias", "alibi_slopes", "sinks")]
+        with pytest.raises((ValueError, TypeError, AttributeError, RuntimeError)):
+            cpu._C.forward(*arguments, 1)
+
+
+def test_the_native_entry_refuses_the_wrong_number_of_arguments():
+    for count in (0, 15, 17):
+        with pytest.raises(ValueError, match="16 arguments"):
+            cpu._C.forward(*[None] * count)
+
+
+# --- how much --------------------------------------------------------------------------------------------------------
+
+
+def status(field: str) -> int:
+    """Bytes of a field of this process: VmRSS (now), VmHWM (its largest since the last reset)."""
+    try:
+        return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024
+    except (OSError, AttributeError):
+        pytest.skip("/proc does not tell how much memory a process has")
+
+
+def test_calls_do_not_leak():
+    case = Case(2, 4, 9, 20, 16, 8, 2, sinks=True)
+    changes = ({}, {"mask": "tensor", "bias": "full"}, {"mask": "lengths", "bias": "key"}, {"layout": "bshd"})
+    made = [inputs(case._replace(dtype=dtype, **change)) for dtype, change in zip(DTYPES, changes, strict=True)]
+    negated = torch.randn(1, 2, 5, 8, dtype=torch.complex64).conj().imag  # the one thing that is copied
+
+    def call(n):
+        for i in range(n):
+            qkv, kwargs = made[i % len(made)]
+            fastattn.attention(*qkv, **kwargs, return_lse=i % 3 == 0, softmax_scale=0.5 + i % 7, backend="cpu")
+            if i % 10 == 0:
+                fastattn.attention(negated, negated, negated, backend="cpu")
+                with pytest.raises(ValueError, match="dimensions"):
+                    cpu._C.forward(*[qkv[0][0]] * 5, 0.5, 0.0, 0, 0, *[None] * 6, 1)
+
+    call(400)
+    before = status("VmRSS")
+    call(10_000)
+    assert status("VmRSS") - before < 2**20
+
+
+def test_extra_memory_is_not_quadratic():
+    """Less than 64 MiB beyond out, where the scores alone would take 4 GiB."""
+    q, k, v = (torch.randn(1, 4, 16384, 64) for _ in range(3))
+    bias = torch.randn(16384)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pytest.skip("/proc/self/clear_refs cannot reset VmHWM")
+    before = status("VmRSS")
+    out = fastattn.attention(q, k, v, causal=True, bias=bias, backend="cpu")
+    assert out.nbytes <= status("VmHWM") - before < out.nbytes + 64 * 2**20
