@@ -6,6 +6,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullLocator
 
 from rows import Row
 
@@ -37,8 +38,9 @@ def draw(path: Path, rows: list[Row], peers: list[str], subtitle: str) -> bool:
     axes[1].set(xlabel="speed against SDPA, log scale (1 = as fast)", xscale="log")
     axes[1].axvline(1.0, color="black", linewidth=0.8)
     axes[1].margins(x=0.12)
-    for which in (axes[1].xaxis.set_major_formatter, axes[1].xaxis.set_minor_formatter):
-        which("{x:g}")
+    axes[1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[1].xaxis.set_minor_locator(NullLocator())
+    axes[1].xaxis.set_major_formatter("{x:g}")
     if has_peak:
         axes[0].set_xlim(0, 105)
         axes[0].axvline(100.0, color="black", linewidth=0.8)

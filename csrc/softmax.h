@@ -10,11 +10,12 @@ namespace fastattn::FASTATTN_ISA {
 constexpr float headroom = 8.0f;  // weights stay below 2^8, far from overflow
 constexpr double ln2 = 0.693147180559945309417, log2e = 1.44269504088896340736;
 
-// The running softmax of a panel's rows, one lane each.
+// The running softmax of a panel's rows, one lane each; all [NR].
 template <class Real>
 struct Running {
-  Real *max, *shift,
-      *sum;  // [NR]: reference point (-inf: no key seen yet), what is subtracted (0 then), sum of weights
+  Real* max;    // reference point, -inf before the first key is seen
+  Real* shift;  // what is subtracted from the scores: max, or 0 before the first key
+  Real* sum;    // of the weights
 };
 
 // largest[lane] = the maximum over the keys, NaN left out; -inf if there is none.
