@@ -190,41 +190,38 @@ FASTATTN_INLINE char* at(const Tensor& t, int64_t b, int64_t h, int64_t row, int
   return t.data + offset * bytes_of(t.dtype);
 }
 
+#if defined(__AVX2__)
 // dst[c][r] = src[r][c] for an 8 x 8 block of float.
 FASTATTN_INLINE void transpose_8x8(const float* src, int64_t src_row, float* dst, int64_t dst_row) {
-  typedef float V8 __attribute__((vector_size(32)));
-  typedef int32_t I8 __attribute__((vector_size(32)));
-  V8 r[8], s[8];
+  __m256 r[8], s[8];
 #pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) memcpy(&r[i], src + i * src_row, 32);
-  constexpr I8 low1 = {0, 8, 1, 9, 4, 12, 5, 13}, high1 = {2, 10, 3, 11, 6, 14, 7, 15};
-  constexpr I8 low2 = {0, 1, 8, 9, 4, 5, 12, 13}, high2 = {2, 3, 10, 11, 6, 7, 14, 15};
-  constexpr I8 low4 = {0, 1, 2, 3, 8, 9, 10, 11}, high4 = {4, 5, 6, 7, 12, 13, 14, 15};
+  for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(src + i * src_row);
 #pragma GCC unroll 4
   for (int i = 0; i < 8; i += 2) {
-    s[i] = __builtin_shuffle(r[i], r[i + 1], low1);
-    s[i + 1] = __builtin_shuffle(r[i], r[i + 1], high1);
+    s[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    s[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
   }
 #pragma GCC unroll 2
   for (int i = 0; i < 8; i += 4) {
-    r[i] = __builtin_shuffle(s[i], s[i + 2], low2);
-    r[i + 1] = __builtin_shuffle(s[i], s[i + 2], high2);
-    r[i + 2] = __builtin_shuffle(s[i + 1], s[i + 3], low2);
-    r[i + 3] = __builtin_shuffle(s[i + 1], s[i + 3], high2);
+    r[i] = _mm256_shuffle_ps(s[i], s[i + 2], 0x44);
+    r[i + 1] = _mm256_shuffle_ps(s[i], s[i + 2], 0xee);
+    r[i + 2] = _mm256_shuffle_ps(s[i + 1], s[i + 3], 0x44);
+    r[i + 3] = _mm256_shuffle_ps(s[i + 1], s[i + 3], 0xee);
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {
-    V8 low = __builtin_shuffle(r[i], r[i + 4], low4), high = __builtin_shuffle(r[i], r[i + 4], high4);
-    memcpy(dst + i * dst_row, &low, 32);
-    memcpy(dst + (i + 4) * dst_row, &high, 32);
+    _mm256_storeu_ps(dst + i * dst_row, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+    _mm256_storeu_ps(dst + (i + 4) * dst_row, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
   }
 }
+#endif
 
 // dst[c][r] = src[r][c] for r < rows, c < columns.
 template <class Real>
 void transpose(const Real* src, int64_t src_row, int64_t rows, int64_t columns, Real* dst, int64_t dst_row) {
   int64_t c0 = 0;
-  if constexpr (sizeof(Real) == 4 && FASTATTN_WIDTH >= 32) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(Real) == 4) {
     int64_t r8 = rows / 8 * 8;
     c0 = columns / 8 * 8;
     for (int64_t r = 0; r < r8; r += 8)
@@ -232,6 +229,7 @@ void transpose(const Real* src, int64_t src_row, int64_t rows, int64_t columns, 
     for (int64_t r = r8; r < rows; r++)
       for (int64_t c = 0; c < c0; c++) dst[c * dst_row + r] = src[r * src_row + c];
   }
+#endif
   for (int64_t r = 0; r < rows; r++)
     for (int64_t c = c0; c < columns; c++) dst[c * dst_row + r] = src[r * src_row + c];
 }
