@@ -38,7 +38,8 @@ NO_SIMD = {"scalar": []}  # any other machine
 # No -ffast-math: it would delete the rounding trick of exp2 and the rules for NaN and Inf.
 COMMON_FLAGS = ["-O3", "-std=c++17", "-g0", "-fvisibility=hidden"]
 COMMON_FLAGS += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-KERNEL_FLAGS = [*COMMON_FLAGS, "-fno-exceptions", "-fno-rtti"]
+# GCC 12 warns about its own intrinsics headers.
+KERNEL_FLAGS = [*COMMON_FLAGS, "-fno-exceptions", "-fno-rtti", "-Wno-maybe-uninitialized"]
 HARDENING_FLAGS = ["-fstack-protector-strong", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2"]
 
 
