@@ -39,7 +39,7 @@ NO_SIMD = {"scalar": []}  # any other machine
 COMMON_FLAGS = ["-O3", "-std=c++17", "-g0", "-fvisibility=hidden"]
 COMMON_FLAGS += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 # GCC 12 warns about its own intrinsics headers.
-KERNEL_FLAGS = [*COMMON_FLAGS, "-fno-exceptions", "-fno-rtti", "-Wno-maybe-uninitialized"]
+KERNEL_FLAGS = [*COMMON_FLAGS, "-fno-exceptions", "-fno-rtti", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 HARDENING_FLAGS = ["-fstack-protector-strong", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2"]
 
 
