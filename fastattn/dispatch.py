@@ -96,9 +96,8 @@ def select(problem: Problem, backend: str | None) -> Choice:
         reasons = refuse(row, problem)
         if not reasons:
             function = _load(row.entry)
-            isa = importlib.import_module(function.__module__).isa() if row.backend == "cpu" else None
-            reason = "; ".join(refusals)
-            return Choice(function, Call(problem, row.name, isa, reason), bool(refusals) and row.name == "reference")
+            call = Call(problem, row.name, _isa(row), "; ".join(refusals))
+            return Choice(function, call, bool(refusals) and row.name == "reference")
         refusals.append(f"{row.name}: {', '.join(reasons)}")
     raise UnsupportedError(
         f"backend={backend!r} refuses [{problem}]: {'; '.join(refusals)}. "
@@ -131,7 +130,8 @@ def explain(problem: Problem, backend: str | None) -> str:
         reasons = refuse(row, problem)
         if backend is not None and row.backend != backend:
             reasons.append(f"backend={backend!r} was asked for")
-        verdict = "refused: " + ", ".join(reasons) if reasons else "accepted" if chosen else "runs"
+        runs = f"runs on {_isa(row)}" if _isa(row) else "runs"
+        verdict = "refused: " + ", ".join(reasons) if reasons else "accepted" if chosen else runs
         chosen = chosen or not reasons
         lines.append(f"  {row.name:<14}{verdict}")
     return "\n".join(lines)
@@ -209,6 +209,12 @@ def _load(entry: str) -> Callable:
 @cache
 def _unavailable(check: str) -> str | None:
     return _load(check)()
+
+
+def _isa(row: Row) -> str | None:
+    """The instruction set that a row's kernel runs on; RuntimeError if FASTATTN_CPU_ISA names one it cannot run on."""
+    missing = row.backend != "cpu" or _unavailable(row.available)
+    return None if missing else importlib.import_module("fastattn.cpu").isa()
 
 
 def _nearest(problem: Problem, backend: str | None) -> str:
