@@ -223,7 +223,7 @@ def test_explain_lists_every_row():
     lines = text.splitlines()
     assert lines[0] == "cpu float32 B1 H2 S4 D8" and len(lines) == 1 + len(KERNELS)
     assert [line.split()[0] for line in lines[1:]] == [row.name for row in KERNELS]
-    assert sum(line.endswith("runs") for line in lines) == 1
+    assert sum(" runs" in line for line in lines) == 1
     assert repr(text) == str(text)  # readable at the prompt
 
 
