@@ -82,11 +82,9 @@ struct Call {
   int64_t element;
 
   Partial partial(int64_t unit) {
-    const int64_t rows = blocking.rows, all = (int64_t)units.size() * rows, Dv = problem.head_dim_v;
-    const int64_t block = unit / blocking.num_splits * blocking.num_splits, split = unit - block;
-    char* out = partials.data() + (block * rows * Dv + split * rows * Dv) * element;
-    char* max = partials.data() + (all * Dv + unit * rows) * element;
-    return {out, max, max + all * element};
+    const int64_t row = unit * blocking.rows, rows = (int64_t)units.size() * blocking.rows, Dv = problem.head_dim_v;
+    char* max = partials.data() + (rows * Dv + row) * element;
+    return {partials.data() + row * Dv * element, max, max + rows * element};
   }
 };
 

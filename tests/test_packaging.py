@@ -166,6 +166,17 @@ def test_registers(kernel_objects, isa):
     }[isa]  # fmt: skip
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_multiply_adds(kernel_objects, isa):
+    """The products are fused multiply-adds on whole vectors; the baseline must have none."""
+    if setup.machine() != "x86_64":
+        pytest.skip("the registers of x86")
+    code = output(tool("objdump"), "-d", "--no-show-raw-insn", kernel_objects[isa])
+    register = {"scalar": "", "avx2": "%ymm", "avx512": "%zmm"}[isa]
+    count = len(re.findall(rf"vfmadd\w+p[sd] .*{register}", code))
+    assert count == 0 if isa == "scalar" else count > 300
+
+
 def test_only_the_kernels_need_a_newer_cpu(extension):
     """Outside of fastattn::avx2 and fastattn::avx512 the extension has no AVX instruction."""
     if setup.machine() != "x86_64":
