@@ -111,7 +111,8 @@ void prepare_panel(const Problem& p, const Unit& u, int64_t r0, int64_t rows, in
       panel.positions[r] = (Real)(s.query + p.seqlen_k - p.seqlen_q);
     }
   }
-  for (int64_t i = 0; i < NR * p.head_dim; i++) tmp[i] *= scale;  // not row by row: the stores would still be on their way
+  // all at once: row by row, the stores of load_row would still be on their way
+  for (int64_t i = 0; i < NR * p.head_dim; i++) tmp[i] *= scale;
   transpose(tmp, p.head_dim, (int64_t)NR, p.head_dim, panel.q, (int64_t)NR);
   for (int64_t i = 0; i < p.head_dim_v * NR; i++) panel.out[i] = 0;
 }
