@@ -142,7 +142,8 @@ void forward(const Problem& p, int threads) {
   if (splits > 1) call.partials.resize(call.units.size() * b.rows * (p.head_dim_v + 2) * call.element);
 
   parallel_for((int64_t)call.units.size(), threads, flops, run_unit, &call);
-  if (splits > 1) parallel_for((int64_t)call.units.size() / splits, threads, flops, combine, &call);
+  const double combine_flops = 4.0 * call.partials.size() / call.element;
+  if (splits > 1) parallel_for((int64_t)call.units.size() / splits, threads, combine_flops, combine, &call);
 }
 
 double fma_rate(DType dtype, double seconds, int threads) {

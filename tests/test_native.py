@@ -1,0 +1,115 @@
+"""The C++ without Python (native/parity.cpp) under sanitizers and on emulated CPUs; Python under sanitizers."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from test_packaging import ROOT, compiler, output, setup, tool
+from test_prefill import supported_isas
+
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+CROSS = "aarch64-linux-gnu-g++"
+
+
+def build(folder: Path, cxx: str, target: str, *flags: str) -> tuple[Path, dict[str, Path]]:
+    """(native/parity.cpp linked with the kernels of all ISAs of a target, those kernels' objects)"""
+    isas = setup.isa_flags(target)
+    objects = {isa: folder / f"{isa}.o" for isa in isas}
+    common = [*flags, "-I", ROOT / "csrc", "-fopenmp"]
+    jobs = [[ROOT / f"csrc/isa_{isa}.cpp", "-c", "-o", objects[isa], *isas[isa], *common] for isa in isas]
+    sources = [ROOT / "tests/native/parity.cpp", ROOT / "csrc/driver.cpp", ROOT / "csrc/parallel.cpp"]
+    host = [*setup.COMMON_FLAGS, *[f"-DFASTATTN_HAVE_{isa.upper()}" for isa in isas], *common, "-Wall", "-Wextra"]
+    with ThreadPoolExecutor(setup.jobs()) as pool:
+        list(pool.map(lambda job: output(cxx, *job), jobs))
+    program = folder / "parity"
+    output(cxx, *sources, *objects.values(), "-o", program, *host)
+    return program, objects
+
+
+def assert_all_pass(isa: str, *command) -> None:
+    text = output(*command, FASTATTN_CPU_ISA=isa)
+    assert text.startswith(isa) and re.search(r"^[1-9]\d{2,} passed, 0 failed$", text, re.M), text
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sanitized")
+    return build(folder, compiler(), setup.machine(), "-O1", "-g", *SANITIZE)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", supported_isas())
+def test_sanitizers(sanitized, isa):
+    assert_all_pass(isa, sanitized)
+
+
+@pytest.fixture(scope="module")
+def as_shipped(tmp_path_factory) -> Path:
+    return build(tmp_path_factory.mktemp("as_shipped"), compiler(), setup.machine())[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cpu, isa, lacking", [("Nehalem", "scalar", "avx2"), ("Haswell", "avx2", "avx512")])
+def test_emulated_older_x86(as_shipped, cpu, isa, lacking):
+    """Nothing outside of an ISA's kernels was compiled for it, and the choice looks at the CPU."""
+    if setup.machine() != "x86_64":
+        pytest.skip("the kernels of x86")
+    emulator = [tool("qemu-x86_64"), "-cpu", cpu]
+    text = output(*emulator, as_shipped, 30, FASTATTN_CPU_ISA="")
+    assert text.startswith(isa) and text.endswith(" 0 failed\n"), text
+    environment = {**os.environ, "FASTATTN_CPU_ISA": lacking}
+    result = subprocess.run([*emulator, as_shipped], env=environment, capture_output=True, text=True)
+    assert result.returncode == 2 and f"FASTATTN_CPU_ISA={lacking}: this CPU does not have it" in result.stdout
+
+
+@pytest.fixture(scope="module")
+def aarch64(tmp_path_factory) -> tuple[Path, dict[str, Path]]:
+    tool(CROSS)
+    # static: no libraries of the other machine needed at run time
+    return build(tmp_path_factory.mktemp("aarch64"), CROSS, "aarch64", "-static")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["neon", "scalar"])
+def test_emulated_aarch64(aarch64, isa):
+    assert_all_pass(isa, tool("qemu-aarch64"), aarch64[0], 100)
+
+
+@pytest.mark.slow
+def test_neon_multiply_adds(aarch64):
+    code = output(tool("aarch64-linux-gnu-objdump"), "-d", aarch64[1]["neon"])
+    assert len(re.findall(r"fmla\tv\d+\.4s", code)) > 300 and len(re.findall(r"fmla\tv\d+\.2d", code)) > 100
+
+
+@pytest.mark.slow
+def test_python_under_sanitizers(tmp_path):
+    """The extension with sanitizers: every parity test, guard pages, threads and forks."""
+    cxx = compiler()
+    libraries = [output(cxx, f"-print-file-name=lib{name}").strip() for name in ("asan.so", "ubsan.so", "stdc++.so.6")]
+    if not all(map(os.path.isabs, libraries)):
+        pytest.skip("the sanitizers' libraries are not installed")
+    ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    for name in ("csrc", "fastattn", "kernels", "tests"):
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=ignore)
+    for path in (ROOT / "setup.py", ROOT / "pyproject.toml", *ROOT.glob("*.md")):
+        shutil.copy(path, tmp_path)
+    flags = " ".join([*SANITIZE, "-g1"])
+    build_environment = {"CFLAGS": flags, "CXXFLAGS": flags, "LDFLAGS": SANITIZE[0], "FASTATTN_BUILD_EXT": "1"}
+    output(sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", cwd=tmp_path, **build_environment)
+    files = [f"tests/test_{name}.py" for name in ("prefill", "memory", "threads")]
+    # what allocates is slower and larger under the sanitizer; the other ISAs have run in test_sanitizers
+    selected = "not leak and not extra_memory and not every_isa"
+    output(
+        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", selected),
+        cwd=tmp_path,
+        PYTHONPATH=str(tmp_path),
+        PYTHONMALLOC="malloc",
+        LD_PRELOAD=" ".join(libraries),
+        ASAN_OPTIONS="detect_leaks=0:handle_segv=0",  # the guard pages' signal stays a signal
+    )
