@@ -33,12 +33,12 @@ void add_alibi(Real* scores, int64_t keys, const Real* slopes, const Real* posit
   }
 }
 
-// A bias in log2 units. A finite one stays finite: finfo.min pushes a key away, only -inf masks it.
+// A bias in log2 units. A finite one stays finite: finfo.min pushes a key away, only -inf masks it; +inf stays too.
 template <class Real>
 FASTATTN_INLINE Vec<Real> bias_log2(Vec<Real> bias) {
   const Vec<Real> limit = splat((Real)(sizeof(Real) == 8 ? 8e307 : 1.5e38));
   const Vec<Real> b = vmax(-limit, bias * (Real)log2e);
-  return b > limit ? limit : b;
+  return b > limit && bias < (Real)__builtin_inf() ? limit : b;
 }
 
 // scores[j][lane] += bias[j] (natural log), -inf selects; whether anything is masked.

@@ -82,7 +82,7 @@ def attention(
             _check_seed(seed)
         if _forward_ad._current_level >= 0:  # forward-mode tangents may hide in any input
             needs_grad = True
-        key = _signature(q, k, v) or (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
+        key = _signature(q, k, v) or _python_signature(q, k, v)
     except AttributeError:
         _raise_not_a_tensor(q=q, k=k, v=v, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
         raise
@@ -162,6 +162,10 @@ def _check_seed(seed) -> None:
         raise ValueError(f"seed={seed!r} must be an int in 0 ... 2^63 - 1, or None")
 
 
+def _python_signature(q, k, v) -> tuple:
+    return q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device
+
+
 _plans: dict[tuple, tuple[dispatch.Choice, Callable, Problem, float, int, int]] = {}
 _MAX_PLANS = 4096
 
@@ -170,8 +174,7 @@ def _make_plan(key, settings, q, k, v) -> tuple[dispatch.Choice, Callable, Probl
     """Validate a call that is new, select its kernel, and remember both."""
     *settings, backend = settings
     _raise_not_a_tensor(q=q, k=k, v=v)
-    tensors = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
-    problem, softmax_scale, lo, hi = _problem(*tensors, *settings)
+    problem, softmax_scale, lo, hi = _problem(*_python_signature(q, k, v), *settings)
     if isinstance(backend, _Explain):
         raise _ProblemFound(problem)
     choice = dispatch.select(problem, dispatch.check_backend(backend, "backend"))

@@ -229,9 +229,7 @@ def test_explain_lists_every_row():
 
 def test_explain_says_what_attention_does():
     for kwargs in ({}, {"dropout_p": 0.1}, {"backend": "reference"}, {"causal": True, "return_lse": True}):
-        runs = next(
-            line.split()[0] for line in fastattn.explain(*qkv(), **kwargs).splitlines() if " runs" in line
-        )
+        runs = next(line.split()[0] for line in fastattn.explain(*qkv(), **kwargs).splitlines() if " runs" in line)
         fastattn.attention(*qkv(), **kwargs)
         assert fastattn.last_call().kernel == runs
 

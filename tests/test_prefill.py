@@ -524,7 +524,6 @@ def test_scores_that_are_not_finite(value, shape, dtype):
 
 
 @needs_cpu
-@pytest.mark.xfail(reason="csrc/score.h: bias_log2 clamps +inf to a finite bias", strict=True)
 def test_infinite_bias():
     """A score of +inf gives NaN, wherever it comes from."""
     q, k, v = large_inputs("tiles", "float32")
