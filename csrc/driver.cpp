@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "parallel.h"
@@ -104,6 +105,44 @@ void combine(void* context, int64_t index, int) {
                        thread_scratch(call.scratch_bytes));
 }
 
+struct BackwardCall {
+  const Problem& problem;
+  const Gradients& gradients;
+  const Kernels& kernels;
+  BackwardBlocking blocking;
+  int64_t scratch_bytes;
+  std::vector<KeyUnit> units;
+  std::vector<char> partials;  // dq of the wave's [batch][head][split]; empty without splits
+  int64_t first_batch, head_bytes;
+
+  char* partial(int64_t batch, int64_t head) {
+    return partials.data() + ((batch - first_batch) * problem.num_heads + head) * head_bytes;
+  }
+};
+
+void run_key_unit(void* context, int64_t index, int) {
+  BackwardCall& call = *(BackwardCall*)context;
+  const KeyUnit& unit = call.units[index];
+  const BackwardBlocking& b = call.blocking;
+  const int64_t group_size = call.problem.num_heads / call.problem.num_heads_k;
+  char* partial = nullptr;
+  if (b.num_splits > 1)
+    partial = call.partial(unit.batch, unit.head_k * group_size) + unit.split * (call.head_bytes / b.num_splits);
+  call.kernels.run_key_unit(call.problem, call.gradients, b, unit, partial, call.head_bytes,
+                            thread_scratch(call.scratch_bytes));
+}
+
+void combine_dq(void* context, int64_t index, int) {
+  BackwardCall& call = *(BackwardCall*)context;
+  const Problem& p = call.problem;
+  const int64_t rows = call.blocking.block_rows, blocks = (p.seqlen_q + rows - 1) / rows;
+  const int64_t head = index / blocks % p.num_heads, batch = call.first_batch + index / blocks / p.num_heads;
+  call.kernels.combine_dq(p, call.gradients, call.blocking, batch, head, index % blocks * rows,
+                          call.partial(batch, head), thread_scratch(call.scratch_bytes));
+}
+
+constexpr int64_t max_partial_bytes = 64 << 20;  // a wave of batches whose dq of all splits fit, but one at least
+
 }  // namespace
 
 const Kernels& kernels() {
@@ -145,6 +184,41 @@ void forward(const Problem& p, int threads) {
 
   parallel_for((int64_t)call.units.size(), threads, flops, run_unit, &call);
   if (splits > 1) parallel_for((int64_t)call.units.size() / splits, threads, flops, combine, &call);
+}
+
+void backward(const Problem& p, const Gradients& g, int threads) {
+  if (!p.batch || !p.num_heads_k) return;
+  const Kernels& kernel = kernels();
+  const int64_t element = p.q.dtype == DType::float64 ? 8 : 4;
+  BackwardCall call{p, g, kernel, kernel.backward_blocking(p), 0, {}, {}, 0, 0};
+  const BackwardBlocking& b = call.blocking;
+  call.scratch_bytes = kernel.backward_scratch_bytes(p, b);
+  call.head_bytes = b.num_splits * b.partial_size * element;
+  const int64_t batch_bytes = b.num_splits > 1 ? p.num_heads * call.head_bytes : 0;
+  const int64_t wave = batch_bytes ? std::max<int64_t>(1, max_partial_bytes / batch_bytes) : p.batch;
+  if (batch_bytes) call.partials.resize(std::min(wave, p.batch) * batch_bytes);
+
+  for (call.first_batch = 0; call.first_batch < p.batch; call.first_batch += wave) {
+    const int64_t end = std::min(call.first_batch + wave, p.batch);
+    std::vector<std::pair<double, KeyUnit>> units;
+    double pairs = 0;
+    for (int64_t batch = call.first_batch; batch < end; batch++)
+      for (int64_t head_k = 0; head_k < p.num_heads_k; head_k++)
+        for (int split = 0; split < b.num_splits; split++) {
+          const KeyUnit unit{(int32_t)batch, (int32_t)head_k, split};
+          units.push_back({kernel.count_pairs(p, b, unit), unit});
+          pairs += units.back().first;
+        }
+    std::stable_sort(units.begin(), units.end(), [](auto& x, auto& y) { return x.first > y.first; });
+    call.units.clear();
+    for (auto& [_, unit] : units) call.units.push_back(unit);
+
+    const double flops = 2 * pairs * (3 * p.head_dim + 2 * p.head_dim_v);
+    parallel_for((int64_t)units.size(), threads, flops, run_key_unit, &call);
+    const int64_t blocks = (p.seqlen_q + b.block_rows - 1) / b.block_rows;
+    if (g.dq && b.num_splits > 1)
+      parallel_for((end - call.first_batch) * p.num_heads * blocks, threads, flops, combine_dq, &call);
+  }
 }
 
 double fma_rate(DType dtype, double seconds, int threads) {
