@@ -76,8 +76,10 @@ KERNELS = (
         "fastattn.cpu:unavailable",
         {**_CPU, "direction": {"backward"}, "score_grad": {False}, "needs_grad": {False}},
     ),
+    Row(
+        "reference.backward", "fastattn.reference:run_backward", None, {"layout": {"dense"}, "direction": {"backward"}}
+    ),
     Row("reference", "fastattn.reference:run", None, {"layout": {"dense"}, "direction": {"forward"}}),
-    Row("reference.backward", "fastattn.reference:run_backward", None, {"layout": {"dense"}, "direction": {"backward"}}),
 )
 
 BACKENDS = tuple(dict.fromkeys(row.backend for row in KERNELS))
@@ -174,7 +176,7 @@ def explain(problem: Problem, backend: str | None) -> str:
                 reasons.append(f"backend={backend!r} was asked for")
             verdict = "refused: " + ", ".join(reasons) if reasons else "accepted" if chosen else "runs"
             chosen = chosen or not reasons
-            lines.append(f"  {row.name:<14}{verdict}")
+            lines.append(f"  {row.name:<20}{verdict}")
     return "\n".join(lines)
 
 
