@@ -18,14 +18,15 @@ constexpr int64_t block_queries = 128, backward_few_units = 8, min_unit_keys = 5
 FASTATTN_INLINE int64_t column_panels(int64_t columns, int64_t NR) { return (columns + NR - 1) / NR; }
 
 template <class Real>
-BackwardBlocking make_backward_blocking(const Problem& p) {
+BackwardBlocking make_backward_blocking(const Problem& p, const Gradients& g) {
   BackwardBlocking b{};
   b.lanes = p.seqlen_q <= VL<Real> ? VL<Real> : max_vectors * VL<Real>;
   b.block_rows = (int)smaller(round_up(block_queries * 4 / sizeof(Real), b.lanes),
                               round_up(larger<int64_t>(p.seqlen_q, 1), b.lanes));
   const int64_t tile_rows = b.lanes == VL<Real> ? MR<1> : MR<max_vectors>;
   b.n_block = (int)(key_block * 4 / sizeof(Real) / tile_rows * tile_rows);
-  int64_t splits = p.num_heads_k && p.num_heads_k < backward_few_units ? backward_few_units / p.num_heads_k : 1;
+  const int64_t units = g.dense_bias() && !g.dbias.stride[1] ? 1 : p.num_heads_k;
+  int64_t splits = units && units < backward_few_units ? backward_few_units / units : 1;
   splits = larger<int64_t>(1, smaller(splits, p.seqlen_k / min_unit_keys));
   b.split_keys = larger<int64_t>(b.n_block, round_up((p.seqlen_k + splits - 1) / splits, b.n_block));
   b.num_splits = (int)larger<int64_t>(1, (p.seqlen_k + b.split_keys - 1) / b.split_keys);
@@ -36,6 +37,7 @@ BackwardBlocking make_backward_blocking(const Problem& p) {
 template <class Real>
 struct GradientPanel : Panel<Real> {
   Real *dout, *dq;  // [head_dim_v][NR], [head_dim][NR]
+  Real* slope_sum;  // [NR], of dS times the derivative by ALiBi's slope
   Softmax<Real> softmax;
 };
 
@@ -48,6 +50,7 @@ struct BackwardScratch {
   Real *k, *v;                // [n_block][stride]
   Real *scores, *dp, *slope;  // [n_block][NR]
   Real *p, *ds;               // [n_block][tile_stride]
+  Real* key_sum;              // [keys of the range][vector], of dS
   ModifierMemory<Real> modifier;
   Real* out;   // [head_dim_v][NR]
   Real* rows;  // [NR][widest head dim], rows on their way to or from lanes
@@ -64,9 +67,10 @@ BackwardScratch<Real> backward_layout(const Problem& p, const BackwardBlocking& 
   const int64_t keys = b.n_block, range = smaller(b.split_keys, round_up(p.seqlen_k, b.n_block));
   s.panels = arena.take<GradientPanel<Real>>(panels);
   for (int64_t i = 0; i < panels; i++) {
-    GradientPanel<Real> panel{take_panel<Real>(arena, D, NR), nullptr, nullptr, {}};
+    GradientPanel<Real> panel{take_panel<Real>(arena, D, NR), nullptr, nullptr, nullptr, {}};
     panel.dout = arena.take<Real>(Dv * NR);
     panel.dq = b.num_splits == 1 ? arena.take<Real>(D * NR) : nullptr;
+    panel.slope_sum = arena.take<Real>(NR);
     panel.softmax = {arena.take<Real>(NR), arena.take<Real>(NR), arena.take<Real>(NR)};
     if (memory) s.panels[i] = panel;
   }
@@ -79,6 +83,7 @@ BackwardScratch<Real> backward_layout(const Problem& p, const BackwardBlocking& 
   s.k = arena.take<Real>(keys * s.k_stride), s.v = arena.take<Real>(keys * s.v_stride);
   s.scores = arena.take<Real>(keys * NR), s.dp = arena.take<Real>(keys * NR), s.slope = arena.take<Real>(keys * NR);
   s.p = arena.take<Real>(keys * s.tile_stride), s.ds = arena.take<Real>(keys * s.tile_stride);
+  s.key_sum = arena.take<Real>(range * VL<Real>);
   s.modifier = take_modifier<Real>(arena, keys, NR);
   s.out = arena.take<Real>(Dv * NR);
   s.rows = arena.take<Real>(NR * widest), s.row = arena.take<Real>(round_up(widest, NR));
@@ -137,10 +142,12 @@ class KeyRange {
     clear(s.dv, range * column_panels(Dv, NR) * NR);
     for (int64_t i = 0; i < group_size; i++) {
       head = u.head_k * group_size + i;
+      if (g.key_sums) clear(s.key_sum, range * L);
       for (int64_t query = 0; query < p.seqlen_q; query += NR)
         prepare(query, partial ? (Real*)(partial + i * stride) : nullptr);
       for (lo = k_lo; lo < k_hi; lo += b.n_block) visit_tile();
       finish_dq(!partial);
+      finish_score_sums();
     }
     finish_keys(g.dk, s.dk, D, (Real)p.softmax_scale);
     finish_keys(g.dv, s.dv, Dv, 1);
@@ -159,6 +166,7 @@ class KeyRange {
     prepare_panel(p, u.batch, head, query, rows, NR, panel, s.rows);
     if (partial) panel.dq = partial + query * D;
     clear(panel.dq, D * NR);
+    clear(panel.slope_sum, NR);
     for (int64_t r = 0; r < NR; r++) {
       Real* dout = s.rows + r * Dv;
       if (r >= rows) {
@@ -178,6 +186,7 @@ class KeyRange {
     }
     transpose(s.rows, Dv, (int64_t)NR, Dv, panel.dout, (int64_t)NR);
     find_delta(panel, query, rows);
+    if (u.split == 0 && (g.query_sums || g.sink_sums)) row_sums(panel.softmax, query, rows);
   }
 
   // In the order of the product dP = V dout^T: where a row sees one key and out is its value, dS is exactly 0.
@@ -205,6 +214,21 @@ class KeyRange {
     for (int64_t d = columns; d < panels * NR; d++) row[d] = 0;
     Real* to = copies + (block * panels * b.block_rows + r) * NR;
     for (int64_t c = 0; c < panels; c++) memcpy(to + c * b.block_rows * NR, row + c * NR, NR * sizeof(Real));
+  }
+
+  // What follows from a row alone. The row's dS sum to dlse + delta * weight of the sink, which is exact.
+  void row_sums(const Softmax<Real>& softmax, int64_t query, int64_t rows) {
+    const double lowest = -__builtin_inf();
+    const double sink = p.sinks ? load_scalar<double>(at(p.sinks, u.batch, head, 0), p.sinks.dtype) : lowest;
+    for (int64_t r = 0; r < rows; r++) {
+      const bool sees = softmax.log_sum[r] != (Real)__builtin_inf();
+      const double dlse = sees && g.dlse ? *(const Real*)at(g.dlse, u.batch, head, query + r) : 0;
+      const double shift = (double)softmax.top[r] + softmax.log_sum[r];
+      const double by_sink = sink == lowest ? 0 : softmax.delta[r] * __builtin_exp2(sink * log2e - shift);
+      const int64_t row = (u.batch * p.num_heads + head) * p.seqlen_q + query + r;
+      if (g.query_sums) g.query_sums[row] = dlse + by_sink;
+      if (g.sink_sums) g.sink_sums[row] = -by_sink;
+    }
   }
 
   void visit_tile() {
@@ -255,6 +279,7 @@ class KeyRange {
       row_tile<false, Real, tile, NV>(v + j * s.v_stride, s.v_stride, panel.dout, Dv, s.dp + j * NR);
     });
     weigh<Real, NV>(s.scores, s.dp, n, panel.softmax, weights, ds, stride);
+    add_score_sums(panel, ds, seen);
     if (p.softcap > 0.0) scale_rows<Real, NV>(ds, stride, s.slope, n);
     if (!g.dq) return true;
     if (careful)
@@ -264,6 +289,21 @@ class KeyRange {
         column_tile<Real, tile, NV>(k + d, s.k_stride, ds, stride, n, panel.dq + d * NR);
       });
     return true;
+  }
+
+  // dS of a panel and the keys that it sees, to the gradients of what was added to the scores.
+  void add_score_sums(const GradientPanel<Real>& panel, const Real* ds, Range seen) {
+    const int64_t n = seen.hi - seen.lo, stride = s.tile_stride;
+    if (g.slope_sums) add_slope_sums<Real, NV>(ds, stride, n, panel.positions, seen.lo, panel.slope_sum);
+    if (g.key_sums) add_key_sums<Real, NV>(ds, stride, n, s.key_sum + (seen.lo - k_lo) * L);
+    if (!g.dense_bias()) return;
+    Real* rows = s.modifier.rows;
+    transpose(ds, stride, n, (int64_t)NR, rows, n);
+    for (int64_t r = 0; r < panel.lanes.rows; r++) {
+      Real* to = (Real*)at(g.dbias, u.batch, head, panel.lanes.row + r, seen.lo);
+      const Real* row = rows + r * n;
+      for (int64_t j = 0; j < n; j++) to[j] += row[j];
+    }
   }
 
   // gradient [key][columns] += weights [key][query] rows [query][columns], for the tile and the block.
@@ -302,6 +342,23 @@ class KeyRange {
     }
   }
 
+  void finish_score_sums() {
+    const int64_t row = u.batch * p.num_heads + head;
+    if (g.slope_sums) {
+      double total = 0;
+      for (int64_t query = 0; query < p.seqlen_q; query += NR)
+        for (int64_t r = 0; r < smaller<int64_t>(NR, p.seqlen_q - query); r++)
+          total += s.panels[query / NR].slope_sum[r];
+      g.slope_sums[row * b.num_splits + u.split] = total;
+    }
+    if (g.key_sums)
+      for (int64_t key = k_lo; key < k_hi; key++) {
+        double total = 0;
+        for (int lane = 0; lane < L; lane++) total += s.key_sum[(key - k_lo) * L + lane];
+        g.key_sums[row * p.seqlen_k + key] = total;
+      }
+  }
+
   void finish_keys(const Tensor& t, const Real* gradient, int64_t columns, Real scale) {
     if (!t) return;
     const int64_t panels = column_panels(columns, NR);
@@ -320,16 +377,24 @@ template <class Real, int NV>
 void run_key_range(const Problem& p, const Gradients& g, const BackwardBlocking& b, const KeyUnit& u, char* partial,
                    int64_t stride, char* memory) {
   if (KeyRange<Real, NV>(p, g, b, u, memory, false).run(partial, stride)) return;
-  KeyRange<Real, NV>(p, g, b, u, memory, true).run(partial, stride);  // rare, and keeps the check out of the loop
+  Gradients again = g;  // what has been added to dbias stays: it is the same in both
+  if (again.dense_bias()) again.dbias = Tensor{};
+  KeyRange<Real, NV>(p, again, b, u, memory, true).run(partial, stride);  // rare, and keeps the check out of the loop
 }
 
 template <class Real>
 void run_key_unit(const Problem& p, const Gradients& g, const BackwardBlocking& b, const KeyUnit& u, char* partial,
                   int64_t stride, char* memory) {
-  if (b.lanes == VL<Real>)
-    run_key_range<Real, 1>(p, g, b, u, partial, stride, memory);
-  else
-    run_key_range<Real, max_vectors>(p, g, b, u, partial, stride, memory);
+  const int64_t group_size = p.num_heads / p.num_heads_k;
+  for (int32_t batch = 0; batch < u.batches; batch++)
+    for (int32_t head_k = 0; head_k < u.heads_k; head_k++) {
+      const KeyUnit one{u.batch + batch, u.head_k + head_k, u.split, 1, 1};
+      char* own = partial ? partial + (batch * p.num_heads + head_k * group_size) * stride : nullptr;
+      if (b.lanes == VL<Real>)
+        run_key_range<Real, 1>(p, g, b, one, own, stride, memory);
+      else
+        run_key_range<Real, max_vectors>(p, g, b, one, own, stride, memory);
+    }
 }
 
 template <class Real>
@@ -355,7 +420,7 @@ FASTATTN_INLINE double pairs_of(const Problem& p, const BackwardBlocking& b, con
     const Range seen = visited_range(p, u.batch, u.head_k * group_size, query, rows);
     pairs += (double)rows * larger<int64_t>(0, smaller(seen.hi, k_hi) - larger(seen.lo, k_lo));
   }
-  return pairs * group_size;
+  return pairs * group_size * u.batches * u.heads_k;
 }
 
 }  // namespace fastattn::FASTATTN_ISA

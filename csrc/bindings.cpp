@@ -138,6 +138,18 @@ Tensor complete(PyObject* object, const char* name, const int64_t (&sizes)[4], D
   return exact(v, name, sizes, dtype);
 }
 
+// None, or a gradient that broadcasts to `sizes`: no two elements in one place, or threads would meet there.
+Tensor reduced(PyObject* object, const char* name, const int64_t (&sizes)[4], Owned& owned, int missing_right = 0) {
+  if (object == Py_None) return Tensor{};
+  const View v = view(object, owned);
+  int64_t next = 1;
+  for (int i = v.ndim - 1; i >= 0; i--) {
+    if (v.shape[i] > 1 && v.stride[i] != next) mismatch(name, "must be contiguous");
+    next *= v.shape[i] > 1 ? v.shape[i] : 1;
+  }
+  return broadcast(v, name, sizes, missing_right);
+}
+
 bool is_float(DType dtype) { return dtype != DType::boolean && dtype != DType::int32; }
 
 double number(PyObject* object) {
@@ -151,7 +163,7 @@ int64_t integer(PyObject* object) {
   return x;
 }
 
-constexpr int num_arguments = 16, num_gradients = 5;
+constexpr int num_arguments = 16, num_gradients = 8;
 constexpr double tiny_work =
     1e5;  // multiply-adds, a few microseconds: below it, giving up the GIL costs more than it gives
 
@@ -236,12 +248,21 @@ PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
     const int64_t queries[4] = {p.batch, p.num_heads, p.seqlen_q, p.head_dim};
     const int64_t keys[4] = {p.batch, p.num_heads_k, p.seqlen_k, p.head_dim};
     const int64_t values[4] = {p.batch, p.num_heads_k, p.seqlen_k, p.head_dim_v};
-    Gradients g;
+    Gradients g{};
     g.dout = exact(view(more[0], owned), "dout", outs, p.q.dtype);
     g.dlse = complete(more[1], "dlse", rows, p.lse_parts.dtype, owned, 1);
     g.dq = complete(more[2], "dq", queries, p.q.dtype, owned);
     g.dk = complete(more[3], "dk", keys, p.q.dtype, owned);
     g.dv = complete(more[4], "dv", values, p.q.dtype, owned);
+    const int64_t scores[4] = {p.batch, p.num_heads, p.seqlen_q, p.seqlen_k};
+    g.dbias = reduced(more[5], "dbias", scores, owned);
+    g.dalibi_slopes = reduced(more[6], "dalibi_slopes", scores, owned, 2);
+    g.dsinks = reduced(more[7], "dsinks", scores, owned, 2);
+    if (g.dbias && g.dbias.dtype != (g.dense_bias() ? p.lse_parts.dtype : DType::float64))
+      mismatch("dbias", "has a wrong dtype");
+    for (const Tensor* t : {&g.dalibi_slopes, &g.dsinks})
+      if (*t && t->dtype != DType::float64) mismatch("dalibi_slopes and dsinks", "must be float64");
+    if ((g.dsinks && !p.sinks) || (g.dalibi_slopes && !p.alibi_slopes)) mismatch("a gradient", "has no tensor");
     const int threads = (int)integer(more[num_gradients]);
     py::gil_scoped_release release;
     fastattn::backward(p, g, threads);
@@ -253,8 +274,8 @@ PyMethodDef fast_methods[] = {
      "forward(q, k, v, out, lse, lse_parts, softmax_scale, softcap, diagonal_lo, diagonal_hi, k_start, k_end, mask, "
      "bias, alibi_slopes, sinks, threads): fills out, and lse and lse_parts where they are not None."},
     {"backward", (PyCFunction)(void (*)())backward, METH_FASTCALL,
-     "backward(<the first 16 of forward>, dout, dlse, dq, dk, dv, threads): fills those of dq, dk, dv that are not "
-     "None."},
+     "backward(<the first 16 of forward>, dout, dlse, dq, dk, dv, dbias, dalibi_slopes, dsinks, threads): fills those "
+     "of dq, dk, dv that are not None, adds to those of the others."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -78,8 +78,10 @@ void weigh(const Real* scores, const Real* dp, int64_t keys, const Softmax<Real>
   for (int v = 0; v < NV; v++) {
     const Vec<Real> top = load(softmax.top + v * L), log_sum = load(softmax.log_sum + v * L);
     const Vec<Real> delta = load(softmax.delta + v * L);
+    const auto blind = log_sum == (Real)__builtin_inf();  // no key seen, or no row at all
     for (int64_t j = 0; j < keys; j++) {
-      const Vec<Real> weight = exp2(load(scores + j * NR + v * L) - top - log_sum);
+      const Vec<Real> seen = exp2(load(scores + j * NR + v * L) - top - log_sum);
+      const Vec<Real> weight = blind ? Vec<Real>{} : seen;
       const Vec<Real> d = weight * (load(dp + j * NR + v * L) - delta);
       store(p + j * stride + v * L, weight);
       store(ds + j * stride + v * L, weight == 0 ? Vec<Real>{} : d);
@@ -103,6 +105,29 @@ void clear_rows(Real* x, int64_t stride, int64_t rows) {
   constexpr int L = VL<Real>;
   for (int64_t j = 0; j < rows; j++)
     for (int v = 0; v < NV; v++) store(x + j * stride + v * L, Vec<Real>{});
+}
+
+// sums[key][vector] += rows at `stride`, [keys][NR].
+template <class Real, int NV>
+void add_key_sums(const Real* ds, int64_t stride, int64_t keys, Real* sums) {
+  constexpr int L = VL<Real>;
+  for (int64_t j = 0; j < keys; j++) {
+    Vec<Real> sum = load(ds + j * stride);
+    for (int v = 1; v < NV; v++) sum += load(ds + j * stride + v * L);
+    store(sums + j * L, load(sums + j * L) + sum);
+  }
+}
+
+// sums[lane] -= dS * |position[lane] - key - j|, what add_alibi does to the scores.
+template <class Real, int NV>
+void add_slope_sums(const Real* ds, int64_t stride, int64_t keys, const Real* positions, int64_t key, Real* sums) {
+  constexpr int L = VL<Real>;
+  for (int v = 0; v < NV; v++) {
+    const Vec<Real> position = load(positions + v * L);
+    Vec<Real> sum{};
+    for (int64_t j = 0; j < keys; j++) sum += load(ds + j * stride + v * L) * vabs(position - (Real)(key + j));
+    store(sums + v * L, load(sums + v * L) - sum);
+  }
 }
 
 }  // namespace fastattn::FASTATTN_ISA

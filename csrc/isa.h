@@ -30,8 +30,8 @@ void combine_splits(const Problem& p, const Blocking& b, const Unit& u, const Pa
   is_double(p) ? combine<double>(p, b, u, first, scratch) : combine<float>(p, b, u, first, scratch);
 }
 
-BackwardBlocking backward_blocking(const Problem& p) {
-  return is_double(p) ? make_backward_blocking<double>(p) : make_backward_blocking<float>(p);
+BackwardBlocking backward_blocking(const Problem& p, const Gradients& g) {
+  return is_double(p) ? make_backward_blocking<double>(p, g) : make_backward_blocking<float>(p, g);
 }
 
 int64_t backward_scratch_bytes(const Problem& p, const BackwardBlocking& b) {

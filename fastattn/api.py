@@ -269,7 +269,6 @@ def _problem(
         bias="none" if bias is None else str(bias[1]).removeprefix("torch."), alibi=alibi_slopes is not None,
         softcap=softcap > 0.0, sinks=sinks is not None, dropout=dropout_p > 0.0, lse=bool(return_lse),
         needs_grad=needs_grad, transformed=transformed,
-        score_grad=needs_grad and any(extra is not None and extra[3] for extra in (bias, alibi_slopes, sinks)),
     )  # fmt: skip
     return problem, softmax_scale, lo, hi
 

@@ -80,11 +80,16 @@ def backward(
 ):  # fmt: skip
     """Gradients of q, k, v, bias, alibi_slopes, sinks, None where not `wanted` (backward signature of dispatch.Row)."""
     dq, dk, dv = (_empty_like(x) if want else None for x, want in zip((q, k, v), wanted, strict=False))
+    inputs, sums = (bias, alibi_slopes, sinks), [None] * 3
+    for i, x in enumerate(inputs):
+        if wanted[3 + i]:  # a sum of many terms, unless it is of as many as there are scores
+            dense = i == 0 and x.dim() > 1 and x.shape[-1] != 1 and x.shape[-2] != 1
+            sums[i] = x.new_zeros(x.shape, dtype=_compute_dtype(problem) if dense else torch.float64)
     _C.backward(
         q, k, v, out, None, lse_parts, softmax_scale, softcap, diagonal_lo, diagonal_hi, k_start, k_end, mask, bias,
-        alibi_slopes, sinks, dout, dlse, dq, dk, dv, _get_num_threads(),
+        alibi_slopes, sinks, dout, dlse, dq, dk, dv, *sums, _get_num_threads(),
     )  # fmt: skip
-    return dq, dk, dv, None, None, None
+    return dq, dk, dv, *(y if y is None else y.to(x.dtype) for x, y in zip(inputs, sums, strict=True))
 
 
 def _compute_dtype(problem) -> torch.dtype:

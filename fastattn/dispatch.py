@@ -74,7 +74,7 @@ KERNELS = (
         "cpu.backward",
         "fastattn.cpu:backward",
         "fastattn.cpu:unavailable",
-        {**_CPU, "direction": {"backward"}, "score_grad": {False}, "needs_grad": {False}},
+        {**_CPU, "direction": {"backward"}, "needs_grad": {False}},
     ),
     Row(
         "reference.backward", "fastattn.reference:run_backward", None, {"layout": {"dense"}, "direction": {"backward"}}

@@ -32,7 +32,6 @@ class Problem(NamedTuple):
     dropout lse          whether dropout is on, whether lse is returned
     direction            "forward" | "backward"
     needs_grad           a gradient will be asked of the result; with direction "backward", one of the gradient
-    score_grad           a gradient of bias, alibi_slopes or sinks is among them
     transformed          the call is inside forward-mode differentiation or a torch.func transform (grad, vmap, jvp)
     """
 
@@ -55,7 +54,6 @@ class Problem(NamedTuple):
     lse: bool = False
     direction: str = "forward"
     needs_grad: bool = False
-    score_grad: bool = False
     transformed: bool = False
 
     @property
@@ -71,7 +69,7 @@ class Problem(NamedTuple):
         parts += [] if self.layout == "dense" else [self.layout]
         parts += [] if self.mask == "none" else [self.mask]
         parts += [] if self.bias == "none" else [f"bias:{self.bias}"]
-        flags = ("alibi", "softcap", "sinks", "dropout", "lse", "needs_grad", "score_grad", "transformed")
+        flags = ("alibi", "softcap", "sinks", "dropout", "lse", "needs_grad", "transformed")
         parts += [name for name in flags if getattr(self, name)]
         parts += [] if self.direction == "forward" else [self.direction]
         return " ".join(parts)
