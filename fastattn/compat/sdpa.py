@@ -33,7 +33,8 @@ def scaled_dot_product_attention(
     scale       factor of the scores, default head_dim ** -0.5
     enable_gqa  num_heads is a multiple of num_heads_k; query head h reads key head h // (num_heads // num_heads_k)
 
-    Returns [..., num_heads, seqlen_q, head_dim_v] in query's dtype, in that of torch.autocast under it. A query that sees no key gives 0.
+    Returns [..., num_heads, seqlen_q, head_dim_v] in query's dtype, under torch.autocast in its dtype. A query that
+    sees no key gives 0.
 
     Raises TypeError or ValueError where torch raises RuntimeError. Beyond torch: NaN in a masked key or value never
     reaches the result, masks of rank 0 and 1 work, and a float mask may have any float dtype.
