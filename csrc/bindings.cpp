@@ -10,6 +10,7 @@
 
 namespace py = pybind11;
 using fastattn::DType;
+using fastattn::Gradients;
 using fastattn::Problem;
 using fastattn::Tensor;
 
@@ -127,9 +128,31 @@ Tensor optional(PyObject* object, const char* name, const int64_t (&sizes)[4], O
   return object == Py_None ? Tensor{} : broadcast(view(object, owned), name, sizes, missing_right);
 }
 
+// None, or every element of `sizes` (missing_right of them left out) in one dtype: what kernels write.
+Tensor complete(PyObject* object, const char* name, const int64_t (&sizes)[4], DType dtype, Owned& owned,
+                int missing_right = 0) {
+  if (object == Py_None) return Tensor{};
+  View v = view(object, owned);
+  if (v.ndim != 4 - missing_right) mismatch(name, "has a wrong number of dimensions");
+  for (; v.ndim < 4; v.ndim++) v.shape[v.ndim] = 1, v.stride[v.ndim] = 0;
+  return exact(v, name, sizes, dtype);
+}
+
+// None, or a gradient that broadcasts to `sizes`: no two elements in one place, or threads would meet there.
+Tensor reduced(PyObject* object, const char* name, const int64_t (&sizes)[4], Owned& owned, int missing_right = 0) {
+  if (object == Py_None) return Tensor{};
+  const View v = view(object, owned);
+  int64_t next = 1;
+  for (int i = v.ndim - 1; i >= 0; i--) {
+    if (v.shape[i] > 1 && v.stride[i] != next) mismatch(name, "must be contiguous");
+    next *= v.shape[i] > 1 ? v.shape[i] : 1;
+  }
+  return broadcast(v, name, sizes, missing_right);
+}
+
 bool is_float(DType dtype) { return dtype != DType::boolean && dtype != DType::int32; }
 
-double real(PyObject* object) {
+double number(PyObject* object) {
   const double x = PyFloat_AsDouble(object);
   if (x == -1.0 && PyErr_Occurred()) throw py::error_already_set();
   return x;
@@ -140,11 +163,11 @@ int64_t integer(PyObject* object) {
   return x;
 }
 
-constexpr int num_arguments = 16;
+constexpr int num_arguments = 16, num_gradients = 8;
 constexpr double tiny_work =
     1e5;  // multiply-adds, a few microseconds: below it, giving up the GIL costs more than it gives
 
-// Everything that native code relies on is checked here, whatever the caller has checked.
+// Everything that native code relies on is checked here, whatever the caller has checked: the first 16 arguments.
 Problem problem_of(PyObject* const* args, Owned& owned) {
   const View q = view(args[0], owned), k = view(args[1], owned), v = view(args[2], owned), out = view(args[3], owned);
   if (q.ndim != 4 || k.ndim != 4 || v.ndim != 4) mismatch("q, k and v", "must have 4 dimensions");
@@ -161,15 +184,16 @@ Problem problem_of(PyObject* const* args, Owned& owned) {
   const int64_t scores[4] = {p.batch, p.num_heads, p.seqlen_q, p.seqlen_k};
   p.q = exact(q, "q", queries, q.dtype), p.k = exact(k, "k", keys, q.dtype), p.v = exact(v, "v", values, q.dtype);
   p.out = exact(out, "out", outs, q.dtype);
-  p.lse = optional(args[4], "lse", scores, owned, 1);
-  p.softmax_scale = real(args[5]), p.softcap = real(args[6]);
-  p.diagonal_lo = integer(args[7]), p.diagonal_hi = integer(args[8]);
-  p.k_start = optional(args[9], "k_start", scores, owned, 1), p.k_end = optional(args[10], "k_end", scores, owned, 1);
-  p.mask = optional(args[11], "mask", scores, owned), p.bias = optional(args[12], "bias", scores, owned);
-  p.alibi_slopes = optional(args[13], "alibi_slopes", scores, owned, 2),
-  p.sinks = optional(args[14], "sinks", scores, owned, 2);
-  if (p.lse && p.lse.dtype != (q.dtype == DType::float64 ? DType::float64 : DType::float32))
-    mismatch("lse", "must be float32, or float64 for float64");
+  const DType real = q.dtype == DType::float64 ? DType::float64 : DType::float32;
+  const int64_t rows[4] = {p.batch, p.num_heads, p.seqlen_q, 1}, parts[4] = {p.batch, p.num_heads, p.seqlen_q, 2};
+  p.lse = complete(args[4], "lse", rows, real, owned, 1);
+  p.lse_parts = complete(args[5], "lse_parts", parts, real, owned);
+  p.softmax_scale = number(args[6]), p.softcap = number(args[7]);
+  p.diagonal_lo = integer(args[8]), p.diagonal_hi = integer(args[9]);
+  p.k_start = optional(args[10], "k_start", scores, owned, 1), p.k_end = optional(args[11], "k_end", scores, owned, 1);
+  p.mask = optional(args[12], "mask", scores, owned), p.bias = optional(args[13], "bias", scores, owned);
+  p.alibi_slopes = optional(args[14], "alibi_slopes", scores, owned, 2),
+  p.sinks = optional(args[15], "sinks", scores, owned, 2);
   if ((p.k_start && p.k_start.dtype != DType::int32) || (p.k_end && p.k_end.dtype != DType::int32))
     mismatch("k_start and k_end", "must be int32");
   if (p.mask && p.mask.dtype != DType::boolean) mismatch("mask", "must be bool");
@@ -178,21 +202,12 @@ Problem problem_of(PyObject* const* args, Owned& owned) {
   return p;
 }
 
-// forward(q, k, v, out, lse, softmax_scale, softcap, diagonal_lo, diagonal_hi, k_start, k_end, mask, bias, alibi_slopes,
-// sinks, threads), without pybind11's argument conversion: it would cost more than a tiny call.
-PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
+// Runs `body` of a METH_FASTCALL function, without pybind11's argument conversion: it would cost more than a tiny call.
+template <class Body>
+PyObject* guarded(Py_ssize_t count, Py_ssize_t expected, Body body) {
   try {
-    if (count != num_arguments) throw std::invalid_argument("forward takes 16 arguments");
-    Owned owned;
-    const Problem problem = problem_of(args, owned);
-    const int threads = (int)integer(args[15]);
-    const double pairs = (double)problem.batch * problem.num_heads * problem.seqlen_q * problem.seqlen_k;
-    if (pairs * (problem.head_dim + problem.head_dim_v) < tiny_work) {
-      fastattn::forward(problem, 1);
-    } else {
-      py::gil_scoped_release release;
-      fastattn::forward(problem, threads);
-    }
+    if (count != expected) throw std::invalid_argument("takes " + std::to_string(expected) + " arguments");
+    body();
   } catch (py::error_already_set& error) {
     error.restore();
     return nullptr;
@@ -229,12 +244,61 @@ PyObject* signature(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return PyBytes_FromStringAndSize((const char*)key, count * words * (Py_ssize_t)sizeof(int64_t));
 }
 
+PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return guarded(count, num_arguments + 1, [&] {
+    Owned owned;
+    const Problem problem = problem_of(args, owned);
+    const int threads = (int)integer(args[num_arguments]);
+    const double pairs = (double)problem.batch * problem.num_heads * problem.seqlen_q * problem.seqlen_k;
+    if (pairs * (problem.head_dim + problem.head_dim_v) < tiny_work) {
+      fastattn::forward(problem, 1);
+    } else {
+      py::gil_scoped_release release;
+      fastattn::forward(problem, threads);
+    }
+  });
+}
+
+PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return guarded(count, num_arguments + num_gradients + 1, [&] {
+    Owned owned;
+    const Problem p = problem_of(args, owned);
+    if (!p.lse_parts) mismatch("lse_parts", "must be given");
+    PyObject* const* more = args + num_arguments;
+    const int64_t outs[4] = {p.batch, p.num_heads, p.seqlen_q, p.head_dim_v}, rows[4] = {outs[0], outs[1], outs[2], 1};
+    const int64_t queries[4] = {p.batch, p.num_heads, p.seqlen_q, p.head_dim};
+    const int64_t keys[4] = {p.batch, p.num_heads_k, p.seqlen_k, p.head_dim};
+    const int64_t values[4] = {p.batch, p.num_heads_k, p.seqlen_k, p.head_dim_v};
+    Gradients g{};
+    g.dout = exact(view(more[0], owned), "dout", outs, p.q.dtype);
+    g.dlse = complete(more[1], "dlse", rows, p.lse_parts.dtype, owned, 1);
+    g.dq = complete(more[2], "dq", queries, p.q.dtype, owned);
+    g.dk = complete(more[3], "dk", keys, p.q.dtype, owned);
+    g.dv = complete(more[4], "dv", values, p.q.dtype, owned);
+    const int64_t scores[4] = {p.batch, p.num_heads, p.seqlen_q, p.seqlen_k};
+    g.dbias = reduced(more[5], "dbias", scores, owned);
+    g.dalibi_slopes = reduced(more[6], "dalibi_slopes", scores, owned, 2);
+    g.dsinks = reduced(more[7], "dsinks", scores, owned, 2);
+    if (g.dbias && g.dbias.dtype != (g.dense_bias() ? p.lse_parts.dtype : DType::float64))
+      mismatch("dbias", "has a wrong dtype");
+    for (const Tensor* t : {&g.dalibi_slopes, &g.dsinks})
+      if (*t && t->dtype != DType::float64) mismatch("dalibi_slopes and dsinks", "must be float64");
+    if ((g.dsinks && !p.sinks) || (g.dalibi_slopes && !p.alibi_slopes)) mismatch("a gradient", "has no tensor");
+    const int threads = (int)integer(more[num_gradients]);
+    py::gil_scoped_release release;
+    fastattn::backward(p, g, threads);
+  });
+}
+
 PyMethodDef fast_methods[] = {
     {"signature", (PyCFunction)(void (*)())signature, METH_FASTCALL,
      "signature(q, k, v): their shapes and dtypes as bytes, or None if one is not a plain 4-D CPU tensor."},
     {"forward", (PyCFunction)(void (*)())forward, METH_FASTCALL,
-     "forward(q, k, v, out, lse, softmax_scale, softcap, diagonal_lo, diagonal_hi, k_start, k_end, mask, bias, "
-     "alibi_slopes, sinks, threads): fills out and lse."},
+     "forward(q, k, v, out, lse, lse_parts, softmax_scale, softcap, diagonal_lo, diagonal_hi, k_start, k_end, mask, "
+     "bias, alibi_slopes, sinks, threads): fills out, and lse and lse_parts where they are not None."},
+    {"backward", (PyCFunction)(void (*)())backward, METH_FASTCALL,
+     "backward(<the first 16 of forward>, dout, dlse, dq, dk, dv, dbias, dalibi_slopes, dsinks, threads): fills those "
+     "of dq, dk, dv that are not None, adds to those of the others."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "parallel.h"
@@ -102,6 +103,80 @@ void combine(void* context, int64_t index, int) {
                        thread_scratch(call.scratch_bytes));
 }
 
+struct BackwardCall {
+  const Problem& problem;
+  const Gradients& gradients;
+  const Kernels& kernels;
+  BackwardBlocking blocking;
+  int64_t scratch_bytes;
+  std::vector<KeyUnit> units;
+  std::vector<char> partials;  // dq of the wave's [batch][head][split]; empty without splits
+  int64_t first_batch, head_bytes;
+
+  char* partial(int64_t batch, int64_t head) {
+    return partials.data() + ((batch - first_batch) * problem.num_heads + head) * head_bytes;
+  }
+};
+
+void run_key_unit(void* context, int64_t index, int) {
+  BackwardCall& call = *(BackwardCall*)context;
+  const KeyUnit& unit = call.units[index];
+  const BackwardBlocking& b = call.blocking;
+  const int64_t group_size = call.problem.num_heads / call.problem.num_heads_k;
+  char* partial = nullptr;
+  if (b.num_splits > 1)
+    partial = call.partial(unit.batch, unit.head_k * group_size) + unit.split * (call.head_bytes / b.num_splits);
+  call.kernels.run_key_unit(call.problem, call.gradients, b, unit, partial, call.head_bytes,
+                            thread_scratch(call.scratch_bytes));
+}
+
+void combine_dq(void* context, int64_t index, int) {
+  BackwardCall& call = *(BackwardCall*)context;
+  const Problem& p = call.problem;
+  const int64_t rows = call.blocking.block_rows, blocks = (p.seqlen_q + rows - 1) / rows;
+  const int64_t head = index / blocks % p.num_heads, batch = call.first_batch + index / blocks / p.num_heads;
+  call.kernels.combine_dq(p, call.gradients, call.blocking, batch, head, index % blocks * rows,
+                          call.partial(batch, head), thread_scratch(call.scratch_bytes));
+}
+
+// target[b][h][n or broadcast] += source [batch][num_heads][n], n being the target's dimension `dim`.
+void add_sums(const Problem& p, const std::vector<double>& source, int64_t n, const Tensor& target, int dim) {
+  for (int64_t row = 0; row < p.batch * p.num_heads; row++)
+    for (int64_t i = 0; i < n; i++) {
+      const int64_t offset = row / p.num_heads * target.stride[0] + row % p.num_heads * target.stride[1];
+      ((double*)target.data)[offset + i * target.stride[dim]] += source[row * n + i];
+    }
+}
+
+// The buffers that the units fill for the gradients of bias (by key or query), alibi_slopes and sinks, and their sums.
+class ScoreSums {
+  std::vector<double> keys, queries, slopes, sinks;
+  const Problem& p;
+  const int64_t splits;
+
+ public:
+  ScoreSums(const Problem& p, Gradients& g, int64_t splits) : p(p), splits(splits) {
+    const int64_t rows = p.batch * p.num_heads;
+    auto wanted = [](std::vector<double>& buffer, bool wanted, int64_t n) {
+      if (wanted) buffer.resize(std::max<int64_t>(n, 1));
+      return wanted ? buffer.data() : nullptr;
+    };
+    const bool vector = g.dbias && !g.dense_bias(), by_key = vector && g.dbias.stride[3];
+    g.key_sums = wanted(keys, by_key, rows * p.seqlen_k);
+    g.query_sums = wanted(queries, vector && !by_key, rows * p.seqlen_q);
+    g.slope_sums = wanted(slopes, (bool)g.dalibi_slopes, rows * splits);
+    g.sink_sums = wanted(sinks, (bool)g.dsinks, rows * p.seqlen_q);
+  }
+  void add_to(const Gradients& g) const {
+    if (g.key_sums) add_sums(p, keys, p.seqlen_k, g.dbias, 3);
+    if (g.query_sums) add_sums(p, queries, p.seqlen_q, g.dbias, 2);
+    if (g.slope_sums) add_sums(p, slopes, splits, g.dalibi_slopes, 3);
+    if (g.sink_sums) add_sums(p, sinks, p.seqlen_q, g.dsinks, 3);
+  }
+};
+
+constexpr int64_t max_partial_bytes = 64 << 20;  // a wave of batches whose dq of all splits fit, but one at least
+
 }  // namespace
 
 const Kernels& kernels() {
@@ -144,6 +219,47 @@ void forward(const Problem& p, int threads) {
   parallel_for((int64_t)call.units.size(), threads, flops, run_unit, &call);
   const double combine_flops = 4.0 * call.partials.size() / call.element;
   if (splits > 1) parallel_for((int64_t)call.units.size() / splits, threads, combine_flops, combine, &call);
+}
+
+void backward(const Problem& p, const Gradients& wanted, int threads) {
+  if (!p.batch || !p.num_heads_k) return;
+  const Kernels& kernel = kernels();
+  const int64_t element = p.q.dtype == DType::float64 ? 8 : 4;
+  Gradients g = wanted;
+  BackwardCall call{p, g, kernel, kernel.backward_blocking(p, g), 0, {}, {}, 0, 0};
+  const BackwardBlocking& b = call.blocking;
+  const ScoreSums sums(p, g, b.num_splits);
+  call.scratch_bytes = kernel.backward_scratch_bytes(p, b);
+  call.head_bytes = b.num_splits * b.partial_size * element;
+  const int64_t batch_bytes = b.num_splits > 1 ? p.num_heads * call.head_bytes : 0;
+  const int64_t wave = batch_bytes ? std::max<int64_t>(1, max_partial_bytes / batch_bytes) : p.batch;
+  if (batch_bytes) call.partials.resize(std::min(wave, p.batch) * batch_bytes);
+
+  for (call.first_batch = 0; call.first_batch < p.batch; call.first_batch += wave) {
+    const int64_t end = std::min(call.first_batch + wave, p.batch);
+    // Waves come one after the other, so a dbias that the batch shares is added up in the same order for any wave.
+    const int64_t batches = g.dense_bias() && !g.dbias.stride[0] ? end - call.first_batch : 1;
+    const int64_t heads_k = g.dense_bias() && !g.dbias.stride[1] ? p.num_heads_k : 1;
+    std::vector<std::pair<double, KeyUnit>> units;
+    double pairs = 0;
+    for (int64_t batch = call.first_batch; batch < end; batch += batches)
+      for (int64_t head_k = 0; head_k < p.num_heads_k; head_k += heads_k)
+        for (int split = 0; split < b.num_splits; split++) {
+          const KeyUnit unit{(int32_t)batch, (int32_t)head_k, split, (int32_t)batches, (int32_t)heads_k};
+          units.push_back({kernel.count_pairs(p, b, unit), unit});
+          pairs += units.back().first;
+        }
+    std::stable_sort(units.begin(), units.end(), [](auto& x, auto& y) { return x.first > y.first; });
+    call.units.clear();
+    for (auto& [_, unit] : units) call.units.push_back(unit);
+
+    const double flops = 2 * pairs * (3 * p.head_dim + 2 * p.head_dim_v);
+    parallel_for((int64_t)units.size(), threads, flops, run_key_unit, &call);
+    const int64_t blocks = (p.seqlen_q + b.block_rows - 1) / b.block_rows;
+    if (g.dq && b.num_splits > 1)
+      parallel_for((end - call.first_batch) * p.num_heads * blocks, threads, flops, combine_dq, &call);
+  }
+  sums.add_to(g);
 }
 
 double fma_rate(DType dtype, double seconds, int threads) {

@@ -1,4 +1,4 @@
-// The forward pass of a whole call: units from the shape, longest first, over the threads.
+// The forward and the backward pass of a whole call: units from the shape, longest first, over the threads.
 #pragma once
 #include "params.h"
 
@@ -9,6 +9,9 @@ namespace fastattn {
 const Kernels& kernels();
 
 void forward(const Problem& problem, int threads);
+
+// dq, dk, dv of a forward pass that has filled out and lse_parts.
+void backward(const Problem& problem, const Gradients& gradients, int threads);
 
 // Peak of independent multiply-adds, FLOP/s summed over `threads`, measured for `seconds`.
 double fma_rate(DType dtype, double seconds, int threads);

@@ -2,6 +2,7 @@
 // No std container here and nothing else with a body from a std header: compiled under -mavx512f it would be a weak
 // symbol that the linker may pick for everybody.
 #pragma once
+#include "backward.h"
 #include "prefill.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -29,6 +30,28 @@ void combine_splits(const Problem& p, const Blocking& b, const Unit& u, const Pa
   is_double(p) ? combine<double>(p, b, u, first, scratch) : combine<float>(p, b, u, first, scratch);
 }
 
+BackwardBlocking backward_blocking(const Problem& p, const Gradients& g) {
+  return is_double(p) ? make_backward_blocking<double>(p, g) : make_backward_blocking<float>(p, g);
+}
+
+int64_t backward_scratch_bytes(const Problem& p, const BackwardBlocking& b) {
+  return is_double(p) ? backward_layout<double>(p, b, nullptr).bytes : backward_layout<float>(p, b, nullptr).bytes;
+}
+
+double count_pairs(const Problem& p, const BackwardBlocking& b, const KeyUnit& u) { return pairs_of(p, b, u); }
+
+void run_backward(const Problem& p, const Gradients& g, const BackwardBlocking& b, const KeyUnit& u, char* partial,
+                  int64_t stride, char* scratch) {
+  is_double(p) ? run_key_unit<double>(p, g, b, u, partial, stride, scratch)
+               : run_key_unit<float>(p, g, b, u, partial, stride, scratch);
+}
+
+void combine_backward(const Problem& p, const Gradients& g, const BackwardBlocking& b, int64_t batch, int64_t head,
+                      int64_t row, const char* partial, char* scratch) {
+  is_double(p) ? combine_dq<double>(p, g, b, batch, head, row, partial, scratch)
+               : combine_dq<float>(p, g, b, batch, head, row, partial, scratch);
+}
+
 // Independent multiply-add chains, enough to fill the pipes, kept opaque to the compiler.
 template <class Real, int... I>
 double multiply_adds(int64_t steps, std::integer_sequence<int, I...>) {
@@ -47,6 +70,8 @@ double multiply_adds_of(DType dtype, int64_t steps) {
 }
 
 extern const Kernels kernels;
-const Kernels kernels = {FASTATTN_NAME, blocking, scratch_bytes, find_keys, run, combine_splits, multiply_adds_of};
+const Kernels kernels = {FASTATTN_NAME, blocking,       scratch_bytes,     find_keys,
+                         run,           combine_splits, backward_blocking, backward_scratch_bytes,
+                         count_pairs,   run_backward,   combine_backward,  multiply_adds_of};
 
 }  // namespace fastattn::FASTATTN_ISA

@@ -17,7 +17,10 @@ struct Tensor {
 
 struct Problem {
   int64_t batch, num_heads, num_heads_k, seqlen_q, seqlen_k, head_dim, head_dim_v;
-  Tensor q, k, v, out, lse;    // lse [batch, num_heads, seqlen_q, 1], absent or float32 (float64 for float64)
+  Tensor q, k, v, out, lse;  // lse [batch, num_heads, seqlen_q, 1], absent or float32 (float64 for float64)
+  // [batch, num_heads, seqlen_q, 2] in lse's dtype, absent unless a backward pass follows: lse in units of log2 as
+  // reference point + log2 of the sum. One rounded number would not do beside a bias of -1e38.
+  Tensor lse_parts;
   Tensor mask, bias;           // bool, float; [batch, num_heads, seqlen_q, seqlen_k]
   Tensor alibi_slopes, sinks;  // [batch, num_heads, 1, 1]
   Tensor k_start, k_end;       // int32 [batch, num_heads, seqlen_q, 1]
@@ -50,6 +53,35 @@ struct Partial {
   char* sum;
 };
 
+// What a backward pass reads and writes beside its Problem.
+struct Gradients {
+  Tensor dout, dlse;  // as out, and [batch, num_heads, seqlen_q, 1], absent: zero
+  Tensor dq, dk, dv;  // absent: not wanted
+  // Sums over what their tensors broadcast over, from zero; float64, but a dbias with both seqlens in q's compute dtype.
+  Tensor dbias, dalibi_slopes, dsinks;
+  // What the units leave for those sums, null if not wanted: dbias by key or by query, dalibi_slopes by split, dsinks.
+  double *key_sums, *query_sums;   // [batch][num_heads][seqlen_k], [batch][num_heads][seqlen_q]
+  double *slope_sums, *sink_sums;  // [batch][num_heads][num_splits], [batch][num_heads][seqlen_q]
+
+  bool dense_bias() const { return dbias && dbias.stride[2] && dbias.stride[3]; }
+};
+
+// How a backward pass is cut, from the shape alone.
+struct BackwardBlocking {
+  int lanes;       // query rows of a panel (NR)
+  int block_rows;  // query rows of a block, a multiple of lanes
+  int n_block;     // keys of a tile
+  int num_splits;  // key ranges of a head that are computed apart, each with a dq of its own
+  int64_t split_keys;
+  int64_t partial_size;  // elements of the dq of one query head and one split
+};
+
+// One key range of a key head; of several heads and batches, one after the other, where these share a dense dbias.
+struct KeyUnit {
+  int32_t batch, head_k, split;
+  int32_t batches, heads_k;
+};
+
 // What an ISA file offers.
 struct Kernels {
   const char* name;
@@ -61,6 +93,16 @@ struct Kernels {
   void (*run_unit)(const Problem&, const Blocking&, const Unit&, const Partial&, char* scratch);
   // Combines the partial results of a row block's splits into out and lse; `first` is that of split 0.
   void (*combine)(const Problem&, const Blocking&, const Unit&, const Partial& first, char* scratch);
+  BackwardBlocking (*backward_blocking)(const Problem&, const Gradients&);
+  int64_t (*backward_scratch_bytes)(const Problem&, const BackwardBlocking&);
+  // About how many (query, key) pairs the unit has; for the order of the units.
+  double (*count_pairs)(const Problem&, const BackwardBlocking&, const KeyUnit&);
+  // Computes dk and dv of a unit, and dq (num_splits == 1) or its partial results, one for each batch and query head.
+  void (*run_key_unit)(const Problem&, const Gradients&, const BackwardBlocking&, const KeyUnit&, char* partial,
+                       int64_t partial_stride, char* scratch);
+  // dq of rows row ... row + block_rows - 1 of a query head from the partial results of its splits, stride apart.
+  void (*combine_dq)(const Problem&, const Gradients&, const BackwardBlocking&, int64_t batch, int64_t head,
+                     int64_t row, const char* partial, char* scratch);
   // `steps` rounds of independent multiply-adds on registers; returns how many FLOPs they were.
   double (*multiply_adds)(DType, int64_t steps);
 };

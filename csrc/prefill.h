@@ -10,6 +10,49 @@
 
 namespace fastattn::FASTATTN_ISA {
 
+template <class Real>
+struct ForwardPanel : Panel<Real> {
+  Real* out;  // [head_dim_v][NR]
+  Running<Real> run;
+};
+
+// The memory of one thread while it computes a unit.
+template <class Real>
+struct Scratch {
+  ForwardPanel<Real>* panels;
+  Real *scores[2], *seen;    // [n_block][NR]; scores before the softmax where they must be kept
+  Real *largest, *tile_sum;  // [NR]
+  ModifierMemory<Real> modifier;
+  Real* rows;      // rows on their way to or from lanes
+  Real *k, *v[2];  // [n_block][stride], converted tiles; v outlives its tile by one panel
+  int64_t k_stride, v_stride, bytes;
+};
+
+template <class Real>
+Scratch<Real> layout(const Problem& p, const Blocking& b, char* memory) {
+  Arena arena{memory};
+  Scratch<Real> s;
+  const int64_t NR = b.lanes, keys = b.n_block, panels = b.rows / b.lanes;
+  s.panels = arena.take<ForwardPanel<Real>>(panels);
+  for (int64_t i = 0; i < panels; i++) {
+    ForwardPanel<Real> panel{take_panel<Real>(arena, p.head_dim, NR), nullptr, {}};
+    panel.out = arena.take<Real>(p.head_dim_v * NR);
+    panel.run = {arena.take<Real>(NR), arena.take<Real>(NR), arena.take<Real>(NR)};
+    if (memory) s.panels[i] = panel;
+  }
+  for (Real*& scores : s.scores) scores = arena.take<Real>(keys * NR);
+  s.seen = arena.take<Real>(keys * NR);
+  s.largest = arena.take<Real>(NR), s.tile_sum = arena.take<Real>(NR);
+  s.modifier = take_modifier<Real>(arena, keys, NR);
+  s.rows = arena.take<Real>(NR * larger(p.head_dim, p.head_dim_v));
+  s.k_stride = round_up(p.head_dim, 16) + 16;  // never a power of two, which would thrash the L1
+  s.v_stride = round_up(p.head_dim_v, 16) + 16;
+  s.k = arena.take<Real>(keys * s.k_stride);
+  for (Real*& v : s.v) v = arena.take<Real>(keys * s.v_stride);
+  s.bytes = arena.used;
+  return s;
+}
+
 // Rows [rows][head_dim_v], not yet normalized, into out and lse.
 template <class Real>
 void finish_rows(const Problem& p, const Lanes& lanes, const Real* out, const Real* max, const Real* sum) {
@@ -21,27 +64,23 @@ void finish_rows(const Problem& p, const Lanes& lanes, const Real* out, const Re
     char* target = at(p.out, lanes.batch, s.head, s.query);
     store_row(out + r * p.head_dim_v, (Real)n.factor, p.head_dim_v, target, p.out.dtype, p.out.stride[3]);
     if (p.lse) *(Real*)at(p.lse, lanes.batch, s.head, s.query) = (Real)n.lse();
+    if (p.lse_parts) {
+      *(Real*)at(p.lse_parts, lanes.batch, s.head, s.query, 0) = (Real)n.top;
+      *(Real*)at(p.lse_parts, lanes.batch, s.head, s.query, 1) = (Real)n.log2_total();
+    }
   }
 }
 
 // A panel's scores of one tile on their way to its output: they are weighed while the next panel's are computed.
 template <class Real, int NV>
 struct Pending {
-  Panel<Real>* panel = nullptr;
+  ForwardPanel<Real>* panel = nullptr;
   Weigher<Real, NV> weigher{};
   Real* scores = nullptr;
   int64_t keys = 0;
   TileRows<Real> v{};
   bool select = false;  // some key is masked and v may not be finite
 };
-
-// x * 0 is 0 for finite x, else NaN, which a sum keeps; n is a multiple of the vector length.
-template <class Real>
-bool all_finite(const Real* x, int64_t n) {
-  Vec<Real> poison{}, zero{};
-  for (int64_t i = 0; i < n; i += VL<Real>) poison += load(x + i) * zero;
-  return !any<Real>(poison != zero);
-}
 
 template <class Real, int NV>
 class ForwardUnit {
@@ -59,7 +98,7 @@ class ForwardUnit {
   const bool careful;
   int64_t rows;
   int panels;
-  bool has_bias, has_key_bias;  // has_key_bias: bias and mask are the same for all rows of the unit
+  Modifier<Real, NV> modifier;
   bool any_masked = false;
   int tiles = 0, items = 0;
   Pending<Real, NV> pending;
@@ -67,16 +106,23 @@ class ForwardUnit {
  public:
   // careful: NaN or Inf in v must not leak from behind a mask.
   ForwardUnit(const Problem& p, const Blocking& b, const Unit& u, char* memory, bool careful)
-      : p(p), b(b), u(u), s(layout<Real>(p, b, memory)), careful(careful) {
+      : p(p),
+        b(b),
+        u(u),
+        s(layout<Real>(p, b, memory)),
+        careful(careful),
+        modifier(p, s.modifier, b.heads_per_unit == 1) {
     rows = smaller<int64_t>(b.rows, b.heads_per_unit * p.seqlen_q - u.row);
     panels = (int)((rows + NR - 1) / NR);
-    for (int i = 0; i < panels; i++)
-      prepare_panel(p, u, i * NR, smaller<int64_t>(NR, rows - i * NR), NR, s.panels[i], s.rows);
-    auto same_for_all_rows = [&](const Tensor& t) {
-      return !t || (t.stride[2] == 0 && (t.stride[1] == 0 || b.heads_per_unit == 1));
-    };
-    has_bias = p.bias || p.mask;
-    has_key_bias = has_bias && same_for_all_rows(p.bias) && same_for_all_rows(p.mask);
+    for (int i = 0; i < panels; i++) {
+      ForwardPanel<Real>& panel = s.panels[i];
+      prepare_panel(p, u.batch, u.head, u.row + i * NR, smaller<int64_t>(NR, rows - i * NR), NR, panel, s.rows);
+      for (int r = 0; r < NR; r++) {
+        panel.run.max[r] = (Real)-__builtin_inf();
+        panel.run.shift[r] = panel.run.sum[r] = 0;
+      }
+      for (int64_t j = 0; j < p.head_dim_v * NR; j++) panel.out[j] = 0;
+    }
   }
 
   // NaN or Inf in v shows in out whatever its weight, 0 * NaN being NaN. False: behind some mask there may be one.
@@ -97,7 +143,7 @@ class ForwardUnit {
   void finish(const Partial& partial) {
     const int64_t Dv = p.head_dim_v;
     for (int i = 0; i < panels; i++) {
-      const Panel<Real>& panel = s.panels[i];
+      const ForwardPanel<Real>& panel = s.panels[i];
       transpose(panel.out, (int64_t)NR, Dv, (int64_t)NR, s.rows, Dv);
       if (b.num_splits == 1) {
         finish_rows(p, panel.lanes, s.rows, panel.run.max, panel.run.sum);
@@ -113,13 +159,13 @@ class ForwardUnit {
  private:
   KeyTile load_tile(int64_t lo, int64_t hi) {
     const int64_t head_k = u.head / (p.num_heads / p.num_heads_k), keys = hi - lo;
-    if (has_key_bias) load_bias(p, Lanes{u.batch, u.head, u.row, 1, {}, {}}, lo, keys, 1, s.rows, s.key_bias);
+    modifier.load_tile(u.batch, u.head, u.row, lo, keys);
     return {lo, hi, tile_rows(p.k, u.batch, head_k, lo, keys, p.head_dim, s.k, s.k_stride),
             tile_rows(p.v, u.batch, head_k, lo, keys, p.head_dim_v, s.v[tiles % 2], s.v_stride)};
   }
 
   // One panel against one tile: its scores now, its output when the next panel's scores are computed.
-  void visit(Panel<Real>& panel, const KeyTile& tile) {
+  void visit(ForwardPanel<Real>& panel, const KeyTile& tile) {
     const int64_t k0 = larger(tile.lo, panel.lanes.visited.lo), k1 = smaller(tile.hi, panel.lanes.visited.hi);
     const int64_t keys = k1 - k0, skipped = k0 - tile.lo;
     if (keys <= 0) return;
@@ -130,8 +176,8 @@ class ForwardUnit {
                              s.largest, pending.weigher);
     accumulate();
 
-    const bool masked = modify(panel, k0, k1, skipped, scores);
-    const bool moved = has_bias || p.softcap > 0.0 || p.alibi_slopes;  // masking alone leaves an upper bound
+    const bool masked = modifier.apply(panel, k0, k1, skipped, scores);
+    const bool moved = modifier.raises();
     if (moved || outgrown<Real, NV>(s.largest, panel.run.max)) {
       if (moved || masked) find_max<Real, NV>(scores, keys, s.largest);
       update_max<Real, NV>(s.largest, panel.run, panel.out, p.head_dim_v);
@@ -148,34 +194,10 @@ class ForwardUnit {
     any_masked |= masked;
   }
 
-  // Score modifications and masks on the panel's scores of keys k0 ... k1 - 1; whether some may be masked.
-  bool modify(const Panel<Real>& panel, int64_t k0, int64_t k1, int64_t skipped, Real* scores) {
-    const int64_t keys = k1 - k0;
-    const Range common = panel.lanes.common;
-    bool masked = false;
-    if (p.softcap > 0.0) softcap_scores<Real, NV>(scores, keys, (Real)p.softcap);
-    if (p.alibi_slopes) add_alibi<Real, NV>(scores, keys, panel.slopes, panel.positions, k0);
-    if (has_key_bias) {
-      masked |= add_key_bias<Real, NV>(scores, keys, s.key_bias + skipped);
-    } else if (has_bias) {
-      load_bias(p, panel.lanes, k0, keys, NR, s.rows, s.bias);
-      masked |= add_bias<Real, NV>(scores, keys, s.bias);
-    }
-    if (k0 < common.lo || k1 > common.hi) {
-      for (int r = 0; r < NR; r++) {
-        s.first[r] = (Real)smaller(larger<int64_t>(panel.lo[r] - k0, 0), keys);
-        s.last[r] = (Real)smaller(larger<int64_t>(panel.hi[r] - k0, 0), keys);
-      }
-      mask_intervals<Real, NV>(scores, keys, s.first, s.last, common.lo - k0, common.hi - k0);
-      masked = true;
-    }
-    return masked;
-  }
-
   void accumulate() {
     if (!pending.panel) return;
     pending.weigher.finish();
-    Panel<Real>& panel = *pending.panel;
+    ForwardPanel<Real>& panel = *pending.panel;
     for (int r = 0; r < NR; r++) panel.run.sum[r] += s.tile_sum[r];
     if (pending.select)
       select_out<Real, NV>(pending.v, pending.scores, s.seen, pending.keys, p.head_dim_v, panel.out);

@@ -1,7 +1,7 @@
 // The two products of the forward pass on the register tile.
 #pragma once
 #include "microkernel.h"
-#include "panel.h"
+#include "modify.h"
 
 namespace fastattn::FASTATTN_ISA {
 

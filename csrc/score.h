@@ -13,11 +13,16 @@ struct Lanes {
   Range common;                    // keys that every lane sees
 };
 
+// slope: null, or [keys][NR] for the derivative.
 template <class Real, int NV>
-void softcap_scores(Real* scores, int64_t keys, Real softcap) {
+void softcap_scores(Real* scores, int64_t keys, Real softcap, Real* slope) {
   constexpr int L = VL<Real>, NR = NV * L;
   const Real factor = softcap * (Real)log2e;  // the scores come divided by softcap, not in log2 units
-  for (int64_t i = 0; i < keys * NR; i += L) store(scores + i, tanh(load(scores + i)) * factor);
+  for (int64_t i = 0; i < keys * NR; i += L) {
+    const Vec<Real> t = tanh(load(scores + i));
+    store(scores + i, t * factor);
+    if (slope) store(slope + i, 1 - t * t);
+  }
 }
 
 // scores[j][lane] -= slopes[lane] * |position[lane] - key - j|

@@ -63,6 +63,14 @@ FASTATTN_INLINE bool any(typename VecOf<Real>::bits mask) {
   return memcmp(&mask, &zero, sizeof mask) != 0;
 }
 
+// x * 0 is 0 for finite x, else NaN, which a sum keeps; n is a multiple of the vector length.
+template <class Real>
+bool all_finite(const Real* x, int64_t n) {
+  Vec<Real> poison{}, zero{};
+  for (int64_t i = 0; i < n; i += VL<Real>) poison += load(x + i) * zero;
+  return !any<Real>(poison != zero);
+}
+
 // Makes the compiler hold v in a vector register at this point; no instruction.
 template <class V>
 FASTATTN_INLINE void keep(V& v) {

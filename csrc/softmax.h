@@ -108,6 +108,8 @@ struct Normalizer {
   double factor;      // of its accumulated output
   double top, total;  // lse = log(2^top * total)
 
+  // No key seen: a sum of infinity makes every weight 0 in the backward pass.
+  double log2_total() const { return total == 0.0 ? __builtin_inf() : __builtin_log2(total); }
   double lse() const { return total == 0.0 ? -__builtin_inf() : (top + __builtin_log2(total)) * ln2; }
 };
 

@@ -16,6 +16,7 @@ _is_grad_enabled = torch.is_grad_enabled
 _current_backend = dispatch.current_backend
 _note = dispatch.note
 _signature = cpu.signature
+_functorch_level = torch._C._functorch.peek_interpreter_stack
 
 
 def attention(
@@ -80,15 +81,16 @@ def attention(
             extras, extra_grad = _describe(mask, k_start, k_end, bias, alibi_slopes, sinks)
             needs_grad = needs_grad or extra_grad
             _check_seed(seed)
-        if _forward_ad._current_level >= 0:  # forward-mode tangents may hide in any input
-            needs_grad = True
-        key = _signature(q, k, v) or _python_signature(q, k, v)
+        # Forward-mode tangents may hide in any input; under torch.func, tensors have no memory.
+        transformed = _forward_ad._current_level >= 0 or _functorch_level() is not None
+        key = None if transformed else _signature(q, k, v)
+        key = key or _python_signature(q, k, v)
     except AttributeError:
         _raise_not_a_tensor(q=q, k=k, v=v, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
         raise
     if backend is None:
         backend = _current_backend()
-    settings = (needs_grad, windows, softmax_scale, softcap, dropout_p, return_lse, extras, backend)
+    settings = (needs_grad, transformed, windows, softmax_scale, softcap, dropout_p, return_lse, extras, backend)
     try:
         plan = _plans.get((key, settings))
     except TypeError:  # an argument is not hashable: _make_plan says which
@@ -185,8 +187,8 @@ def _make_plan(key, settings, q, k, v) -> tuple[dispatch.Choice, Callable, Probl
 
 
 def _problem(
-    q, k, v, q_dtype, k_dtype, v_dtype, q_device, k_device, v_device, needs_grad, windows, softmax_scale, softcap,
-    dropout_p, return_lse, extras,
+    q, k, v, q_dtype, k_dtype, v_dtype, q_device, k_device, v_device, needs_grad, transformed, windows, softmax_scale,
+    softcap, dropout_p, return_lse, extras,
 ) -> tuple[Problem, float, int, int]:  # fmt: skip
     """Validate shapes, dtypes and scalars; q, k, v are shapes. The only place that does."""
     for name, shape in (("q", q), ("k", k), ("v", v)):
@@ -270,7 +272,7 @@ def _problem(
         num_heads_k=num_heads_k, head_dim=head_dim, head_dim_v=head_dim_v, mask=kind,
         bias="none" if bias is None else str(bias[1]).removeprefix("torch."), alibi=alibi_slopes is not None,
         softcap=softcap > 0.0, sinks=sinks is not None, dropout=dropout_p > 0.0, lse=bool(return_lse),
-        needs_grad=needs_grad,
+        needs_grad=needs_grad, transformed=transformed,
     )  # fmt: skip
     return problem, softmax_scale, lo, hi
 

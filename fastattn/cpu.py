@@ -39,7 +39,29 @@ def prefill(
     problem, q, k, v, softmax_scale, softcap, diagonal_lo, diagonal_hi, k_start, k_end, mask, bias, alibi_slopes,
     sinks, dropout_p, seed,
 ):  # fmt: skip
-    """Forward pass (kernel signature of dispatch.Row); `out` follows q's memory order."""
+    """Forward pass (kernel signature of dispatch.Row)."""
+    if problem.needs_grad:
+        from . import autograd
+
+        return autograd.attention(
+            problem, q, k, v, softmax_scale, softcap, diagonal_lo, diagonal_hi, k_start, k_end, mask, bias,
+            alibi_slopes, sinks, dropout_p, seed,
+        )  # fmt: skip
+    out, lse, _ = forward(
+        problem, q, k, v, softmax_scale, softcap, diagonal_lo, diagonal_hi, k_start, k_end, mask, bias, alibi_slopes,
+        sinks,
+    )  # fmt: skip
+    return out, lse
+
+
+def forward(
+    problem, q, k, v, softmax_scale, softcap, diagonal_lo, diagonal_hi, k_start, k_end, mask, bias, alibi_slopes,
+    sinks, for_backward=False,
+):  # fmt: skip
+    """(out, lse or None, lse_parts or None); `out` follows q's memory order.
+
+    lse_parts [batch, num_heads, seqlen_q, 2], for `backward`: lse in units of log2 as the sum of two numbers.
+    """
     if q.is_contiguous() and problem.head_dim == problem.head_dim_v:
         out = _empty_like(q)
     else:
@@ -49,11 +71,35 @@ def prefill(
             out = q.new_empty((b, s, h, d)).transpose(1, 2)
         else:
             out = q.new_empty((b, h, s, d))
-    lse = None
+    lse = lse_parts = None
     if problem.lse:
-        lse = q.new_empty(out.shape[:3], dtype=torch.float64 if problem.dtype == "float64" else torch.float32)
+        lse = q.new_empty(out.shape[:3], dtype=_compute_dtype(problem))
+    if for_backward:
+        lse_parts = q.new_empty((*out.shape[:3], 2), dtype=_compute_dtype(problem))
     _C.forward(
-        q, k, v, out, lse, softmax_scale, softcap, diagonal_lo, diagonal_hi, k_start, k_end, mask, bias,
+        q, k, v, out, lse, lse_parts, softmax_scale, softcap, diagonal_lo, diagonal_hi, k_start, k_end, mask, bias,
         alibi_slopes, sinks, _get_num_threads(),
     )  # fmt: skip
-    return out, lse
+    return out, lse, lse_parts
+
+
+def backward(
+    problem, q, k, v, softmax_scale, softcap, diagonal_lo, diagonal_hi, k_start, k_end, mask, bias, alibi_slopes,
+    sinks, dropout_p, seed, out, lse_parts, dout, dlse, wanted,
+):  # fmt: skip
+    """Gradients of q, k, v, bias, alibi_slopes, sinks, None where not `wanted` (backward signature of dispatch.Row)."""
+    dq, dk, dv = (_empty_like(x) if want else None for x, want in zip((q, k, v), wanted, strict=False))
+    inputs, sums = (bias, alibi_slopes, sinks), [None] * 3
+    for i, x in enumerate(inputs):
+        if wanted[3 + i]:  # a sum of many terms, unless it is of as many as there are scores
+            dense = i == 0 and x.dim() > 1 and x.shape[-1] != 1 and x.shape[-2] != 1
+            sums[i] = x.new_zeros(x.shape, dtype=_compute_dtype(problem) if dense else torch.float64)
+    _C.backward(
+        q, k, v, out, None, lse_parts, softmax_scale, softcap, diagonal_lo, diagonal_hi, k_start, k_end, mask, bias,
+        alibi_slopes, sinks, dout, dlse, dq, dk, dv, *sums, _get_num_threads(),
+    )  # fmt: skip
+    return dq, dk, dv, *(y if y is None else y.to(x.dtype) for x, y in zip(inputs, sums, strict=True))
+
+
+def _compute_dtype(problem) -> torch.dtype:
+    return torch.float64 if problem.dtype == "float64" else torch.float32

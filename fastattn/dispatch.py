@@ -31,38 +31,53 @@ class Row(NamedTuple):
 
     entry      "module:function", imported on first use. The function is called as
                kernel(problem, q, k, v, softmax_scale, softcap, diagonal_lo, diagonal_hi, k_start, k_end, mask, bias,
-               alibi_slopes, sinks, dropout_p, seed) and returns (out, lse or None)
+               alibi_slopes, sinks, dropout_p, seed) and returns (out, lse or None), which autograd can go through if
+               problem.needs_grad. That of a backward row takes (out, lse_parts, dout, dlse, wanted) in addition and
+               returns the gradients of q, k, v, bias, alibi_slopes, sinks, None where wanted is False.
     available  "module:function" that returns None, or why the kernel cannot run on this machine; None: always
     supports   Problem field -> plain container of accepted values; a field that is missing accepts anything
+    backward   name of the row that computes its gradients and has to accept them too; None: autograd does it
     """
 
     name: str
     entry: str
     available: str | None
     supports: dict
+    backward: str | None = None
 
     @property
     def backend(self) -> str:
         return self.name.split(".")[0]
 
 
+_CPU = {
+    "device": {"cpu"},
+    "dtype": set(FLOATS),
+    "head_dim": range(1, 513),
+    "head_dim_v": range(1, 513),
+    "layout": {"dense"},
+    "mask": set(MASK_KINDS),
+    "bias": {"none", *FLOATS},
+    "dropout": {False},
+    "transformed": {False},
+}
+
 KERNELS = (
     Row(
         "cpu.prefill",
         "fastattn.cpu:prefill",
         "fastattn.cpu:unavailable",
-        {
-            "device": {"cpu"},
-            "dtype": set(FLOATS),
-            "head_dim": range(1, 513),
-            "head_dim_v": range(1, 513),
-            "layout": {"dense"},
-            "mask": set(MASK_KINDS),
-            "bias": {"none", *FLOATS},
-            "dropout": {False},
-            "direction": {"forward"},
-            "needs_grad": {False},
-        },
+        {**_CPU, "direction": {"forward"}},
+        backward="cpu.backward",
+    ),
+    Row(
+        "cpu.backward",
+        "fastattn.cpu:backward",
+        "fastattn.cpu:unavailable",
+        {**_CPU, "direction": {"backward"}, "needs_grad": {False}},
+    ),
+    Row(
+        "reference.backward", "fastattn.reference:run_backward", None, {"layout": {"dense"}, "direction": {"backward"}}
     ),
     Row("reference", "fastattn.reference:run", None, {"layout": {"dense"}, "direction": {"forward"}}),
 )
@@ -91,14 +106,16 @@ class Choice(NamedTuple):
 @lru_cache(maxsize=4096)
 def select(problem: Problem, backend: str | None) -> Choice:
     """The first row of KERNELS that accepts `problem`, among those of `backend` if one is named."""
-    refusals = []
+    refusals, passed_over = [], []
     for row in _rows(backend):
         reasons = refuse(row, problem)
         if not reasons:
             function = _load(row.entry)
-            call = Call(problem, row.name, _isa(row), "; ".join(refusals))
-            return Choice(function, call, bool(refusals) and row.name == "reference")
+            is_fallback = bool(passed_over) and row.backend == "reference"
+            return Choice(function, Call(problem, row.name, _isa(row), "; ".join(passed_over)), is_fallback)
         refusals.append(f"{row.name}: {', '.join(reasons)}")
+        if _is_of_direction(row, problem):
+            passed_over.append(refusals[-1])
     raise UnsupportedError(
         f"backend={backend!r} refuses [{problem}]: {'; '.join(refusals)}. "
         f"{_nearest(problem, backend)} (explain() lists every kernel)"
@@ -109,10 +126,31 @@ def refuse(row: Row, problem: Problem) -> list[str]:
     """Why `row` does not accept `problem`; empty if it does."""
     missing = _unavailable(row.available) if row.available else None
     return ([missing] if missing else []) + [
-        f"{field}={getattr(problem, field)!r} (supports {describe(accepted)})"
+        f"{field}={value!r} (supports {describe(accepted)})" for field, value, accepted in _mismatches(row, problem)
+    ]
+
+
+def _is_of_direction(row: Row, problem: Problem) -> bool:
+    return problem.direction in row.supports.get("direction", (problem.direction,))
+
+
+def backward_of(problem: Problem) -> Problem:
+    """The backward call that a forward call with needs_grad leads to."""
+    return problem._replace(direction="backward", needs_grad=False)
+
+
+def _mismatches(row: Row, problem: Problem) -> list[tuple[str, object, object]]:
+    """(field, value, accepted values) of each refusal, those of the row's backward included where it will be needed."""
+    found = {
+        field: (field, getattr(problem, field), accepted)
         for field, accepted in row.supports.items()
         if getattr(problem, field) not in accepted
-    ]
+    }
+    if problem.needs_grad and row.backward is not None:
+        (backward,) = [other for other in KERNELS if other.name == row.backward] or [None]
+        for mismatch in _mismatches(backward, backward_of(problem)) if backward else ():
+            found.setdefault(mismatch[0], mismatch)
+    return list(found.values())
 
 
 def describe(accepted) -> str:
@@ -125,15 +163,20 @@ def describe(accepted) -> str:
 
 def explain(problem: Problem, backend: str | None) -> str:
     """Every row of KERNELS with its verdict on `problem`, one a line; computes nothing."""
-    lines, chosen = [str(problem)], False
-    for row in KERNELS:
-        reasons = refuse(row, problem)
-        if backend is not None and row.backend != backend:
-            reasons.append(f"backend={backend!r} was asked for")
-        runs = f"runs on {_isa(row)}" if _isa(row) else "runs"
-        verdict = "refused: " + ", ".join(reasons) if reasons else "accepted" if chosen else runs
-        chosen = chosen or not reasons
-        lines.append(f"  {row.name:<14}{verdict}")
+    lines = [str(problem)]
+    problems = [problem, backward_of(problem)] if problem.needs_grad else [problem]
+    for of_direction in problems:
+        chosen = False
+        for row in KERNELS:
+            if not _is_of_direction(row, of_direction):
+                continue
+            reasons = refuse(row, of_direction)
+            if backend is not None and row.backend != backend:
+                reasons.append(f"backend={backend!r} was asked for")
+            runs = f"runs on {_isa(row)}" if _isa(row) else "runs"
+            verdict = "refused: " + ", ".join(reasons) if reasons else "accepted" if chosen else runs
+            chosen = chosen or not reasons
+            lines.append(f"  {row.name:<20}{verdict}")
     return "\n".join(lines)
 
 
@@ -223,8 +266,7 @@ def _nearest(problem: Problem, backend: str | None) -> str:
         return "Nothing but another backend would do"
     changes = [
         f"{field}={min(accepted, key=lambda a: abs(a - value)) if isinstance(accepted, range) else describe(accepted)}"
-        for field, accepted in row.supports.items()
-        if (value := getattr(problem, field)) not in accepted
+        for field, value, accepted in _mismatches(row, problem)
     ]
     return f"{row.name} would accept it with {', '.join(changes)}"
 

@@ -31,7 +31,8 @@ class Problem(NamedTuple):
     alibi softcap sinks  whether that score modification is on
     dropout lse          whether dropout is on, whether lse is returned
     direction            "forward" | "backward"
-    needs_grad           a gradient will be asked of the result
+    needs_grad           a gradient will be asked of the result; with direction "backward", one of the gradient
+    transformed          the call is inside forward-mode differentiation or a torch.func transform (grad, vmap, jvp)
     """
 
     device: str
@@ -53,6 +54,7 @@ class Problem(NamedTuple):
     lse: bool = False
     direction: str = "forward"
     needs_grad: bool = False
+    transformed: bool = False
 
     @property
     def group_size(self) -> int:
@@ -67,7 +69,7 @@ class Problem(NamedTuple):
         parts += [] if self.layout == "dense" else [self.layout]
         parts += [] if self.mask == "none" else [self.mask]
         parts += [] if self.bias == "none" else [f"bias:{self.bias}"]
-        flags = ("alibi", "softcap", "sinks", "dropout", "lse", "needs_grad")
+        flags = ("alibi", "softcap", "sinks", "dropout", "lse", "needs_grad", "transformed")
         parts += [name for name in flags if getattr(self, name)]
         parts += [] if self.direction == "forward" else [self.direction]
         return " ".join(parts)

@@ -56,10 +56,7 @@ def run(
     sinks, dropout_p, seed,
 ):  # fmt: skip
     """`attention` behind the kernel signature of dispatch.Row."""
-    visible = mask
-    if problem.mask != "none" and (diagonal_lo, diagonal_hi, k_start, k_end) != (-UNBOUNDED, UNBOUNDED, None, None):
-        visible = dense(diagonal_lo, diagonal_hi, k_start, k_end, problem.seqlen_q, problem.seqlen_k, q.device)
-        visible = visible if mask is None else visible & mask
+    visible = _visible(problem, q, diagonal_lo, diagonal_hi, k_start, k_end, mask)
     out, lse = attention(
         q, k, v, visible=visible, softmax_scale=softmax_scale, softcap=softcap, alibi_slopes=alibi_slopes, bias=bias,
         sinks=sinks, dropout_p=dropout_p, seed=seed,
@@ -67,6 +64,34 @@ def run(
     if q.stride(1) < q.stride(2) and problem.seqlen_q > 1:  # q's memory order, as every kernel
         out = out.transpose(1, 2).contiguous().transpose(1, 2)
     return out, lse if problem.lse else None
+
+
+def run_backward(
+    problem, q, k, v, softmax_scale, softcap, diagonal_lo, diagonal_hi, k_start, k_end, mask, bias, alibi_slopes,
+    sinks, dropout_p, seed, out, lse_parts, dout, dlse, wanted,
+):  # fmt: skip
+    """Gradients that can be differentiated again (backward signature of dispatch.Row): the forward pass once more."""
+    visible = _visible(problem, q, diagonal_lo, diagonal_hi, k_start, k_end, mask)
+    with torch.enable_grad():
+        # Views, so that a tensor that is passed twice gets two gradients.
+        inputs = [x if x is None else x.view_as(x) for x in (q, k, v, bias, alibi_slopes, sinks)]
+        q, k, v, bias, alibi_slopes, sinks = inputs
+        results = attention(
+            q, k, v, visible=visible, softmax_scale=softmax_scale, softcap=softcap, alibi_slopes=alibi_slopes,
+            bias=bias, sinks=sinks, dropout_p=dropout_p, seed=seed,
+        )  # fmt: skip
+        sources = [x for x, want in zip(inputs, wanted, strict=True) if want]
+        pairs = [(y, dy) for y, dy in zip(results, (dout, dlse), strict=True) if dy is not None]
+        ys, dys = zip(*pairs, strict=True)
+        grads = iter(torch.autograd.grad(ys, sources, dys, create_graph=problem.needs_grad, materialize_grads=True))
+    return tuple(next(grads) if want else None for want in wanted)
+
+
+def _visible(problem, q, diagonal_lo, diagonal_hi, k_start, k_end, mask) -> torch.Tensor | None:
+    if problem.mask == "none" or (diagonal_lo, diagonal_hi, k_start, k_end) == (-UNBOUNDED, UNBOUNDED, None, None):
+        return mask
+    visible = dense(diagonal_lo, diagonal_hi, k_start, k_end, problem.seqlen_q, problem.seqlen_k, q.device)
+    return visible if mask is None else visible & mask
 
 
 def backward(

@@ -33,6 +33,7 @@ def problem_of(case):
 
 
 PROBLEMS = [problem_of(case) for case in CASES if case.seqlen_q * (case.seqlen_k or case.seqlen_q) < 10_000]
+BACKWARD_PROBLEMS = [dispatch.backward_of(problem) for problem in PROBLEMS]
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -40,8 +41,8 @@ PROBLEMS = [problem_of(case) for case in CASES if case.seqlen_q * (case.seqlen_k
 
 @pytest.mark.parametrize("row", KERNELS, ids=lambda row: row.name)
 def test_each_row_accepts_some_case(row):
-    accepted = [problem for problem in PROBLEMS if not refuse(row._replace(available=None), problem)]
-    assert accepted
+    problems = PROBLEMS + BACKWARD_PROBLEMS
+    assert any(not refuse(row._replace(available=None), problem) for problem in problems)
 
 
 @pytest.mark.parametrize("row", KERNELS, ids=lambda row: row.name)
@@ -56,6 +57,9 @@ def test_each_row_is_well_formed(row):
 def test_the_table_ends_with_what_accepts_everything():
     assert KERNELS[-1].name == "reference" and all(not refuse(KERNELS[-1], problem) for problem in PROBLEMS)
     assert len({row.name for row in KERNELS}) == len(KERNELS)
+    last = [row for row in KERNELS if row.supports["direction"] == {"backward"}][-1]
+    assert last.name == "reference.backward" and all(not refuse(last, problem) for problem in BACKWARD_PROBLEMS)
+    assert all(row.backward in (None, *(other.name for other in KERNELS)) for row in KERNELS)
 
 
 def test_the_cases_cover_every_kind_of_mask():
@@ -162,8 +166,8 @@ def test_cpu_by_name():
         return
     fastattn.attention(q, k, v, backend="cpu")
     assert fastattn.last_call().kernel == "cpu.prefill" and fastattn.last_call().isa == cpu.isa()
-    with pytest.raises(UnsupportedError, match=r"needs_grad=True \(supports False\).*accept it with needs_grad=False"):
-        fastattn.attention(q.requires_grad_(), k, v, backend="cpu")
+    fastattn.attention(q.requires_grad_(), k, v, backend="cpu").sum().backward()
+    assert fastattn.last_call().kernel == "cpu.backward" and fastattn.last_call().isa == cpu.isa()
     with pytest.raises(UnsupportedError, match="dropout=True.*with dropout=False"):
         fastattn.attention(*qkv(), dropout_p=0.1, backend="cpu")
     with pytest.raises(UnsupportedError, match=r"head_dim=513 \(supports 1...512\).*with head_dim=512, head_dim_v=512"):
@@ -221,9 +225,16 @@ def test_use_reaches_scaled_dot_product_attention():
 def test_explain_lists_every_row():
     text = fastattn.explain(*qkv())
     lines = text.splitlines()
-    assert lines[0] == "cpu float32 B1 H2 S4 D8" and len(lines) == 1 + len(KERNELS)
-    assert [line.split()[0] for line in lines[1:]] == [row.name for row in KERNELS]
+    of_direction = {
+        direction: [row.name for row in KERNELS if row.supports["direction"] == {direction}]
+        for direction in ("forward", "backward")
+    }
+    assert lines[0] == "cpu float32 B1 H2 S4 D8"
+    assert [line.split()[0] for line in lines[1:]] == of_direction["forward"]
     assert sum(" runs" in line for line in lines) == 1
+    lines = fastattn.explain(*qkv(requires_grad=True)).splitlines()
+    assert [line.split()[0] for line in lines[1:]] == of_direction["forward"] + of_direction["backward"]
+    assert sum(" runs" in line for line in lines) == 2
     assert repr(text) == str(text)  # readable at the prompt
 
 
@@ -237,9 +248,8 @@ def test_explain_says_what_attention_does():
 def test_explain_gives_the_reasons():
     text = fastattn.explain(*qkv(requires_grad=True), dropout_p=0.5)
     assert "needs_grad" in text.splitlines()[0] and "dropout=True (supports False)" in text
-    assert "needs_grad=True (supports False)" in text
     text = fastattn.explain(*qkv(), backend="reference")
-    assert "cpu.prefill   refused:" in text and "backend='reference' was asked for" in text
+    assert "cpu.prefill         refused:" in text and "backend='reference' was asked for" in text
 
 
 def test_explain_computes_and_counts_nothing(fresh_fallbacks):
@@ -321,9 +331,9 @@ def test_fallback_warns_once_a_reason_and_counts(fresh_fallbacks, monkeypatch):
         for _ in range(3):
             fastattn.attention(*qkv(), dropout_p=0.5)
     assert len(log) == 1 and log[0].filename == __file__
-    with pytest.warns(FallbackWarning, match="needs_grad") as log:
+    with pytest.warns(FallbackWarning, match="head_dim") as log:
         for seqlen in (4, 5):
-            fastattn.attention(*(torch.randn(1, 2, seqlen, 8, requires_grad=True) for _ in range(3)))
+            fastattn.attention(*(torch.randn(1, 2, seqlen, 513) for _ in range(3)))
     assert len(log) == 1
     assert sorted(fresh_fallbacks.values()) == [2, 3]
 

@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 from ..api import attention
 from ..masks import Mask
 
+_any_autocast = torch._C._is_any_autocast_enabled
 _TOP_LEFT = Mask.causal("top_left")  # torch's is_causal, also when the lengths differ
 
 
@@ -32,12 +33,15 @@ def scaled_dot_product_attention(
     scale       factor of the scores, default head_dim ** -0.5
     enable_gqa  num_heads is a multiple of num_heads_k; query head h reads key head h // (num_heads // num_heads_k)
 
-    Returns [..., num_heads, seqlen_q, head_dim_v] in query's dtype. A query that sees no key gives 0.
+    Returns [..., num_heads, seqlen_q, head_dim_v] in query's dtype, under torch.autocast in its dtype. A query that
+    sees no key gives 0.
 
     Raises TypeError or ValueError where torch raises RuntimeError. Beyond torch: NaN in a masked key or value never
     reaches the result, masks of rank 0 and 1 work, and a float mask may have any float dtype.
     """
     try:
+        if _any_autocast() and torch.is_autocast_enabled(query.device.type):
+            query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
         q, k, v = query.shape, key.shape, value.shape
     except AttributeError:
         _check_tensors(query=query, key=key, value=value)
@@ -106,6 +110,12 @@ def _any_rank(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_
     mask = _TOP_LEFT if is_causal else masks[0]
     out = attention(q, k, v, mask=mask, bias=masks[1], softmax_scale=scale, dropout_p=dropout_p)
     return out[..., :head_dim_v].reshape(*scores[:-1], head_dim_v)
+
+
+def _autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Tensors as torch.autocast hands them to torch's function: all floats but float64 in its dtype."""
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return [x if x is None or not x.is_floating_point() or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
 
 
 def _fold(x: torch.Tensor, lead: tuple[int, ...], split: int, may_copy: bool) -> torch.Tensor:

@@ -1,0 +1,426 @@
+// The backward pass of one unit: a range of keys of one key head, against the query heads that share it.
+//
+//   loop 1  query heads: Q, dout, out packed once, as panels (queries in the lanes) and as rows
+//   loop 2    key tiles of n_block keys, copied to Real
+//   loop 3      blocks of query panels
+//   loop 4        panels: S^T = K Q^T, dP^T = V dout^T; modifications, masks; P^T, dS^T; dQ^T += K^T dS^T
+//               dV += P^T dout, dK += dS^T Q, over all panels of the block at once
+//
+// P^T and dS^T stand as [key][query of the block], so that one tile of them is lanes for dQ and scalars for dK and dV.
+#pragma once
+#include "gradient_products.h"
+
+namespace fastattn::FASTATTN_ISA {
+
+constexpr int64_t block_queries = 128, backward_few_units = 8, min_unit_keys = 512;
+
+// Columns of a row copy or a gradient: panels of NR columns beside each other.
+FASTATTN_INLINE int64_t column_panels(int64_t columns, int64_t NR) { return (columns + NR - 1) / NR; }
+
+template <class Real>
+BackwardBlocking make_backward_blocking(const Problem& p, const Gradients& g) {
+  BackwardBlocking b{};
+  b.lanes = p.seqlen_q <= VL<Real> ? VL<Real> : max_vectors * VL<Real>;
+  b.block_rows = (int)smaller(round_up(block_queries * 4 / sizeof(Real), b.lanes),
+                              round_up(larger<int64_t>(p.seqlen_q, 1), b.lanes));
+  const int64_t tile_rows = b.lanes == VL<Real> ? MR<1> : MR<max_vectors>;
+  b.n_block = (int)(key_block * 4 / sizeof(Real) / tile_rows * tile_rows);
+  const int64_t units = g.dense_bias() && !g.dbias.stride[1] ? 1 : p.num_heads_k;
+  int64_t splits = units && units < backward_few_units ? backward_few_units / units : 1;
+  splits = larger<int64_t>(1, smaller(splits, p.seqlen_k / min_unit_keys));
+  b.split_keys = larger<int64_t>(b.n_block, round_up((p.seqlen_k + splits - 1) / splits, b.n_block));
+  b.num_splits = (int)larger<int64_t>(1, (p.seqlen_k + b.split_keys - 1) / b.split_keys);
+  b.partial_size = round_up(p.seqlen_q, b.lanes) * p.head_dim;
+  return b;
+}
+
+template <class Real>
+struct GradientPanel : Panel<Real> {
+  Real *dout, *dq;  // [head_dim_v][NR], [head_dim][NR]
+  Real* slope_sum;  // [NR], of dS times the derivative by ALiBi's slope
+  Softmax<Real> softmax;
+};
+
+// The memory of one thread while it computes a unit.
+template <class Real>
+struct BackwardScratch {
+  GradientPanel<Real>* panels;
+  Real *q_rows, *dout_rows;   // [blocks][column panels][block_rows][NR]
+  Real *dk, *dv;              // [tiles][column panels][n_block][NR]
+  Real *k, *v;                // [n_block][stride]
+  Real *scores, *dp, *slope;  // [n_block][NR]
+  Real *p, *ds;               // [n_block][tile_stride]
+  Real* key_sum;              // [keys of the range][vector], of dS
+  ModifierMemory<Real> modifier;
+  Real* out;   // [head_dim_v][NR]
+  Real* rows;  // [NR][widest head dim], rows on their way to or from lanes
+  Real* row;   // one, padded
+  int64_t k_stride, v_stride, tile_stride, bytes;
+};
+
+template <class Real>
+BackwardScratch<Real> backward_layout(const Problem& p, const BackwardBlocking& b, char* memory) {
+  Arena arena{memory};
+  BackwardScratch<Real> s;
+  const int64_t NR = b.lanes, panels = (p.seqlen_q + NR - 1) / NR, D = p.head_dim, Dv = p.head_dim_v;
+  const int64_t blocks = (p.seqlen_q + b.block_rows - 1) / b.block_rows, widest = larger(D, Dv);
+  const int64_t keys = b.n_block, range = smaller(b.split_keys, round_up(p.seqlen_k, b.n_block));
+  s.panels = arena.take<GradientPanel<Real>>(panels);
+  for (int64_t i = 0; i < panels; i++) {
+    GradientPanel<Real> panel{take_panel<Real>(arena, D, NR), nullptr, nullptr, nullptr, {}};
+    panel.dout = arena.take<Real>(Dv * NR);
+    panel.dq = b.num_splits == 1 ? arena.take<Real>(D * NR) : nullptr;
+    panel.slope_sum = arena.take<Real>(NR);
+    panel.softmax = {arena.take<Real>(NR), arena.take<Real>(NR), arena.take<Real>(NR)};
+    if (memory) s.panels[i] = panel;
+  }
+  s.q_rows = arena.take<Real>(blocks * b.block_rows * column_panels(D, NR) * NR);
+  s.dout_rows = arena.take<Real>(blocks * b.block_rows * column_panels(Dv, NR) * NR);
+  s.dk = arena.take<Real>(range * column_panels(D, NR) * NR);
+  s.dv = arena.take<Real>(range * column_panels(Dv, NR) * NR);
+  s.k_stride = round_up(D, 16) + 16, s.v_stride = round_up(Dv, 16) + 16;  // never a power of two
+  s.tile_stride = round_up(b.block_rows, 64 / sizeof(Real)) + 64 / sizeof(Real);
+  s.k = arena.take<Real>(keys * s.k_stride), s.v = arena.take<Real>(keys * s.v_stride);
+  s.scores = arena.take<Real>(keys * NR), s.dp = arena.take<Real>(keys * NR), s.slope = arena.take<Real>(keys * NR);
+  s.p = arena.take<Real>(keys * s.tile_stride), s.ds = arena.take<Real>(keys * s.tile_stride);
+  s.key_sum = arena.take<Real>(range * VL<Real>);
+  s.modifier = take_modifier<Real>(arena, keys, NR);
+  s.out = arena.take<Real>(Dv * NR);
+  s.rows = arena.take<Real>(NR * widest), s.row = arena.take<Real>(round_up(widest, NR));
+  s.bytes = arena.used;
+  return s;
+}
+
+// A panel's dq [head_dim][NR] to the tensor; rows: [NR][head_dim].
+template <class Real>
+void store_dq(const Problem& p, const Gradients& g, int64_t batch, int64_t head, int64_t query, int64_t count,
+              int64_t NR, const Real* dq, Real* rows) {
+  transpose(dq, NR, p.head_dim, NR, rows, p.head_dim);
+  for (int64_t r = 0; r < count; r++) {
+    for (int64_t d = 0; d < p.head_dim; d++) rows[r * p.head_dim + d] *= (Real)p.softmax_scale;
+    store_row(rows + r * p.head_dim, (Real)1, p.head_dim, at(g.dq, batch, head, query + r), g.dq.dtype, g.dq.stride[3]);
+  }
+}
+
+template <class Real, int NV>
+class KeyRange {
+  static constexpr int L = VL<Real>, NR = NV * L, R = MR<NV>;
+
+  const Problem& p;
+  const Gradients& g;
+  const BackwardBlocking& b;
+  const KeyUnit& u;
+  BackwardScratch<Real> s;
+  Modifier<Real, NV> modifier;
+  const bool careful;
+  bool any_masked = false, finite = true;
+  const int64_t D, Dv, k_lo, k_hi;  // keys of the unit
+  int64_t head = 0;                 // the query head of this turn
+  int64_t lo = 0, keys = 0;         // the tile of this turn
+
+ public:
+  // careful: NaN or Inf must not leak from behind a mask.
+  KeyRange(const Problem& p, const Gradients& g, const BackwardBlocking& b, const KeyUnit& u, char* memory,
+           bool careful)
+      : p(p),
+        g(g),
+        b(b),
+        u(u),
+        s(backward_layout<Real>(p, b, memory)),
+        modifier(p, s.modifier, true),
+        careful(careful),
+        D(p.head_dim),
+        Dv(p.head_dim_v),
+        k_lo(u.split * b.split_keys),
+        k_hi(smaller(p.seqlen_k, k_lo + b.split_keys)) {}
+
+  // partial: null, or the unit's dq of its first query head, those of the others `stride` bytes apart. False: there is
+  // NaN or Inf in some gradient, maybe from behind a mask.
+  bool run(char* partial, int64_t stride) {
+    const int64_t range = round_up(k_hi - k_lo, b.n_block), group_size = p.num_heads / p.num_heads_k;
+    clear(s.dk, range * column_panels(D, NR) * NR);
+    clear(s.dv, range * column_panels(Dv, NR) * NR);
+    for (int64_t i = 0; i < group_size; i++) {
+      head = u.head_k * group_size + i;
+      if (g.key_sums) clear(s.key_sum, range * L);
+      for (int64_t query = 0; query < p.seqlen_q; query += NR)
+        prepare(query, partial ? (Real*)(partial + i * stride) : nullptr);
+      for (lo = k_lo; lo < k_hi; lo += b.n_block) visit_tile();
+      finish_dq(!partial);
+      finish_score_sums();
+    }
+    finish_keys(g.dk, s.dk, D, (Real)p.softmax_scale);
+    finish_keys(g.dv, s.dv, Dv, 1);
+    return finite || !any_masked || careful;
+  }
+
+ private:
+  static void clear(Real* x, int64_t n) {
+    for (int64_t i = 0; i < n; i += L) store(x + i, Vec<Real>{});
+  }
+
+  // Rows query ... of the head into the panel and the row copies.
+  void prepare(int64_t query, Real* partial) {
+    GradientPanel<Real>& panel = s.panels[query / NR];
+    const int64_t rows = smaller<int64_t>(NR, p.seqlen_q - query);
+    prepare_panel(p, u.batch, head, query, rows, NR, panel, s.rows);
+    if (partial) panel.dq = partial + query * D;
+    clear(panel.dq, D * NR);
+    clear(panel.slope_sum, NR);
+    for (int64_t r = 0; r < NR; r++) {
+      Real* dout = s.rows + r * Dv;
+      if (r >= rows) {
+        for (int64_t d = 0; d < Dv; d++) dout[d] = 0;
+        panel.softmax.top[r] = 0;
+        panel.softmax.log_sum[r] = (Real)__builtin_inf();
+        continue;
+      }
+      load_row(at(p.q, u.batch, head, query + r), p.q.dtype, p.q.stride[3], D, s.row);
+      copy_row(s.row, D, query + r, s.q_rows);
+      load_row(at(g.dout, u.batch, head, query + r), g.dout.dtype, g.dout.stride[3], Dv, dout);
+      const Real* parts = (const Real*)at(p.lse_parts, u.batch, head, query + r);
+      panel.softmax.top[r] = parts[0];
+      panel.softmax.log_sum[r] = parts[p.lse_parts.stride[3]];
+      for (int64_t d = 0; d < Dv; d++) s.row[d] = dout[d];
+      copy_row(s.row, Dv, query + r, s.dout_rows);
+    }
+    transpose(s.rows, Dv, (int64_t)NR, Dv, panel.dout, (int64_t)NR);
+    find_delta(panel, query, rows);
+    if (u.split == 0 && (g.query_sums || g.sink_sums)) row_sums(panel.softmax, query, rows);
+  }
+
+  // In the order of the product dP = V dout^T: where a row sees one key and out is its value, dS is exactly 0.
+  void find_delta(const GradientPanel<Real>& panel, int64_t query, int64_t rows) {
+    for (int64_t r = 0; r < NR; r++) {
+      Real* out = s.rows + r * Dv;
+      if (r < rows)
+        load_row(at(p.out, u.batch, head, query + r), p.out.dtype, p.out.stride[3], Dv, out);
+      else
+        for (int64_t d = 0; d < Dv; d++) out[d] = 0;
+    }
+    transpose(s.rows, Dv, (int64_t)NR, Dv, s.out, (int64_t)NR);
+    for (int v = 0; v < NV; v++) {
+      Vec<Real> sum{};
+      for (int64_t i = v * L; i < Dv * NR; i += NR) sum += load(panel.dout + i) * load(s.out + i);
+      store(panel.softmax.delta + v * L, sum);
+    }
+    if (g.dlse)
+      for (int64_t r = 0; r < rows; r++) panel.softmax.delta[r] -= *(const Real*)at(g.dlse, u.batch, head, query + r);
+  }
+
+  // `row` (padded, changed past its columns) to its place among the column panels of its block.
+  void copy_row(Real* row, int64_t columns, int64_t query, Real* copies) {
+    const int64_t panels = column_panels(columns, NR), block = query / b.block_rows, r = query % b.block_rows;
+    for (int64_t d = columns; d < panels * NR; d++) row[d] = 0;
+    Real* to = copies + (block * panels * b.block_rows + r) * NR;
+    for (int64_t c = 0; c < panels; c++) memcpy(to + c * b.block_rows * NR, row + c * NR, NR * sizeof(Real));
+  }
+
+  // What follows from a row alone. The row's dS sum to dlse + delta * weight of the sink, which is exact.
+  void row_sums(const Softmax<Real>& softmax, int64_t query, int64_t rows) {
+    const double lowest = -__builtin_inf();
+    const double sink = p.sinks ? load_scalar<double>(at(p.sinks, u.batch, head, 0), p.sinks.dtype) : lowest;
+    for (int64_t r = 0; r < rows; r++) {
+      const bool sees = softmax.log_sum[r] != (Real)__builtin_inf();
+      const double dlse = sees && g.dlse ? *(const Real*)at(g.dlse, u.batch, head, query + r) : 0;
+      const double shift = (double)softmax.top[r] + softmax.log_sum[r];
+      const double by_sink = sink == lowest ? 0 : softmax.delta[r] * __builtin_exp2(sink * log2e - shift);
+      const int64_t row = (u.batch * p.num_heads + head) * p.seqlen_q + query + r;
+      if (g.query_sums) g.query_sums[row] = dlse + by_sink;
+      if (g.sink_sums) g.sink_sums[row] = -by_sink;
+    }
+  }
+
+  void visit_tile() {
+    keys = smaller<int64_t>(b.n_block, k_hi - lo);
+    for (int64_t j = 0; j < keys; j++) {
+      load_row(at(p.k, u.batch, u.head_k, lo + j), p.k.dtype, p.k.stride[3], D, s.k + j * s.k_stride);
+      load_row(at(p.v, u.batch, u.head_k, lo + j), p.v.dtype, p.v.stride[3], Dv, s.v + j * s.v_stride);
+    }
+    modifier.load_tile(u.batch, head, 0, lo, keys);
+    for (int64_t query = 0; query < p.seqlen_q; query += b.block_rows) visit_block(query);
+  }
+
+  Range seen_by(const Panel<Real>& panel) const {
+    const Range r{larger(lo, panel.lanes.visited.lo), smaller(lo + keys, panel.lanes.visited.hi)};
+    return r.lo < r.hi ? r : Range{0, 0};
+  }
+
+  void visit_block(int64_t query) {
+    const int64_t rows = smaller<int64_t>(b.block_rows, p.seqlen_q - query), panels = (rows + NR - 1) / NR;
+    GradientPanel<Real>* panel = s.panels + query / NR;
+    bool any = false;
+    for (int64_t i = 0; i < panels; i++) any |= visit_panel(panel[i], i * NR);
+    if (!any) return;
+    const int64_t block = query / b.block_rows, tile = (lo - k_lo) / b.n_block;
+    if (g.dv) add_to_keys(panel, panels, rows, s.p, s.dout_rows, Dv, block, tile, s.dv);
+    if (g.dk) add_to_keys(panel, panels, rows, s.ds, s.q_rows, D, block, tile, s.dk);
+  }
+
+  // P^T and dS^T of one panel against the tile, and its dQ; whether it sees any of the keys.
+  bool visit_panel(const GradientPanel<Real>& panel, int64_t column) {
+    const Range seen = seen_by(panel);
+    const int64_t n = seen.hi - seen.lo, skipped = n ? seen.lo - lo : keys, stride = s.tile_stride;
+    Real *weights = s.p + column, *ds = s.ds + column;
+    clear_rows<Real, NV>(weights, stride, skipped), clear_rows<Real, NV>(ds, stride, skipped);
+    any_masked |= n < keys;
+    if (!n) return false;
+    const int64_t end = skipped + n;
+    clear_rows<Real, NV>(weights + end * stride, stride, keys - end);
+    clear_rows<Real, NV>(ds + end * stride, stride, keys - end);
+    weights += skipped * stride, ds += skipped * stride;
+
+    const Real *k = s.k + skipped * s.k_stride, *v = s.v + skipped * s.v_stride;
+    each_tile<R>(n, [&](int64_t j, auto tile) {
+      row_tile<false, Real, tile, NV>(k + j * s.k_stride, s.k_stride, panel.q, D, s.scores + j * NR);
+    });
+    any_masked |= modifier.apply(panel, seen.lo, seen.hi, skipped, s.scores, p.softcap > 0.0 ? s.slope : nullptr);
+    each_tile<R>(n, [&](int64_t j, auto tile) {
+      row_tile<false, Real, tile, NV>(v + j * s.v_stride, s.v_stride, panel.dout, Dv, s.dp + j * NR);
+    });
+    weigh<Real, NV>(s.scores, s.dp, n, panel.softmax, weights, ds, stride);
+    add_score_sums(panel, ds, seen);
+    if (p.softcap > 0.0) scale_rows<Real, NV>(ds, stride, s.slope, n);
+    if (!g.dq) return true;
+    if (careful)
+      for (int64_t d = 0; d < D; d++) select_column<Real, NV>(k + d, s.k_stride, ds, stride, n, panel.dq + d * NR);
+    else
+      each_tile<R>(D, [&](int64_t d, auto tile) {
+        column_tile<Real, tile, NV>(k + d, s.k_stride, ds, stride, n, panel.dq + d * NR);
+      });
+    return true;
+  }
+
+  // dS of a panel and the keys that it sees, to the gradients of what was added to the scores.
+  void add_score_sums(const GradientPanel<Real>& panel, const Real* ds, Range seen) {
+    const int64_t n = seen.hi - seen.lo, stride = s.tile_stride;
+    if (g.slope_sums) add_slope_sums<Real, NV>(ds, stride, n, panel.positions, seen.lo, panel.slope_sum);
+    if (g.key_sums) add_key_sums<Real, NV>(ds, stride, n, s.key_sum + (seen.lo - k_lo) * L);
+    if (!g.dense_bias()) return;
+    Real* rows = s.modifier.rows;
+    transpose(ds, stride, n, (int64_t)NR, rows, n);
+    for (int64_t r = 0; r < panel.lanes.rows; r++) {
+      Real* to = (Real*)at(g.dbias, u.batch, head, panel.lanes.row + r, seen.lo);
+      const Real* row = rows + r * n;
+      for (int64_t j = 0; j < n; j++) to[j] += row[j];
+    }
+  }
+
+  // gradient [key][columns] += weights [key][query] rows [query][columns], for the tile and the block.
+  void add_to_keys(const GradientPanel<Real>* panel, int64_t panels, int64_t rows, const Real* weights,
+                   const Real* copies, int64_t columns, int64_t block, int64_t tile, Real* gradient) {
+    const int64_t column = column_panels(columns, NR);
+    for (int64_t c = 0; c < column; c++) {
+      const Real* from = copies + (block * column + c) * b.block_rows * NR;
+      Real* to = gradient + (tile * column + c) * b.n_block * NR;
+      each_tile<R>(keys, [&](int64_t j, auto size) {
+        const Range seeing = panels_that_see(panel, panels, lo + j, lo + j + size);
+        const int64_t first = seeing.lo * NR, steps = smaller(seeing.hi * NR, rows) - first;
+        const Real *w = weights + j * s.tile_stride + first, *x = from + first * NR;
+        if (careful)
+          for (int r = 0; r < size; r++) select_row<Real, NV>(w + r * s.tile_stride, x, steps, to + (j + r) * NR);
+        else
+          row_tile<true, Real, size, NV>(w, s.tile_stride, x, steps, to + j * NR);
+      });
+    }
+  }
+
+  // From the first to the last panel that sees one of the keys from ... to - 1.
+  static Range panels_that_see(const GradientPanel<Real>* panel, int64_t panels, int64_t from, int64_t to) {
+    auto sees = [&](int64_t i) { return panel[i].lanes.visited.lo < to && from < panel[i].lanes.visited.hi; };
+    int64_t first = 0, last = panels;
+    while (first < last && !sees(first)) first++;
+    while (first < last && !sees(last - 1)) last--;
+    return {first, last};
+  }
+
+  void finish_dq(bool stores) {
+    for (int64_t query = 0; query < p.seqlen_q; query += NR) {
+      const GradientPanel<Real>& panel = s.panels[query / NR];
+      if (any_masked && finite) finite = all_finite(panel.dq, D * NR);
+      if (stores && g.dq) store_dq(p, g, u.batch, head, query, panel.lanes.rows, NR, panel.dq, s.rows);
+    }
+  }
+
+  void finish_score_sums() {
+    const int64_t row = u.batch * p.num_heads + head;
+    if (g.slope_sums) {
+      double total = 0;
+      for (int64_t query = 0; query < p.seqlen_q; query += NR)
+        for (int64_t r = 0; r < smaller<int64_t>(NR, p.seqlen_q - query); r++)
+          total += s.panels[query / NR].slope_sum[r];
+      g.slope_sums[row * b.num_splits + u.split] = total;
+    }
+    if (g.key_sums)
+      for (int64_t key = k_lo; key < k_hi; key++) {
+        double total = 0;
+        for (int lane = 0; lane < L; lane++) total += s.key_sum[(key - k_lo) * L + lane];
+        g.key_sums[row * p.seqlen_k + key] = total;
+      }
+  }
+
+  void finish_keys(const Tensor& t, const Real* gradient, int64_t columns, Real scale) {
+    if (!t) return;
+    const int64_t panels = column_panels(columns, NR);
+    if (any_masked && finite) finite = all_finite(gradient, round_up(k_hi - k_lo, b.n_block) * panels * NR);
+    for (int64_t key = k_lo; key < k_hi; key++) {
+      const int64_t tile = (key - k_lo) / b.n_block, j = (key - k_lo) % b.n_block;
+      for (int64_t c = 0; c < panels; c++)
+        for (int64_t d = 0; d < NR; d++)
+          s.row[c * NR + d] = gradient[((tile * panels + c) * b.n_block + j) * NR + d] * scale;
+      store_row(s.row, (Real)1, columns, at(t, u.batch, u.head_k, key), t.dtype, t.stride[3]);
+    }
+  }
+};
+
+template <class Real, int NV>
+void run_key_range(const Problem& p, const Gradients& g, const BackwardBlocking& b, const KeyUnit& u, char* partial,
+                   int64_t stride, char* memory) {
+  if (KeyRange<Real, NV>(p, g, b, u, memory, false).run(partial, stride)) return;
+  Gradients again = g;  // what has been added to dbias stays: it is the same in both
+  if (again.dense_bias()) again.dbias = Tensor{};
+  KeyRange<Real, NV>(p, again, b, u, memory, true).run(partial, stride);  // rare, and keeps the check out of the loop
+}
+
+template <class Real>
+void run_key_unit(const Problem& p, const Gradients& g, const BackwardBlocking& b, const KeyUnit& u, char* partial,
+                  int64_t stride, char* memory) {
+  const int64_t group_size = p.num_heads / p.num_heads_k;
+  for (int32_t batch = 0; batch < u.batches; batch++)
+    for (int32_t head_k = 0; head_k < u.heads_k; head_k++) {
+      const KeyUnit one{u.batch + batch, u.head_k + head_k, u.split, 1, 1};
+      char* own = partial ? partial + (batch * p.num_heads + head_k * group_size) * stride : nullptr;
+      if (b.lanes == VL<Real>)
+        run_key_range<Real, 1>(p, g, b, one, own, stride, memory);
+      else
+        run_key_range<Real, max_vectors>(p, g, b, one, own, stride, memory);
+    }
+}
+
+template <class Real>
+void combine_dq(const Problem& p, const Gradients& g, const BackwardBlocking& b, int64_t batch, int64_t head,
+                int64_t row, const char* partial, char* memory) {
+  const int64_t NR = b.lanes, n = p.head_dim * NR;
+  Real *sum = (Real*)memory, *rows = sum + n;
+  for (int64_t query = row; query < smaller(row + b.block_rows, p.seqlen_q); query += NR) {
+    const Real* part = (const Real*)partial + query * p.head_dim;
+    for (int64_t i = 0; i < n; i++) sum[i] = part[i];
+    for (int split = 1; split < b.num_splits; split++)
+      for (int64_t i = 0; i < n; i++) sum[i] += part[split * b.partial_size + i];
+    store_dq(p, g, batch, head, query, smaller(NR, p.seqlen_q - query), NR, sum, rows);
+  }
+}
+
+// Blocks count as wholly seen or not at all.
+FASTATTN_INLINE double pairs_of(const Problem& p, const BackwardBlocking& b, const KeyUnit& u) {
+  const int64_t group_size = p.num_heads / p.num_heads_k, k_lo = u.split * b.split_keys, k_hi = k_lo + b.split_keys;
+  double pairs = 0;
+  for (int64_t query = 0; query < p.seqlen_q; query += b.block_rows) {
+    const int64_t rows = smaller<int64_t>(b.block_rows, p.seqlen_q - query);
+    const Range seen = visited_range(p, u.batch, u.head_k * group_size, query, rows);
+    pairs += (double)rows * larger<int64_t>(0, smaller(seen.hi, k_hi) - larger(seen.lo, k_lo));
+  }
+  return pairs * group_size * u.batches * u.heads_k;
+}
+
+}  // namespace fastattn::FASTATTN_ISA

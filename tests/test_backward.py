@@ -1,0 +1,502 @@
+"""The backward kernel against the reference in float64, and through autograd as a user meets it."""
+
+import math
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
+
+import fastattn
+from cases import CASES, Case, inputs
+from fastattn import Mask, cpu, dispatch
+from test_prefill import DTYPES, run_tests_on, supported_isas
+
+INF, NAN = math.inf, math.nan
+SCORE_TENSORS = ("bias", "alibi_slopes", "sinks")
+pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="the CPU kernels are not built")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """On a busy machine two threads wait for each other longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def cotangents(q, v, seed=1):
+    """(dout, dlse) in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (*q.shape[:3], v.shape[3])
+    return (torch.randn(s, generator=generator, dtype=torch.float64) for s in (shape, shape[:3]))
+
+
+def score_tensors(kwargs) -> list[str]:
+    return [name for name in SCORE_TENSORS if kwargs.get(name) is not None]
+
+
+def gradients(q, k, v, kwargs, dout, dlse=None, backend="cpu", of_scores=False) -> dict[str, torch.Tensor]:
+    """By name, of everything that has one; an lse of -inf takes no cotangent."""
+    leaves = {"q": q, "k": k, "v": v} | {name: kwargs[name] for name in score_tensors(kwargs) if of_scores}
+    leaves = {name: x.detach().requires_grad_() for name, x in leaves.items()}
+    out, lse = fastattn.attention(
+        **leaves, **{n: x for n, x in kwargs.items() if n not in leaves}, return_lse=True, backend=backend
+    )
+    results, weights = [out], [dout.to(out.dtype)]
+    if dlse is not None:
+        results.append(lse.masked_fill(lse == -INF, 0.0))
+        weights.append(dlse.to(lse.dtype))
+    grads = torch.autograd.grad(results, list(leaves.values()), weights)
+    if backend == "cpu":
+        assert fastattn.last_call().kernel == "cpu.backward"
+    return dict(zip(leaves, grads, strict=True))
+
+
+def to_double(kwargs) -> dict:
+    return kwargs | {name: kwargs[name].double() for name in score_tensors(kwargs)}
+
+
+# --- values ----------------------------------------------------------------------------------------------------------
+
+SLACK = {"float32": 2e-6, "float64": 1e-14, "bfloat16": 2**-8, "float16": 2**-11}
+
+
+def assert_parity(case, qkv=None, kwargs=None, **options):
+    """Each gradient's error is at most twice the reference's in the same dtype, against the reference in float64."""
+    (q, k, v), kwargs = (qkv, kwargs) if qkv else inputs(case)
+    dout, dlse = cotangents(q, v)
+    dout = dout.to(q.dtype).double()
+    actual = gradients(q, k, v, kwargs, dout, dlse, **options)
+    same_dtype = gradients(q, k, v, kwargs, dout, dlse, "reference", **options)
+    oracle = gradients(q.double(), k.double(), v.double(), to_double(kwargs), dout, dlse, "reference", **options)
+    for name, expected in oracle.items():
+        x, y = actual[name], same_dtype[name]
+        assert (x.shape, x.dtype) == (y.shape, y.dtype), name
+        size = expected.abs().clamp(min=1.0)
+        error, reference_error = (((z.double() - expected).abs() / size).amax() if z.numel() else 0.0 for z in (x, y))
+        slack = max(SLACK[str(z.dtype).removeprefix("torch.")] for z in (q, x))
+        if name in SCORE_TENSORS:  # out is rounded to q's dtype, and delta with it; slopes sum large terms that cancel
+            slack *= (16 if q.element_size() == 2 else 4) if name == "alibi_slopes" else 2
+        allowed = 2.0 * reference_error + slack
+        assert error <= allowed, f"d{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_parity(case):
+    assert_parity(case, of_scores=True)
+
+
+BIAS_SHAPES = [(1, 1, 1, 1), (3, 4, 45, 77), (1, 4, 45, 77), (3, 1, 45, 77), (45, 77), (3, 1, 1, 77), (77,), (1,)]
+BIAS_SHAPES += [(1, 4, 1, 77), (4, 45, 1), (3, 1, 45, 1), (3, 4, 1, 1), (4, 1, 1)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", BIAS_SHAPES, ids=str)
+def test_bias_of_any_broadcast(shape, dtype):
+    case = Case(batch=3, num_heads=4, num_heads_k=2, seqlen_q=45, seqlen_k=77, head_dim=8, dtype=dtype, causal=True)
+    (q, k, v), kwargs = inputs(case._replace(softcap=2.0, sinks=True))
+    assert_parity(case, (q, k, v), kwargs | {"bias": torch.randn(shape, dtype=q.dtype)}, of_scores=True)
+
+
+def test_expanded_bias_has_the_gradient_of_its_shape():
+    (q, k, v), _ = inputs(Case(batch=2, num_heads=2, seqlen_q=20, head_dim=8))
+    bias = torch.randn(20).requires_grad_()
+    grads = [
+        torch.autograd.grad(fastattn.attention(q, k, v, bias=x, backend="cpu").square().sum(), bias)[0]
+        for x in (bias, bias.expand(2, 2, 20, 20), bias.expand(20, 20).transpose(0, 1).transpose(0, 1))
+    ]
+    torch.testing.assert_close(grads[1], grads[0])
+    torch.testing.assert_close(grads[2], grads[0])
+
+
+@pytest.mark.parametrize("slopes", [(4,), (3, 4)])
+def test_alibi_slopes(slopes):
+    case = Case(batch=3, num_heads=4, seqlen_q=150, seqlen_k=1100, head_dim=8, sinks=True)
+    qkv, kwargs = inputs(case)
+    assert_parity(case, qkv, kwargs | {"alibi_slopes": torch.rand(slopes) * 0.1}, of_scores=True)
+
+
+@pytest.mark.parametrize("isa", supported_isas())
+def test_parity_on_each_isa(isa):
+    run_tests_on(isa, __file__, "-k", "test_parity and not isa and (S150x400 or S5x2100 or S45x77 or S130)")
+
+
+KINDS = {
+    "dense": {},
+    "causal": {"causal": True},
+    "window": {"window_size": (2, 1)},
+    "lengths": {"mask": Mask.lengths(torch.tensor([3, 6]))},
+    "documents": {"mask": Mask.documents(torch.tensor([[0, 0, 0, 1, 1, 2, 2]] * 2)), "causal": True},
+    "tensor": {"mask": torch.rand(2, 4, 7, 7, generator=torch.Generator().manual_seed(0)) < 0.6},
+    "softcap": {"softcap": 1.5},
+    "scaled": {"softmax_scale": 0.7},
+    "bias": {"bias": torch.randn(4, 7, 7, dtype=torch.float64)},
+    "bias of -inf": {"bias": torch.randn(7, 7, dtype=torch.float64).masked_fill(torch.eye(7) == 1, -INF)},
+    "alibi, sinks": {"alibi_slopes": torch.rand(4, dtype=torch.float64), "sinks": torch.randn(4, dtype=torch.float64)},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck(kind):
+    """Through the kernel in float64: out and lse, with grouped heads and head_dim_v != head_dim."""
+    q, k, v = (torch.randn(2, h, 7, d, dtype=torch.float64).requires_grad_() for h, d in ((4, 5), (2, 5), (2, 3)))
+
+    def call(q, k, v):
+        out, lse = fastattn.attention(q, k, v, **KINDS[kind], return_lse=True, backend="cpu")
+        return out, lse.masked_fill(lse == -INF, 0.0)
+
+    assert gradcheck(call, (q, k, v), fast_mode=False)
+
+
+@pytest.mark.parametrize(
+    "name", ["alibi_slopes", "sinks", *map(str, [(7, 7), (2, 4, 7, 7), (2, 1, 1, 7), (4, 7, 1), ()])]
+)
+@pytest.mark.parametrize("kind", ["dense", "causal", "softcap", "tensor"])
+def test_gradcheck_of_score_tensors(kind, name):
+    q, k, v = (torch.randn(2, h, 7, d, dtype=torch.float64) for h, d in ((4, 5), (2, 5), (2, 3)))
+    x = torch.randn(eval(name) if name[0] == "(" else (4,), dtype=torch.float64).requires_grad_()
+    sinks = {} if name == "sinks" else {"sinks": torch.randn(4)}
+
+    def call(x):
+        kwargs = KINDS[kind] | sinks | {"bias" if name[0] == "(" else name: x}
+        return fastattn.attention(q, k, v, **kwargs, return_lse=True, backend="cpu")
+
+    assert gradcheck(call, (x,), fast_mode=False)
+    assert gradgradcheck(
+        lambda x: fastattn.attention(q, k, v, **KINDS[kind] | sinks | {"bias" if name[0] == "(" else name: x}),
+        (x,),
+        fast_mode=True,
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_double_backward(kind, fresh_fallbacks):
+    """Through the reference, which is recorded."""
+    q, k, v = (torch.randn(2, h, 7, d, dtype=torch.float64).requires_grad_() for h, d in ((4, 5), (2, 5), (2, 3)))
+
+    def call(q, k, v):
+        out, lse = fastattn.attention(q, k, v, **KINDS[kind], return_lse=True)
+        return out, lse.masked_fill(lse == -INF, 0.0)
+
+    assert gradgradcheck(call, (q, k, v), fast_mode=True)
+    torch.autograd.grad(call(q, k, v)[0].sum(), q, create_graph=True)
+    assert fastattn.last_call().kernel == "reference.backward"
+    assert fastattn.last_call().problem.direction == "backward" and fresh_fallbacks
+
+
+def test_double_backward_of_one_tensor_thrice():
+    x = torch.randn(1, 2, 4, 3, dtype=torch.float64).requires_grad_()
+    (grad,) = torch.autograd.grad(fastattn.attention(x, x, x).sum(), x)
+    (again,) = torch.autograd.grad(fastattn.attention(x, x, x).sum(), x, create_graph=True)
+    torch.testing.assert_close(grad, again)
+    assert gradgradcheck(lambda x: fastattn.attention(x, x, x), (x,), fast_mode=True)
+
+
+def test_large_bias_keeps_its_weights():
+    """Beside -1e38, lse alone could not tell two equal weights from two factors."""
+    low = torch.finfo(torch.float32).min
+    (q, k, v), _ = inputs(Case(seqlen_q=20, seqlen_k=40, head_dim=16))
+    kwargs = {"bias": torch.full((20, 40), low)}
+    dout, _ = cotangents(q, v)
+    actual, expected = (gradients(q, k, v, kwargs, dout, backend=backend) for backend in ("cpu", "reference"))
+    for name in "qkv":
+        torch.testing.assert_close(actual[name], expected[name], atol=1e-6, rtol=1e-5)
+
+
+# --- strides ---------------------------------------------------------------------------------------------------------
+
+
+def strided(x, how):
+    """x's values in other memory."""
+    b, h, s, d = x.shape
+    if how == "transposed":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if how == "sliced":
+        return torch.zeros(b, h, s, 2 * d, dtype=x.dtype).copy_(torch.cat([x, x], -1))[..., :d]
+    if how == "every second":
+        return torch.stack([x, x], -1).flatten(-2)[..., ::2]
+    if how == "columns first":
+        return x.transpose(2, 3).contiguous().transpose(2, 3)
+    return x
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("how", ["transposed", "sliced", "every second", "columns first"])
+def test_strides_change_nothing(how, dtype):
+    case = Case(batch=2, num_heads=4, num_heads_k=2, seqlen_q=33, seqlen_k=50, head_dim=12, dtype=dtype, causal=True)
+    (q, k, v), kwargs = inputs(case)
+    dout, dlse = cotangents(q, v)
+    dout = dout.to(q.dtype)
+    expected = gradients(q, k, v, kwargs, dout, dlse)
+    actual = gradients(*(strided(x, how) for x in (q, k, v)), kwargs, strided(dout, how), dlse)
+    for name, grad in expected.items():
+        assert torch.equal(actual[name], grad), name
+
+
+@pytest.mark.parametrize("dims", [(3,), (2,), (0, 1, 2, 3)])
+def test_expanded_dout(dims):
+    """What `out.sum().backward()` gives: one number with strides of 0."""
+    (q, k, v), kwargs = inputs(Case(batch=2, num_heads=2, seqlen_q=20, head_dim=8))
+    dout = torch.randn([1 if d in dims else size for d, size in enumerate(q.shape)]).expand(q.shape)
+    expected = gradients(q, k, v, kwargs, dout.contiguous())
+    for name, grad in gradients(q, k, v, kwargs, dout).items():
+        assert torch.equal(grad, expected[name])
+
+
+def test_gradients_follow_the_memory_order_of_their_tensors():
+    (q, k, v), kwargs = inputs(Case(batch=2, num_heads=2, seqlen_q=20, head_dim=8, layout="bshd"))
+    for grad in gradients(q, k, v, kwargs, torch.randn_like(q)).values():
+        assert grad.stride() == q.stride()
+
+
+# --- rules -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_fully_masked_rows_have_zero_gradients(sinks):
+    (q, k, v), kwargs = inputs(Case(batch=2, num_heads=2, seqlen_q=40, seqlen_k=33, head_dim=16, sinks=sinks))
+    blind = torch.rand(40) < 0.4
+    kwargs["mask"] = ~blind[:, None].expand(40, 33)
+    dout, dlse = cotangents(q, v)
+    grads = gradients(q, k, v, kwargs, dout, dlse)
+    assert (grads["q"][:, :, blind] == 0).all()
+    seen = gradients(q, k, v, kwargs, dout.masked_fill(blind[:, None], 1e6), dlse)
+    assert all(torch.equal(grads[name], seen[name]) for name in "qkv")
+    for kwargs in (
+        {"mask": torch.zeros(40, 33, dtype=torch.bool)},
+        {"mask": Mask.lengths(torch.zeros(2, dtype=torch.int64))},
+    ):
+        for grad in gradients(q, k, v, kwargs, dout, dlse).values():
+            assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("poison", [NAN, INF, -INF])
+@pytest.mark.parametrize("kind", ["tensor", "interval", "bias", "window"])
+def test_nothing_leaks_from_behind_a_mask(kind, poison, dtype):
+    """NaN or Inf in a masked key or value, or in a query that sees nothing, changes no gradient of the others."""
+    (q, k, v), _ = inputs(
+        Case(batch=1, num_heads=2, num_heads_k=1, seqlen_q=45, seqlen_k=140, head_dim=24, dtype=dtype)
+    )
+    visible = torch.rand(45, 140) < 0.8
+    visible[:, 60:70], visible[11:13] = False, False
+    kwargs = {
+        "tensor": {"mask": visible},
+        "interval": {
+            "mask": Mask.intervals(torch.zeros(1, 1, 45).int(), torch.where(visible.any(-1), 60, 0)[None, None])
+        },
+        "bias": {"bias": torch.zeros(45, 140).masked_fill(~visible, -INF)},
+        "window": {"window_size": (20, 0)},
+    }[kind]
+    kwargs |= {"backend": "cpu"}
+    out, lse = fastattn.attention(q, k, v, **kwargs, return_lse=True)
+    kwargs.pop("backend")
+    dout, dlse = cotangents(q, v)
+    expected = gradients(q, k, v, kwargs, dout, dlse)
+    unseen = (expected["v"][0, 0] == 0).all(-1)
+    blind = lse[0, 0] == -INF
+    assert unseen.any() and (blind.any() or kind == "window")
+    q, k, v = q.clone(), k.clone(), v.clone()
+    k[:, :, unseen], v[:, :, unseen], q[:, :, blind] = poison, poison, poison
+    for name, grad in gradients(q, k, v, kwargs, dout, dlse).items():
+        torch.testing.assert_close(grad, expected[name], atol=2e-2 if "16" in dtype else 1e-5, rtol=1e-2)
+
+
+def test_nan_reaches_only_the_rows_that_see_it():
+    (q, k, v), _ = inputs(Case(seqlen_q=50, head_dim=16))
+    dout, _ = cotangents(q, v)
+    expected = gradients(q, k, v, {"causal": True}, dout)["q"]
+    v[:, :, 30] = NAN
+    actual = gradients(q, k, v, {"causal": True}, dout)["q"]
+    torch.testing.assert_close(actual[:, :, :30], expected[:, :, :30])
+    assert actual[:, :, 30:].isnan().all()
+
+
+SHAPES = {
+    "one head": Case(seqlen_q=300, seqlen_k=2100, head_dim=16, causal=True),
+    "grouped": Case(batch=2, num_heads=4, num_heads_k=2, seqlen_q=260, head_dim=40, head_dim_v=24),
+    "masked": Case(batch=3, num_heads=2, seqlen_q=130, head_dim=16, mask="documents", alibi=True, sinks=True),
+    "few rows": Case(batch=2, num_heads=4, seqlen_q=3, seqlen_k=1300, head_dim=8),
+    "shared bias": Case(batch=2, num_heads=2, seqlen_q=200, seqlen_k=1100, head_dim=8, bias="shared", sinks=True),
+    "key bias": Case(
+        batch=2, num_heads=4, num_heads_k=2, seqlen_q=200, seqlen_k=1100, head_dim=8, bias="key", alibi=True
+    ),
+    "query bias": Case(batch=2, num_heads=4, num_heads_k=2, seqlen_q=200, head_dim=8, bias="query", sinks=True),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bits_do_not_depend_on_threads_or_run(shape, dtype):
+    (q, k, v), kwargs = inputs(SHAPES[shape]._replace(dtype=dtype))
+    dout, dlse = cotangents(q, v)
+    expected = gradients(q, k, v, kwargs, dout, dlse, of_scores=True)
+    for threads in (1, 2, 3, 2):
+        torch.set_num_threads(threads)
+        for name, grad in gradients(q, k, v, kwargs, dout, dlse, of_scores=True).items():
+            assert torch.equal(grad, expected[name]), (threads, name)
+
+
+@pytest.mark.parametrize("shape", ["one head", "grouped", "few rows"])
+def test_bits_do_not_depend_on_the_batch(shape):
+    (q, k, v), kwargs = inputs(SHAPES[shape]._replace(batch=3))
+    dout, dlse = cotangents(q, v)
+    together = gradients(q, k, v, kwargs, dout, dlse)
+    for b in range(3):
+        alone = gradients(*(x[b : b + 1] for x in (q, k, v)), kwargs, dout[b : b + 1], dlse[b : b + 1])
+        assert all(torch.equal(alone[name], together[name][b : b + 1]) for name in "qkv")
+
+
+@pytest.mark.parametrize("zero", ["batch", "num_heads", "seqlen_q", "seqlen_k"])
+def test_empty_sizes(zero):
+    sizes = {"batch": 2, "num_heads": 3, "seqlen_q": 4, "seqlen_k": 5} | {zero: 0}
+    (q, k, v), kwargs = inputs(Case(**sizes, head_dim=8, head_dim_v=6))
+    dout, dlse = cotangents(q, v)
+    for name, grad in gradients(q, k, v, kwargs, dout, dlse).items():
+        assert grad.shape == {"q": q, "k": k, "v": v}[name].shape and (grad == 0).all()
+
+
+@pytest.mark.parametrize("wanted", ["q", "k", "v", "qk", "qv", "kv"])
+def test_only_what_is_asked_for(wanted):
+    (q, k, v), kwargs = inputs(Case(batch=2, num_heads=2, seqlen_q=40, head_dim=16, causal=True))
+    dout, _ = cotangents(q, v)
+    expected = gradients(q, k, v, kwargs, dout)
+    leaves = {name: x.requires_grad_(name in wanted) for name, x in {"q": q, "k": k, "v": v}.items()}
+    fastattn.attention(**leaves, **kwargs, backend="cpu").backward(dout.float())
+    for name, x in leaves.items():
+        assert torch.equal(x.grad, expected[name]) if name in wanted else x.grad is None
+
+
+@pytest.mark.parametrize("results", ["out", "lse", "both"])
+def test_each_result_alone(results):
+    (q, k, v), kwargs = inputs(Case(batch=2, num_heads=2, seqlen_q=20, head_dim=16, dtype="float64"))
+    grads = []
+    for backend in ("cpu", "reference"):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out, lse = fastattn.attention(*leaves, **kwargs, return_lse=True, backend=backend)
+        loss = sum(x.square().sum() for name, x in (("out", out), ("lse", lse)) if results in (name, "both"))
+        grads.append(torch.autograd.grad(loss, leaves, materialize_grads=True))
+    for x, y in zip(*grads, strict=True):
+        torch.testing.assert_close(x, y)
+    if results == "lse":
+        assert (grads[0][2] == 0).all()
+
+
+# --- torch's machinery -----------------------------------------------------------------------------------------------
+
+
+def leaves_of(case):
+    (q, k, v), kwargs = inputs(case)
+    return [x.requires_grad_() for x in (q, k, v)], kwargs
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint(use_reentrant):
+    leaves, kwargs = leaves_of(Case(batch=2, num_heads=2, seqlen_q=40, head_dim=16, causal=True))
+
+    def call(q, k, v):
+        return fastattn.attention(q, k, v, **kwargs, backend="cpu")
+
+    expected = torch.autograd.grad(call(*leaves).square().sum(), leaves)
+    checkpoint(call, *leaves, use_reentrant=use_reentrant).square().sum().backward()
+    for x, grad in zip(leaves, expected, strict=True):
+        assert torch.equal(x.grad, grad)
+
+
+def test_anomaly_mode():
+    leaves, kwargs = leaves_of(Case(batch=2, num_heads=2, seqlen_q=40, head_dim=16))
+    with torch.autograd.detect_anomaly(check_nan=True):
+        fastattn.attention(*leaves, **kwargs, backend="cpu").sum().backward()
+
+
+def test_autocast_as_sdpa_does():
+    leaves, _ = leaves_of(Case(batch=2, num_heads=2, seqlen_q=40, head_dim=16))
+    grads = []
+    for function in (fastattn.scaled_dot_product_attention, torch.nn.functional.scaled_dot_product_attention):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = function(*leaves)
+        assert out.dtype == torch.bfloat16
+        grads.append(torch.autograd.grad(out.float().square().sum(), leaves))
+        assert all(grad.dtype == torch.float32 for grad in grads[-1])
+    for x, y in zip(*grads, strict=True):
+        torch.testing.assert_close(x, y, atol=2e-2, rtol=2e-2)
+
+
+def test_changed_input_is_an_error():
+    leaves, kwargs = leaves_of(Case(seqlen_q=4))
+    q = leaves[0] * 1.0
+    out = fastattn.attention(q, *leaves[1:], **kwargs)
+    q.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_backward_twice():
+    leaves, kwargs = leaves_of(Case(seqlen_q=4))
+    out = fastattn.attention(*leaves, **kwargs)
+    first, second = (torch.autograd.grad(out.sum(), leaves, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+def test_hooks_see_what_is_saved():
+    """Nothing n x n: no saved tensor has more elements than the inputs and out."""
+    leaves, kwargs = leaves_of(Case(batch=1, num_heads=1, seqlen_q=300, head_dim=8, causal=True))
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        fastattn.attention(*leaves, **kwargs)
+    assert sizes and max(sizes) <= leaves[0].numel()
+
+
+def test_record_shows_both_directions():
+    leaves, kwargs = leaves_of(Case(seqlen_q=4))
+    with fastattn.record() as calls:
+        fastattn.attention(*leaves, **kwargs).sum().backward()
+    assert [(call.kernel, call.problem.direction) for call in calls] == [
+        ("cpu.prefill", "forward"),
+        ("cpu.backward", "backward"),
+    ]
+
+
+def test_transforms_run_on_the_reference():
+    q, k, v = (torch.randn(3, 1, 2, 5, 8) for _ in range(3))
+    actual = torch.vmap(fastattn.attention)(q, k, v)
+    assert fastattn.last_call().kernel == "reference" and fastattn.last_call().problem.transformed
+    torch.testing.assert_close(actual, torch.stack([fastattn.attention(*x) for x in zip(q, k, v, strict=True)]))
+    per_sample = torch.vmap(torch.func.grad(lambda q, k, v: fastattn.attention(q, k, v).square().sum()))(q, k, v)
+    x = q.clone().requires_grad_()
+    sum(fastattn.attention(*y).square().sum() for y in zip(x, k, v, strict=True)).backward()
+    torch.testing.assert_close(per_sample, x.grad)
+
+
+def test_wrong_arguments_of_the_extension_are_errors():
+    q = torch.randn(1, 1, 4, 8)
+    parts = torch.zeros(1, 1, 4, 2)
+    good = [q, q, q, q, None, parts, 1.0, 0.0, -100, 100, *[None] * 6, q, None, q, q, q, None, None, None, 1]
+    cpu._C.backward(*[x.clone() if isinstance(x, torch.Tensor) else x for x in good])
+    for position, wrong, message in (
+        (5, None, "lse_parts must be given"),
+        (16, q[:, :, :2], "dout has a size"),
+        (17, parts, "dlse has a wrong number"),
+        (18, q.double(), "dq has another dtype"),
+        (19, q[..., :4], "dk has a size"),
+        (21, q.new_zeros(4, 4).double(), "dbias has a wrong dtype"),
+        (21, q.new_zeros(4), "dbias has a wrong dtype"),
+        (21, q.new_zeros(1).expand(4), "dbias must be contiguous"),
+        (23, q.new_zeros(1).double(), "a gradient has no tensor"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cpu._C.backward(*good[:position], wrong, *good[position + 1 :])
+    with pytest.raises(ValueError, match="takes 25 arguments"):
+        cpu._C.backward(*good[:-1])
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_refusals_go_to_the_reference(fresh_fallbacks):
+    (q, k, v), kwargs = inputs(Case(num_heads=2, seqlen_q=8))
+    with pytest.warns(fastattn.FallbackWarning, match="dropout=True"):
+        fastattn.attention(q.requires_grad_(), k, v, dropout_p=0.5)
+    assert dispatch.select(fastattn.last_call().problem, None).call.kernel == "reference"
