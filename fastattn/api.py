@@ -65,7 +65,7 @@ def attention(
     lse = -inf (the sink's logit, with sinks). NaN or Inf in a masked key or value never reaches the result. The bits
     of a row do not depend on the number of threads or on what else is in the batch.
 
-    Memory is O(seqlen) beyond inputs and outputs, except on the reference (gradients and dropout today, with a
+    Memory is O(seqlen) beyond inputs and outputs, except on the reference (dropout today, with a
     `FallbackWarning`), which is O(seqlen_q * seqlen_k).
 
     Raises TypeError or ValueError that names the argument, its value and the rule; `UnsupportedError` if the named

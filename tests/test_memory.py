@@ -29,7 +29,7 @@ def fill(out, lse, q, k, v, causal=False, **kwargs):
     hi = k.shape[2] - q.shape[2] if causal else UNBOUNDED
     names = ("k_start", "k_end", "mask", "bias", "alibi_slopes", "sinks")
     extras = [kwargs.get(name) for name in names]
-    cpu._C.forward(q, k, v, out, lse, q.shape[3] ** -0.5, kwargs.get("softcap", 0.0), -UNBOUNDED, hi, *extras, 1)
+    cpu._C.forward(q, k, v, out, lse, None, q.shape[3] ** -0.5, kwargs.get("softcap", 0.0), -UNBOUNDED, hi, *extras, 1)
     return out, lse
 
 
@@ -222,15 +222,20 @@ def test_the_native_entry_refuses_what_does_not_fit(name):
     for wrong in (*WRONG[name], torch.ones(2, 2, device="meta"), "text"):
         tensors = {"q": torch.ones(2, 2, 3, 4), "k": torch.ones(2, 2, 5, 4), "v": torch.ones(2, 2, 5, 6)}
         tensors |= {"out": torch.ones(2, 2, 3, 6), "lse": torch.ones(2, 2, 3), name: wrong}
-        arguments = [tensors.get(n) for n in ("q", "k", "v", "out", "lse")] + [0.5, 0.0, -UNBOUNDED, UNBOUNDED]
+        arguments = [tensors.get(n) for n in ("q", "k", "v", "out", "lse", "lse_parts")] + [
+            0.5,
+            0.0,
+            -UNBOUNDED,
+            UNBOUNDED,
+        ]
         arguments += [tensors.get(n) for n in ("k_start", "k_end", "mask", "bias", "alibi_slopes", "sinks")]
         with pytest.raises((ValueError, TypeError, AttributeError, RuntimeError)):
             cpu._C.forward(*arguments, 1)
 
 
 def test_the_native_entry_refuses_the_wrong_number_of_arguments():
-    for count in (0, 15, 17):
-        with pytest.raises(ValueError, match="16 arguments"):
+    for count in (0, 16, 18):
+        with pytest.raises(ValueError, match="17 arguments"):
             cpu._C.forward(*[None] * count)
 
 
@@ -258,7 +263,7 @@ def test_calls_do_not_leak():
             if i % 10 == 0:
                 fastattn.attention(negated, negated, negated, backend="cpu")
                 with pytest.raises(ValueError, match="dimensions"):
-                    cpu._C.forward(*[qkv[0][0]] * 5, 0.5, 0.0, 0, 0, *[None] * 6, 1)
+                    cpu._C.forward(*[qkv[0][0]] * 5, None, 0.5, 0.0, 0, 0, *[None] * 6, 1)
 
     call(400)
     before = status("VmRSS")
