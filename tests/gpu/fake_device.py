@@ -1,0 +1,104 @@
+"""A GPU that compiles and loads everything and runs nothing: the launchers of fastattn, unchanged, on meta tensors.
+
+Only Triton's driver is replaced, so that specialization, compilation, the check of shared memory and the launch itself
+take the path that they take on a device.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+KIB = 1024
+
+SHARED_MEMORY = {
+    # The most that one block may ask for, bytes. NVIDIA: CUDA C++ programming guide, table of compute capabilities
+    # (227 KiB where a multiprocessor has 228, one KiB being the system's). AMD: the LDS of a compute unit.
+    **dict.fromkeys((90, 100, 103), 227 * KIB),
+    **dict.fromkeys((86, 89, 120), 99 * KIB),
+    80: 163 * KIB,
+    **dict.fromkeys(("gfx90a", "gfx942", "gfx1100", "gfx1201"), 64 * KIB),
+    "gfx950": 160 * KIB,
+}
+
+
+class Binary(NamedTuple):
+    """A compiled kernel: its name, Triton's metadata (shared, num_warps, ...), and the text or bytes of each stage."""
+
+    name: str
+    metadata: dict
+    files: dict[str, Path]
+
+    def text(self, stage: str) -> str:
+        return self.files[stage].read_text()
+
+
+class Launch(NamedTuple):
+    binary: Binary
+    grid: tuple[int, int, int]
+    args: tuple
+
+
+def target_of(arch: int | str) -> GPUTarget:
+    """sm_90 is 90, AMD's are named."""
+    if isinstance(arch, int):
+        return GPUTarget("cuda", arch, 32)
+    return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+
+
+class FakeDriver:
+    """Triton's driver interface for a device that is not there."""
+
+    def __init__(self, arch: int | str):
+        self.target = target_of(arch)
+        self.launches: list[Launch] = []
+        self.binaries: dict[int, Binary] = {}
+        properties = {"max_shared_mem": SHARED_MEMORY[arch], "multiprocessor_count": 100, "warpSize": 32}
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: properties,
+            load_binary=lambda name, kernel, shared, device: (object(), len(self.binaries) + 1, 0, 0, 1024),
+            unload_module=lambda module: None,
+        )
+
+    def note_load(self, module, function, name, metadata_group, hash) -> None:
+        """Triton calls it with the files of a kernel after load_binary."""
+        files = {path.suffix[1:]: path for path in map(Path, metadata_group.values())}
+        self.binaries[function] = Binary(name, json.loads(files["json"].read_text()), files)
+
+    def launcher_cls(self, src, metadata):
+        def launch(x, y, z, stream, function, packed_metadata, launch_metadata, enter_hook, exit_hook, *args):
+            self.launches.append(Launch(self.binaries[function], (x, y, z), args))
+
+        return launch
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> tuple:
+        return self.target.backend, self.target.arch  # the key of Triton's caches: one for each architecture
+
+    def get_current_stream(self, device=None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+
+@contextmanager
+def fake_gpu(arch: int | str) -> Iterator[list[Launch]]:
+    """Inside, kernels compile for `arch` (80, 90, "gfx942", ...); yields the launches, which fills as they happen."""
+    fake, before = FakeDriver(arch), driver._active
+    driver.set_active(fake)
+    knobs.runtime.kernel_load_end_hook.add(fake.note_load)
+    try:
+        yield fake.launches
+    finally:
+        knobs.runtime.kernel_load_end_hook.remove(fake.note_load)
+        driver._active = before
