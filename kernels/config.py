@@ -1,0 +1,109 @@
+"""Which tile sizes a kernel takes: `config` is a pure function of the problem, the device's facts and a table."""
+
+from typing import NamedTuple
+
+
+class Device(NamedTuple):
+    """What a choice of tiles depends on.
+
+    arch       "sm_80", "sm_90", ..., "gfx942", ..., or "interpreter"
+    smem       bytes of shared memory that one program may take
+    num_sms    multiprocessors (compute units)
+    name       as the driver calls it
+    """
+
+    arch: str
+    smem: int
+    num_sms: int
+    name: str = ""
+
+
+class Config(NamedTuple):
+    """Tile sizes and compiler options of one kernel."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+    waves_per_eu: int = 0
+
+    def options(self, device: Device) -> dict:
+        """Launch options of Triton."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        if self.waves_per_eu and device.arch.startswith("gfx"):
+            options["waves_per_eu"] = self.waves_per_eu
+        return options
+
+
+KB = 1024
+SMEM = {
+    "sm_80": 163 * KB, "sm_86": 99 * KB, "sm_87": 163 * KB, "sm_89": 99 * KB, "sm_90": 227 * KB, "sm_100": 227 * KB,
+    "sm_103": 227 * KB, "sm_110": 227 * KB, "sm_120": 99 * KB, "sm_121": 99 * KB,
+    "gfx90a": 64 * KB, "gfx942": 64 * KB, "gfx950": 160 * KB,
+}  # fmt: skip
+"""Shared memory a program may take: 1 KB of the multiprocessor's goes to the system. Others: 48 KB."""
+
+
+def split_head_dim(head_dim: int) -> tuple[int, int]:
+    """Widths of the one or two tiles of columns (powers of two, at least 16) that hold head_dim columns.
+
+    64 -> (64, 0); 80 -> (64, 16); 96 -> (64, 32); 192 -> (128, 64); 250 -> (256, 0): a second tile where it saves work.
+    """
+    whole = max(16, 1 << (head_dim - 1).bit_length())
+    half = whole // 2
+    rest = max(16, 1 << (head_dim - half - 1).bit_length()) if head_dim > half else 0
+    return (half, rest) if half >= 16 and half + rest < whole else (whole, 0)
+
+
+# (largest head_dim of either kind, config), ascending; the last row serves any. Checked by compiling each entry.
+_PREFILL = {
+    "sm_80": [(64, Config(128, 64, 4, 3)), (128, Config(128, 64, 8, 3)), (256, Config(64, 64, 8, 2))],
+    "sm_86": [(64, Config(128, 64, 4, 3)), (128, Config(128, 64, 8, 3)), (256, Config(64, 32, 8, 2))],
+    "sm_90": [(64, Config(128, 128, 4, 3)), (128, Config(128, 128, 8, 2)), (256, Config(128, 64, 8, 2))],
+    "sm_100": [(64, Config(128, 128, 8, 3)), (128, Config(128, 64, 8, 3)), (256, Config(128, 64, 8, 2))],
+    "sm_120": [(64, Config(128, 64, 8, 2)), (128, Config(128, 64, 8, 2)), (256, Config(32, 64, 4, 2))],
+    "gfx90a": [(64, Config(128, 64, 4, 1, 2)), (128, Config(128, 64, 4, 1)), (256, Config(64, 32, 4, 1))],
+    "gfx942": [(64, Config(128, 64, 4, 1, 2)), (128, Config(128, 64, 4, 2)), (256, Config(64, 32, 4, 1))],
+    "gfx950": [(64, Config(128, 64, 4, 1, 2)), (128, Config(128, 64, 4, 1, 2)), (256, Config(64, 64, 4, 1))],
+    "other": [(64, Config(64, 32, 4, 1)), (256, Config(32, 32, 4, 1))],
+    "interpreter": [(256, Config(64, 64, 1, 1))],
+}
+_PREFILL_FLOAT32 = {
+    "sm_80": [(64, Config(64, 32, 4, 2)), (128, Config(32, 32, 4, 2)), (256, Config(32, 16, 4, 2))],
+    "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+    "interpreter": [(256, Config(64, 64, 1, 1))],
+}
+_SAME_AS = {
+    "sm_87": "sm_80", "sm_89": "sm_86", "sm_103": "sm_100", "sm_110": "sm_100", "sm_121": "sm_120",
+}  # fmt: skip
+
+
+def prefill(problem, device: Device) -> Config:
+    """Tiles of the forward pass."""
+    table = _PREFILL_FLOAT32 if problem.dtype == "float32" else _PREFILL
+    return _fit(_look_up(table, problem, device), problem, device)
+
+
+def _look_up(table, problem, device: Device) -> Config:
+    arch = _SAME_AS.get(device.arch, device.arch)
+    if table is _PREFILL_FLOAT32 and arch.startswith("sm_"):
+        arch = "sm_80"
+    rows = table.get(arch, table["other"])
+    widest = max(problem.head_dim, problem.head_dim_v)
+    return next((config for head_dim, config in rows if widest <= head_dim), rows[-1][1])
+
+
+def _fit(config: Config, problem, device: Device) -> Config:
+    """Fewer stages, then smaller key blocks, until the tiles that are loaded fit the device."""
+    size = 4 if problem.dtype == "float32" else 2
+    width = sum(sum(split_head_dim(d)) for d in (problem.head_dim, problem.head_dim_v))
+    q = size * config.BLOCK_M * sum(split_head_dim(problem.head_dim))
+
+    def smem(c: Config) -> int:
+        return q + size * c.BLOCK_N * width * max(1, c.num_stages)
+
+    while smem(config) > device.smem and config.num_stages > 1:
+        config = config._replace(num_stages=config.num_stages - 1)
+    while smem(config) > device.smem and config.BLOCK_N > 16:
+        config = config._replace(BLOCK_N=config.BLOCK_N // 2)
+    return config

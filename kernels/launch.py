@@ -1,0 +1,160 @@
+"""From a call to a compiled kernel, with as little Python as possible: compiled once per signature, launched directly.
+
+The same for a GPU, for Triton's interpreter (CPU tensors, TRITON_INTERPRET=1) and for compiling alone (meta tensors).
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import triton
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from . import config
+from .config import SMEM, Device
+
+SIZES = ["seed", "threshold", "diagonal_lo", "diagonal_hi", "num_heads", "group_size", "seqlen_q", "seqlen_k"]
+"""Arguments whose values never decide about the machine code."""
+
+DIAGONAL_LIMIT = 1 << 30  # of diagonal offsets and of sequence lengths: positions are 32-bit
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter."""
+    return not isinstance(_probe, JITFunction)
+
+
+@triton.jit
+def _probe():
+    pass
+
+
+@cache
+def device_facts(index: int) -> Device:
+    """The only question that is ever asked of a device. Tests replace it to compile for others."""
+    if interpreted():
+        return Device("interpreter", 1 << 30, 1, "interpreter")
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        arch = properties.gcnArchName.split(":")[0]
+    else:
+        arch = f"sm_{properties.major}{properties.minor}"
+    smem = getattr(properties, "shared_memory_per_block_optin", 0) or SMEM.get(arch, 48 * 1024)
+    return Device(arch, smem, properties.multi_processor_count, properties.name)
+
+
+def unavailable() -> str | None:
+    """None if Triton kernels can run here, else why not."""
+    if interpreted() or torch.cuda.is_available():
+        return None
+    return "Triton sees no CUDA or ROCm device (TRITON_INTERPRET=1 runs CPU tensors in its interpreter, slowly)"
+
+
+_launches: dict[tuple, Callable] = {}
+_MAX_LAUNCHES = 4096
+
+
+def run(key: tuple, tensors: tuple, plan: Callable) -> None:
+    """Launch the kernel that plan() -> (kernel, grid, other arguments, constexprs, options) names.
+
+    key has to determine all that plan() returns, and with it dtypes, strides and alignment of `tensors`.
+    """
+    launch = _launches.get(key)
+    if launch is None:
+        launch = _prepare(key, tensors, *plan())
+    launch(*tensors)
+
+
+def _prepare(key, tensors, kernel, grid, arguments, constexprs, options) -> Callable:
+    if interpreted():
+        return lambda *tensors: kernel[grid](*tensors, *arguments, **constexprs)
+    compiled = kernel.warmup(*tensors, *arguments, grid=grid, **constexprs, **options)
+    if tensors[0].is_meta:
+        return lambda *tensors: None
+    if len(_launches) >= _MAX_LAUNCHES:
+        _launches.clear()
+    start, tail = compiled[(*grid, 1, 1)[:3]], (*arguments, *[constexprs[name] for name in kernel.arg_names if name in constexprs])
+    get_stream, device = driver.active.get_current_stream, tensors[0].get_device()
+
+    def launch(*tensors):
+        if torch.cuda.current_device() == device:
+            start(*tensors, *tail, stream=get_stream(device))
+        else:
+            with torch.cuda.device(device):
+                start(*tensors, *tail, stream=get_stream(device))
+
+    _launches[key] = launch
+    return launch
+
+
+def alignment(*tensors: torch.Tensor | None) -> int | tuple:
+    """0 if all tensors start at a multiple of 16 bytes, else which do not."""
+    if not sum([x.data_ptr() % 16 for x in tensors if x is not None]):
+        return 0
+    return tuple(x is not None and x.data_ptr() % 16 != 0 for x in tensors)
+
+
+def strides(x: torch.Tensor | None, dims: int) -> tuple[int, ...]:
+    """Strides with leading dimensions and dimensions of size 1 broadcast."""
+    if x is None:
+        return (0,) * dims
+    own = tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return (0,) * (dims - x.dim()) + own
+
+
+def is_wide(*strides: tuple[int, ...]) -> bool:
+    """Whether an offset inside a tile (at most 256 rows or columns) may need more than 32 bits."""
+    return max(abs(s) for each in strides for s in each[-2:]) >= 1 << 22
+
+
+def precision(problem) -> str:
+    """input_precision of products of float32: IEEE unless torch's own products may use tf32."""
+    exact = problem.dtype != "float32" or torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if exact else "tf32"
+
+
+def describe(*extras: torch.Tensor | None) -> tuple | None:
+    """What a launch depends on of the optional tensors; None without any."""
+    if not any([x is not None for x in extras]):
+        return None
+    return tuple([None if x is None else (x.shape, x.stride(), x.dtype) for x in extras])
+
+
+def describe_scale(softmax_scale: float | torch.Tensor) -> tuple | bool:
+    if isinstance(softmax_scale, torch.Tensor):
+        return softmax_scale.shape, softmax_scale.stride(), softmax_scale.dtype
+    return softmax_scale < 0.0
+
+
+def empty_out(problem, q: torch.Tensor) -> torch.Tensor:
+    """[batch, num_heads, seqlen_q, head_dim_v] in q's memory order."""
+    if problem.head_dim == problem.head_dim_v and q.is_contiguous():
+        return torch.empty_like(q)
+    b, h, s, d = problem.batch, problem.num_heads, problem.seqlen_q, problem.head_dim_v
+    if q.stride(1) < q.stride(2) and s > 1:  # [batch, seqlen, num_heads, head_dim] memory
+        return q.new_empty((b, s, h, d)).transpose(1, 2)
+    return q.new_empty((b, h, s, d))
+
+
+def score_arguments(problem, q, k, v, out, terms) -> tuple[tuple, dict]:
+    """(arguments from q_strides to seqlen_k, constexprs but for the tiles) of a kernel with the forward's signature."""
+    tensors = (terms.k_start, terms.k_end, terms.mask, terms.bias, terms.alibi_slopes)
+    extras = tuple(strides(x, dims) for x, dims in zip(tensors, (3, 3, 4, 4, 2), strict=True))
+    learned = isinstance(terms.softmax_scale, torch.Tensor)
+    (scale_stride,) = strides(terms.softmax_scale, 1) if learned else (0,)
+    (sink_stride,) = strides(terms.sinks, 1)
+    lo, hi = (max(-DIAGONAL_LIMIT, min(DIAGONAL_LIMIT, d)) for d in (terms.diagonal_lo, terms.diagonal_hi))
+    arguments = (
+        q.stride(), k.stride(), v.stride(), out.stride(), *extras, sink_stride, scale_stride,
+        float(terms.softcap), lo, hi, int(terms.dropout_p * 2**32), 1.0 / (1.0 - terms.dropout_p),
+        problem.num_heads, problem.group_size, problem.seqlen_q, problem.seqlen_k,
+    )  # fmt: skip
+    (d0, d1), (e0, e1) = config.split_head_dim(problem.head_dim), config.split_head_dim(problem.head_dim_v)
+    constexprs = {
+        "HEAD_DIM": problem.head_dim, "HEAD_DIM_V": problem.head_dim_v, "D0": d0, "D1": d1, "E0": e0, "E1": e1,
+        "HAS_LO": lo > -DIAGONAL_LIMIT, "HAS_HI": hi < DIAGONAL_LIMIT, "SOFTCAP": problem.softcap,
+        "DROPOUT": problem.dropout, "NEGATE": not learned and terms.softmax_scale < 0.0, "LEARNED_SCALE": learned,
+        "PRECISION": precision(problem), "WIDE": is_wide(*arguments[:8]),
+    }  # fmt: skip
+    return arguments, constexprs

@@ -1,0 +1,154 @@
+"""What every kernel does to a tile: load it, modify its scores, mask them, drop weights.
+
+Scores are in units of log2: log2(e) is folded into the softmax scale, so that exp2 does. `rows` and `cols` are positions of
+queries and keys, shaped so that they broadcast to the tile: [M, 1] and [1, N], or [1, M] and [N, 1] in a transposed tile.
+A head_dim that is no power of two is held as two tiles of columns, or padded (see `config.split_head_dim`).
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+FINITE = tl.constexpr(1.5e38)  # largest bias in log2 units: sums of it with a score stay finite
+INT_MAX = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def widen(strides, WIDE: tl.constexpr):
+    """Strides as int64 where 32 bits cannot hold an offset inside a tile."""
+    return (strides[0].to(tl.int64), strides[1].to(tl.int64)) if WIDE else strides
+
+
+@triton.jit
+def load_columns(
+    ptr, strides, rows_left, ROWS: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr,
+    CHECK: tl.constexpr,
+):  # fmt: skip
+    """Columns START ... START + WIDTH - 1 of ROWS rows from `ptr` on; 0 past DIM and, if CHECK, past rows_left rows."""
+    rows, cols = tl.arange(0, ROWS)[:, None], START + tl.arange(0, WIDTH)[None, :]
+    pointers = ptr + rows * strides[0] + cols * strides[1]
+    if CHECK and START + WIDTH > DIM:
+        return tl.load(pointers, mask=(rows < rows_left) & (cols < DIM), other=0.0)
+    elif CHECK:
+        return tl.load(pointers, mask=rows < rows_left, other=0.0)
+    elif START + WIDTH > DIM:
+        return tl.load(pointers, mask=cols < DIM, other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def store_columns(
+    ptr, strides, values, rows_left, ROWS: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr
+):
+    rows, cols = tl.arange(0, ROWS)[:, None], START + tl.arange(0, WIDTH)[None, :]
+    pointers = ptr + rows * strides[0] + cols * strides[1]
+    tl.store(pointers, values.to(ptr.dtype.element_ty), mask=(rows < rows_left) & (cols < DIM))
+
+
+@triton.jit
+def finite_or_zero(x):
+    return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, 0.0).to(x.dtype)
+
+
+@triton.jit
+def tanh(x):
+    """x + x^3 P(x^2) near 0 (Cephes), else from exp2: the difference would cancel near 0."""
+    a = tl.abs(x)
+    e = tl.exp2(a * (-2.0 * LOG2E))
+    far = (1.0 - e) / (1.0 + e)
+    z = x * x
+    p = -5.70498872745e-3 * z + 2.06390887954e-2
+    p = p * z - 5.37397155531e-2
+    p = p * z + 1.33314422036e-1
+    p = p * z - 3.33332819422e-1
+    return tl.where(a < 0.625, x + x * z * p, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def softcap_scores(s, scale, softcap):
+    """(softcap * tanh(scale * s / softcap) in log2 units, its derivative by the scaled s)"""
+    t = tanh(s * (scale / softcap))
+    return t * (softcap * LOG2E), 1.0 - t * t
+
+
+@triton.jit
+def bias_log2(bias):
+    """A finite bias stays finite in log2 units: finfo.min pushes a key away, only -inf masks it; +inf and NaN stay."""
+    b = bias.to(tl.float32)
+    scaled = b * LOG2E
+    scaled = tl.where((scaled > FINITE) & (b < float("inf")), FINITE, scaled)
+    return tl.where(scaled < -FINITE, -FINITE, scaled)
+
+
+@triton.jit
+def visited_keys(
+    row_first, row_last, seqlen_k, diagonal_lo, diagonal_hi, k_start, k_end, HAS_LO: tl.constexpr,
+    HAS_HI: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr,
+):  # fmt: skip
+    """(lo, hi, common_lo, common_hi): some query of rows row_first ... row_last sees a key of lo ... hi - 1 and none
+    another; every query sees all of common_lo ... common_hi - 1. k_start, k_end: those of the rows, or None."""
+    lo, hi = 0, seqlen_k
+    common_lo, common_hi = 0, seqlen_k
+    if HAS_LO:
+        lo, common_lo = tl.maximum(lo, row_first + diagonal_lo), tl.maximum(common_lo, row_last + diagonal_lo)
+    if HAS_HI:
+        hi, common_hi = tl.minimum(hi, row_last + diagonal_hi + 1), tl.minimum(common_hi, row_first + diagonal_hi + 1)
+    if HAS_START:
+        lo, common_lo = tl.maximum(lo, tl.min(k_start)), tl.maximum(common_lo, tl.max(k_start))
+    if HAS_END:
+        hi, common_hi = tl.minimum(hi, tl.max(k_end)), tl.minimum(common_hi, tl.min(k_end))
+    return lo, tl.maximum(hi, lo), common_lo, common_hi
+
+
+@triton.jit
+def visible(
+    rows, cols, seqlen_k, diagonal_lo, diagonal_hi, k_start, k_end, HAS_LO: tl.constexpr, HAS_HI: tl.constexpr,
+    HAS_START: tl.constexpr, HAS_END: tl.constexpr,
+):  # fmt: skip
+    """Which keys the bounds leave; k_start, k_end shaped as rows."""
+    seen = cols < seqlen_k
+    if HAS_LO:
+        seen = seen & (cols - rows >= diagonal_lo)
+    if HAS_HI:
+        seen = seen & (cols - rows <= diagonal_hi)
+    if HAS_START:
+        seen = seen & (cols >= k_start)
+    if HAS_END:
+        seen = seen & (cols < k_end)
+    return seen
+
+
+@triton.jit
+def dropout_keep(row, col, head, batch, threshold, seed, M: tl.constexpr, N: tl.constexpr):
+    """bool [M, N] from (row, col) on: whether the weight is kept. The bits of fastattn/dropout.py; col is a multiple of
+    4, and one evaluation serves four neighbouring keys."""
+    zeros = tl.zeros([M, N // 4], tl.uint32)
+    c0 = (col // 4 + tl.arange(0, N // 4)[None, :]).to(tl.uint32) + zeros
+    c1 = (row + tl.arange(0, M)[:, None]).to(tl.uint32) + zeros
+    w0, w1, w2, w3 = tl.philox(seed, c0, c1, head.to(tl.uint32) + zeros, batch.to(tl.uint32) + zeros)
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [M, N])
+    return words >= threshold.to(tl.uint32)
+
+
+@triton.jit
+def normalizer(m, total, sink):
+    """(factor of the accumulated output, top, log2 of the sum of 2^(score - top)) for the running maximum m and sum.
+
+    lse = (top + log2_total) / log2(e). A row without a key has an infinite sum, so that every weight of it is 0 in the
+    backward pass. sink: one more logit in log2 units; -inf for none.
+    """
+    reference = tl.where(m == float("-inf"), 0.0, m)
+    no_sink = sink == float("-inf")
+    top = tl.where((total == 0.0) | (reference < sink), sink, reference)
+    top = tl.where(no_sink, reference, top)
+    shrink = tl.where(total == 0.0, 0.0, tl.exp2(reference - top))
+    total = total * shrink + tl.where(no_sink, 0.0, tl.exp2(sink - top))
+    factor = tl.where(total == 0.0, 0.0, shrink / total)
+    return factor, top, tl.where(total == 0.0, float("inf"), tl.log2(total))
+
+
+@triton.jit
+def natural_lse(top, log2_total):
+    return tl.where(log2_total == float("inf"), float("-inf"), (top + log2_total) * LN2)
