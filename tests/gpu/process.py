@@ -13,8 +13,21 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 def require(interpreted: bool) -> None:
     """Skip the module that calls this, before it imports triton, where it cannot run."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip('triton is not installed: pip install "fastattn[triton]"', allow_module_level=True)
+    _require_triton()
     if interpreted != INTERPRETED:
         wanted = "with TRITON_INTERPRET=1" if interpreted else "without TRITON_INTERPRET"
         pytest.skip(f"runs in a process {wanted}: make test-triton", allow_module_level=True)
+
+
+def require_runnable() -> None:
+    """Skip the module where kernels neither run interpreted nor on a GPU."""
+    import torch
+
+    _require_triton()
+    if not INTERPRETED and not torch.cuda.is_available():
+        pytest.skip("needs TRITON_INTERPRET=1 (make test-triton) or a GPU (make test-gpu)", allow_module_level=True)
+
+
+def _require_triton() -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip('triton is not installed: pip install "fastattn[triton]"', allow_module_level=True)

@@ -199,9 +199,13 @@ def _numpy_cast(original, is_bfloat16):
 
 
 def _numpy_dtype(original):
+    known = {}
+
     def numpy_dtype(dtype):
-        is_pointer = isinstance(dtype.scalar, tl.pointer_type)
-        return np.dtype(ml_dtypes.bfloat16) if not is_pointer and dtype.scalar == tl.bfloat16 else original(dtype)
+        scalar = dtype.scalar
+        if scalar.name not in known:
+            known[scalar.name] = np.dtype(ml_dtypes.bfloat16) if scalar == tl.bfloat16 else original(scalar)
+        return known[scalar.name]
 
     return numpy_dtype
 

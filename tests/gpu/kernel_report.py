@@ -1,0 +1,229 @@
+"""What Triton makes of every kernel for every architecture: compiled here, run nowhere.
+
+`make kernel-report` writes tests/gpu/golden.json and the table in docs/triton.md; tests/gpu/test_compiled.py compiles
+again, compares with the former, and asks for what must hold.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+GOLDEN = Path(__file__).with_name("golden.json")
+DOCUMENT = Path(__file__).parents[2] / "docs" / "triton.md"
+BEGIN, END = "<!-- make kernel-report: begin -->", "<!-- end -->"
+
+
+class Spec(NamedTuple):
+    """An attention call to compile the kernels of: shapes and options that a kernel's code depends on."""
+
+    name: str
+    head_dim: int = 128
+    dtype: str = "bfloat16"
+    seqlen_q: int = 4096
+    causal: bool = False
+    backward: bool = False
+    everything: bool = False  # bias, ALiBi, softcap, sinks, dropout, a bool mask
+
+    def __str__(self) -> str:
+        return f"{self.name} D{self.head_dim} {self.dtype}"
+
+
+SPECS = (
+    *(Spec("prefill", head_dim) for head_dim in (64, 128, 192, 256)),
+    *(Spec("prefill causal", head_dim, causal=True) for head_dim in (64, 128)),
+    *(Spec("prefill", head_dim, "float32") for head_dim in (64, 128)),
+    Spec("prefill", 128, "float16"),
+    Spec("prefill everything", everything=True),
+    *(Spec("decode", head_dim, seqlen_q=1) for head_dim in (64, 128)),
+    *(Spec("backward", head_dim, backward=True) for head_dim in (64, 128, 256)),
+    Spec("backward causal", causal=True, backward=True),
+    Spec("backward", 64, "float32", backward=True),
+    Spec("backward everything", everything=True, backward=True),
+)
+FEW = tuple(spec for spec in SPECS if str(spec) in ("prefill D128 bfloat16", "backward D128 bfloat16"))
+ARCHS = {
+    # The others take their tables and their code from the architecture before them.
+    80: SPECS,
+    86: SPECS,
+    89: FEW,
+    90: SPECS,
+    100: SPECS,
+    103: FEW,
+    120: SPECS,
+    "gfx90a": SPECS,
+    "gfx942": SPECS,
+    "gfx950": SPECS,
+    "gfx1100": FEW,
+    "gfx1201": FEW,
+}
+
+
+def arch_name(arch: int | str) -> str:
+    return f"sm_{arch}" if isinstance(arch, int) else arch
+
+
+@contextmanager
+def compiling_for(arch: int | str) -> Iterator[list]:
+    """Inside, fastattn runs its Triton kernels on meta tensors, and they compile for `arch`; yields the launches."""
+    from fake_device import SHARED_MEMORY, fake_gpu
+    from fastattn import api, dispatch
+    from fastattn.kernels import config, launch
+
+    def clear():
+        launch._launches.clear(), api._plans.clear(), dispatch.select.cache_clear()
+
+    device = config.Device(arch_name(arch), SHARED_MEMORY[arch], 100, "fake")
+    rows = [row for row in dispatch.KERNELS if row.backend == "triton"]
+    rows = tuple(row._replace(available=None, supports={**row.supports, "device": {"meta"}}) for row in rows)
+    replaced = ((dispatch, "KERNELS", rows), (launch, "device_facts", lambda index: device))
+    replaced += ((launch, "current_device", lambda: -1),)
+    before = [(module, name, getattr(module, name)) for module, name, _ in replaced]
+    clear()
+    for module, name, value in replaced:
+        setattr(module, name, value)
+    try:
+        with fake_gpu(arch) as launches:
+            yield launches
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+        clear()
+
+
+def attend(spec: Spec) -> None:
+    """The call that `spec` describes, on meta tensors."""
+    import torch
+
+    import fastattn
+
+    b, h, s, d = 2, 16, 4096, spec.head_dim
+    dtype = getattr(torch, spec.dtype)
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=spec.backward and dtype != torch.bool)
+
+    q, k, v = empty(b, h, spec.seqlen_q, d), empty(b, h, s, d), empty(b, h, s, d)
+    kwargs = {"causal": True} if spec.causal else {}
+    if spec.everything:
+        kwargs |= {
+            "bias": empty(1, h, spec.seqlen_q, s), "mask": empty(b, 1, spec.seqlen_q, s, dtype=torch.bool),
+            "alibi_slopes": empty(h, dtype=torch.float32), "sinks": empty(h, dtype=torch.float32), "softcap": 30.0,
+            "dropout_p": 0.1, "seed": 1,
+        }  # fmt: skip
+    out = fastattn.attention(q, k, v, **kwargs, backend="triton")
+    if spec.backward:
+        wanted = [x for x in (q, k, v, *kwargs.values()) if isinstance(x, torch.Tensor) and x.requires_grad]
+        torch.autograd.grad(out, wanted, torch.empty_like(out))
+
+
+def compile_spec(arch: int | str, spec: Spec) -> dict[str, dict]:
+    """Kernel name -> what its code consists of."""
+    with compiling_for(arch) as launches:
+        attend(spec)
+    binaries = {launch.binary.name: launch.binary for launch in launches}
+    return {name: describe(binary) for name, binary in binaries.items()}
+
+
+def describe(binary) -> dict:
+    """A line of the golden file."""
+    from machine_code import analyze, blocks_per_multiprocessor, pipeline_depth, tensor_bound
+
+    code = analyze(binary)
+    bound = tensor_bound(code)
+    return {
+        "registers": code.registers,
+        "spills": code.spills,
+        "shared": code.shared,
+        "warps": code.warps,
+        "stages": binary.metadata["num_stages"],
+        "depth": pipeline_depth(binary),
+        "blocks": blocks_per_multiprocessor(code),
+        "bound": bound and round(bound, 3),
+        "matrix": code.matrix,
+        "loops": [
+            {
+                "instructions": len(loop.instructions),
+                "matrix": loop.matrix,
+                "spills": loop.spills,
+                "copies": loop.copies,
+                "kind": loop.matrix_kind,
+            }
+            for loop in code.loops
+        ],
+    }
+
+
+def compile_arch(arch: int | str) -> dict[str, dict[str, dict]]:
+    return {str(spec): compile_spec(arch, spec) for spec in ARCHS[arch]}
+
+
+def compile_everything() -> dict:
+    """The golden file's contents, made with all cores."""
+    import triton
+
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        results = dict(zip(ARCHS, pool.map(compile_arch, ARCHS), strict=True))
+    return {"triton": triton.__version__, "kernels": {arch_name(arch): result for arch, result in results.items()}}
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+COLUMNS = "| | kernel | warps | stages | registers | spilled | shared | programs | loop | in it | bound |"
+
+
+def table(golden: dict) -> str:
+    """The golden file as Markdown, one table for each architecture."""
+    parts = [f"Triton {golden['triton']}."]
+    for arch, specs in golden["kernels"].items():
+        lines = [f"#### {arch}", "", COLUMNS, "|---" * (COLUMNS.count("|") - 1) + "|"]
+        for spec, kernels in specs.items():
+            lines += [_row(spec, name, kernel) for name, kernel in kernels.items()]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _row(spec: str, name: str, kernel: dict) -> str:
+    loop = kernel["loops"][0] if kernel["loops"] else None
+    cells = [
+        spec, f"`{name}`", kernel["warps"], kernel["stages"], kernel["registers"], kernel["spills"] or "",
+        f"{kernel['shared'] / 1024:.0f} KiB", kernel["blocks"] or "",
+        loop["instructions"] if loop else "", f"{loop['matrix']} {loop['kind']}" if loop else "",
+        f"{kernel['bound']:.0%}" if kernel["bound"] else "",
+    ]  # fmt: skip
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def document_with(text: str) -> str:
+    """docs/triton.md with `text` between its two marks."""
+    before, rest = DOCUMENT.read_text().split(BEGIN)
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}"
+
+
+def read_golden() -> dict:
+    return json.loads(GOLDEN.read_text())
+
+
+def write_golden(golden: dict) -> None:
+    GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--print", action="store_true", help="the table alone, from the golden file as it is")
+    if parser.parse_args().print:
+        print(table(read_golden()))
+        return
+    golden = compile_everything()
+    write_golden(golden)
+    DOCUMENT.write_text(document_with(table(golden)))
+    print(table(golden))
+
+
+if __name__ == "__main__":
+    main()
