@@ -13,7 +13,6 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import fastattn  # noqa: E402
-import test_backward  # noqa: E402
 import test_prefill  # noqa: E402
 from cases import CASES, Case, inputs  # noqa: E402
 from fastattn import Mask, UnsupportedError, dispatch  # noqa: E402

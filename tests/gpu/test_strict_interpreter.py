@@ -214,7 +214,9 @@ def test_rounding_to_bfloat16():
         tl.store(out + i, tl.load(x + i).to(tl.bfloat16))
 
     bits = torch.randint(-(2**31), 2**31 - 1, (2**16,), dtype=torch.int32)
-    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-40, 3.4e38, 1.00390625], dtype=torch.float32)
+    special = torch.tensor(
+        [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-40, 3.4e38, 1.00390625], dtype=torch.float32
+    )
     x = torch.cat([bits.view(torch.float32), special.repeat(2**13)])
     out = torch.empty(x.shape, dtype=torch.bfloat16)
     cast[(1,)](x, out, x.numel())
