@@ -12,10 +12,13 @@ process.require_runnable()
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+import canaries  # noqa: E402
 import fastattn  # noqa: E402
+import test_backward  # noqa: E402
 import test_prefill  # noqa: E402
 from cases import CASES, Case, inputs  # noqa: E402
 from fastattn import Mask, UnsupportedError, dispatch  # noqa: E402
+from fastattn.dropout import dropout_mask  # noqa: E402
 
 if process.INTERPRETED:
     from strict_interpreter import harden
@@ -66,7 +69,7 @@ def assert_refused(row: dispatch.Row, case: Case, reasons: list[str]) -> None:
 
 
 def assert_forward(row: dispatch.Row, case: Case) -> None:
-    """One row on one case, by the rule of test_prefill."""
+    """By the rule of test_prefill."""
     (q, k, v), kwargs = on_device(case)
     with test_prefill.only(row):
         out, lse = fastattn.attention(q, k, v, **kwargs, return_lse=True, backend=row.backend)
@@ -77,9 +80,73 @@ def assert_forward(row: dispatch.Row, case: Case) -> None:
 
 @pytest.mark.parametrize("row", FORWARD, ids=lambda row: row.name)
 @pytest.mark.parametrize("case", in_every_dtype(CASES), ids=str)
-def test_forward(case, row):
+def test_forward_parity(case, row):
     reasons = dispatch.refuse(row, problem_of(case))
     if reasons:
         assert_refused(row, case, reasons)
     else:
         assert_forward(row, case)
+
+
+def assert_backward(case: Case) -> None:
+    """By the rule of test_backward, whose gradients of "cpu" come from the Triton kernels here."""
+    gradients = test_backward.gradients
+
+    def on_device_or_reference(q, k, v, kwargs, dout, dlse=None, backend="cpu", of_scores=False):
+        if backend != "cpu":
+            return gradients(q, k, v, kwargs, dout, dlse, backend, of_scores)
+        kwargs = {name: to(DEVICE, x) for name, x in kwargs.items()}
+        q, k, v, dout, dlse = (to(DEVICE, x) for x in (q, k, v, dout, dlse))
+        found = gradients(q, k, v, kwargs, dout, dlse, "triton", of_scores)
+        assert (
+            fastattn.last_call().kernel.startswith("triton.") and fastattn.last_call().problem.direction == "backward"
+        )
+        return {name: x.cpu() for name, x in found.items()}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(test_backward, "gradients", on_device_or_reference)
+        test_backward.assert_parity(case, of_scores=True)
+
+
+@pytest.mark.parametrize("case", in_every_dtype(CASES), ids=str)
+def test_backward_parity(case):
+    problem = problem_of(case)._replace(needs_grad=True)
+    if all(dispatch.refuse(row, problem) for row in FORWARD):
+        (q, k, v), kwargs = on_device(case)
+        with pytest.raises(UnsupportedError, match="backend='triton' refuses"):
+            fastattn.attention(q.requires_grad_(), k, v, **kwargs, backend="triton")
+        return
+    assert_backward(case)
+
+
+# --- dropout ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32 + 5, 2**63 - 1])
+@pytest.mark.parametrize("seqlen_q, dropout_p", [(1, 0.5), (70, 0.1), (45, 0.9)])
+def test_the_dropout_mask_is_everybodys(seqlen_q, dropout_p, seed, dtype):
+    """Equal scores and v = 1: what is not zero is what dropout_mask keeps."""
+    b, h, s = 2, 3, 64
+    q = torch.zeros(b, h, seqlen_q, 16, dtype=getattr(torch, dtype), device=DEVICE)
+    k, v = q.new_zeros(b, 1, s, 16), torch.eye(s, dtype=q.dtype, device=DEVICE).expand(b, 1, s, s)
+    out = fastattn.attention(q, k, v, dropout_p=dropout_p, seed=seed, backend="triton").cpu()
+    keep = dropout_mask(b, h, seqlen_q, s, dropout_p, seed)
+    assert torch.equal(out != 0, keep)
+    expected = (keep / (1.0 - dropout_p) / s).to(q.dtype)
+    torch.testing.assert_close(out, expected)
+
+
+# --- mistakes that must not pass -------------------------------------------------------------------------------------
+
+
+CANARY = Case(batch=2, num_heads=4, num_heads_k=2, seqlen_q=45, seqlen_k=77, head_dim=24, causal=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mistake", canaries.MISTAKES, ids=lambda mistake: mistake.__name__)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_mistake_is_caught(direction, mistake, dtype):
+    case = CANARY._replace(dtype=dtype)
+    with canaries.planted(mistake) as row, pytest.raises(AssertionError, match="error .*, allowed"):
+        assert_forward(row, case) if direction == "forward" else assert_backward(case)

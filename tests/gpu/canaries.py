@@ -1,0 +1,38 @@
+"""Kernels with a mistake that a comparison has to notice."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from fastattn import api, dispatch
+from fastattn.masks import UNBOUNDED
+
+
+(_PREFILL,) = [dispatch._load(row.entry) for row in dispatch.KERNELS if row.name == "triton.prefill"]
+
+
+def ignores_the_mask(problem, q, k, v, terms):
+    terms = terms._replace(diagonal_lo=-UNBOUNDED, diagonal_hi=UNBOUNDED, k_start=None, k_end=None, mask=None)
+    return _PREFILL(problem._replace(mask="none"), q, k, v, terms)
+
+
+def scales_wrongly(problem, q, k, v, terms):
+    """By one per cent."""
+    return _PREFILL(problem, q, k, v, terms._replace(softmax_scale=1.01 * terms.softmax_scale))
+
+
+MISTAKES = (ignores_the_mask, scales_wrongly)
+
+
+@contextmanager
+def planted(mistake) -> Iterator[dispatch.Row]:
+    """Inside, triton.prefill makes this mistake."""
+    before = dispatch.KERNELS
+    entry = f"{__name__}:{mistake.__name__}"
+    rows = tuple(row._replace(entry=entry) if row.name == "triton.prefill" else row for row in before)
+    try:
+        dispatch.KERNELS = rows
+        dispatch.select.cache_clear(), api._plans.clear()
+        yield next(row for row in rows if row.entry == entry)
+    finally:
+        dispatch.KERNELS = before
+        dispatch.select.cache_clear(), api._plans.clear()

@@ -1,0 +1,132 @@
+"""The compiled kernels in ttsem: it executes the IR that Triton's compiler makes of them, and checks every access.
+
+Other than the interpreter it sees what the frontend of the compiler does (types, masks, bfloat16, philox) and races of
+the whole launch at once. The tensors are on the CPU; tiles are those of sm_90.
+"""
+
+import process
+
+process.require(interpreted=False)
+
+import pytest  # noqa: E402
+
+sanitize = pytest.importorskip("ttsem.sanitize", reason="ttsem is not installed: make test-triton")
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+
+import canaries  # noqa: E402
+import test_backward  # noqa: E402
+import test_prefill  # noqa: E402
+from cases import Case, inputs  # noqa: E402
+from fastattn import Mask, api, attention, dispatch, last_call  # noqa: E402
+from fastattn.kernels import config, launch  # noqa: E402
+
+DEVICE = config.Device("sm_90", config.SMEM["sm_90"], 1, "ttsem")
+
+
+@pytest.fixture(autouse=True)
+def session(monkeypatch):
+    """Launches run in ttsem, on CPU tensors, with the tiles of sm_90."""
+    monkeypatch.setattr(launch, "interpreted", lambda: True)
+    monkeypatch.setattr(launch, "device_facts", lambda index: DEVICE)
+    rows = tuple(
+        row._replace(available=None, supports={**row.supports, "device": {"cpu"}}) if row.backend == "triton" else row
+        for row in dispatch.KERNELS
+    )
+    monkeypatch.setattr(dispatch, "KERNELS", rows)
+    clear_caches()
+    with sanitize.session(cuda_is_cpu=False) as state:
+        yield state
+    clear_caches()
+
+
+def clear_caches():
+    launch._launches.clear(), api._plans.clear(), dispatch.select.cache_clear()
+
+
+SMALL = Case(batch=1, num_heads=2, num_heads_k=1, seqlen_q=100, seqlen_k=150, head_dim=64)
+EVERYTHING = SMALL._replace(softcap=5.0, alibi=True, sinks=True, bias="per_head", mask="tensor_per_head", causal=True)
+CASES = [
+    *(SMALL._replace(dtype=dtype) for dtype in ("bfloat16", "float16", "float32")),
+    SMALL._replace(dtype="bfloat16", causal=True),
+    SMALL._replace(dtype="bfloat16", seqlen_q=150, head_dim=80, head_dim_v=40, layout="bshd", window_size=(20, 3)),
+    SMALL._replace(dtype="float16", mask="documents", seqlen_q=150),
+    SMALL._replace(dtype="bfloat16", mask="intervals", seqlen_q=40),
+    *(EVERYTHING._replace(dtype=dtype) for dtype in ("bfloat16", "float32")),
+    Case(num_heads=4, num_heads_k=2, seqlen_q=1, seqlen_k=700, head_dim=64, dtype="bfloat16"),  # decode
+    Case(num_heads=4, num_heads_k=1, seqlen_q=3, seqlen_k=300, head_dim=24, dtype="float16", mask="lengths"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward(case, session):
+    (q, k, v), kwargs = inputs(case)
+    actual = attention(q, k, v, **kwargs, return_lse=True, backend="triton")
+    assert session.launches > 0 and session.races_unchecked == 0
+    test_prefill.assert_parity(actual, q, k, v, **kwargs)
+
+
+@pytest.mark.parametrize("case", CASES[:-2], ids=str)
+def test_backward_pass(case, session, monkeypatch):
+    gradients = test_backward.gradients
+
+    def ours(q, k, v, kwargs, dout, dlse=None, backend="triton", of_scores=False):
+        return gradients(q, k, v, kwargs, dout, dlse, backend, of_scores)
+
+    monkeypatch.setattr(test_backward, "gradients", ours)
+    test_backward.assert_parity(case, of_scores=True)
+    assert session.launches >= 3 and session.races_unchecked == 0
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"dropout_p": 0.5, "seed": 2**40 + 1}, {"softmax_scale": torch.tensor([0.3, -0.1])}]
+)
+def test_dropout_and_a_learned_scale(kwargs, session):
+    (q, k, v), _ = inputs(SMALL)
+    actual = attention(q, k, v, **kwargs, return_lse=True, backend="triton")
+    assert last_call().kernel.startswith("triton.") and session.launches > 0
+    test_prefill.assert_parity(actual, q, k, v, **kwargs)
+
+
+def test_intervals_beyond_the_keys(session):
+    (q, k, v), _ = inputs(SMALL)
+    mask = Mask.intervals(torch.full((1, 1, 100), -7), torch.full((1, 1, 100), 10_000))
+    actual = attention(q, k, v, mask=mask, return_lse=True, backend="triton")
+    test_prefill.assert_parity(actual, q, k, v, mask=mask)
+
+
+# --- mistakes that must be caught ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def copy(x, y, n, N: tl.constexpr):
+    i = tl.program_id(0) * N + tl.arange(0, N)
+    tl.store(y + i, tl.load(x + i), mask=i < n)
+
+
+@triton.jit
+def overlap(y, STEP: tl.constexpr):
+    i = tl.program_id(0)
+    tl.store(y + i * STEP + tl.arange(0, 32), i.to(tl.float32))
+
+
+@pytest.mark.parametrize("mistake", canaries.MISTAKES, ids=lambda mistake: mistake.__name__)
+def test_mistake_is_caught(mistake):
+    (q, k, v), kwargs = inputs(SMALL._replace(dtype="bfloat16", causal=True))
+    with canaries.planted(mistake), pytest.raises(AssertionError, match="error .*, allowed"):
+        actual = attention(q, k, v, **kwargs, return_lse=True, backend="triton")
+        test_prefill.assert_parity(actual, q, k, v, **kwargs)
+
+
+def test_out_of_bounds_is_caught():
+    copy[(4,)](torch.randn(128), torch.empty(128), 128, 32)
+    with pytest.raises(sanitize.KernelFault, match="reads 28 element.* past the end of the tensor passed as `x`"):
+        copy[(4,)](torch.randn(100), torch.empty(100), 100, 32)
+
+
+def test_a_race_is_caught():
+    overlap[(3,)](torch.empty(96), 32)
+    with pytest.raises(sanitize.KernelFault, match=r"both touch element 31 of `y`"):
+        overlap[(3,)](torch.empty(96), 31)
