@@ -124,7 +124,7 @@ def describe(*extras: torch.Tensor | None) -> tuple | None:
 def describe_scale(softmax_scale: float | torch.Tensor) -> tuple | bool:
     if isinstance(softmax_scale, torch.Tensor):
         return softmax_scale.shape, softmax_scale.stride(), softmax_scale.dtype
-    return softmax_scale < 0.0
+    return softmax_scale <= 0.0
 
 
 def empty_out(problem, q: torch.Tensor) -> torch.Tensor:
@@ -154,7 +154,7 @@ def score_arguments(problem, q, k, v, out, terms) -> tuple[tuple, dict]:
     constexprs = {
         "HEAD_DIM": problem.head_dim, "HEAD_DIM_V": problem.head_dim_v, "D0": d0, "D1": d1, "E0": e0, "E1": e1,
         "HAS_LO": lo > -DIAGONAL_LIMIT, "HAS_HI": hi < DIAGONAL_LIMIT, "SOFTCAP": problem.softcap,
-        "DROPOUT": problem.dropout, "NEGATE": not learned and terms.softmax_scale < 0.0, "LEARNED_SCALE": learned,
+        "DROPOUT": problem.dropout, "MOVE_SIGN": not learned and terms.softmax_scale <= 0.0, "LEARNED_SCALE": learned,
         "PRECISION": precision(problem), "WIDE": is_wide(*arguments[:8]),
     }  # fmt: skip
     return arguments, constexprs

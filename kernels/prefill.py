@@ -10,39 +10,19 @@ import triton.language as tl
 
 from . import config, launch
 from .tile import (
-    INT_MAX,
     LOG2E,
     bias_log2,
     dropout_keep,
-    finite_or_zero,
+    finite_or,
     load_columns,
     natural_lse,
     normalizer,
+    row_bounds,
     softcap_scores,
     store_columns,
     visible,
-    visited_keys,
     widen,
 )
-
-
-@triton.jit
-def load_bounds(ptr, stride, rows, seqlen_q, seqlen_k, default):
-    """k_start or k_end of the rows, clamped to 0 ... seqlen_k; rows past the last one repeat it."""
-    if ptr is None:
-        return default + tl.zeros_like(rows)
-    else:
-        bounds = tl.load(ptr + tl.minimum(rows, seqlen_q - 1).to(tl.int64) * stride)
-        return tl.minimum(tl.maximum(bounds, 0), seqlen_k)
-
-
-@triton.jit
-def load_intervals(k_start, start_stride, k_end, end_stride, rows, seqlen_q, seqlen_k):
-    """(first key, one past the last) of each row; (INT_MAX, 0) where that is no key."""
-    start = load_bounds(k_start, start_stride, rows, seqlen_q, seqlen_k, 0)
-    end = load_bounds(k_end, end_stride, rows, seqlen_q, seqlen_k, seqlen_k)
-    empty = start >= end
-    return tl.where(empty, INT_MAX, start), tl.where(empty, 0, end)
 
 
 @triton.jit
@@ -56,15 +36,15 @@ def load_scores(ptr, strides, rows, cols, rows_left, cols_left):
 def attend(
     acc0, acc1, l_i, m_i,
     q0, q1, k, k_strides, v, v_strides, mask, mask_strides, bias, bias_strides,
-    row, col, head, batch, k_start, k_end,
-    seqlen_q, seqlen_k, diagonal_lo, diagonal_hi, scale, softcap, slope, threshold, seed,
+    row, col, head, batch, first, last,
+    seqlen_q, seqlen_k, scale, softcap, slope, threshold, seed,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
-    HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr,
+    HAS_FIRST: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    MASKED: tl.constexpr, CLEAN: tl.constexpr,
+    MASKED: tl.constexpr, HIDES: tl.constexpr, clean,
 ):  # fmt: skip
-    """One block of keys from `col` on. MASKED: some query may not see some key; CLEAN: NaN and Inf in v count as 0."""
+    """One block of keys from `col` on. MASKED: some query may not see some key. HIDES: NaN or Inf may be there; it is 0 if `clean`."""
     keys_left = seqlen_k - col
     k += tl.cast(col, tl.int64) * k_strides[0]
     v += tl.cast(col, tl.int64) * v_strides[0]
@@ -79,10 +59,7 @@ def attend(
     MODIFIED: tl.constexpr = SOFTCAP or ALIBI or bias is not None
     factor = scale * LOG2E
     if MASKED:
-        seen = visible(
-            rows, cols, seqlen_k, diagonal_lo, diagonal_hi, k_start[:, None], k_end[:, None], HAS_LO, HAS_HI,
-            HAS_START, HAS_END,
-        )  # fmt: skip
+        seen = visible(cols, first[:, None], last[:, None], HAS_FIRST)
         if mask is not None:
             tile = mask + tl.cast(col, tl.int64) * mask_strides[1]
             seen = seen & (load_scores(tile, mask_strides, local_rows, local_cols, seqlen_q - row, keys_left) != 0)
@@ -101,43 +78,38 @@ def attend(
             s -= slope * tl.abs(rows + (seqlen_k - seqlen_q) - cols).to(tl.float32)
 
     if MASKED:
-        largest = tl.max(tl.where(seen, s, float("-inf")), 1)
-    else:
-        largest = tl.max(s, 1)
-    # A factor of 0 must not turn the -inf of an empty row into NaN.
-    m_new = tl.maximum(m_i, tl.where(largest == float("-inf"), float("-inf"), largest * factor))
+        s = tl.where(seen, s, float("-inf"))
+    m_new = tl.maximum(m_i, tl.max(s, 1) * factor)
     shift = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = tl.exp2(s * factor - shift[:, None])
-    if MASKED:
-        p = tl.where(seen, p, 0.0)
     alpha = tl.exp2(m_i - shift)
     l_i = l_i * alpha + tl.sum(p, 1)
     if DROPOUT:
         p = tl.where(dropout_keep(row, col, head, batch, threshold, seed, BLOCK_M, BLOCK_N), p, 0.0)
     v0 = load_columns(v, v_strides, keys_left, BLOCK_N, 0, E0, HEAD_DIM_V, MASKED)
-    if CLEAN:
-        v0 = finite_or_zero(v0)
+    if HIDES:
+        v0 = finite_or(v0, clean)
     p = p.to(v0.dtype)
     acc0 = tl.dot(p, v0, acc0 * alpha[:, None], input_precision=PRECISION)
     if E1 > 0:
         v1 = load_columns(v, v_strides, keys_left, BLOCK_N, E0, E1, HEAD_DIM_V, MASKED)
-        if CLEAN:
-            v1 = finite_or_zero(v1)
+        if HIDES:
+            v1 = finite_or(v1, clean)
         acc1 = tl.dot(p, v1, acc1 * alpha[:, None], input_precision=PRECISION)
     return acc0, acc1, l_i, m_new
 
 
 @triton.jit
 def add_poison(
-    acc0, acc1, v, v_strides, mask, mask_strides, bias, bias_strides, row, first, last, k_start, k_end,
-    seqlen_q, seqlen_k, diagonal_lo, diagonal_hi,
+    acc0, acc1, v, v_strides, mask, mask_strides, bias, bias_strides, row, lo, hi, first, last,
+    seqlen_q,
     BLOCK_M: tl.constexpr, HEAD_DIM_V: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
-    HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr,
+    HAS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Adds each NaN or Inf of v to the queries that see its key, and to no other: slow, exact, and hardly ever run."""
     local_rows = tl.arange(0, BLOCK_M)[:, None]
     rows = row + local_rows
-    for col in range(first, last):
+    for col in range(lo, hi):
         key = v + tl.cast(col, tl.int64) * v_strides[0]
         v0 = load_columns(key, v_strides, 1, 1, 0, E0, HEAD_DIM_V, False).to(tl.float32)
         bad0 = (tl.abs(v0) < float("inf")) == 0
@@ -147,10 +119,7 @@ def add_poison(
             bad1 = (tl.abs(v1) < float("inf")) == 0
             found = tl.maximum(found, tl.max(bad1.to(tl.int32)))
         if found > 0:
-            seen = visible(
-                rows, col, seqlen_k, diagonal_lo, diagonal_hi, k_start[:, None], k_end[:, None], HAS_LO, HAS_HI,
-                HAS_START, HAS_END,
-            )  # fmt: skip
+            seen = visible(col, first[:, None], last[:, None], HAS_FIRST)
             if mask is not None:
                 tile = mask + tl.cast(col, tl.int64) * mask_strides[1]
                 seen = seen & (load_scores(tile, mask_strides, local_rows, 0, seqlen_q - row, 1) != 0)
@@ -189,13 +158,14 @@ def forward_kernel(
     D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    NEGATE: tl.constexpr, LEARNED_SCALE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    MOVE_SIGN: tl.constexpr, LEARNED_SCALE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     # 1. bounds
-    HAS_START: tl.constexpr = k_start is not None or k_end is not None
-    HAS_END: tl.constexpr = HAS_START
+    HAS_FIRST: tl.constexpr = HAS_LO or k_start is not None
+    BOUNDED: tl.constexpr = HAS_FIRST or HAS_HI or k_end is not None
     ALIBI: tl.constexpr = alibi_slopes is not None
     EVERYWHERE: tl.constexpr = mask is not None or bias is not None  # any tile may hide a key
+    HIDES: tl.constexpr = EVERYWHERE or BOUNDED
     num_m = tl.cdiv(seqlen_q, BLOCK_M)
     m_block = tl.program_id(0) % num_m
     if HAS_HI:
@@ -204,24 +174,25 @@ def forward_kernel(
     row = m_block * BLOCK_M
     b, h, hk, m = batch.to(tl.int64), head.to(tl.int64), (head // group_size).to(tl.int64), row.to(tl.int64)
     rows = row + tl.arange(0, BLOCK_M)
-    if HAS_START:
-        if k_start is not None:
-            k_start += b * start_strides[0] + h * start_strides[1]
-        if k_end is not None:
-            k_end += b * end_strides[0] + h * end_strides[1]
-        first, last = load_intervals(k_start, start_strides[2], k_end, end_strides[2], rows, seqlen_q, seqlen_k)
-    else:
-        first, last = rows, rows  # not used
-    lo, hi, common_lo, common_hi = visited_keys(
-        row, tl.minimum(row + BLOCK_M, seqlen_q) - 1, seqlen_k, diagonal_lo, diagonal_hi, first, last, HAS_LO, HAS_HI,
-        HAS_START, HAS_END,
+    if k_start is not None:
+        k_start += b * start_strides[0] + h * start_strides[1]
+    if k_end is not None:
+        k_end += b * end_strides[0] + h * end_strides[1]
+    first, last = row_bounds(
+        rows, k_start, start_strides[2], k_end, end_strides[2], seqlen_q, seqlen_k, diagonal_lo, diagonal_hi,
+        HAS_LO, HAS_HI,
     )  # fmt: skip
-    lo = lo // BLOCK_N * BLOCK_N
-    common_lo = tl.maximum(tl.cdiv(common_lo, BLOCK_N) * BLOCK_N, lo)
-    common_hi = tl.maximum(common_hi, 0) // BLOCK_N * BLOCK_N
+    lo, hi, common_lo, common_hi = 0, seqlen_k, 0, seqlen_k
+    if HAS_FIRST:
+        lo, common_lo = tl.min(first), tl.max(first)
+    if BOUNDED:
+        hi, common_hi = tl.max(last), tl.min(last)
+    lo = tl.minimum(lo, hi) // BLOCK_N * BLOCK_N
+    common_hi = common_hi // BLOCK_N * BLOCK_N
+    common_lo = tl.minimum(tl.cdiv(tl.minimum(common_lo, hi), BLOCK_N) * BLOCK_N, common_hi)
     if EVERYWHERE:
         common_hi = common_lo
-    if common_hi <= common_lo:
+    if common_lo == common_hi:
         common_lo, common_hi = hi, hi
 
     # 2. q and where the rest is
@@ -247,61 +218,54 @@ def forward_kernel(
     scale = softmax_scale
     if LEARNED_SCALE:
         scale = tl.load(softmax_scale + h * scale_stride).to(tl.float32)
-    if LEARNED_SCALE or NEGATE:  # the maximum over keys needs a factor that is not negative
-        q0 = tl.where(scale < 0.0, -q0, q0)
+    if LEARNED_SCALE or MOVE_SIGN:  # the online maximum needs a positive factor
+        sign = tl.where(scale > 0.0, 1.0, tl.where(scale < 0.0, -1.0, scale * 0.0))
+        q0 = (q0 * sign).to(q0.dtype)
         if D1 > 0:
-            q1 = tl.where(scale < 0.0, -q1, q1)
-        scale = tl.abs(scale)
+            q1 = (q1 * sign).to(q1.dtype)
+        scale = tl.where(scale == 0.0, 1.0, tl.abs(scale))
 
     # 3. loops
+    blocks_before = tl.cdiv(common_lo - lo, BLOCK_N)
+    blocks = blocks_before + tl.cdiv(hi - common_hi, BLOCK_N)
     acc0, acc1 = tl.zeros([BLOCK_M, E0], tl.float32), 0.0
     if E1 > 0:
         acc1 = tl.zeros([BLOCK_M, E1], tl.float32)
     l_i, m_i = tl.zeros([BLOCK_M], tl.float32), tl.full([BLOCK_M], float("-inf"), tl.float32)
-    blocks_before = (common_lo - lo) // BLOCK_N
-    if common_lo == common_hi:
-        blocks_before = tl.cdiv(hi - lo, BLOCK_N)
-    blocks_after = tl.cdiv(hi - common_hi, BLOCK_N)
-    for block in tl.range(0, blocks_before + blocks_after):
-        col = tl.where(block < blocks_before, lo + block * BLOCK_N, common_hi + (block - blocks_before) * BLOCK_N)
-        acc0, acc1, l_i, m_i = attend(
-            acc0, acc1, l_i, m_i, q0, q1, k, k_tile, v, v_tile, mask, mask_tile, bias, bias_tile, row, col, head, batch,
-            first, last, seqlen_q, seqlen_k, diagonal_lo, diagonal_hi, scale, softcap, slope, threshold, seed,
-            BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, HAS_LO, HAS_HI, HAS_START, HAS_END, SOFTCAP, ALIBI,
-            DROPOUT, PRECISION, True, False,
-        )  # fmt: skip
-    if not EVERYWHERE:
-        for col in tl.range(common_lo, common_hi, BLOCK_N):
-            acc0, acc1, l_i, m_i = attend(
-                acc0, acc1, l_i, m_i, q0, q1, k, k_tile, v, v_tile, mask, mask_tile, bias, bias_tile, row, col, head,
-                batch, first, last, seqlen_q, seqlen_k, diagonal_lo, diagonal_hi, scale, softcap, slope, threshold,
-                seed, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, HAS_LO, HAS_HI, HAS_START, HAS_END,
-                SOFTCAP, ALIBI, DROPOUT, PRECISION, False, False,
-            )  # fmt: skip
-    if EVERYWHERE or HAS_LO or HAS_HI or HAS_START:
-        spoiled = tl.max(tl.where(acc0 != acc0, 1, 0))
-        if E1 > 0:
-            spoiled = tl.maximum(spoiled, tl.max(tl.where(acc1 != acc1, 1, 0)))
-        if spoiled > 0:  # a weight of 0 times NaN or Inf behind a mask, or a NaN that is seen: once more, with care
-            acc0 = tl.zeros([BLOCK_M, E0], tl.float32)
-            if E1 > 0:
-                acc1 = tl.zeros([BLOCK_M, E1], tl.float32)
-            l_i, m_i = tl.zeros([BLOCK_M], tl.float32), tl.full([BLOCK_M], float("-inf"), tl.float32)
-            for block in tl.range(0, blocks_before + blocks_after + (common_hi - common_lo) // BLOCK_N):
-                # The same order, so that the bits of the other rows stay.
-                col = tl.where(block < blocks_before, lo + block * BLOCK_N,
-                               common_hi + (block - blocks_before) * BLOCK_N)  # fmt: skip
-                behind = block - blocks_before - blocks_after
-                col = tl.where(behind >= 0, common_lo + behind * BLOCK_N, col)
+    clean, again = False, True
+    while again:
+        if not EVERYWHERE:
+            for col in tl.range(common_lo, common_hi, BLOCK_N):
                 acc0, acc1, l_i, m_i = attend(
                     acc0, acc1, l_i, m_i, q0, q1, k, k_tile, v, v_tile, mask, mask_tile, bias, bias_tile, row, col,
-                    head, batch, first, last, seqlen_q, seqlen_k, diagonal_lo, diagonal_hi, scale, softcap, slope,
-                    threshold, seed, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, HAS_LO, HAS_HI,
-                    HAS_START, HAS_END, SOFTCAP, ALIBI, DROPOUT, PRECISION, True, True,
+                    head, batch, first, last, seqlen_q, seqlen_k, scale, softcap, slope, threshold, seed, BLOCK_M,
+                    BLOCK_N, HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, HAS_FIRST, SOFTCAP, ALIBI, DROPOUT, PRECISION,
+                    False, False, clean,
                 )  # fmt: skip
+        for block in tl.range(0, blocks):
+            col = tl.where(block < blocks_before, lo + block * BLOCK_N, common_hi + (block - blocks_before) * BLOCK_N)
+            acc0, acc1, l_i, m_i = attend(
+                acc0, acc1, l_i, m_i, q0, q1, k, k_tile, v, v_tile, mask, mask_tile, bias, bias_tile, row, col,
+                head, batch, first, last, seqlen_q, seqlen_k, scale, softcap, slope, threshold, seed, BLOCK_M, BLOCK_N,
+                HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, HAS_FIRST, SOFTCAP, ALIBI, DROPOUT, PRECISION, True, HIDES,
+                clean,
+            )  # fmt: skip
+        again = False
+        if HIDES:
+            spoiled = tl.max(tl.where(acc0 != acc0, 1, 0))
+            if E1 > 0:
+                spoiled = tl.maximum(spoiled, tl.max(tl.where(acc1 != acc1, 1, 0)))
+            again = (spoiled > 0) & (clean == 0)
+            if again:
+                clean = True
+                acc0 = tl.zeros([BLOCK_M, E0], tl.float32)
+                if E1 > 0:
+                    acc1 = tl.zeros([BLOCK_M, E1], tl.float32)
+                l_i, m_i = tl.zeros([BLOCK_M], tl.float32), tl.full([BLOCK_M], float("-inf"), tl.float32)
+    if HIDES:
+        if clean:
             acc0, acc1 = add_poison(
-                acc0, acc1, v, v_tile, mask, mask_tile, bias, bias_tile, row, lo, hi, first, last, seqlen_q, seqlen_k,
-                diagonal_lo, diagonal_hi, BLOCK_M, HEAD_DIM_V, E0, E1, HAS_LO, HAS_HI, HAS_START, HAS_END,
+                acc0, acc1, v, v_tile, mask, mask_tile, bias, bias_tile, row, lo, hi, first, last, seqlen_q, BLOCK_M, HEAD_DIM_V, E0, E1, HAS_FIRST,
             )  # fmt: skip
 
     # 4. epilogue

@@ -48,8 +48,8 @@ def store_columns(
 
 
 @triton.jit
-def finite_or_zero(x):
-    return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, 0.0).to(x.dtype)
+def finite_or(x, clean):
+    return tl.where((tl.abs(x.to(tl.float32)) < float("inf")) | (clean == 0), x, 0.0).to(x.dtype)
 
 
 @triton.jit
@@ -83,40 +83,34 @@ def bias_log2(bias):
 
 
 @triton.jit
-def visited_keys(
-    row_first, row_last, seqlen_k, diagonal_lo, diagonal_hi, k_start, k_end, HAS_LO: tl.constexpr,
-    HAS_HI: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr,
+def row_bounds(
+    rows, k_start, start_stride, k_end, end_stride, seqlen_q, seqlen_k, diagonal_lo, diagonal_hi,
+    HAS_LO: tl.constexpr, HAS_HI: tl.constexpr,
 ):  # fmt: skip
-    """(lo, hi, common_lo, common_hi): some query of rows row_first ... row_last sees a key of lo ... hi - 1 and none
-    another; every query sees all of common_lo ... common_hi - 1. k_start, k_end: those of the rows, or None."""
-    lo, hi = 0, seqlen_k
-    common_lo, common_hi = 0, seqlen_k
+    """(first key, one past the last) that each row sees; (INT_MAX, 0) where that is none. Rows past the last one repeat it.
+
+    k_start, k_end: pointers to int32 for each row of the head, or None. Whatever they hold, the bounds are in 0 ... seqlen_k.
+    """
+    rows = tl.minimum(rows, seqlen_q - 1)
+    first, last = tl.zeros_like(rows), tl.zeros_like(rows) + seqlen_k
     if HAS_LO:
-        lo, common_lo = tl.maximum(lo, row_first + diagonal_lo), tl.maximum(common_lo, row_last + diagonal_lo)
+        first = tl.maximum(first, rows + diagonal_lo)
     if HAS_HI:
-        hi, common_hi = tl.minimum(hi, row_last + diagonal_hi + 1), tl.minimum(common_hi, row_first + diagonal_hi + 1)
-    if HAS_START:
-        lo, common_lo = tl.maximum(lo, tl.min(k_start)), tl.maximum(common_lo, tl.max(k_start))
-    if HAS_END:
-        hi, common_hi = tl.minimum(hi, tl.max(k_end)), tl.minimum(common_hi, tl.min(k_end))
-    return lo, tl.maximum(hi, lo), common_lo, common_hi
+        last = tl.minimum(last, rows + diagonal_hi + 1)
+    if k_start is not None:
+        first = tl.maximum(first, tl.load(k_start + rows.to(tl.int64) * start_stride))
+    if k_end is not None:
+        last = tl.minimum(last, tl.load(k_end + rows.to(tl.int64) * end_stride))
+    empty = first >= last
+    return tl.where(empty, INT_MAX, first), tl.where(empty, 0, last)
 
 
 @triton.jit
-def visible(
-    rows, cols, seqlen_k, diagonal_lo, diagonal_hi, k_start, k_end, HAS_LO: tl.constexpr, HAS_HI: tl.constexpr,
-    HAS_START: tl.constexpr, HAS_END: tl.constexpr,
-):  # fmt: skip
-    """Which keys the bounds leave; k_start, k_end shaped as rows."""
-    seen = cols < seqlen_k
-    if HAS_LO:
-        seen = seen & (cols - rows >= diagonal_lo)
-    if HAS_HI:
-        seen = seen & (cols - rows <= diagonal_hi)
-    if HAS_START:
-        seen = seen & (cols >= k_start)
-    if HAS_END:
-        seen = seen & (cols < k_end)
+def visible(cols, first, last, HAS_FIRST: tl.constexpr):
+    """Which keys the bounds of the rows leave; first, last shaped as rows. Without HAS_FIRST, rows see keys from 0 on."""
+    seen = cols < last
+    if HAS_FIRST:
+        seen = seen & (cols >= first)
     return seen
 
 
