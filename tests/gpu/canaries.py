@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from fastattn import api, dispatch
 from fastattn.masks import UNBOUNDED
 
-
 (_PREFILL,) = [dispatch._load(row.entry) for row in dispatch.KERNELS if row.name == "triton.prefill"]
 
 

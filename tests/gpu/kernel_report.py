@@ -72,7 +72,6 @@ def arch_name(arch: int | str) -> str:
 def compiling_for(arch: int | str) -> Iterator[list]:
     """Inside, fastattn runs its Triton kernels on meta tensors, and they compile for `arch`; yields the launches."""
     from fake_device import SHARED_MEMORY, fake_gpu
-
     from fastattn import api, dispatch
     from fastattn.kernels import config, launch
 

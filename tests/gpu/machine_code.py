@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import triton
+
 from fake_device import SHARED_MEMORY, Binary
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -8,10 +8,10 @@ process.require(interpreted=True)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from strict_interpreter import harden  # noqa: E402
 
 import fastattn  # noqa: E402
 from fastattn import Mask, cpu  # noqa: E402
+from strict_interpreter import harden  # noqa: E402
 
 harden()
 if cpu.unavailable():

@@ -9,6 +9,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
+
 from strict_interpreter import OutOfBounds, Race, Violation, harden  # noqa: E402
 
 harden()

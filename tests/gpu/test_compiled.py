@@ -1,0 +1,191 @@
+"""Every kernel compiled for every architecture by Triton's own compiler: what its code consists of, and what must hold.
+
+`make kernel-report` writes golden.json anew after a change that is meant. What a figure says about speed is for the
+person who reads the difference; that it fits the device, uses its matrix units and does not spill is asserted here.
+"""
+
+import process
+
+process.require(interpreted=False)
+
+import kernel_report  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+from fake_device import SHARED_MEMORY, fake_gpu  # noqa: E402
+from kernel_report import ARCHS, SPECS, arch_name, describe  # noqa: E402
+from machine_code import analyze  # noqa: E402
+from triton.runtime.errors import OutOfResources  # noqa: E402
+
+from fastattn.kernels import config  # noqa: E402
+
+MATRIX_UNIT = {
+    **dict.fromkeys((80, 86, 89, 120), {"HMMA"}),
+    90: {"HGMMA"},
+    **dict.fromkeys((100, 103), {"UTCHMMA", "HMMA"}),
+    **dict.fromkeys(("gfx90a", "gfx942", "gfx950"), {"v_mfma"}),
+    **dict.fromkeys(("gfx1100", "gfx1201"), {"v_wmma"}),
+}
+CASES = [(arch, str(spec)) for arch, specs in ARCHS.items() for spec in specs]
+
+
+@pytest.fixture(scope="session")
+def compiled() -> dict:
+    """Everything, compiled now on all cores."""
+    return kernel_report.compile_everything()
+
+
+@pytest.fixture
+def kernels(compiled, arch, spec) -> dict[str, dict]:
+    return compiled["kernels"][arch_name(arch)][spec]
+
+
+def of_16_bits(spec: str) -> bool:
+    return "float32" not in spec
+
+
+@pytest.mark.parametrize("arch, spec", CASES)
+def test_golden(kernels, arch, spec):
+    """A difference is no failure of the kernel: read it, and if it is meant, `make kernel-report`."""
+    golden = kernel_report.read_golden()
+    if golden["triton"] != triton.__version__:
+        pytest.skip(f"golden.json is of Triton {golden['triton']}, this is {triton.__version__}")
+    assert kernels == golden["kernels"][arch_name(arch)][spec]
+
+
+@pytest.mark.parametrize("arch, spec", CASES)
+def test_nothing_spills_in_a_loop(kernels, arch, spec):
+    spilled = {name: loop for name, kernel in kernels.items() for loop in kernel["loops"] if loop["spills"]}
+    assert spilled == {}
+
+
+@pytest.mark.parametrize("arch, spec", CASES)
+def test_shared_memory_fits(kernels, arch, spec):
+    """The fake device refuses more, as a real one; this is what it was asked for."""
+    assert all(kernel["shared"] <= SHARED_MEMORY[arch] for kernel in kernels.values())
+
+
+@pytest.mark.parametrize("arch, spec", [case for case in CASES if of_16_bits(case[1])])
+def test_products_are_of_matrix_instructions(kernels, arch, spec):
+    """In every loop that there is; a kernel that multiplies has one."""
+    kinds = {loop["kind"] for kernel in kernels.values() for loop in kernel["loops"]}
+    assert kinds and all(any(kind.startswith(unit) for unit in MATRIX_UNIT[arch]) for kind in kinds)
+
+
+@pytest.mark.parametrize("arch, spec", [case for case in CASES if of_16_bits(case[1]) and isinstance(case[0], int)])
+def test_loads_are_asynchronous(kernels, arch, spec):
+    """cp.async or TMA in every main loop, with as many tiles in flight as there are stages less one."""
+    for name, kernel in kernels.items():
+        if kernel["loops"] and kernel["stages"] > 1:
+            assert kernel["loops"][0]["copies"] > 0, name
+            assert kernel["depth"] >= kernel["stages"] - 1, name
+
+
+BARS = {  # least static tensor-core bound
+    (80, "prefill D128 bfloat16"): 0.66,
+    (90, "prefill D128 bfloat16"): 0.66,
+    (120, "prefill D128 bfloat16"): 0.80,
+    (80, "prefill D64 bfloat16"): 0.61,
+    (90, "prefill D64 bfloat16"): 0.49,
+}
+
+
+@pytest.mark.parametrize("arch, spec", BARS)
+def test_static_bound(kernels, arch, spec):
+    (kernel,) = [kernel for kernel in kernels.values() if kernel["loops"]]
+    assert round(kernel["bound"], 2) >= BARS[arch, spec]
+
+
+@pytest.mark.parametrize("arch, spec", [(arch, "prefill D128 bfloat16") for arch in ("gfx942", "gfx950")])
+def test_two_waves(kernels, arch, spec):
+    """512 vector registers of a SIMD: two waves have 256 each."""
+    assert all(kernel["registers"] <= 256 and kernel["spills"] == 0 for kernel in kernels.values())
+
+
+# --- mistakes that must be caught ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def product(x, y, out, n, N: tl.constexpr, D: tl.constexpr, MATRIX: tl.constexpr):
+    i, d = tl.arange(0, N), tl.arange(0, D)
+    acc = tl.zeros([N, N], tl.float32)
+    for k in tl.range(0, n, D):
+        a = tl.load(x + i[:, None] * n + k + d[None, :])
+        b = tl.load(y + i[None, :] * n + k + d[:, None])
+        if MATRIX:
+            acc = tl.dot(a, b, acc)
+        else:
+            acc += tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], 1)
+    tl.store(out + i[:, None] * N + i[None, :], acc)
+
+
+def compile_product(arch, N, D, MATRIX=True, **options) -> dict:
+    x, out = torch.empty(N, 4096, dtype=torch.bfloat16, device="meta"), torch.empty(N, N, device="meta")
+    with fake_gpu(arch) as launches:
+        product[(1,)](x, x, out, 4096, N, D, MATRIX, enable_fp_fusion=True, **options)
+    (launch,) = launches
+    assert launch.grid == (1, 1, 1)
+    return describe(launch.binary)
+
+
+@pytest.mark.parametrize("arch, unit", [(80, "HMMA"), (90, "HGMMA"), (100, "UTCHMMA"), ("gfx942", "v_mfma")])
+def test_a_good_loop_is_seen(arch, unit):
+    kernel = compile_product(arch, 128, 64, num_warps=8, num_stages=3)
+    (loop,) = kernel["loops"]
+    assert loop["kind"].startswith(unit) and loop["spills"] == 0
+    if isinstance(arch, int):
+        assert loop["copies"] > 0 and kernel["depth"] >= 2
+
+
+def test_spills_are_seen():
+    """A tile of 256 x 256 floats has no room in the registers of four warps."""
+    kernel = compile_product(80, 256, 32, num_warps=4, num_stages=2)
+    assert kernel["spills"] > 0 and any(loop["spills"] for loop in kernel["loops"])
+
+
+def test_products_without_matrix_instructions_are_seen():
+    assert compile_product(80, 16, 16, MATRIX=False, num_warps=4)["loops"] == []
+
+
+def test_synchronous_loads_are_seen():
+    kernel = compile_product(80, 128, 64, num_warps=8, num_stages=1)
+    assert kernel["loops"][0]["copies"] == 0 and kernel["depth"] == 0
+
+
+def test_too_much_shared_memory_is_refused():
+    assert SHARED_MEMORY[86] < compile_product(90, 128, 128, num_warps=8, num_stages=3)["shared"] <= SHARED_MEMORY[90]
+    with pytest.raises(OutOfResources, match="shared memory"):
+        compile_product(86, 128, 128, num_warps=8, num_stages=3)
+
+
+def test_the_limits_are_those_of_the_kernels():
+    """Two lists, one here and one in the package, were written down apart."""
+    assert {name: config.SMEM.get(name) for name in map(arch_name, SHARED_MEMORY) if name in config.SMEM} == {
+        arch_name(arch): size for arch, size in SHARED_MEMORY.items() if arch_name(arch) in config.SMEM
+    }
+
+
+def test_every_architecture_of_a_table_is_compiled_for():
+    tables = [table for table in vars(config).values() if isinstance(table, dict) and "sm_80" in table]
+    named = {name for table in tables for name in table} | set(config.SMEM)
+    same = {"sm_87", "sm_110", "sm_121"}  # built as sm_80, sm_100 and sm_120 are
+    assert named - same - {"other", "interpreter"} <= set(map(arch_name, ARCHS))
+
+
+def test_the_analysis_reads_a_kernel_without_loops():
+    @triton.jit
+    def copy(x, y):
+        i = tl.arange(0, 128)
+        tl.store(y + i, tl.load(x + i))
+
+    x = torch.empty(128, device="meta")
+    for arch in (80, "gfx942"):
+        with fake_gpu(arch) as launches:
+            copy[(1,)](x, x, enable_fp_fusion=True)
+        code = analyze(launches[0].binary)
+        assert code.registers > 0 and code.loops == () and code.matrix == 0
+
+
+def test_specs_are_told_apart():
+    assert len({str(spec) for spec in SPECS}) == len(SPECS)
