@@ -73,6 +73,17 @@ _PREFILL_FLOAT32 = {
     "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
     "interpreter": [(256, Config(64, 64, 1, 1))],
 }
+_KEY_VALUE = {
+    "sm_80": [(64, Config(64, 64, 4, 2)), (128, Config(64, 64, 4, 2)), (256, Config(32, 32, 4, 1))],
+    "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+    "interpreter": [(256, Config(64, 64, 1, 1))],
+}
+_QUERY = _KEY_VALUE
+_BACKWARD_FLOAT32 = {
+    "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+    "interpreter": [(256, Config(64, 64, 1, 1))],
+}
+_BIAS = _BACKWARD_FLOAT32
 _SAME_AS = {
     "sm_87": "sm_80", "sm_89": "sm_86", "sm_103": "sm_100", "sm_110": "sm_100", "sm_121": "sm_120",
 }  # fmt: skip
@@ -84,9 +95,24 @@ def prefill(problem, device: Device) -> Config:
     return _fit(_look_up(table, problem, device), problem, device)
 
 
+def key_value(problem, device: Device) -> Config:
+    """Tiles of the gradients of k and v: BLOCK_N keys stay, blocks of BLOCK_M queries pass."""
+    return _fit(_look_up(_KEY_VALUE if problem.dtype != "float32" else _BACKWARD_FLOAT32, problem, device), problem, device)
+
+
+def query(problem, device: Device) -> Config:
+    """Tiles of the gradient of q: BLOCK_M queries stay, blocks of BLOCK_N keys pass."""
+    return _fit(_look_up(_QUERY if problem.dtype != "float32" else _BACKWARD_FLOAT32, problem, device), problem, device)
+
+
+def bias(problem, device: Device) -> Config:
+    """Tiles of the gradient of a bias."""
+    return _fit(_look_up(_BIAS, problem, device), problem, device)
+
+
 def _look_up(table, problem, device: Device) -> Config:
     arch = _SAME_AS.get(device.arch, device.arch)
-    if table is _PREFILL_FLOAT32 and arch.startswith("sm_"):
+    if arch not in table and arch.startswith("sm_"):
         arch = "sm_80"
     rows = table.get(arch, table["other"])
     widest = max(problem.head_dim, problem.head_dim_v)

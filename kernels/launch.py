@@ -137,24 +137,35 @@ def empty_out(problem, q: torch.Tensor) -> torch.Tensor:
     return q.new_empty((b, h, s, d))
 
 
+def clamp_diagonal(terms) -> tuple[int, int]:
+    """diagonal_lo, diagonal_hi in 32 bits; +-DIAGONAL_LIMIT is no bound."""
+    lo, hi = (max(-DIAGONAL_LIMIT, min(DIAGONAL_LIMIT, d)) for d in (terms.diagonal_lo, terms.diagonal_hi))
+    return lo, hi
+
+
+def diagonal_flags(lo: int, hi: int) -> dict[str, bool]:
+    return {"HAS_LO": lo > -DIAGONAL_LIMIT, "HAS_HI": hi < DIAGONAL_LIMIT}
+
+
 def score_arguments(problem, q, k, v, out, terms) -> tuple[tuple, dict]:
-    """(arguments from q_strides to seqlen_k, constexprs but for the tiles) of a kernel with the forward's signature."""
+    """What all kernels that compute scores take: (arguments from q_strides to seqlen_k, constexprs but for the tiles).
+
+    out: the tensor of out's shape that the kernel takes, out or dout.
+    """
     tensors = (terms.k_start, terms.k_end, terms.mask, terms.bias, terms.alibi_slopes)
     extras = tuple(strides(x, dims) for x, dims in zip(tensors, (3, 3, 4, 4, 2), strict=True))
     learned = isinstance(terms.softmax_scale, torch.Tensor)
     (scale_stride,) = strides(terms.softmax_scale, 1) if learned else (0,)
-    (sink_stride,) = strides(terms.sinks, 1)
-    lo, hi = (max(-DIAGONAL_LIMIT, min(DIAGONAL_LIMIT, d)) for d in (terms.diagonal_lo, terms.diagonal_hi))
+    lo, hi = clamp_diagonal(terms)
     arguments = (
-        q.stride(), k.stride(), v.stride(), out.stride(), *extras, sink_stride, scale_stride,
+        q.stride(), k.stride(), v.stride(), out.stride(), *extras, scale_stride,
         float(terms.softcap), lo, hi, int(terms.dropout_p * 2**32), 1.0 / (1.0 - terms.dropout_p),
         problem.num_heads, problem.group_size, problem.seqlen_q, problem.seqlen_k,
     )  # fmt: skip
     (d0, d1), (e0, e1) = config.split_head_dim(problem.head_dim), config.split_head_dim(problem.head_dim_v)
     constexprs = {
         "HEAD_DIM": problem.head_dim, "HEAD_DIM_V": problem.head_dim_v, "D0": d0, "D1": d1, "E0": e0, "E1": e1,
-        "HAS_LO": lo > -DIAGONAL_LIMIT, "HAS_HI": hi < DIAGONAL_LIMIT, "SOFTCAP": problem.softcap,
-        "DROPOUT": problem.dropout, "MOVE_SIGN": not learned and terms.softmax_scale <= 0.0, "LEARNED_SCALE": learned,
-        "PRECISION": precision(problem), "WIDE": is_wide(*arguments[:8]),
+        "SOFTCAP": problem.softcap, "DROPOUT": problem.dropout, "LEARNED_SCALE": learned,
+        "PRECISION": precision(problem), "WIDE": is_wide(*arguments[:8]), **diagonal_flags(lo, hi),
     }  # fmt: skip
     return arguments, constexprs

@@ -14,6 +14,7 @@ from .tile import (
     bias_log2,
     dropout_keep,
     finite_or,
+    key_range,
     load_columns,
     natural_lse,
     normalizer,
@@ -147,11 +148,12 @@ def forward_kernel(
     mask,          # [batch, num_heads, seqlen_q, seqlen_k] by strides, int8, or None
     bias,          # [batch, num_heads, seqlen_q, seqlen_k] by strides, or None
     alibi_slopes,  # [batch, num_heads] by strides, or None
-    sinks,         # [num_heads], or None
     softmax_scale,  # a number, or with LEARNED_SCALE [num_heads] by stride
     seed: tl.int64,
+    sinks,         # [num_heads], or None
+    sink_stride,
     q_strides, k_strides, v_strides, out_strides, start_strides, end_strides, mask_strides, bias_strides,
-    slope_strides, sink_stride, scale_stride,
+    slope_strides, scale_stride,
     softcap, diagonal_lo, diagonal_hi, threshold: tl.int64, keep_factor,
     num_heads, group_size, seqlen_q, seqlen_k,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
@@ -182,18 +184,7 @@ def forward_kernel(
         rows, k_start, start_strides[2], k_end, end_strides[2], seqlen_q, seqlen_k, diagonal_lo, diagonal_hi,
         HAS_LO, HAS_HI,
     )  # fmt: skip
-    lo, hi, common_lo, common_hi = 0, seqlen_k, 0, seqlen_k
-    if HAS_FIRST:
-        lo, common_lo = tl.min(first), tl.max(first)
-    if BOUNDED:
-        hi, common_hi = tl.max(last), tl.min(last)
-    lo = tl.minimum(lo, hi) // BLOCK_N * BLOCK_N
-    common_hi = common_hi // BLOCK_N * BLOCK_N
-    common_lo = tl.minimum(tl.cdiv(tl.minimum(common_lo, hi), BLOCK_N) * BLOCK_N, common_hi)
-    if EVERYWHERE:
-        common_hi = common_lo
-    if common_lo == common_hi:
-        common_lo, common_hi = hi, hi
+    lo, hi, common_lo, common_hi = key_range(first, last, seqlen_k, BLOCK_N, HAS_FIRST, BOUNDED, EVERYWHERE)
 
     # 2. q and where the rest is
     q += b * q_strides[0] + h * q_strides[1] + m * q_strides[2]
@@ -308,8 +299,10 @@ def forward(problem, q, k, v, terms, for_backward: bool = False):
     residual = torch.empty_like(out) if for_backward and q.element_size() == 2 else None
     if out.numel() == 0:
         return out, lse, lse_parts, residual
-    extras = terms[4:7] + terms[8:11]  # k_start, k_end, mask, bias, alibi_slopes, sinks
-    tensors = (q, k, v, out, residual, lse, lse_parts, *extras, terms.softmax_scale, terms.seed or 0)
+    extras = (terms.k_start, terms.k_end, terms.mask, terms.bias, terms.alibi_slopes, terms.sinks)
+    tensors = (
+        q, k, v, out, residual, lse, lse_parts, *extras[:5], terms.softmax_scale, terms.seed or 0, terms.sinks
+    )  # fmt: skip
     key = (
         "prefill", problem, for_backward, q.get_device(), q.stride(), k.stride(), v.stride(),
         launch.alignment(q, k, v, *extras), launch.describe(*extras), terms.softcap, terms.diagonal_lo,
@@ -323,6 +316,7 @@ def _plan(problem, q, k, v, out, terms):
     device = launch.device_facts(q.get_device())
     tiles = config.prefill(problem, device)
     arguments, constexprs = launch.score_arguments(problem, q, k, v, out, terms)
-    constexprs |= {"BLOCK_M": tiles.BLOCK_M, "BLOCK_N": tiles.BLOCK_N}
+    move_sign = not constexprs["LEARNED_SCALE"] and terms.softmax_scale <= 0.0
+    constexprs |= {"BLOCK_M": tiles.BLOCK_M, "BLOCK_N": tiles.BLOCK_N, "MOVE_SIGN": move_sign}
     grid = (triton.cdiv(problem.seqlen_q, tiles.BLOCK_M) * problem.num_heads * problem.batch,)
-    return forward_kernel, grid, arguments, constexprs, tiles.options(device)
+    return forward_kernel, grid, (*launch.strides(terms.sinks, 1), *arguments), constexprs, tiles.options(device)

@@ -106,6 +106,28 @@ def row_bounds(
 
 
 @triton.jit
+def key_range(
+    first, last, seqlen_k, BLOCK_N: tl.constexpr, HAS_FIRST: tl.constexpr, BOUNDED: tl.constexpr,
+    EVERYWHERE: tl.constexpr,
+):  # fmt: skip
+    """(lo, hi, common_lo, common_hi) of a block of queries with these bounds: the keys lo ... hi - 1 are visited; the blocks
+    from common_lo to common_hi need no mask. Both begin blocks, or are hi. EVERYWHERE: any key may need one."""
+    lo, hi, common_lo, common_hi = 0, seqlen_k, 0, seqlen_k
+    if HAS_FIRST:
+        lo, common_lo = tl.min(first), tl.max(first)
+    if BOUNDED:
+        hi, common_hi = tl.max(last), tl.min(last)
+    lo = tl.minimum(lo, hi) // BLOCK_N * BLOCK_N
+    common_hi = common_hi // BLOCK_N * BLOCK_N
+    common_lo = tl.minimum(tl.cdiv(tl.minimum(common_lo, hi), BLOCK_N) * BLOCK_N, common_hi)
+    if EVERYWHERE:
+        common_hi = common_lo
+    if common_lo == common_hi:
+        common_lo, common_hi = hi, hi
+    return lo, hi, common_lo, common_hi
+
+
+@triton.jit
 def visible(cols, first, last, HAS_FIRST: tl.constexpr):
     """Which keys the bounds of the rows leave; first, last shaped as rows. Without HAS_FIRST, rows see keys from 0 on."""
     seen = cols < last

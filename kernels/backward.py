@@ -1,0 +1,791 @@
+"""Backward pass without atomics: the same bits in every run.
+
+    P = exp2(scores - lse)   dP = dropout(dout V^T)   delta = rowsum(dout * out) - dlse   dS = P * (dP - delta)
+    dV = P^T dout            dQ = scale * dS K        dK = scale * dS^T Q                 (FlashAttention-2, arXiv 2307.08691)
+
+`prepare_kernel` computes delta and which keys each block of queries sees; `key_value_kernel` keeps a block of keys and goes through
+the queries of all heads that share it; `query_kernel` keeps a block of queries; `bias_kernel` keeps a block of the bias and
+goes through what it is broadcast over.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import config, launch
+from .prefill import load_scores
+from .tile import (
+    INT_MAX,
+    LOG2E,
+    bias_log2,
+    dropout_keep,
+    finite_or,
+    key_range,
+    load_columns,
+    row_bounds,
+    softcap_scores,
+    store_columns,
+    visible,
+    widen,
+)
+
+
+@triton.jit(do_not_specialize=launch.SIZES)
+def prepare_kernel(
+    out,           # [batch, num_heads, seqlen_q, head_dim_v]
+    residual,      # like out, or None: what out lost in rounding
+    dout,          # [batch, num_heads, seqlen_q, head_dim_v]
+    dlse,          # [batch, num_heads, seqlen_q] by strides, or None
+    lse_parts,     # [batch, num_heads, seqlen_q, 2], contiguous
+    sinks,         # [num_heads], or None
+    k_start,       # [batch, num_heads, seqlen_q] by strides, or None
+    k_end,         # likewise
+    delta,         # [batch, num_heads, seqlen_q], contiguous
+    dsinks,        # likewise, or None: the part of each row
+    block_bounds,  # [batch, num_heads, blocks of seqlen_q, 4], contiguous
+    out_strides, dout_strides, dlse_strides, start_strides, end_strides, sink_stride,
+    diagonal_lo, diagonal_hi, num_heads, seqlen_q, seqlen_k,
+    HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, HAS_LO: tl.constexpr, HAS_HI: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """delta, the rows of dsinks, and (lo, hi, common_lo, common_hi) of each block of queries: some row sees a key of
+    lo ... hi - 1 and none another, every row sees all of common_lo ... common_hi - 1."""
+    num_m = tl.cdiv(seqlen_q, BLOCK_M)
+    m_block = tl.program_id(0) % num_m
+    head, batch = tl.program_id(0) // num_m % num_heads, tl.program_id(0) // num_m // num_heads
+    row = m_block * BLOCK_M
+    b, h, m = batch.to(tl.int64), head.to(tl.int64), row.to(tl.int64)
+    rows, rows_left = row + tl.arange(0, BLOCK_M), seqlen_q - row
+
+    offset = b * out_strides[0] + h * out_strides[1] + m * out_strides[2]
+    tile = widen((out_strides[2], out_strides[3]), WIDE)
+    o = load_columns(out + offset, tile, rows_left, BLOCK_M, 0, BLOCK_D, HEAD_DIM_V, True).to(tl.float32)
+    if residual is not None:
+        o += load_columns(residual + offset, tile, rows_left, BLOCK_M, 0, BLOCK_D, HEAD_DIM_V, True).to(tl.float32)
+    dout += b * dout_strides[0] + h * dout_strides[1] + m * dout_strides[2]
+    do = load_columns(
+        dout, widen((dout_strides[2], dout_strides[3]), WIDE), rows_left, BLOCK_M, 0, BLOCK_D, HEAD_DIM_V, True
+    )
+    row_delta = tl.sum(o * do.to(tl.float32), 1)
+    if dlse is not None:
+        dlse += b * dlse_strides[0] + h * dlse_strides[1]
+        row_delta -= tl.load(dlse + rows.to(tl.int64) * dlse_strides[2], mask=rows < seqlen_q, other=0.0)
+    statistics = (b * num_heads + h) * seqlen_q + rows
+    tl.store(delta + statistics, row_delta, mask=rows < seqlen_q)
+    if dsinks is not None:
+        sink = tl.load(sinks + h * sink_stride).to(tl.float32) * LOG2E
+        top = tl.load(lse_parts + 2 * statistics, mask=rows < seqlen_q, other=0.0)
+        log2_total = tl.load(lse_parts + 2 * statistics + 1, mask=rows < seqlen_q, other=float("inf"))
+        p_sink = tl.exp2(sink - top - log2_total)
+        tl.store(dsinks + statistics, tl.where(p_sink == 0.0, 0.0, -p_sink * row_delta), mask=rows < seqlen_q)
+
+    if k_start is not None:
+        k_start += b * start_strides[0] + h * start_strides[1]
+    if k_end is not None:
+        k_end += b * end_strides[0] + h * end_strides[1]
+    first, last = row_bounds(
+        rows, k_start, start_strides[2], k_end, end_strides[2], seqlen_q, seqlen_k, diagonal_lo, diagonal_hi,
+        HAS_LO, HAS_HI,
+    )  # fmt: skip
+    block_bounds += 4 * ((b * num_heads + h) * num_m + m_block)
+    tl.store(block_bounds, tl.min(first))
+    tl.store(block_bounds + 1, tl.max(last))
+    tl.store(block_bounds + 2, tl.max(first))
+    tl.store(block_bounds + 3, tl.where(rows_left < BLOCK_M, 0, tl.min(last)))  # rows past the end need a check
+
+
+@triton.jit
+def gradients_of_scores(
+    s, dp, mask, mask_strides, bias, bias_strides, rows, cols, row, col, head, batch, top, log2_total, delta, first, last,
+    seqlen_q, seqlen_k, scale, softcap, slope, threshold, keep_factor, seed,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_FIRST: tl.constexpr, SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """(weights after dropout but for its factor, dS, d(scaled product)) of a tile from its products s and dp.
+
+    rows, cols count from row and col. `mask` and `bias` point to (row, col); top ... last are shaped as rows.
+    """
+    if MASKED:
+        seen = visible(col + cols, first, last, HAS_FIRST)
+        if mask is not None:
+            seen = seen & (load_scores(mask, mask_strides, rows, cols, seqlen_q - row, seqlen_k - col) != 0)
+    slope_of_cap = 1.0
+    if SOFTCAP:
+        s, slope_of_cap = softcap_scores(s, scale, softcap)
+    elif ALIBI or bias is not None or EXACT:
+        s = s * (scale * LOG2E)
+    if bias is not None:
+        added = load_scores(bias, bias_strides, rows, cols, seqlen_q - row, seqlen_k - col)
+        seen = seen & (added.to(tl.float32) != float("-inf"))
+        s += bias_log2(added)
+    if ALIBI:
+        s -= slope * tl.abs(row + rows + (seqlen_k - seqlen_q) - col - cols).to(tl.float32)
+    if SOFTCAP or ALIBI or bias is not None or EXACT:
+        p = tl.exp2((s - top) - log2_total)  # in two steps: a bias may be huge
+    else:
+        p = tl.exp2(s * (scale * LOG2E) - (top + log2_total))
+    if MASKED:
+        p = tl.where(seen, p, 0.0)
+    kept = p
+    if DROPOUT:
+        keep = dropout_keep(row, col, head, batch, threshold, seed, BLOCK_M, BLOCK_N)
+        if TRANSPOSED:
+            keep = tl.trans(keep)
+        kept = tl.where(keep, p, 0.0)
+        dp = tl.where(keep, dp * keep_factor, 0.0)
+    ds = p * (dp - delta)
+    if MASKED:
+        ds = tl.where(seen, ds, 0.0)
+    if SOFTCAP:
+        return kept, ds, tl.where(ds == 0.0, 0.0, ds * slope_of_cap)
+    else:
+        return kept, ds, ds
+
+
+@triton.jit
+def load_statistics(lse_parts, delta, offset, rows_left, BLOCK_M: tl.constexpr, CHECK: tl.constexpr):
+    """(top, log2_total, delta) of BLOCK_M rows from `offset` on; rows past the end have weights of 0."""
+    rows = tl.arange(0, BLOCK_M)
+    lse_parts += 2 * offset
+    delta += offset
+    if CHECK:
+        inside = rows < rows_left
+        top = tl.load(lse_parts + 2 * rows, mask=inside, other=0.0)
+        log2_total = tl.load(lse_parts + 2 * rows + 1, mask=inside, other=float("inf"))
+        return top, log2_total, tl.load(delta + rows, mask=inside, other=0.0)
+    else:
+        return tl.load(lse_parts + 2 * rows), tl.load(lse_parts + 2 * rows + 1), tl.load(delta + rows)
+
+
+@triton.jit
+def load_scale(softmax_scale, stride, h, LEARNED_SCALE: tl.constexpr):
+    if LEARNED_SCALE:
+        return tl.load(softmax_scale + h * stride).to(tl.float32)
+    else:
+        return softmax_scale
+
+
+@triton.jit
+def load_slope(alibi_slopes, strides, b, h):
+    if alibi_slopes is None:
+        return 0.0
+    else:
+        return tl.load(alibi_slopes + b * strides[0] + h * strides[1]).to(tl.float32) * LOG2E
+
+
+@triton.jit
+def key_value_step(
+    dk0, dk1, dv0, dv1,
+    k0, k1, v0, v1, q, q_strides, dout, dout_strides, lse_parts, delta, k_start, start_stride, k_end, end_stride,
+    mask, mask_strides, bias, bias_strides, row, col, statistics, head, batch,
+    diagonal_lo, diagonal_hi, seqlen_q, seqlen_k, scale, softcap, slope, threshold, keep_factor, seed,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
+    HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, HAS_FIRST: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    DROPOUT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, LEARNED_SCALE: tl.constexpr,
+    MASKED: tl.constexpr, HIDES: tl.constexpr,
+):  # fmt: skip
+    """The part of one block of queries in the gradients of a block of keys; scores stand as [keys, queries]."""
+    rows_left, m = seqlen_q - row, tl.cast(row, tl.int64)
+    q += m * q_strides[0]
+    dout += m * dout_strides[0]
+    q0 = load_columns(q, q_strides, rows_left, BLOCK_M, 0, D0, HEAD_DIM, MASKED)
+    s = tl.dot(k0, tl.trans(q0), input_precision=PRECISION)
+    if D1 > 0:
+        q1 = load_columns(q, q_strides, rows_left, BLOCK_M, D0, D1, HEAD_DIM, MASKED)
+        s = tl.dot(k1, tl.trans(q1), s, input_precision=PRECISION)
+    do0 = load_columns(dout, dout_strides, rows_left, BLOCK_M, 0, E0, HEAD_DIM_V, MASKED)
+    dp = tl.dot(v0, tl.trans(do0), input_precision=PRECISION)
+    if E1 > 0:
+        do1 = load_columns(dout, dout_strides, rows_left, BLOCK_M, E0, E1, HEAD_DIM_V, MASKED)
+        dp = tl.dot(v1, tl.trans(do1), dp, input_precision=PRECISION)
+    top, log2_total, row_delta = load_statistics(lse_parts, delta, statistics + m, rows_left, BLOCK_M, MASKED)
+    first, last = top, top  # not used
+    if MASKED:
+        first, last = row_bounds(
+            row + tl.arange(0, BLOCK_M), k_start, start_stride, k_end, end_stride, seqlen_q, seqlen_k, diagonal_lo,
+            diagonal_hi, HAS_LO, HAS_HI,
+        )  # fmt: skip
+        if mask is not None:
+            mask += m * mask_strides[0]
+        if bias is not None:
+            bias += m * bias_strides[0]
+    kept, _, dproduct = gradients_of_scores(
+        s, dp, mask, mask_strides, bias, bias_strides, tl.arange(0, BLOCK_M)[None, :], tl.arange(0, BLOCK_N)[:, None],
+        row, col, head, batch, top[None, :], log2_total[None, :], row_delta[None, :], first[None, :], last[None, :],
+        seqlen_q, seqlen_k, scale, softcap, slope, threshold, keep_factor, seed, BLOCK_M, BLOCK_N, HAS_FIRST, SOFTCAP,
+        ALIBI, DROPOUT, EXACT, MASKED, True,
+    )  # fmt: skip
+    if LEARNED_SCALE:  # each head has its own; otherwise it is a factor of the sum
+        dproduct *= scale
+    kept, dproduct = kept.to(do0.dtype), dproduct.to(q0.dtype)
+    if HIDES:  # a row that sees no key here may hold anything
+        q0 = finite_or(q0, True)
+    dv0 = tl.dot(kept, do0, dv0, input_precision=PRECISION)
+    dk0 = tl.dot(dproduct, q0, dk0, input_precision=PRECISION)
+    if E1 > 0:
+        dv1 = tl.dot(kept, do1, dv1, input_precision=PRECISION)
+    if D1 > 0:
+        if HIDES:
+            q1 = finite_or(q1, True)
+        dk1 = tl.dot(dproduct, q1, dk1, input_precision=PRECISION)
+    return dk0, dk1, dv0, dv1
+
+
+@triton.jit
+def visiting_blocks(block_bounds, num_m, col, col_last, CHUNK: tl.constexpr):
+    """(lo, hi, full_lo, full_hi): the blocks of queries that see a key of col ... col_last, and those of which every row
+    sees all of them (one range of those; empty if they are not adjacent)."""
+    lo, hi, full_lo, full_hi, count = num_m, 0, num_m, 0, 0
+    for start in range(0, num_m, CHUNK):
+        blocks = start + tl.arange(0, CHUNK)
+        inside = blocks < num_m
+        bounds = block_bounds + 4 * blocks
+        touched = (tl.load(bounds, mask=inside, other=INT_MAX) <= col_last) & (
+            tl.load(bounds + 1, mask=inside, other=0) > col
+        )
+        full = (tl.load(bounds + 2, mask=inside, other=INT_MAX) <= col) & (
+            tl.load(bounds + 3, mask=inside, other=0) > col_last
+        )
+        lo = tl.minimum(lo, tl.min(tl.where(touched, blocks, num_m)))
+        hi = tl.maximum(hi, tl.max(tl.where(touched, blocks + 1, 0)))
+        full_lo = tl.minimum(full_lo, tl.min(tl.where(full, blocks, num_m)))
+        full_hi = tl.maximum(full_hi, tl.max(tl.where(full, blocks + 1, 0)))
+        count += tl.sum(full.to(tl.int32))
+    hi = tl.maximum(hi, lo)
+    if (count == 0) | (count != full_hi - full_lo):
+        full_lo, full_hi = hi, hi
+    return lo, hi, full_lo, full_hi
+
+
+@triton.jit(do_not_specialize=launch.SIZES)
+def key_value_kernel(
+    q,             # [batch, num_heads, seqlen_q, head_dim]
+    k,             # [batch, num_heads_k, seqlen_k, head_dim]
+    v,             # [batch, num_heads_k, seqlen_k, head_dim_v]
+    dout,          # [batch, num_heads, seqlen_q, head_dim_v]
+    lse_parts,     # [batch, num_heads, seqlen_q, 2], contiguous
+    delta,         # [batch, num_heads, seqlen_q], contiguous
+    block_bounds,  # [batch, num_heads, blocks of seqlen_q, 4], contiguous
+    dk,            # like k
+    dv,            # like v
+    k_start, k_end, mask, bias, alibi_slopes, softmax_scale,  # as in prefill.forward_kernel
+    seed: tl.int64,
+    dk_strides, dv_strides,
+    q_strides, k_strides, v_strides, dout_strides, start_strides, end_strides, mask_strides, bias_strides,
+    slope_strides, scale_stride,
+    softcap, diagonal_lo, diagonal_hi, threshold: tl.int64, keep_factor,
+    num_heads, group_size, seqlen_q, seqlen_k,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    LEARNED_SCALE: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    # 1. bounds
+    HAS_FIRST: tl.constexpr = HAS_LO or k_start is not None
+    EVERYWHERE: tl.constexpr = mask is not None or bias is not None
+    HIDES: tl.constexpr = EVERYWHERE or HAS_FIRST or HAS_HI or k_end is not None
+    ALIBI: tl.constexpr = alibi_slopes is not None
+    num_n, num_m = tl.cdiv(seqlen_k, BLOCK_N), tl.cdiv(seqlen_q, BLOCK_M)
+    num_heads_k = num_heads // group_size
+    n_block = tl.program_id(0) % num_n
+    head_k, batch = tl.program_id(0) // num_n % num_heads_k, tl.program_id(0) // num_n // num_heads_k
+    col = n_block * BLOCK_N
+    keys_left = seqlen_k - col
+    b, hk, n = batch.to(tl.int64), head_k.to(tl.int64), col.to(tl.int64)
+
+    # 2. k, v
+    k += b * k_strides[0] + hk * k_strides[1] + n * k_strides[2]
+    v += b * v_strides[0] + hk * v_strides[1] + n * v_strides[2]
+    k_tile, v_tile = widen((k_strides[2], k_strides[3]), WIDE), widen((v_strides[2], v_strides[3]), WIDE)
+    q_tile, dout_tile = widen((q_strides[2], q_strides[3]), WIDE), widen((dout_strides[2], dout_strides[3]), WIDE)
+    mask_tile, bias_tile = (mask_strides[2], mask_strides[3]), (bias_strides[2], bias_strides[3])
+    if mask is not None:
+        mask_tile = widen(mask_tile, WIDE)
+    if bias is not None:
+        bias_tile = widen(bias_tile, WIDE)
+    k0 = load_columns(k, k_tile, keys_left, BLOCK_N, 0, D0, HEAD_DIM, True)
+    v0 = load_columns(v, v_tile, keys_left, BLOCK_N, 0, E0, HEAD_DIM_V, True)
+    dk0, dv0 = tl.zeros([BLOCK_N, D0], tl.float32), tl.zeros([BLOCK_N, E0], tl.float32)
+    k1, v1, dk1, dv1 = 0.0, 0.0, 0.0, 0.0
+    if D1 > 0:
+        k1 = load_columns(k, k_tile, keys_left, BLOCK_N, D0, D1, HEAD_DIM, True)
+        dk1 = tl.zeros([BLOCK_N, D1], tl.float32)
+    if E1 > 0:
+        v1 = load_columns(v, v_tile, keys_left, BLOCK_N, E0, E1, HEAD_DIM_V, True)
+        dv1 = tl.zeros([BLOCK_N, E1], tl.float32)
+
+    # 3. loops: the heads that share these keys, and the blocks of queries that see them
+    for head in tl.range(head_k * group_size, (head_k + 1) * group_size):
+        h = tl.cast(head, tl.int64)
+        statistics = (b * num_heads + h) * seqlen_q
+        lo, hi, full_lo, full_hi = visiting_blocks(
+            block_bounds + 4 * (b * num_heads + h) * num_m, num_m, col, col + BLOCK_N - 1, 128
+        )
+        if EVERYWHERE:
+            full_lo, full_hi = hi, hi
+        q_head = q + b * q_strides[0] + h * q_strides[1]
+        dout_head = dout + b * dout_strides[0] + h * dout_strides[1]
+        start_head, end_head, mask_head, bias_head = k_start, k_end, mask, bias
+        if k_start is not None:
+            start_head += b * start_strides[0] + h * start_strides[1]
+        if k_end is not None:
+            end_head += b * end_strides[0] + h * end_strides[1]
+        if mask is not None:
+            mask_head += b * mask_strides[0] + h * mask_strides[1] + n * mask_strides[3]
+        if bias is not None:
+            bias_head += b * bias_strides[0] + h * bias_strides[1] + n * bias_strides[3]
+        scale = load_scale(softmax_scale, scale_stride, h, LEARNED_SCALE)
+        slope = load_slope(alibi_slopes, slope_strides, b, h)
+        if not EVERYWHERE:
+            for block in tl.range(full_lo, full_hi):
+                dk0, dk1, dv0, dv1 = key_value_step(
+                    dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_head, q_tile, dout_head, dout_tile, lse_parts, delta, start_head,
+                    start_strides[2], end_head, end_strides[2], mask_head, mask_tile, bias_head, bias_tile,
+                    block * BLOCK_M, col, statistics, head, batch, diagonal_lo, diagonal_hi, seqlen_q, seqlen_k, scale,
+                    softcap, slope, threshold, keep_factor, seed, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1,
+                    HAS_LO, HAS_HI, HAS_FIRST, SOFTCAP, ALIBI, DROPOUT, EXACT, PRECISION, LEARNED_SCALE,
+                    False, False,
+                )  # fmt: skip
+        blocks_before = full_lo - lo
+        for index in tl.range(0, blocks_before + hi - full_hi):
+            block = tl.where(index < blocks_before, lo + index, full_hi + index - blocks_before)
+            dk0, dk1, dv0, dv1 = key_value_step(
+                dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_head, q_tile, dout_head, dout_tile, lse_parts, delta, start_head,
+                start_strides[2], end_head, end_strides[2], mask_head, mask_tile, bias_head, bias_tile,
+                block * BLOCK_M, col, statistics, head, batch, diagonal_lo, diagonal_hi, seqlen_q, seqlen_k, scale,
+                softcap, slope, threshold, keep_factor, seed, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1,
+                HAS_LO, HAS_HI, HAS_FIRST, SOFTCAP, ALIBI, DROPOUT, EXACT, PRECISION, LEARNED_SCALE,
+                True, HIDES,
+            )  # fmt: skip
+
+    # 4. epilogue
+    if not LEARNED_SCALE:
+        dk0 *= softmax_scale
+        dk1 *= softmax_scale
+    if DROPOUT:
+        dv0 *= keep_factor
+        dv1 *= keep_factor
+    dk_tile, dv_tile = widen((dk_strides[2], dk_strides[3]), WIDE), widen((dv_strides[2], dv_strides[3]), WIDE)
+    if dk is not None:
+        dk += b * dk_strides[0] + hk * dk_strides[1] + n * dk_strides[2]
+        store_columns(dk, dk_tile, dk0, keys_left, BLOCK_N, 0, D0, HEAD_DIM)
+        if D1 > 0:
+            store_columns(dk, dk_tile, dk1, keys_left, BLOCK_N, D0, D1, HEAD_DIM)
+    if dv is not None:
+        dv += b * dv_strides[0] + hk * dv_strides[1] + n * dv_strides[2]
+        store_columns(dv, dv_tile, dv0, keys_left, BLOCK_N, 0, E0, HEAD_DIM_V)
+        if E1 > 0:
+            store_columns(dv, dv_tile, dv1, keys_left, BLOCK_N, E0, E1, HEAD_DIM_V)
+
+
+@triton.jit
+def query_step(
+    dq0, dq1, dslope,
+    q0, q1, do0, do1, k, k_strides, v, v_strides, mask, mask_strides, bias, bias_strides,
+    top, log2_total, delta, first, last, row, col, head, batch, seqlen_q, seqlen_k, scale, softcap, slope, threshold,
+    keep_factor, seed,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
+    HAS_FIRST: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr, SLOPE_WANTED: tl.constexpr, MASKED: tl.constexpr, HIDES: tl.constexpr,
+):  # fmt: skip
+    """The part of one block of keys in the gradients of a block of queries."""
+    keys_left, n = seqlen_k - col, tl.cast(col, tl.int64)
+    k += n * k_strides[0]
+    v += n * v_strides[0]
+    k0 = load_columns(k, k_strides, keys_left, BLOCK_N, 0, D0, HEAD_DIM, MASKED)
+    s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
+    if D1 > 0:
+        k1 = load_columns(k, k_strides, keys_left, BLOCK_N, D0, D1, HEAD_DIM, MASKED)
+        s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
+    v0 = load_columns(v, v_strides, keys_left, BLOCK_N, 0, E0, HEAD_DIM_V, MASKED)
+    dp = tl.dot(do0, tl.trans(v0), input_precision=PRECISION)
+    if E1 > 0:
+        v1 = load_columns(v, v_strides, keys_left, BLOCK_N, E0, E1, HEAD_DIM_V, MASKED)
+        dp = tl.dot(do1, tl.trans(v1), dp, input_precision=PRECISION)
+    if mask is not None:
+        mask += n * mask_strides[1]
+    if bias is not None:
+        bias += n * bias_strides[1]
+    rows, cols = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
+    _, ds, dproduct = gradients_of_scores(
+        s, dp, mask, mask_strides, bias, bias_strides, rows, cols, row, col, head, batch, top[:, None],
+        log2_total[:, None], delta[:, None], first[:, None], last[:, None], seqlen_q, seqlen_k, scale, softcap, slope,
+        threshold, keep_factor, seed, BLOCK_M, BLOCK_N, HAS_FIRST, SOFTCAP, ALIBI, DROPOUT, EXACT, MASKED, False,
+    )  # fmt: skip
+    if SLOPE_WANTED:
+        dslope -= tl.sum(ds * tl.abs(row + rows + (seqlen_k - seqlen_q) - col - cols).to(tl.float32), 1)
+    if HIDES:  # a key that no row here sees may hold anything
+        k0 = finite_or(k0, True)
+    dproduct = dproduct.to(k0.dtype)
+    dq0 = tl.dot(dproduct, k0, dq0, input_precision=PRECISION)
+    if D1 > 0:
+        if HIDES:
+            k1 = finite_or(k1, True)
+        dq1 = tl.dot(dproduct, k1, dq1, input_precision=PRECISION)
+    return dq0, dq1, dslope
+
+
+@triton.jit(do_not_specialize=launch.SIZES)
+def query_kernel(
+    q,             # [batch, num_heads, seqlen_q, head_dim]
+    k,             # [batch, num_heads_k, seqlen_k, head_dim]
+    v,             # [batch, num_heads_k, seqlen_k, head_dim_v]
+    dout,          # [batch, num_heads, seqlen_q, head_dim_v]
+    lse_parts,     # [batch, num_heads, seqlen_q, 2], contiguous
+    delta,         # [batch, num_heads, seqlen_q], contiguous
+    dq,            # like q, or None
+    dslopes,       # [batch, num_heads, seqlen_q], contiguous, or None: the part of each row
+    dscale,        # likewise
+    k_start, k_end, mask, bias, alibi_slopes, softmax_scale,  # as in prefill.forward_kernel
+    seed: tl.int64,
+    dq_strides,
+    q_strides, k_strides, v_strides, dout_strides, start_strides, end_strides, mask_strides, bias_strides,
+    slope_strides, scale_stride,
+    softcap, diagonal_lo, diagonal_hi, threshold: tl.int64, keep_factor,
+    num_heads, group_size, seqlen_q, seqlen_k,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    LEARNED_SCALE: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    # 1. bounds
+    HAS_FIRST: tl.constexpr = HAS_LO or k_start is not None
+    BOUNDED: tl.constexpr = HAS_FIRST or HAS_HI or k_end is not None
+    EVERYWHERE: tl.constexpr = mask is not None or bias is not None
+    HIDES: tl.constexpr = EVERYWHERE or BOUNDED
+    ALIBI: tl.constexpr = alibi_slopes is not None
+    SLOPE_WANTED: tl.constexpr = dslopes is not None
+    num_m = tl.cdiv(seqlen_q, BLOCK_M)
+    m_block = tl.program_id(0) % num_m
+    if HAS_HI:
+        m_block = num_m - 1 - m_block  # causal: longest first
+    head, batch = tl.program_id(0) // num_m % num_heads, tl.program_id(0) // num_m // num_heads
+    row = m_block * BLOCK_M
+    b, h, hk, m = batch.to(tl.int64), head.to(tl.int64), (head // group_size).to(tl.int64), row.to(tl.int64)
+    rows, rows_left = row + tl.arange(0, BLOCK_M), seqlen_q - row
+    if k_start is not None:
+        k_start += b * start_strides[0] + h * start_strides[1]
+    if k_end is not None:
+        k_end += b * end_strides[0] + h * end_strides[1]
+    first, last = row_bounds(
+        rows, k_start, start_strides[2], k_end, end_strides[2], seqlen_q, seqlen_k, diagonal_lo, diagonal_hi,
+        HAS_LO, HAS_HI,
+    )  # fmt: skip
+    lo, hi, common_lo, common_hi = key_range(first, last, seqlen_k, BLOCK_N, HAS_FIRST, BOUNDED, EVERYWHERE)
+
+    # 2. q, dout and the statistics
+    q += b * q_strides[0] + h * q_strides[1] + m * q_strides[2]
+    dout += b * dout_strides[0] + h * dout_strides[1] + m * dout_strides[2]
+    k += b * k_strides[0] + hk * k_strides[1]
+    v += b * v_strides[0] + hk * v_strides[1]
+    k_tile, v_tile = widen((k_strides[2], k_strides[3]), WIDE), widen((v_strides[2], v_strides[3]), WIDE)
+    q_tile, dout_tile = widen((q_strides[2], q_strides[3]), WIDE), widen((dout_strides[2], dout_strides[3]), WIDE)
+    mask_tile, bias_tile = (mask_strides[2], mask_strides[3]), (bias_strides[2], bias_strides[3])
+    if mask is not None:
+        mask += b * mask_strides[0] + h * mask_strides[1] + m * mask_strides[2]
+        mask_tile = widen(mask_tile, WIDE)
+    if bias is not None:
+        bias += b * bias_strides[0] + h * bias_strides[1] + m * bias_strides[2]
+        bias_tile = widen(bias_tile, WIDE)
+    scale = load_scale(softmax_scale, scale_stride, h, LEARNED_SCALE)
+    slope = load_slope(alibi_slopes, slope_strides, b, h)
+    q0 = load_columns(q, q_tile, rows_left, BLOCK_M, 0, D0, HEAD_DIM, True)
+    do0 = load_columns(dout, dout_tile, rows_left, BLOCK_M, 0, E0, HEAD_DIM_V, True)
+    q1, do1, dq0, dq1 = 0.0, 0.0, tl.zeros([BLOCK_M, D0], tl.float32), 0.0
+    if D1 > 0:
+        q1 = load_columns(q, q_tile, rows_left, BLOCK_M, D0, D1, HEAD_DIM, True)
+        dq1 = tl.zeros([BLOCK_M, D1], tl.float32)
+    if E1 > 0:
+        do1 = load_columns(dout, dout_tile, rows_left, BLOCK_M, E0, E1, HEAD_DIM_V, True)
+    statistics = (b * num_heads + h) * seqlen_q
+    top, log2_total, row_delta = load_statistics(lse_parts, delta, statistics + m, rows_left, BLOCK_M, True)
+
+    # 3. loops
+    dslope = tl.zeros([BLOCK_M], tl.float32)
+    if not EVERYWHERE:
+        for col in tl.range(common_lo, common_hi, BLOCK_N):
+            dq0, dq1, dslope = query_step(
+                dq0, dq1, dslope, q0, q1, do0, do1, k, k_tile, v, v_tile, mask, mask_tile, bias, bias_tile, top,
+                log2_total, row_delta, first, last, row, col, head, batch, seqlen_q, seqlen_k, scale, softcap, slope,
+                threshold, keep_factor, seed, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, HAS_FIRST,
+                SOFTCAP, ALIBI, DROPOUT, EXACT, PRECISION, SLOPE_WANTED, False, False,
+            )  # fmt: skip
+    blocks_before = tl.cdiv(common_lo - lo, BLOCK_N)
+    for block in tl.range(0, blocks_before + tl.cdiv(hi - common_hi, BLOCK_N)):
+        col = tl.where(block < blocks_before, lo + block * BLOCK_N, common_hi + (block - blocks_before) * BLOCK_N)
+        dq0, dq1, dslope = query_step(
+            dq0, dq1, dslope, q0, q1, do0, do1, k, k_tile, v, v_tile, mask, mask_tile, bias, bias_tile, top,
+            log2_total, row_delta, first, last, row, col, head, batch, seqlen_q, seqlen_k, scale, softcap, slope,
+            threshold, keep_factor, seed, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, HAS_FIRST,
+            SOFTCAP, ALIBI, DROPOUT, EXACT, PRECISION, SLOPE_WANTED, True, HIDES,
+        )  # fmt: skip
+
+    # 4. epilogue
+    if SLOPE_WANTED:
+        tl.store(dslopes + statistics + rows, dslope, mask=rows < seqlen_q)
+    if dscale is not None:  # sum of dproduct * (q . k) over the keys
+        total = tl.sum(dq0 * finite_or(q0, True).to(tl.float32), 1)
+        if D1 > 0:
+            total += tl.sum(dq1 * finite_or(q1, True).to(tl.float32), 1)
+        tl.store(dscale + statistics + rows, total, mask=rows < seqlen_q)
+    if dq is not None:
+        dq += b * dq_strides[0] + h * dq_strides[1] + m * dq_strides[2]
+        dq_tile = widen((dq_strides[2], dq_strides[3]), WIDE)
+        store_columns(dq, dq_tile, dq0 * scale, rows_left, BLOCK_M, 0, D0, HEAD_DIM)
+        if D1 > 0:
+            store_columns(dq, dq_tile, dq1 * scale, rows_left, BLOCK_M, D0, D1, HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=[*launch.SIZES, "batches", "heads"])
+def bias_kernel(
+    q,             # [batch, num_heads, seqlen_q, head_dim]
+    k,             # [batch, num_heads_k, seqlen_k, head_dim]
+    v,             # [batch, num_heads_k, seqlen_k, head_dim_v]
+    dout,          # [batch, num_heads, seqlen_q, head_dim_v]
+    lse_parts,     # [batch, num_heads, seqlen_q, 2], contiguous
+    delta,         # [batch, num_heads, seqlen_q], contiguous
+    dbias,         # [batch or 1, num_heads or 1, seqlen_q or 1, seqlen_k or 1]; 1: summed over
+    k_start, k_end, mask, bias, alibi_slopes, softmax_scale,  # as in prefill.forward_kernel
+    seed: tl.int64,
+    dbias_strides,
+    q_strides, k_strides, v_strides, dout_strides, start_strides, end_strides, mask_strides, bias_strides,
+    slope_strides, scale_stride,
+    softcap, diagonal_lo, diagonal_hi, threshold: tl.int64, keep_factor,
+    num_heads, group_size, seqlen_q, seqlen_k, batches, heads,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    LEARNED_SCALE: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    WIDE: tl.constexpr, ROWS_SUMMED: tl.constexpr, COLS_SUMMED: tl.constexpr,
+):  # fmt: skip
+    """dS summed over what the bias is broadcast over: `batches` batches, `heads` heads, rows, columns."""
+    # 1. which block of the bias, and the range of what is summed over
+    HAS_FIRST: tl.constexpr = HAS_LO or k_start is not None
+    ALIBI: tl.constexpr = alibi_slopes is not None
+    num_m, num_n = tl.cdiv(seqlen_q, BLOCK_M), tl.cdiv(seqlen_k, BLOCK_N)
+    m_blocks, n_blocks = 1, 1  # of the bias
+    if not ROWS_SUMMED:
+        m_blocks, num_m = num_m, 1
+    if not COLS_SUMMED:
+        n_blocks, num_n = num_n, 1
+    pid = tl.program_id(0)
+    n_first, pid = pid % n_blocks, pid // n_blocks
+    m_first, pid = pid % m_blocks, pid // m_blocks
+    heads_of_bias = num_heads // heads
+    head_first, batch_first = pid % heads_of_bias, pid // heads_of_bias
+    mask_tile, bias_tile = (mask_strides[2], mask_strides[3]), (bias_strides[2], bias_strides[3])
+    if mask is not None:
+        mask_tile = widen(mask_tile, WIDE)
+    bias_tile = widen(bias_tile, WIDE)
+    local_rows, local_cols = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
+
+    # 2. loop
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for index in tl.range(0, batches * heads * num_m * num_n):
+        col, index = (n_first + index % num_n) * BLOCK_N, index // num_n
+        row, index = (m_first + index % num_m) * BLOCK_M, index // num_m
+        head, batch = head_first + index % heads, batch_first + index // heads
+        b, h, hk = tl.cast(batch, tl.int64), tl.cast(head, tl.int64), tl.cast(head // group_size, tl.int64)
+        m, n = tl.cast(row, tl.int64), tl.cast(col, tl.int64)
+        rows_left, keys_left = seqlen_q - row, seqlen_k - col
+        start_head, end_head, mask_head = k_start, k_end, mask
+        if k_start is not None:
+            start_head += b * start_strides[0] + h * start_strides[1]
+        if k_end is not None:
+            end_head += b * end_strides[0] + h * end_strides[1]
+        first, last = row_bounds(
+            row + tl.arange(0, BLOCK_M), start_head, start_strides[2], end_head, end_strides[2], seqlen_q, seqlen_k,
+            diagonal_lo, diagonal_hi, HAS_LO, HAS_HI,
+        )  # fmt: skip
+        if (tl.min(first) < col + BLOCK_N) & (tl.max(last) > col):
+            if mask is not None:
+                mask_head += b * mask_strides[0] + h * mask_strides[1] + m * mask_strides[2] + n * mask_strides[3]
+            bias_head = bias + b * bias_strides[0] + h * bias_strides[1] + m * bias_strides[2] + n * bias_strides[3]
+            q_head = q + b * q_strides[0] + h * q_strides[1] + m * q_strides[2]
+            k_head = k + b * k_strides[0] + hk * k_strides[1] + n * k_strides[2]
+            v_head = v + b * v_strides[0] + hk * v_strides[1] + n * v_strides[2]
+            dout_head = dout + b * dout_strides[0] + h * dout_strides[1] + m * dout_strides[2]
+            s = product(
+                q_head, widen((q_strides[2], q_strides[3]), WIDE), rows_left, k_head,
+                widen((k_strides[2], k_strides[3]), WIDE), keys_left, BLOCK_M, BLOCK_N, D0, D1, HEAD_DIM, PRECISION,
+            )  # fmt: skip
+            dp = product(
+                dout_head, widen((dout_strides[2], dout_strides[3]), WIDE), rows_left, v_head,
+                widen((v_strides[2], v_strides[3]), WIDE), keys_left, BLOCK_M, BLOCK_N, E0, E1, HEAD_DIM_V, PRECISION,
+            )  # fmt: skip
+            statistics = (b * num_heads + h) * seqlen_q + m
+            top, log2_total, row_delta = load_statistics(lse_parts, delta, statistics, rows_left, BLOCK_M, True)
+            scale = load_scale(softmax_scale, scale_stride, h, LEARNED_SCALE)
+            slope = load_slope(alibi_slopes, slope_strides, b, h)
+            _, ds, _ = gradients_of_scores(
+                s, dp, mask_head, mask_tile, bias_head, bias_tile, local_rows, local_cols, row, col, head, batch,
+                top[:, None], log2_total[:, None], row_delta[:, None], first[:, None], last[:, None], seqlen_q,
+                seqlen_k, scale, softcap, slope, threshold, keep_factor, seed, BLOCK_M, BLOCK_N, HAS_FIRST, SOFTCAP,
+                ALIBI, DROPOUT, EXACT, True, False,
+            )  # fmt: skip
+            acc += ds
+
+    # 3. epilogue
+    row, col = m_first * BLOCK_M, n_first * BLOCK_N
+    dbias += tl.cast(batch_first, tl.int64) * dbias_strides[0] + tl.cast(head_first, tl.int64) * dbias_strides[1]
+    if ROWS_SUMMED and COLS_SUMMED:
+        tl.store(dbias, tl.sum(acc))
+    elif ROWS_SUMMED:
+        cols = col + tl.arange(0, BLOCK_N)
+        tl.store(dbias + cols.to(tl.int64) * dbias_strides[3], tl.sum(acc, 0), mask=cols < seqlen_k)
+    elif COLS_SUMMED:
+        rows = row + tl.arange(0, BLOCK_M)
+        tl.store(dbias + rows.to(tl.int64) * dbias_strides[2], tl.sum(acc, 1), mask=rows < seqlen_q)
+    else:
+        dbias += tl.cast(row, tl.int64) * dbias_strides[2] + tl.cast(col, tl.int64) * dbias_strides[3]
+        inside = (local_rows < seqlen_q - row) & (local_cols < seqlen_k - col)
+        pointers = dbias + local_rows * dbias_strides[2] + local_cols * dbias_strides[3]
+        tl.store(pointers, acc.to(dbias.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def product(
+    a, a_strides, a_left, b, b_strides, b_left, M: tl.constexpr, N: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
+    DIM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """a b^T of M and N rows of DIM columns."""
+    a0, b0 = load_columns(a, a_strides, a_left, M, 0, W0, DIM, True), load_columns(b, b_strides, b_left, N, 0, W0, DIM, True)
+    acc = tl.dot(a0, tl.trans(b0), input_precision=PRECISION)
+    if W1 > 0:
+        a1 = load_columns(a, a_strides, a_left, M, W0, W1, DIM, True)
+        b1 = load_columns(b, b_strides, b_left, N, W0, W1, DIM, True)
+        acc = tl.dot(a1, tl.trans(b1), acc, input_precision=PRECISION)
+    return acc
+
+
+def backward(problem, q, k, v, terms, saved, dout, dlse, wanted):
+    """Gradients of q, k, v, bias, alibi_slopes, sinks, softmax_scale, None where not `wanted` (backward signature of
+    dispatch.Row). saved: (out, lse_parts, residual) of `prefill.forward` with for_backward."""
+    out, lse_parts, _ = saved
+    want_q, want_k, want_v, want_bias, want_slopes, want_sinks, want_scale = wanted
+    dq, dk, dv = (torch.empty_like(x) if want else None for x, want in zip((q, k, v), wanted, strict=False))
+    rows = (problem.batch, problem.num_heads, problem.seqlen_q)
+
+    def row_sums(want) -> torch.Tensor | None:
+        return q.new_empty(rows, dtype=torch.float32) if want else None
+
+    delta, dslopes, dsinks, dscale = row_sums(True), row_sums(want_slopes), row_sums(want_sinks), row_sums(want_scale)
+    dbias = _empty_dbias(problem, terms.bias) if want_bias else None
+    if out.numel():
+        device = launch.device_facts(q.get_device())
+        tiles = config.key_value(problem, device)
+        bounds = (*rows[:2], triton.cdiv(problem.seqlen_q, tiles.BLOCK_M), 4)
+        bounds = torch.empty(bounds, dtype=torch.int32, device=q.device)
+        _prepare(problem, terms, saved, dout, dlse, delta, dsinks, bounds, tiles.BLOCK_M)
+        call = _Call(problem, q, k, v, dout, terms, lse_parts, delta, device)
+        if (want_k or want_v) and problem.seqlen_k:
+            programs = problem.batch * problem.num_heads_k
+            call.launch("key_value", key_value_kernel, tiles, "n", programs, (bounds,), (dk, dv), (dk, dv))
+        if want_q or want_slopes or want_scale:
+            programs = problem.batch * problem.num_heads
+            tiles = config.query(problem, device)
+            call.launch("query", query_kernel, tiles, "m", programs, (), (dq, dslopes, dscale), (dq,))
+        if want_bias and dbias.numel():
+            call.launch_bias(dbias)
+    else:
+        for x in (dq, dk, dv, dslopes, dsinks, dscale, dbias):
+            if x is not None:
+                x.zero_()
+    slopes, scale = terms.alibi_slopes, terms.softmax_scale
+    return (
+        dq, dk, dv,
+        None if dbias is None else _sum_to(dbias, terms.bias),
+        None if dslopes is None else _sum_to(dslopes.sum(-1, dtype=torch.float64), slopes),
+        None if dsinks is None else _sum_to(dsinks.sum((0, 2), dtype=torch.float64), terms.sinks),
+        None if dscale is None else _sum_to(dscale.sum((0, 2), dtype=torch.float64), scale),
+    )  # fmt: skip
+
+
+def _sum_to(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return x.sum_to_size((1,) * (x.dim() - like.dim()) + like.shape).view(like.shape).to(like.dtype)
+
+
+def _empty_dbias(problem, bias) -> torch.Tensor:
+    """Sums by bias_kernel: over batches and heads in the kernel if the bias has queries and keys, else afterwards."""
+    shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
+    if shape[2] == 1 or shape[3] == 1:
+        shape = (problem.batch, problem.num_heads, problem.seqlen_q if shape[3] == 1 else 1, shape[3])
+    return torch.empty(shape, dtype=torch.float32, device=bias.device)
+
+
+def _prepare(problem, terms, saved, dout, dlse, delta, dsinks, bounds, block_m) -> None:
+    out, lse_parts, residual = saved
+    extras = (dlse, terms.sinks if dsinks is not None else None, terms.k_start, terms.k_end)
+    key = (
+        "prepare", problem, block_m, residual is None, out.get_device(), out.stride(), dout.stride(), dsinks is None,
+        launch.alignment(out, dout, *extras), launch.describe(*extras), terms.diagonal_lo, terms.diagonal_hi,
+    )  # fmt: skip
+    tensors = (out, residual, dout, dlse, lse_parts, *extras[1:], delta, dsinks, bounds)
+
+    def plan():
+        lo, hi = launch.clamp_diagonal(terms)
+        arguments = (
+            out.stride(), dout.stride(), launch.strides(dlse, 3), launch.strides(terms.k_start, 3),
+            launch.strides(terms.k_end, 3), *launch.strides(terms.sinks, 1), lo, hi, problem.num_heads,
+            problem.seqlen_q, problem.seqlen_k,
+        )  # fmt: skip
+        constexprs = {
+            "HEAD_DIM_V": problem.head_dim_v, "BLOCK_D": triton.next_power_of_2(problem.head_dim_v), "BLOCK_M": block_m,
+            "WIDE": launch.is_wide(*arguments[:2]), **launch.diagonal_flags(lo, hi),
+        }  # fmt: skip
+        grid = (bounds.shape[0] * bounds.shape[1] * bounds.shape[2],)
+        return prepare_kernel, grid, arguments, constexprs, {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+
+    launch.run(key, tensors, plan)
+
+
+class _Call:
+    """What the three kernels of products have in common."""
+
+    def __init__(self, problem, q, k, v, dout, terms, lse_parts, delta, device):
+        self.problem, self.inputs, self.terms, self.device = problem, (q, k, v, dout), terms, device
+        self.extras = (terms.k_start, terms.k_end, terms.mask, terms.bias, terms.alibi_slopes)
+        self.statistics = (lse_parts, delta)
+        self.key = (
+            problem, q.get_device(), *(x.stride() for x in self.inputs), launch.alignment(*self.inputs, *self.extras),
+            launch.describe(*self.extras), terms.softcap, terms.diagonal_lo, terms.diagonal_hi, terms.dropout_p,
+            launch.describe_scale(terms.softmax_scale), launch.precision(problem),
+        )  # fmt: skip
+
+    def launch(self, name, kernel, tiles, axis, programs, more_inputs, outputs, strided) -> None:
+        """`tiles` along `axis` ("m": queries, "n": keys) for each of `programs`; only `strided` outputs have strides."""
+        blocks = (self.problem.seqlen_q, tiles.BLOCK_M) if axis == "m" else (self.problem.seqlen_k, tiles.BLOCK_N)
+        strides = tuple(launch.strides(x, 4) for x in strided)
+        self._run(name, kernel, tiles, triton.cdiv(*blocks) * programs, more_inputs + outputs, strides, (), {})
+
+    def launch_bias(self, dbias) -> None:
+        problem, tiles = self.problem, config.bias(self.problem, self.device)
+        b, h, sq, sk = dbias.shape
+        rows_summed, cols_summed = sq == 1 and problem.seqlen_q > 1, sk == 1 and problem.seqlen_k > 1
+        blocks = (1 if rows_summed else triton.cdiv(sq, tiles.BLOCK_M)) * (
+            1 if cols_summed else triton.cdiv(sk, tiles.BLOCK_N)
+        )
+        counts = (problem.batch // b, problem.num_heads // h)
+        flags = {"ROWS_SUMMED": rows_summed, "COLS_SUMMED": cols_summed}
+        self._run("bias", bias_kernel, tiles, blocks * b * h, (dbias,), (dbias.stride(),), counts, flags)
+
+    def _run(self, name, kernel, tiles, programs, tensors, strides, counts, flags) -> None:
+        q, k, v, dout = self.inputs
+        terms, problem = self.terms, self.problem
+        key = (name, tuple(x is None for x in tensors), strides, counts, tuple(flags.items()), *self.key)
+
+        def plan():
+            arguments, constexprs = launch.score_arguments(problem, q, k, v, dout, terms)
+            constexprs |= {"BLOCK_M": tiles.BLOCK_M, "BLOCK_N": tiles.BLOCK_N, **flags}
+            constexprs |= {"EXACT": problem.dtype == "float32" or problem.bias != "none"}
+            return kernel, (programs,), (*strides, *arguments, *counts), constexprs, tiles.options(self.device)
+
+        varying = (*self.extras, terms.softmax_scale, terms.seed or 0)
+        launch.run(key, (*self.inputs, *self.statistics, *tensors, *varying), plan)
