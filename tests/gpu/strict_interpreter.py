@@ -26,7 +26,7 @@ import triton.runtime.interpreter as interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
 SPACE = 1 << 44  # bytes from one tensor's addresses to the next one's
-NOBODY, SEVERAL = -1, -2  # in place of a program
+NOBODY, SEVERAL = 0, -1  # in place of a program, which counts from 1 here: memory that nobody touched costs nothing
 
 launches: Counter = Counter()
 
@@ -48,7 +48,7 @@ class _Storage:
 
     def __init__(self, tensor: torch.Tensor):
         count = tensor.untyped_storage().nbytes() // tensor.element_size()
-        self.reader, self.writer = (np.full(count, NOBODY, np.int32) for _ in range(2))
+        self.reader, self.writer = (np.zeros(count, np.int32) for _ in range(2))
 
     def load(self, elements: np.ndarray, program: int) -> None:
         writer = self.writer[elements]
@@ -58,7 +58,7 @@ class _Storage:
 
     def store(self, elements: np.ndarray, program: int) -> None:
         if len(np.unique(elements)) != elements.size:
-            raise Race(f"two lanes of program {program} store to one element")
+            raise Race(f"two lanes of program {program - 1} store to one element")
         for accessor, verb in ((self.writer[elements], "writes"), (self.reader[elements], "reads")):
             _raise_race((accessor != NOBODY) & (accessor != program), accessor, program, "writes what", verb)
         self.writer[elements] = program
@@ -67,8 +67,8 @@ class _Storage:
 def _raise_race(conflicts: np.ndarray, others: np.ndarray, program: int, does: str, verb: str) -> None:
     if conflicts.any():
         other = int(others[conflicts][0])
-        who = "more than one program" if other == SEVERAL else f"program {other}"
-        raise Race(f"program {program} {does} {who} {verb}: {int(conflicts.sum())} elements")
+        who = "more than one program" if other == SEVERAL else f"program {other - 1}"
+        raise Race(f"program {program - 1} {does} {who} {verb}: {int(conflicts.sum())} elements")
 
 
 class _Region:
@@ -123,7 +123,7 @@ class _Memory:
                 raise OutOfBounds(f"an address that comes from no tensor, in program {program}")
             lanes, region = mask & (indices == index), self.regions[index]
             elements = region.elements(addresses[lanes], f"{'store' if is_store else 'load'} in program {program}")
-            (region.storage.store if is_store else region.storage.load)(elements + region.first, program)
+            (region.storage.store if is_store else region.storage.load)(elements + region.first, program + 1)
             real[lanes] = region.data_ptr + elements * region.itemsize
         return real
 

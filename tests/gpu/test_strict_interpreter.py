@@ -149,6 +149,27 @@ def test_overflow_of_int32():
         offset[(4,)](torch.empty(4), 2**30, WIDE=False)
 
 
+def test_offsets_beyond_32_bits():
+    """Two rows, 2^31 elements apart, of memory that is not there until it is touched."""
+
+    @triton.jit
+    def copy_row(x, y, stride, N: tl.constexpr, WIDE: tl.constexpr):
+        row = tl.program_id(0)
+        if WIDE:
+            row = row.to(tl.int64)
+        i = tl.arange(0, N)
+        tl.store(y + tl.program_id(0) * N + i, tl.load(x + row * stride + i))
+
+    x = torch.from_numpy(np.zeros(2**31 + 16, np.int16)).view(torch.float16).as_strided((2, 16), (2**31, 1))
+    x[:] = torch.arange(32).view(2, 16)
+    y = torch.empty(2, 16, dtype=torch.float16)
+    copy_row[(2,)](x, y, 2**31, 16, WIDE=True)
+    assert torch.equal(x, y)
+    x = x.as_strided((2, 16), (2**30, 1))  # the program number times 2^30 fits, twice that does not
+    with pytest.raises(AssertionError, match="int32 overflow"):
+        copy_row[(3,)](x, torch.empty(3, 16, dtype=torch.float16), 2**30, 16, WIDE=False)
+
+
 def test_device_assert():
     @triton.jit
     def check(x):
