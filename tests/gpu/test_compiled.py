@@ -8,17 +8,17 @@ import process
 
 process.require(interpreted=False)
 
-import kernel_report  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
-from fake_device import SHARED_MEMORY, fake_gpu  # noqa: E402
-from kernel_report import ARCHS, SPECS, arch_name, describe  # noqa: E402
-from machine_code import analyze  # noqa: E402
 from triton.runtime.errors import OutOfResources  # noqa: E402
 
+import kernel_report  # noqa: E402
+from fake_device import SHARED_MEMORY, fake_gpu  # noqa: E402
 from fastattn.kernels import config  # noqa: E402
+from kernel_report import ARCHS, SPECS, arch_name, describe  # noqa: E402
+from machine_code import analyze  # noqa: E402
 
 MATRIX_UNIT = {
     **dict.fromkeys((80, 86, 89, 120), {"HMMA"}),

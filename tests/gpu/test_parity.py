@@ -9,6 +9,7 @@ import process
 
 process.require_runnable()
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
