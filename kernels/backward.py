@@ -33,8 +33,8 @@ from .tile import (
 @triton.jit(do_not_specialize=launch.SIZES)
 def prepare_kernel(
     out,           # [batch, num_heads, seqlen_q, head_dim_v]
-    residual,      # like out, or None: what out lost in rounding
-    dout,          # [batch, num_heads, seqlen_q, head_dim_v]
+    dout,          # likewise
+    exact,         # [batch, num_heads, seqlen_q], contiguous: rowsum(dP * P), or None: rowsum(dout * out) will do
     dlse,          # [batch, num_heads, seqlen_q] by strides, or None
     lse_parts,     # [batch, num_heads, seqlen_q, 2], contiguous
     sinks,         # [num_heads], or None
@@ -57,20 +57,19 @@ def prepare_kernel(
     b, h, m = batch.to(tl.int64), head.to(tl.int64), row.to(tl.int64)
     rows, rows_left = row + tl.arange(0, BLOCK_M), seqlen_q - row
 
-    offset = b * out_strides[0] + h * out_strides[1] + m * out_strides[2]
-    tile = widen((out_strides[2], out_strides[3]), WIDE)
-    o = load_columns(out + offset, tile, rows_left, BLOCK_M, 0, BLOCK_D, HEAD_DIM_V, True).to(tl.float32)
-    if residual is not None:
-        o += load_columns(residual + offset, tile, rows_left, BLOCK_M, 0, BLOCK_D, HEAD_DIM_V, True).to(tl.float32)
-    dout += b * dout_strides[0] + h * dout_strides[1] + m * dout_strides[2]
-    do = load_columns(
-        dout, widen((dout_strides[2], dout_strides[3]), WIDE), rows_left, BLOCK_M, 0, BLOCK_D, HEAD_DIM_V, True
-    )
-    row_delta = tl.sum(o * do.to(tl.float32), 1)
+    statistics = (b * num_heads + h) * seqlen_q + rows
+    if exact is not None:
+        row_delta = tl.load(exact + statistics, mask=rows < seqlen_q, other=0.0)
+    else:
+        out += b * out_strides[0] + h * out_strides[1] + m * out_strides[2]
+        dout += b * dout_strides[0] + h * dout_strides[1] + m * dout_strides[2]
+        out_tile, dout_tile = widen((out_strides[2], out_strides[3]), WIDE), widen((dout_strides[2], dout_strides[3]), WIDE)
+        o = load_columns(out, out_tile, rows_left, BLOCK_M, 0, BLOCK_D, HEAD_DIM_V, True).to(tl.float32)
+        do = load_columns(dout, dout_tile, rows_left, BLOCK_M, 0, BLOCK_D, HEAD_DIM_V, True).to(tl.float32)
+        row_delta = tl.sum(o * do, 1)
     if dlse is not None:
         dlse += b * dlse_strides[0] + h * dlse_strides[1]
         row_delta -= tl.load(dlse + rows.to(tl.int64) * dlse_strides[2], mask=rows < seqlen_q, other=0.0)
-    statistics = (b * num_heads + h) * seqlen_q + rows
     tl.store(delta + statistics, row_delta, mask=rows < seqlen_q)
     if dsinks is not None:
         sink = tl.load(sinks + h * sink_stride).to(tl.float32) * LOG2E
@@ -146,15 +145,20 @@ def gradients_of_scores(
 def load_statistics(lse_parts, delta, offset, rows_left, BLOCK_M: tl.constexpr, CHECK: tl.constexpr):
     """(top, log2_total, delta) of BLOCK_M rows from `offset` on; rows past the end have weights of 0."""
     rows = tl.arange(0, BLOCK_M)
+    inside = rows < rows_left
     lse_parts += 2 * offset
-    delta += offset
     if CHECK:
-        inside = rows < rows_left
         top = tl.load(lse_parts + 2 * rows, mask=inside, other=0.0)
         log2_total = tl.load(lse_parts + 2 * rows + 1, mask=inside, other=float("inf"))
-        return top, log2_total, tl.load(delta + rows, mask=inside, other=0.0)
     else:
-        return tl.load(lse_parts + 2 * rows), tl.load(lse_parts + 2 * rows + 1), tl.load(delta + rows)
+        top, log2_total = tl.load(lse_parts + 2 * rows), tl.load(lse_parts + 2 * rows + 1)
+    if delta is None:
+        row_delta = tl.zeros_like(top)
+    elif CHECK:
+        row_delta = tl.load(delta + offset + rows, mask=inside, other=0.0)
+    else:
+        row_delta = tl.load(delta + offset + rows)
+    return top, log2_total, row_delta
 
 
 @triton.jit
@@ -383,14 +387,15 @@ def key_value_kernel(
 
 @triton.jit
 def query_step(
-    dq0, dq1, dslope,
+    dq0, dq1, total, dslope, dscale,
     q0, q1, do0, do1, k, k_strides, v, v_strides, mask, mask_strides, bias, bias_strides,
     top, log2_total, delta, first, last, row, col, head, batch, seqlen_q, seqlen_k, scale, softcap, slope, threshold,
     keep_factor, seed,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
     HAS_FIRST: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
-    EXACT: tl.constexpr, PRECISION: tl.constexpr, SLOPE_WANTED: tl.constexpr, MASKED: tl.constexpr, HIDES: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr, QUERY: tl.constexpr, TOTAL: tl.constexpr, SLOPE: tl.constexpr,
+    SCALE: tl.constexpr, MASKED: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
     """The part of one block of keys in the gradients of a block of queries."""
     keys_left, n = seqlen_k - col, tl.cast(col, tl.int64)
@@ -416,17 +421,22 @@ def query_step(
         log2_total[:, None], delta[:, None], first[:, None], last[:, None], seqlen_q, seqlen_k, scale, softcap, slope,
         threshold, keep_factor, seed, BLOCK_M, BLOCK_N, HAS_FIRST, SOFTCAP, ALIBI, DROPOUT, EXACT, MASKED, False,
     )  # fmt: skip
-    if SLOPE_WANTED:
+    if TOTAL:
+        total += tl.sum(ds, 1)
+    if SLOPE:
         dslope -= tl.sum(ds * tl.abs(row + rows + (seqlen_k - seqlen_q) - col - cols).to(tl.float32), 1)
-    if HIDES:  # a key that no row here sees may hold anything
-        k0 = finite_or(k0, True)
-    dproduct = dproduct.to(k0.dtype)
-    dq0 = tl.dot(dproduct, k0, dq0, input_precision=PRECISION)
-    if D1 > 0:
-        if HIDES:
-            k1 = finite_or(k1, True)
-        dq1 = tl.dot(dproduct, k1, dq1, input_precision=PRECISION)
-    return dq0, dq1, dslope
+    if SCALE:
+        dscale += tl.sum(tl.where(dproduct == 0.0, 0.0, dproduct * s), 1)
+    if QUERY:
+        if HIDES:  # a key that no row here sees may hold anything
+            k0 = finite_or(k0, True)
+        dproduct = dproduct.to(k0.dtype)
+        dq0 = tl.dot(dproduct, k0, dq0, input_precision=PRECISION)
+        if D1 > 0:
+            if HIDES:
+                k1 = finite_or(k1, True)
+            dq1 = tl.dot(dproduct, k1, dq1, input_precision=PRECISION)
+    return dq0, dq1, total, dslope, dscale
 
 
 @triton.jit(do_not_specialize=launch.SIZES)
@@ -436,10 +446,11 @@ def query_kernel(
     v,             # [batch, num_heads_k, seqlen_k, head_dim_v]
     dout,          # [batch, num_heads, seqlen_q, head_dim_v]
     lse_parts,     # [batch, num_heads, seqlen_q, 2], contiguous
-    delta,         # [batch, num_heads, seqlen_q], contiguous
+    delta,         # [batch, num_heads, seqlen_q], contiguous; None: 0
     dq,            # like q, or None
-    dslopes,       # [batch, num_heads, seqlen_q], contiguous, or None: the part of each row
-    dscale,        # likewise
+    totals,        # [batch, num_heads, seqlen_q], contiguous, or None: the sum of dS of each row
+    dslopes,       # likewise: the part of each row
+    dscales,       # likewise
     k_start, k_end, mask, bias, alibi_slopes, softmax_scale,  # as in prefill.forward_kernel
     seed: tl.int64,
     dq_strides,
@@ -460,7 +471,10 @@ def query_kernel(
     EVERYWHERE: tl.constexpr = mask is not None or bias is not None
     HIDES: tl.constexpr = EVERYWHERE or BOUNDED
     ALIBI: tl.constexpr = alibi_slopes is not None
-    SLOPE_WANTED: tl.constexpr = dslopes is not None
+    QUERY: tl.constexpr = dq is not None
+    TOTAL: tl.constexpr = totals is not None
+    SLOPE: tl.constexpr = dslopes is not None
+    SCALE: tl.constexpr = dscales is not None
     num_m = tl.cdiv(seqlen_q, BLOCK_M)
     m_block = tl.program_id(0) % num_m
     if HAS_HI:
@@ -507,34 +521,36 @@ def query_kernel(
     top, log2_total, row_delta = load_statistics(lse_parts, delta, statistics + m, rows_left, BLOCK_M, True)
 
     # 3. loops
-    dslope = tl.zeros([BLOCK_M], tl.float32)
+    total, dslope, dscale = tl.zeros_like(top), tl.zeros_like(top), tl.zeros_like(top)
     if not EVERYWHERE:
         for col in tl.range(common_lo, common_hi, BLOCK_N):
-            dq0, dq1, dslope = query_step(
-                dq0, dq1, dslope, q0, q1, do0, do1, k, k_tile, v, v_tile, mask, mask_tile, bias, bias_tile, top,
+            dq0, dq1, total, dslope, dscale = query_step(
+                dq0, dq1, total, dslope, dscale, q0, q1, do0, do1, k, k_tile, v, v_tile, mask, mask_tile, bias, bias_tile, top,
                 log2_total, row_delta, first, last, row, col, head, batch, seqlen_q, seqlen_k, scale, softcap, slope,
                 threshold, keep_factor, seed, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, HAS_FIRST,
-                SOFTCAP, ALIBI, DROPOUT, EXACT, PRECISION, SLOPE_WANTED, False, False,
+                SOFTCAP, ALIBI, DROPOUT, EXACT, PRECISION, QUERY, TOTAL, SLOPE, SCALE,
+                False, False,
             )  # fmt: skip
     blocks_before = tl.cdiv(common_lo - lo, BLOCK_N)
     for block in tl.range(0, blocks_before + tl.cdiv(hi - common_hi, BLOCK_N)):
         col = tl.where(block < blocks_before, lo + block * BLOCK_N, common_hi + (block - blocks_before) * BLOCK_N)
-        dq0, dq1, dslope = query_step(
-            dq0, dq1, dslope, q0, q1, do0, do1, k, k_tile, v, v_tile, mask, mask_tile, bias, bias_tile, top,
+        dq0, dq1, total, dslope, dscale = query_step(
+            dq0, dq1, total, dslope, dscale, q0, q1, do0, do1, k, k_tile, v, v_tile, mask, mask_tile, bias, bias_tile, top,
             log2_total, row_delta, first, last, row, col, head, batch, seqlen_q, seqlen_k, scale, softcap, slope,
             threshold, keep_factor, seed, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, HAS_FIRST,
-            SOFTCAP, ALIBI, DROPOUT, EXACT, PRECISION, SLOPE_WANTED, True, HIDES,
+            SOFTCAP, ALIBI, DROPOUT, EXACT, PRECISION, QUERY, TOTAL, SLOPE, SCALE, True,
+            HIDES,
         )  # fmt: skip
 
     # 4. epilogue
-    if SLOPE_WANTED:
-        tl.store(dslopes + statistics + rows, dslope, mask=rows < seqlen_q)
-    if dscale is not None:  # sum of dproduct * (q . k) over the keys
-        total = tl.sum(dq0 * finite_or(q0, True).to(tl.float32), 1)
-        if D1 > 0:
-            total += tl.sum(dq1 * finite_or(q1, True).to(tl.float32), 1)
-        tl.store(dscale + statistics + rows, total, mask=rows < seqlen_q)
-    if dq is not None:
+    statistics += rows
+    if TOTAL:
+        tl.store(totals + statistics, total, mask=rows < seqlen_q)
+    if SLOPE:
+        tl.store(dslopes + statistics, dslope, mask=rows < seqlen_q)
+    if SCALE:
+        tl.store(dscales + statistics, dscale, mask=rows < seqlen_q)
+    if QUERY:
         dq += b * dq_strides[0] + h * dq_strides[1] + m * dq_strides[2]
         dq_tile = widen((dq_strides[2], dq_strides[3]), WIDE)
         store_columns(dq, dq_tile, dq0 * scale, rows_left, BLOCK_M, 0, D0, HEAD_DIM)
@@ -667,8 +683,8 @@ def product(
 
 def backward(problem, q, k, v, terms, saved, dout, dlse, wanted):
     """Gradients of q, k, v, bias, alibi_slopes, sinks, softmax_scale, None where not `wanted` (backward signature of
-    dispatch.Row). saved: (out, lse_parts, residual) of `prefill.forward` with for_backward."""
-    out, lse_parts, _ = saved
+    dispatch.Row). saved: of `prefill.forward_for_backward`."""
+    out, lse_parts = saved
     want_q, want_k, want_v, want_bias, want_slopes, want_sinks, want_scale = wanted
     dq, dk, dv = (torch.empty_like(x) if want else None for x, want in zip((q, k, v), wanted, strict=False))
     rows = (problem.batch, problem.num_heads, problem.seqlen_q)
@@ -680,20 +696,20 @@ def backward(problem, q, k, v, terms, saved, dout, dlse, wanted):
     dbias = _empty_dbias(problem, terms.bias) if want_bias else None
     if out.numel():
         device = launch.device_facts(q.get_device())
+        call = _Call(problem, q, k, v, dout, terms, lse_parts, device)
+        exact = row_sums(any(wanted[3:]))  # out was summed in 16 bits, which these gradients would show
+        if exact is not None:
+            call.launch_query(None, None, exact, None, None)
         tiles = config.key_value(problem, device)
-        bounds = (*rows[:2], triton.cdiv(problem.seqlen_q, tiles.BLOCK_M), 4)
-        bounds = torch.empty(bounds, dtype=torch.int32, device=q.device)
-        _prepare(problem, terms, saved, dout, dlse, delta, dsinks, bounds, tiles.BLOCK_M)
-        call = _Call(problem, q, k, v, dout, terms, lse_parts, delta, device)
+        blocks = triton.cdiv(problem.seqlen_q, tiles.BLOCK_M)
+        bounds = torch.empty((*rows[:2], blocks, 4), dtype=torch.int32, device=q.device)
+        _prepare(problem, terms, out, lse_parts, dout, dlse, exact, delta, dsinks, bounds, tiles.BLOCK_M)
         if (want_k or want_v) and problem.seqlen_k:
-            programs = problem.batch * problem.num_heads_k
-            call.launch("key_value", key_value_kernel, tiles, "n", programs, (bounds,), (dk, dv), (dk, dv))
+            call.launch_key_value(tiles, delta, bounds, dk, dv)
         if want_q or want_slopes or want_scale:
-            programs = problem.batch * problem.num_heads
-            tiles = config.query(problem, device)
-            call.launch("query", query_kernel, tiles, "m", programs, (), (dq, dslopes, dscale), (dq,))
+            call.launch_query(delta, dq, None, dslopes, dscale)
         if want_bias and dbias.numel():
-            call.launch_bias(dbias)
+            call.launch_bias(delta, dbias)
     else:
         for x in (dq, dk, dv, dslopes, dsinks, dscale, dbias):
             if x is not None:
@@ -720,14 +736,14 @@ def _empty_dbias(problem, bias) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.float32, device=bias.device)
 
 
-def _prepare(problem, terms, saved, dout, dlse, delta, dsinks, bounds, block_m) -> None:
-    out, lse_parts, residual = saved
-    extras = (dlse, terms.sinks if dsinks is not None else None, terms.k_start, terms.k_end)
+def _prepare(problem, terms, out, lse_parts, dout, dlse, exact, delta, dsinks, bounds, block_m) -> None:
+    extras = (dlse, None if dsinks is None else terms.sinks, terms.k_start, terms.k_end)
     key = (
-        "prepare", problem, block_m, residual is None, out.get_device(), out.stride(), dout.stride(), dsinks is None,
-        launch.alignment(out, dout, *extras), launch.describe(*extras), terms.diagonal_lo, terms.diagonal_hi,
+        "prepare", problem, block_m, exact is None, dsinks is None, out.get_device(), out.stride(), out.dtype,
+        dout.stride(), launch.alignment(out, dout, *extras), launch.describe(*extras), terms.diagonal_lo,
+        terms.diagonal_hi,
     )  # fmt: skip
-    tensors = (out, residual, dout, dlse, lse_parts, *extras[1:], delta, dsinks, bounds)
+    tensors = (out, dout, exact, dlse, lse_parts, *extras[1:], delta, dsinks, bounds)
 
     def plan():
         lo, hi = launch.clamp_diagonal(terms)
@@ -749,43 +765,47 @@ def _prepare(problem, terms, saved, dout, dlse, delta, dsinks, bounds, block_m) 
 class _Call:
     """What the three kernels of products have in common."""
 
-    def __init__(self, problem, q, k, v, dout, terms, lse_parts, delta, device):
+    def __init__(self, problem, q, k, v, dout, terms, lse_parts, device):
         self.problem, self.inputs, self.terms, self.device = problem, (q, k, v, dout), terms, device
+        self.lse_parts = lse_parts
         self.extras = (terms.k_start, terms.k_end, terms.mask, terms.bias, terms.alibi_slopes)
-        self.statistics = (lse_parts, delta)
         self.key = (
             problem, q.get_device(), *(x.stride() for x in self.inputs), launch.alignment(*self.inputs, *self.extras),
             launch.describe(*self.extras), terms.softcap, terms.diagonal_lo, terms.diagonal_hi, terms.dropout_p,
             launch.describe_scale(terms.softmax_scale), launch.precision(problem),
         )  # fmt: skip
 
-    def launch(self, name, kernel, tiles, axis, programs, more_inputs, outputs, strided) -> None:
-        """`tiles` along `axis` ("m": queries, "n": keys) for each of `programs`; only `strided` outputs have strides."""
-        blocks = (self.problem.seqlen_q, tiles.BLOCK_M) if axis == "m" else (self.problem.seqlen_k, tiles.BLOCK_N)
-        strides = tuple(launch.strides(x, 4) for x in strided)
-        self._run(name, kernel, tiles, triton.cdiv(*blocks) * programs, more_inputs + outputs, strides, (), {})
+    def launch_key_value(self, tiles, delta, bounds, dk, dv) -> None:
+        programs = triton.cdiv(self.problem.seqlen_k, tiles.BLOCK_N) * self.problem.num_heads_k * self.problem.batch
+        strides = (launch.strides(dk, 4), launch.strides(dv, 4))
+        self._launch(key_value_kernel, tiles, programs, (delta, bounds, dk, dv), strides)
 
-    def launch_bias(self, dbias) -> None:
+    def launch_query(self, delta, dq, totals, dslopes, dscale) -> None:
+        tiles = config.query(self.problem, self.device)
+        programs = triton.cdiv(self.problem.seqlen_q, tiles.BLOCK_M) * self.problem.num_heads * self.problem.batch
+        self._launch(query_kernel, tiles, programs, (delta, dq, totals, dslopes, dscale), (launch.strides(dq, 4),))
+
+    def launch_bias(self, delta, dbias) -> None:
         problem, tiles = self.problem, config.bias(self.problem, self.device)
         b, h, sq, sk = dbias.shape
         rows_summed, cols_summed = sq == 1 and problem.seqlen_q > 1, sk == 1 and problem.seqlen_k > 1
-        blocks = (1 if rows_summed else triton.cdiv(sq, tiles.BLOCK_M)) * (
-            1 if cols_summed else triton.cdiv(sk, tiles.BLOCK_N)
-        )
+        m_blocks = 1 if rows_summed else triton.cdiv(sq, tiles.BLOCK_M)
+        n_blocks = 1 if cols_summed else triton.cdiv(sk, tiles.BLOCK_N)
         counts = (problem.batch // b, problem.num_heads // h)
         flags = {"ROWS_SUMMED": rows_summed, "COLS_SUMMED": cols_summed}
-        self._run("bias", bias_kernel, tiles, blocks * b * h, (dbias,), (dbias.stride(),), counts, flags)
+        programs = m_blocks * n_blocks * b * h
+        self._launch(bias_kernel, tiles, programs, (delta, dbias), (dbias.stride(),), counts, flags)
 
-    def _run(self, name, kernel, tiles, programs, tensors, strides, counts, flags) -> None:
-        q, k, v, dout = self.inputs
-        terms, problem = self.terms, self.problem
-        key = (name, tuple(x is None for x in tensors), strides, counts, tuple(flags.items()), *self.key)
+    def _launch(self, kernel, tiles, programs, tensors, strides, counts=(), flags=None) -> None:
+        """tensors: what the kernel takes between lse_parts and k_start."""
+        problem, terms = self.problem, self.terms
+        key = (kernel.fn.__name__, tiles, tuple(x is None for x in tensors), strides, counts, *self.key)
 
         def plan():
-            arguments, constexprs = launch.score_arguments(problem, q, k, v, dout, terms)
-            constexprs |= {"BLOCK_M": tiles.BLOCK_M, "BLOCK_N": tiles.BLOCK_N, **flags}
-            constexprs |= {"EXACT": problem.dtype == "float32" or problem.bias != "none"}
+            arguments, constexprs = launch.score_arguments(problem, *self.inputs, terms)
+            constexprs |= {"BLOCK_M": tiles.BLOCK_M, "BLOCK_N": tiles.BLOCK_N, **(flags or {})}
+            constexprs["EXACT"] = problem.dtype == "float32" or problem.bias != "none"
             return kernel, (programs,), (*strides, *arguments, *counts), constexprs, tiles.options(self.device)
 
         varying = (*self.extras, terms.softmax_scale, terms.seed or 0)
-        launch.run(key, (*self.inputs, *self.statistics, *tensors, *varying), plan)
+        launch.run(key, (*self.inputs, self.lse_parts, *tensors, *varying), plan)

@@ -44,13 +44,7 @@ def device_facts(index: int) -> Device:
     return Device(arch, smem, properties.multi_processor_count, properties.name)
 
 
-def unavailable() -> str | None:
-    """None if Triton kernels can run here, else why not."""
-    if interpreted() or torch.cuda.is_available():
-        return None
-    return "Triton sees no CUDA or ROCm device (TRITON_INTERPRET=1 runs CPU tensors in its interpreter, slowly)"
-
-
+current_device = torch.cuda.current_device
 _launches: dict[tuple, Callable] = {}
 _MAX_LAUNCHES = 4096
 
@@ -70,15 +64,13 @@ def _prepare(key, tensors, kernel, grid, arguments, constexprs, options) -> Call
     if interpreted():
         return lambda *tensors: kernel[grid](*tensors, *arguments, **constexprs)
     compiled = kernel.warmup(*tensors, *arguments, grid=grid, **constexprs, **options)
-    if tensors[0].is_meta:
-        return lambda *tensors: None
     if len(_launches) >= _MAX_LAUNCHES:
         _launches.clear()
     start, tail = compiled[(*grid, 1, 1)[:3]], (*arguments, *[constexprs[name] for name in kernel.arg_names if name in constexprs])
     get_stream, device = driver.active.get_current_stream, tensors[0].get_device()
 
     def launch(*tensors):
-        if torch.cuda.current_device() == device:
+        if current_device() == device:
             start(*tensors, *tail, stream=get_stream(device))
         else:
             with torch.cuda.device(device):

@@ -140,7 +140,6 @@ def forward_kernel(
     k,             # [batch, num_heads_k, seqlen_k, head_dim]
     v,             # [batch, num_heads_k, seqlen_k, head_dim_v]
     out,           # [batch, num_heads, seqlen_q, head_dim_v]
-    residual,      # like out, or None: what out lost in rounding
     lse,           # [batch, num_heads, seqlen_q], contiguous, or None
     lse_parts,     # [batch, num_heads, seqlen_q, 2], contiguous, or None: top, log2_total
     k_start,       # [batch, num_heads, seqlen_q] by strides, or None
@@ -279,29 +278,30 @@ def forward_kernel(
     if E1 > 0:
         acc1 *= factor[:, None]
         store_columns(out + offset, out_tile, acc1, seqlen_q - row, BLOCK_M, E0, E1, HEAD_DIM_V)
-    if residual is not None:
-        lost0 = acc0 - acc0.to(out.dtype.element_ty).to(tl.float32)
-        store_columns(residual + offset, out_tile, lost0, seqlen_q - row, BLOCK_M, 0, E0, HEAD_DIM_V)
-        if E1 > 0:
-            lost1 = acc1 - acc1.to(out.dtype.element_ty).to(tl.float32)
-            store_columns(residual + offset, out_tile, lost1, seqlen_q - row, BLOCK_M, E0, E1, HEAD_DIM_V)
 
 
-def forward(problem, q, k, v, terms, for_backward: bool = False):
-    """(out, lse or None, lse_parts or None, residual or None); `out` follows q's memory order.
+def forward(problem, q, k, v, terms):
+    """Forward pass without gradients (kernel signature of dispatch.Row)."""
+    return _forward(problem, q, k, v, terms, False)[:2]
 
-    lse_parts, residual: with for_backward, what `backward.backward` wants (see `forward_kernel`).
-    """
+
+def forward_for_backward(problem, q, k, v, terms):
+    """(out, lse or None, saved): saved is what `backward.backward` wants, out and lse_parts (see `forward_kernel`)."""
+    out, lse, lse_parts = _forward(problem, q, k, v, terms, True)
+    return out, lse, (out, lse_parts)
+
+
+def _forward(problem, q, k, v, terms, for_backward: bool):
+    """(out, lse, lse_parts), None where not needed; `out` follows q's memory order."""
     out = launch.empty_out(problem, q)
     shape = (problem.batch, problem.num_heads, problem.seqlen_q)
     lse = q.new_empty(shape, dtype=torch.float32) if problem.lse else None
     lse_parts = q.new_empty((*shape, 2), dtype=torch.float32) if for_backward else None
-    residual = torch.empty_like(out) if for_backward and q.element_size() == 2 else None
     if out.numel() == 0:
-        return out, lse, lse_parts, residual
+        return out, lse, lse_parts
     extras = (terms.k_start, terms.k_end, terms.mask, terms.bias, terms.alibi_slopes, terms.sinks)
     tensors = (
-        q, k, v, out, residual, lse, lse_parts, *extras[:5], terms.softmax_scale, terms.seed or 0, terms.sinks
+        q, k, v, out, lse, lse_parts, *extras[:5], terms.softmax_scale, terms.seed or 0, terms.sinks
     )  # fmt: skip
     key = (
         "prefill", problem, for_backward, q.get_device(), q.stride(), k.stride(), v.stride(),
@@ -309,7 +309,7 @@ def forward(problem, q, k, v, terms, for_backward: bool = False):
         terms.diagonal_hi, terms.dropout_p, launch.describe_scale(terms.softmax_scale), launch.precision(problem),
     )  # fmt: skip
     launch.run(key, tensors, lambda: _plan(problem, q, k, v, out, terms))
-    return out, lse, lse_parts, residual
+    return out, lse, lse_parts
 
 
 def _plan(problem, q, k, v, out, terms):

@@ -1,0 +1,36 @@
+"""The rows of the Triton kernels: Triton and the kernels are imported when the first one runs, and not before."""
+
+import importlib.util
+import os
+
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton will run CPU tensors in its interpreter: for debugging kernels, slowly."""
+
+
+def unavailable() -> str | None:
+    """None if Triton kernels can run here, else why not."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if not INTERPRETED and not torch.cuda.is_available():
+        return "there is no CUDA or ROCm device (TRITON_INTERPRET=1 runs CPU tensors in Triton's interpreter, slowly)"
+    return None
+
+
+def prefill(problem, q, k, v, terms):
+    """Forward pass (kernel signature of dispatch.Row)."""
+    from .kernels import prefill as kernel
+
+    if problem.needs_grad:
+        from . import autograd
+
+        return autograd.attention(problem, q, k, v, terms, kernel.forward_for_backward, "triton")
+    return kernel.forward(problem, q, k, v, terms)
+
+
+def backward(problem, q, k, v, terms, saved, dout, dlse, wanted):
+    """Gradients (backward signature of dispatch.Row)."""
+    from .kernels import backward as kernel
+
+    return kernel.backward(problem, q, k, v, terms, saved, dout, dlse, wanted)
