@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from functools import cache, lru_cache
 from typing import NamedTuple
 
+from . import gpu
 from .problem import FLOATS, MASK_KINDS, Problem
 
 
@@ -62,6 +63,19 @@ _CPU = {
     "transformed": {False},
 }
 
+_TRITON = {
+    "device": {"cuda", "cpu"} if gpu.INTERPRETED else {"cuda"},
+    "dtype": {"float16", "bfloat16", "float32"},
+    "seqlen_q": range(0, 2**30),
+    "seqlen_k": range(0, 2**30),
+    "head_dim": range(1, 257),
+    "head_dim_v": range(1, 257),
+    "layout": {"dense"},
+    "mask": {"none", "causal", "window", "interval", "tensor"},
+    "bias": {"none", *FLOATS},
+    "transformed": {False},
+}
+
 KERNELS = (
     Row(
         "cpu.prefill",
@@ -75,6 +89,19 @@ KERNELS = (
         "fastattn.cpu:backward",
         "fastattn.cpu:unavailable",
         {**_CPU, "direction": {"backward"}, "needs_grad": {False}},
+    ),
+    Row(
+        "triton.prefill",
+        "fastattn.gpu:prefill",
+        "fastattn.gpu:unavailable",
+        {**_TRITON, "direction": {"forward"}},
+        backward="triton.backward",
+    ),
+    Row(
+        "triton.backward",
+        "fastattn.gpu:backward",
+        "fastattn.gpu:unavailable",
+        {**_TRITON, "direction": {"backward"}, "needs_grad": {False}},
     ),
     Row(
         "reference.backward", "fastattn.reference:run_backward", None, {"layout": {"dense"}, "direction": {"backward"}}
