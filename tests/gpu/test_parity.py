@@ -17,6 +17,7 @@ import canaries  # noqa: E402
 import fastattn  # noqa: E402
 import test_backward  # noqa: E402
 import test_prefill  # noqa: E402
+from accuracy import assert_accuracy  # noqa: E402
 from cases import CASES, Case, inputs  # noqa: E402
 from fastattn import Mask, UnsupportedError, dispatch  # noqa: E402
 from fastattn.dropout import dropout_mask  # noqa: E402
@@ -69,29 +70,14 @@ def assert_refused(row: dispatch.Row, case: Case, reasons: list[str]) -> None:
     assert all(reason in str(refusal.value) for reason in reasons)
 
 
-def assert_accuracy(actual: tuple[torch.Tensor, torch.Tensor], case: Case) -> None:
-    """(out, lse): at most twice the error of the reference in the same dtype, against the reference in float64.
-
-    The rule of test_prefill without its limit of half an ulp, which no weights of 16 bits can keep: those are what the
-    matrix units multiply.
-    """
-    (q, k, v), kwargs = inputs(case)
-    same_dtype = test_prefill.run(q, k, v, "reference", **kwargs)
-    oracle = test_prefill.run(q.double(), k.double(), v.double(), "reference", **kwargs)
-    for name, x, y, z in zip(("out", "lse"), actual, same_dtype, oracle, strict=True):
-        assert (x.shape, x.dtype) == (y.shape, y.dtype)
-        slack, _ = test_prefill.TOLERANCE[str(x.dtype).removeprefix("torch.")]
-        error, bound = test_prefill.max_error(x, z), 2.0 * test_prefill.max_error(y, z) + slack
-        assert error <= bound, f"{name}: error {error:.3g}, allowed {bound:.3g}"
-
-
 def assert_forward(row: dispatch.Row, case: Case) -> None:
     """One row on one case."""
     (q, k, v), kwargs = on_device(case)
     with test_prefill.only(row):
         out, lse = fastattn.attention(q, k, v, **kwargs, return_lse=True, backend=row.backend)
     assert fastattn.last_call().kernel == row.name
-    assert_accuracy((out.cpu(), lse.cpu()), case)
+    (q, k, v), kwargs = inputs(case)
+    assert_accuracy((out.cpu(), lse.cpu()), q, k, v, **kwargs)
 
 
 @pytest.mark.parametrize("row", FORWARD, ids=lambda row: row.name)

@@ -18,7 +18,7 @@ import triton.language as tl  # noqa: E402
 
 import canaries  # noqa: E402
 import test_backward  # noqa: E402
-import test_prefill  # noqa: E402
+from accuracy import assert_accuracy  # noqa: E402
 from cases import Case, inputs  # noqa: E402
 from fastattn import Mask, api, attention, dispatch, last_call  # noqa: E402
 from fastattn.kernels import config, launch  # noqa: E402
@@ -65,7 +65,7 @@ def test_forward(case, session):
     (q, k, v), kwargs = inputs(case)
     actual = attention(q, k, v, **kwargs, return_lse=True, backend="triton")
     assert session.launches > 0 and session.races_unchecked == 0
-    test_prefill.assert_parity(actual, q, k, v, **kwargs)
+    assert_accuracy(actual, q, k, v, **kwargs)
 
 
 @pytest.mark.parametrize("case", CASES[:-2], ids=str)
@@ -87,14 +87,14 @@ def test_dropout_and_a_learned_scale(kwargs, session):
     (q, k, v), _ = inputs(SMALL)
     actual = attention(q, k, v, **kwargs, return_lse=True, backend="triton")
     assert last_call().kernel.startswith("triton.") and session.launches > 0
-    test_prefill.assert_parity(actual, q, k, v, **kwargs)
+    assert_accuracy(actual, q, k, v, **kwargs)
 
 
 def test_intervals_beyond_the_keys(session):
     (q, k, v), _ = inputs(SMALL)
     mask = Mask.intervals(torch.full((1, 1, 100), -7), torch.full((1, 1, 100), 10_000))
     actual = attention(q, k, v, mask=mask, return_lse=True, backend="triton")
-    test_prefill.assert_parity(actual, q, k, v, mask=mask)
+    assert_accuracy(actual, q, k, v, mask=mask)
 
 
 # --- mistakes that must be caught ------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def test_mistake_is_caught(mistake):
     (q, k, v), kwargs = inputs(SMALL._replace(dtype="bfloat16", causal=True))
     with canaries.planted(mistake), pytest.raises(AssertionError, match="error .*, allowed"):
         actual = attention(q, k, v, **kwargs, return_lse=True, backend="triton")
-        test_prefill.assert_parity(actual, q, k, v, **kwargs)
+        assert_accuracy(actual, q, k, v, **kwargs)
 
 
 def test_out_of_bounds_is_caught():
