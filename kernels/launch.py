@@ -10,6 +10,7 @@ import torch
 import triton
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import config
 from .config import SMEM, Device
@@ -49,35 +50,73 @@ _launches: dict[tuple, Callable] = {}
 _MAX_LAUNCHES = 4096
 
 
-def run(key: tuple, tensors: tuple, plan: Callable) -> None:
-    """Launch the kernel that plan() -> (kernel, grid, other arguments, constexprs, options) names.
+def _describe_nothing(k, v) -> tuple:
+    return ()
 
+
+def run(key: tuple, tensors: tuple, plan: Callable) -> None:
+    """Launch the kernel that plan() -> (kernel, grid, other arguments, constexprs, options[, describe]) names.
+
+    describe(second tensor, third tensor) gives arguments to put behind the tensors.
     key has to determine all that plan() returns, and with it dtypes, strides and alignment of `tensors`.
     """
     launch = _launches.get(key)
     if launch is None:
         launch = _prepare(key, tensors, *plan())
-    launch(*tensors)
+    launch(tensors)
 
 
-def _prepare(key, tensors, kernel, grid, arguments, constexprs, options) -> Callable:
+def _prepare(key, tensors, kernel, grid, arguments, constexprs, options, describe=_describe_nothing) -> Callable:
+    tail = (*arguments, *[constexprs[name] for name in kernel.arg_names if name in constexprs])
     if interpreted():
-        return lambda *tensors: kernel[grid](*tensors, *arguments, **constexprs)
-    compiled = kernel.warmup(*tensors, *arguments, grid=grid, **constexprs, **options)
+        compiled = kernel
+    else:
+        described = describe(*tensors[1:3])
+        compiled = kernel.warmup(*tensors, *described, *arguments, grid=grid, **constexprs, **options)
+    start, device = compiled[(*grid, 1, 1)[:3]], tensors[0].get_device()
+    if interpreted():
+        launch = lambda tensors: start(*tensors, *describe(*tensors[1:3]), *tail)  # noqa: E731
+    else:
+        get_stream = driver.active.get_current_stream
+
+        def launch(tensors):
+            if current_device() != device:
+                with torch.cuda.device(device):
+                    return launch(tensors)
+            start(*tensors, *describe(*tensors[1:3]), *tail, stream=get_stream(device))
+
     if len(_launches) >= _MAX_LAUNCHES:
         _launches.clear()
-    start, tail = compiled[(*grid, 1, 1)[:3]], (*arguments, *[constexprs[name] for name in kernel.arg_names if name in constexprs])
-    get_stream, device = driver.active.get_current_stream, tensors[0].get_device()
-
-    def launch(*tensors):
-        if current_device() == device:
-            start(*tensors, *tail, stream=get_stream(device))
-        else:
-            with torch.cuda.device(device):
-                start(*tensors, *tail, stream=get_stream(device))
-
     _launches[key] = launch
     return launch
+
+
+def descriptors(device: Device, k, v, rows: int, widths: list[tuple[int, int]]) -> Callable:
+    """A function from k and v to their tensor descriptors of [1, 1, rows, width]; to None where the device has none or
+    the memory of either does not allow it."""
+    usable = device.arch.startswith("sm_") and int(device.arch[3:]) >= 90
+    usable = usable and not widths[0][1] and not widths[1][1] and all(map(_allows_descriptor, (k, v)))
+    if not usable:
+        return lambda k, v: (None, None)
+    (kd, vd) = (vars(_descriptor(x, rows, width)) for x, (width, _) in zip((k, v), widths, strict=True))
+
+    def describe(k, v):
+        pair = TensorDescriptor.__new__(TensorDescriptor), TensorDescriptor.__new__(TensorDescriptor)
+        pair[0].__dict__, pair[1].__dict__ = {**kd, "base": k}, {**vd, "base": v}  # checked once, by the first call
+        return pair
+
+    return describe
+
+
+def _allows_descriptor(x: torch.Tensor) -> bool:
+    size = x.element_size()
+    aligned = all(stride * size % 16 == 0 and stride > 0 for n, stride in zip(x.shape[:3], x.stride()[:3]) if n > 1)
+    return aligned and x.stride(3) == 1 and x.numel() > 0 and x.data_ptr() % 16 == 0
+
+
+def _descriptor(x: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
+    outer = [stride if n > 1 else x.shape[3] * 16 for n, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*outer, 1], [1, 1, rows, width])
 
 
 def alignment(*tensors: torch.Tensor | None) -> int | tuple:

@@ -36,8 +36,8 @@ def load_scores(ptr, strides, rows, cols, rows_left, cols_left):
 @triton.jit
 def attend(
     acc0, acc1, l_i, m_i,
-    q0, q1, k, k_strides, v, v_strides, mask, mask_strides, bias, bias_strides,
-    row, col, head, batch, first, last,
+    q0, q1, k, k_strides, k_descriptor, v, v_strides, v_descriptor, mask, mask_strides, bias, bias_strides,
+    row, col, head, head_k, batch, first, last,
     seqlen_q, seqlen_k, scale, softcap, slope, threshold, seed,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
@@ -47,9 +47,12 @@ def attend(
 ):  # fmt: skip
     """One block of keys from `col` on. MASKED: some query may not see some key. HIDES: NaN or Inf may be there; it is 0 if `clean`."""
     keys_left = seqlen_k - col
-    k += tl.cast(col, tl.int64) * k_strides[0]
-    v += tl.cast(col, tl.int64) * v_strides[0]
-    k0 = load_columns(k, k_strides, keys_left, BLOCK_N, 0, D0, HEAD_DIM, MASKED)
+    if k_descriptor is not None:
+        k0 = k_descriptor.load([batch, head_k, tl.cast(col, tl.int32), 0]).reshape([BLOCK_N, D0])
+    else:
+        k += tl.cast(col, tl.int64) * k_strides[0]
+        v += tl.cast(col, tl.int64) * v_strides[0]
+        k0 = load_columns(k, k_strides, keys_left, BLOCK_N, 0, D0, HEAD_DIM, MASKED)
     s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
     if D1 > 0:
         k1 = load_columns(k, k_strides, keys_left, BLOCK_N, D0, D1, HEAD_DIM, MASKED)
@@ -87,7 +90,10 @@ def attend(
     l_i = l_i * alpha + tl.sum(p, 1)
     if DROPOUT:
         p = tl.where(dropout_keep(row, col, head, batch, threshold, seed, BLOCK_M, BLOCK_N), p, 0.0)
-    v0 = load_columns(v, v_strides, keys_left, BLOCK_N, 0, E0, HEAD_DIM_V, MASKED)
+    if k_descriptor is not None:
+        v0 = v_descriptor.load([batch, head_k, tl.cast(col, tl.int32), 0]).reshape([BLOCK_N, E0])
+    else:
+        v0 = load_columns(v, v_strides, keys_left, BLOCK_N, 0, E0, HEAD_DIM_V, MASKED)
     if HIDES:
         v0 = finite_or(v0, clean)
     p = p.to(v0.dtype)
@@ -102,8 +108,7 @@ def attend(
 
 @triton.jit
 def add_poison(
-    acc0, acc1, v, v_strides, mask, mask_strides, bias, bias_strides, row, lo, hi, first, last,
-    seqlen_q,
+    acc0, acc1, v, v_strides, mask, mask_strides, bias, bias_strides, row, lo, hi, first, last, seqlen_q,
     BLOCK_M: tl.constexpr, HEAD_DIM_V: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
     HAS_FIRST: tl.constexpr,
 ):  # fmt: skip
@@ -150,6 +155,8 @@ def forward_kernel(
     softmax_scale,  # a number, or with LEARNED_SCALE [num_heads] by stride
     seed: tl.int64,
     sinks,         # [num_heads], or None
+    k_descriptor,  # tensor descriptor of k in blocks of [1, 1, BLOCK_N, D0], or None
+    v_descriptor,  # likewise
     sink_stride,
     q_strides, k_strides, v_strides, out_strides, start_strides, end_strides, mask_strides, bias_strides,
     slope_strides, scale_stride,
@@ -173,7 +180,8 @@ def forward_kernel(
         m_block = num_m - 1 - m_block  # causal: longest first
     head, batch = tl.program_id(0) // num_m % num_heads, tl.program_id(0) // num_m // num_heads
     row = m_block * BLOCK_M
-    b, h, hk, m = batch.to(tl.int64), head.to(tl.int64), (head // group_size).to(tl.int64), row.to(tl.int64)
+    head_k = head // group_size
+    b, h, hk, m = batch.to(tl.int64), head.to(tl.int64), head_k.to(tl.int64), row.to(tl.int64)
     rows = row + tl.arange(0, BLOCK_M)
     if k_start is not None:
         k_start += b * start_strides[0] + h * start_strides[1]
@@ -227,18 +235,18 @@ def forward_kernel(
         if not EVERYWHERE:
             for col in tl.range(common_lo, common_hi, BLOCK_N):
                 acc0, acc1, l_i, m_i = attend(
-                    acc0, acc1, l_i, m_i, q0, q1, k, k_tile, v, v_tile, mask, mask_tile, bias, bias_tile, row, col,
-                    head, batch, first, last, seqlen_q, seqlen_k, scale, softcap, slope, threshold, seed, BLOCK_M,
+                    acc0, acc1, l_i, m_i, q0, q1, k, k_tile, k_descriptor, v, v_tile, v_descriptor, mask, mask_tile, bias,
+                bias_tile, row, col, head, head_k, batch, first, last, seqlen_q, seqlen_k, scale, softcap, slope, threshold, seed, BLOCK_M,
                     BLOCK_N, HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, HAS_FIRST, SOFTCAP, ALIBI, DROPOUT, PRECISION,
                     False, False, clean,
                 )  # fmt: skip
         for block in tl.range(0, blocks):
             col = tl.where(block < blocks_before, lo + block * BLOCK_N, common_hi + (block - blocks_before) * BLOCK_N)
             acc0, acc1, l_i, m_i = attend(
-                acc0, acc1, l_i, m_i, q0, q1, k, k_tile, v, v_tile, mask, mask_tile, bias, bias_tile, row, col,
-                head, batch, first, last, seqlen_q, seqlen_k, scale, softcap, slope, threshold, seed, BLOCK_M, BLOCK_N,
-                HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, HAS_FIRST, SOFTCAP, ALIBI, DROPOUT, PRECISION, True, HIDES,
-                clean,
+                acc0, acc1, l_i, m_i, q0, q1, k, k_tile, k_descriptor, v, v_tile, v_descriptor, mask, mask_tile, bias,
+                bias_tile, row, col, head, head_k, batch, first, last, seqlen_q, seqlen_k, scale, softcap, slope, threshold, seed, BLOCK_M, BLOCK_N,
+                HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, HAS_FIRST, SOFTCAP, ALIBI, DROPOUT, PRECISION,
+                True, HIDES, clean,
             )  # fmt: skip
         again = False
         if HIDES:
@@ -319,4 +327,6 @@ def _plan(problem, q, k, v, out, terms):
     move_sign = not constexprs["LEARNED_SCALE"] and terms.softmax_scale <= 0.0
     constexprs |= {"BLOCK_M": tiles.BLOCK_M, "BLOCK_N": tiles.BLOCK_N, "MOVE_SIGN": move_sign}
     grid = (triton.cdiv(problem.seqlen_q, tiles.BLOCK_M) * problem.num_heads * problem.batch,)
-    return forward_kernel, grid, (*launch.strides(terms.sinks, 1), *arguments), constexprs, tiles.options(device)
+    widths = [(constexprs["D0"], constexprs["D1"]), (constexprs["E0"], constexprs["E1"])]
+    descriptors = launch.descriptors(device, k, v, tiles.BLOCK_N, widths)
+    return forward_kernel, grid, (*launch.strides(terms.sinks, 1), *arguments), constexprs, tiles.options(device), descriptors
