@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from . import config, launch
-from .prefill import load_scores
 from .tile import (
     INT_MAX,
     LOG2E,
@@ -22,6 +21,9 @@ from .tile import (
     finite_or,
     key_range,
     load_columns,
+    load_scale,
+    load_scores,
+    load_slope,
     row_bounds,
     softcap_scores,
     store_columns,
@@ -63,7 +65,7 @@ def prepare_kernel(
     else:
         out += b * out_strides[0] + h * out_strides[1] + m * out_strides[2]
         dout += b * dout_strides[0] + h * dout_strides[1] + m * dout_strides[2]
-        out_tile, dout_tile = widen((out_strides[2], out_strides[3]), WIDE), widen((dout_strides[2], dout_strides[3]), WIDE)
+        out_tile, dout_tile = widen(out_strides, WIDE), widen(dout_strides, WIDE)
         o = load_columns(out, out_tile, rows_left, BLOCK_M, 0, BLOCK_D, HEAD_DIM_V, True).to(tl.float32)
         do = load_columns(dout, dout_tile, rows_left, BLOCK_M, 0, BLOCK_D, HEAD_DIM_V, True).to(tl.float32)
         row_delta = tl.sum(o * do, 1)
@@ -127,7 +129,7 @@ def gradients_of_scores(
         p = tl.where(seen, p, 0.0)
     kept = p
     if DROPOUT:
-        keep = dropout_keep(row, col, head, batch, threshold, seed, BLOCK_M, BLOCK_N)
+        keep = dropout_keep(row + tl.arange(0, BLOCK_M)[:, None], col, head, batch, threshold, seed, BLOCK_M, BLOCK_N)
         if TRANSPOSED:
             keep = tl.trans(keep)
         kept = tl.where(keep, p, 0.0)
@@ -159,22 +161,6 @@ def load_statistics(lse_parts, delta, offset, rows_left, BLOCK_M: tl.constexpr, 
     else:
         row_delta = tl.load(delta + offset + rows)
     return top, log2_total, row_delta
-
-
-@triton.jit
-def load_scale(softmax_scale, stride, h, LEARNED_SCALE: tl.constexpr):
-    if LEARNED_SCALE:
-        return tl.load(softmax_scale + h * stride).to(tl.float32)
-    else:
-        return softmax_scale
-
-
-@triton.jit
-def load_slope(alibi_slopes, strides, b, h):
-    if alibi_slopes is None:
-        return 0.0
-    else:
-        return tl.load(alibi_slopes + b * strides[0] + h * strides[1]).to(tl.float32) * LOG2E
 
 
 @triton.jit
@@ -303,13 +289,9 @@ def key_value_kernel(
     # 2. k, v
     k += b * k_strides[0] + hk * k_strides[1] + n * k_strides[2]
     v += b * v_strides[0] + hk * v_strides[1] + n * v_strides[2]
-    k_tile, v_tile = widen((k_strides[2], k_strides[3]), WIDE), widen((v_strides[2], v_strides[3]), WIDE)
-    q_tile, dout_tile = widen((q_strides[2], q_strides[3]), WIDE), widen((dout_strides[2], dout_strides[3]), WIDE)
-    mask_tile, bias_tile = (mask_strides[2], mask_strides[3]), (bias_strides[2], bias_strides[3])
-    if mask is not None:
-        mask_tile = widen(mask_tile, WIDE)
-    if bias is not None:
-        bias_tile = widen(bias_tile, WIDE)
+    k_tile, v_tile = widen(k_strides, WIDE), widen(v_strides, WIDE)
+    q_tile, dout_tile = widen(q_strides, WIDE), widen(dout_strides, WIDE)
+    mask_tile, bias_tile = widen(mask_strides, WIDE), widen(bias_strides, WIDE)
     k0 = load_columns(k, k_tile, keys_left, BLOCK_N, 0, D0, HEAD_DIM, True)
     v0 = load_columns(v, v_tile, keys_left, BLOCK_N, 0, E0, HEAD_DIM_V, True)
     dk0, dv0 = tl.zeros([BLOCK_N, D0], tl.float32), tl.zeros([BLOCK_N, E0], tl.float32)
@@ -372,7 +354,7 @@ def key_value_kernel(
     if DROPOUT:
         dv0 *= keep_factor
         dv1 *= keep_factor
-    dk_tile, dv_tile = widen((dk_strides[2], dk_strides[3]), WIDE), widen((dv_strides[2], dv_strides[3]), WIDE)
+    dk_tile, dv_tile = widen(dk_strides, WIDE), widen(dv_strides, WIDE)
     if dk is not None:
         dk += b * dk_strides[0] + hk * dk_strides[1] + n * dk_strides[2]
         store_columns(dk, dk_tile, dk0, keys_left, BLOCK_N, 0, D0, HEAD_DIM)
@@ -491,22 +473,20 @@ def query_kernel(
         rows, k_start, start_strides[2], k_end, end_strides[2], seqlen_q, seqlen_k, diagonal_lo, diagonal_hi,
         HAS_LO, HAS_HI,
     )  # fmt: skip
-    lo, hi, common_lo, common_hi = key_range(first, last, seqlen_k, BLOCK_N, HAS_FIRST, BOUNDED, EVERYWHERE)
+    lo, hi, common_lo, common_hi = key_range((first, last), seqlen_k, BLOCK_N, HAS_FIRST, BOUNDED, EVERYWHERE)
 
     # 2. q, dout and the statistics
     q += b * q_strides[0] + h * q_strides[1] + m * q_strides[2]
     dout += b * dout_strides[0] + h * dout_strides[1] + m * dout_strides[2]
     k += b * k_strides[0] + hk * k_strides[1]
     v += b * v_strides[0] + hk * v_strides[1]
-    k_tile, v_tile = widen((k_strides[2], k_strides[3]), WIDE), widen((v_strides[2], v_strides[3]), WIDE)
-    q_tile, dout_tile = widen((q_strides[2], q_strides[3]), WIDE), widen((dout_strides[2], dout_strides[3]), WIDE)
-    mask_tile, bias_tile = (mask_strides[2], mask_strides[3]), (bias_strides[2], bias_strides[3])
+    k_tile, v_tile = widen(k_strides, WIDE), widen(v_strides, WIDE)
+    q_tile, dout_tile = widen(q_strides, WIDE), widen(dout_strides, WIDE)
+    mask_tile, bias_tile = widen(mask_strides, WIDE), widen(bias_strides, WIDE)
     if mask is not None:
         mask += b * mask_strides[0] + h * mask_strides[1] + m * mask_strides[2]
-        mask_tile = widen(mask_tile, WIDE)
     if bias is not None:
         bias += b * bias_strides[0] + h * bias_strides[1] + m * bias_strides[2]
-        bias_tile = widen(bias_tile, WIDE)
     scale = load_scale(softmax_scale, scale_stride, h, LEARNED_SCALE)
     slope = load_slope(alibi_slopes, slope_strides, b, h)
     q0 = load_columns(q, q_tile, rows_left, BLOCK_M, 0, D0, HEAD_DIM, True)
@@ -552,7 +532,7 @@ def query_kernel(
         tl.store(dscales + statistics, dscale, mask=rows < seqlen_q)
     if QUERY:
         dq += b * dq_strides[0] + h * dq_strides[1] + m * dq_strides[2]
-        dq_tile = widen((dq_strides[2], dq_strides[3]), WIDE)
+        dq_tile = widen(dq_strides, WIDE)
         store_columns(dq, dq_tile, dq0 * scale, rows_left, BLOCK_M, 0, D0, HEAD_DIM)
         if D1 > 0:
             store_columns(dq, dq_tile, dq1 * scale, rows_left, BLOCK_M, D0, D1, HEAD_DIM)
@@ -596,10 +576,7 @@ def bias_kernel(
     m_first, pid = pid % m_blocks, pid // m_blocks
     heads_of_bias = num_heads // heads
     head_first, batch_first = pid % heads_of_bias, pid // heads_of_bias
-    mask_tile, bias_tile = (mask_strides[2], mask_strides[3]), (bias_strides[2], bias_strides[3])
-    if mask is not None:
-        mask_tile = widen(mask_tile, WIDE)
-    bias_tile = widen(bias_tile, WIDE)
+    mask_tile, bias_tile = widen(mask_strides, WIDE), widen(bias_strides, WIDE)
     local_rows, local_cols = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
 
     # 2. loop
@@ -629,12 +606,12 @@ def bias_kernel(
             v_head = v + b * v_strides[0] + hk * v_strides[1] + n * v_strides[2]
             dout_head = dout + b * dout_strides[0] + h * dout_strides[1] + m * dout_strides[2]
             s = product(
-                q_head, widen((q_strides[2], q_strides[3]), WIDE), rows_left, k_head,
-                widen((k_strides[2], k_strides[3]), WIDE), keys_left, BLOCK_M, BLOCK_N, D0, D1, HEAD_DIM, PRECISION,
+                q_head, widen(q_strides, WIDE), rows_left, k_head,
+                widen(k_strides, WIDE), keys_left, BLOCK_M, BLOCK_N, D0, D1, HEAD_DIM, PRECISION,
             )  # fmt: skip
             dp = product(
-                dout_head, widen((dout_strides[2], dout_strides[3]), WIDE), rows_left, v_head,
-                widen((v_strides[2], v_strides[3]), WIDE), keys_left, BLOCK_M, BLOCK_N, E0, E1, HEAD_DIM_V, PRECISION,
+                dout_head, widen(dout_strides, WIDE), rows_left, v_head,
+                widen(v_strides, WIDE), keys_left, BLOCK_M, BLOCK_N, E0, E1, HEAD_DIM_V, PRECISION,
             )  # fmt: skip
             statistics = (b * num_heads + h) * seqlen_q + m
             top, log2_total, row_delta = load_statistics(lse_parts, delta, statistics, rows_left, BLOCK_M, True)
@@ -756,8 +733,8 @@ def _prepare(problem, terms, out, lse_parts, dout, dlse, exact, delta, dsinks, b
             "HEAD_DIM_V": problem.head_dim_v, "BLOCK_D": triton.next_power_of_2(problem.head_dim_v), "BLOCK_M": block_m,
             "WIDE": launch.is_wide(*arguments[:2]), **launch.diagonal_flags(lo, hi),
         }  # fmt: skip
-        grid = (bounds.shape[0] * bounds.shape[1] * bounds.shape[2],)
-        return prepare_kernel, grid, arguments, constexprs, {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+        options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+        return launch.Plan(prepare_kernel, bounds.numel() // 4, arguments, constexprs, options)
 
     launch.run(key, tensors, plan)
 
@@ -805,7 +782,7 @@ class _Call:
             arguments, constexprs = launch.score_arguments(problem, *self.inputs, terms)
             constexprs |= {"BLOCK_M": tiles.BLOCK_M, "BLOCK_N": tiles.BLOCK_N, **(flags or {})}
             constexprs["EXACT"] = problem.dtype == "float32" or problem.bias != "none"
-            return kernel, (programs,), (*strides, *arguments, *counts), constexprs, tiles.options(self.device)
+            return launch.Plan(kernel, programs, (*strides, *arguments, *counts), constexprs, tiles.options(self.device))
 
         varying = (*self.extras, terms.softmax_scale, terms.seed or 0)
         launch.run(key, (*self.inputs, self.lse_parts, *tensors, *varying), plan)

@@ -5,6 +5,7 @@ The same for a GPU, for Triton's interpreter (CPU tensors, TRITON_INTERPRET=1) a
 
 from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -50,55 +51,56 @@ _launches: dict[tuple, Callable] = {}
 _MAX_LAUNCHES = 4096
 
 
-def _describe_nothing(k, v) -> tuple:
-    return ()
+class Plan(NamedTuple):
+    """How to launch a kernel: on `programs` programs, with `arguments` behind the tensors, constexprs by name, options of
+    the compiler. describe(second tensor, third tensor): arguments between the tensors and `arguments`."""
+
+    kernel: Callable
+    programs: int
+    arguments: tuple
+    constexprs: dict
+    options: dict
+    describe: Callable | None = None
 
 
-def run(key: tuple, tensors: tuple, plan: Callable) -> None:
-    """Launch the kernel that plan() -> (kernel, grid, other arguments, constexprs, options[, describe]) names.
-
-    describe(second tensor, third tensor) gives arguments to put behind the tensors.
-    key has to determine all that plan() returns, and with it dtypes, strides and alignment of `tensors`.
-    """
+def run(key: tuple, tensors: tuple, make_plan: Callable[[], Plan]) -> None:
+    """Launch what make_plan() says; `key` has to determine that, and dtypes, strides and alignment of `tensors`."""
     launch = _launches.get(key)
     if launch is None:
-        launch = _prepare(key, tensors, *plan())
+        if len(_launches) >= _MAX_LAUNCHES:
+            _launches.clear()
+        launch = _launches[key] = _prepare(tensors, make_plan())
     launch(tensors)
 
 
-def _prepare(key, tensors, kernel, grid, arguments, constexprs, options, describe=_describe_nothing) -> Callable:
+def _prepare(tensors, plan: Plan) -> Callable:
+    kernel, programs, arguments, constexprs, options, describe = plan
+    described = describe(*tensors[1:3]) if describe else ()
+    device = tensors[0].get_device()
+    if interpreted():
+        return lambda tensors: kernel[(programs,)](*tensors, *described, *arguments, **constexprs)
+    compiled = kernel.warmup(*tensors, *described, *arguments, grid=(programs,), **constexprs, **options)
+    start, get_stream = compiled[programs, 1, 1], driver.active.get_current_stream
     tail = (*arguments, *[constexprs[name] for name in kernel.arg_names if name in constexprs])
-    if interpreted():
-        compiled = kernel
-    else:
-        described = describe(*tensors[1:3])
-        compiled = kernel.warmup(*tensors, *described, *arguments, grid=grid, **constexprs, **options)
-    start, device = compiled[(*grid, 1, 1)[:3]], tensors[0].get_device()
-    if interpreted():
-        launch = lambda tensors: start(*tensors, *describe(*tensors[1:3]), *tail)  # noqa: E731
-    else:
-        get_stream = driver.active.get_current_stream
 
-        def launch(tensors):
-            if current_device() != device:
-                with torch.cuda.device(device):
-                    return launch(tensors)
-            start(*tensors, *describe(*tensors[1:3]), *tail, stream=get_stream(device))
+    def launch(tensors):
+        if current_device() != device:
+            with torch.cuda.device(device):
+                return launch(tensors)
+        if describe is not None:
+            tensors += describe(*tensors[1:3])
+        start(*tensors, *tail, stream=get_stream(device))
 
-    if len(_launches) >= _MAX_LAUNCHES:
-        _launches.clear()
-    _launches[key] = launch
     return launch
 
 
-def descriptors(device: Device, k, v, rows: int, widths: list[tuple[int, int]]) -> Callable:
-    """A function from k and v to their tensor descriptors of [1, 1, rows, width]; to None where the device has none or
-    the memory of either does not allow it."""
-    usable = device.arch.startswith("sm_") and int(device.arch[3:]) >= 90
-    usable = usable and not widths[0][1] and not widths[1][1] and all(map(_allows_descriptor, (k, v)))
-    if not usable:
+def descriptors(device: Device, k, v, rows: int, constexprs: dict) -> Callable:
+    """A function from k and v to their tensor descriptors (TMA) of [1, 1, rows, width]; to None where the device has no
+    such thing, a head is held in two tiles, or the memory of either tensor does not allow it."""
+    has_tma = device.arch.startswith("sm_") and int(device.arch[3:]) >= 90
+    if not has_tma or constexprs["D1"] or constexprs["E1"] or not all(map(_allows_descriptor, (k, v))):
         return lambda k, v: (None, None)
-    (kd, vd) = (vars(_descriptor(x, rows, width)) for x, (width, _) in zip((k, v), widths, strict=True))
+    kd, vd = vars(_descriptor(k, rows, constexprs["D0"])), vars(_descriptor(v, rows, constexprs["E0"]))
 
     def describe(k, v):
         pair = TensorDescriptor.__new__(TensorDescriptor), TensorDescriptor.__new__(TensorDescriptor)
@@ -156,6 +158,24 @@ def describe_scale(softmax_scale: float | torch.Tensor) -> tuple | bool:
     if isinstance(softmax_scale, torch.Tensor):
         return softmax_scale.shape, softmax_scale.stride(), softmax_scale.dtype
     return softmax_scale <= 0.0
+
+
+def call_key(problem, q, k, v, terms) -> tuple:
+    """What decides about the launch of a forward kernel."""
+    extras = (terms.k_start, terms.k_end, terms.mask, terms.bias, terms.alibi_slopes, terms.sinks)
+    return (
+        problem, q.get_device(), q.stride(), k.stride(), v.stride(), alignment(q, k, v, *extras), describe(*extras),
+        terms.softcap, terms.diagonal_lo, terms.diagonal_hi, terms.dropout_p, describe_scale(terms.softmax_scale),
+        precision(problem),
+    )  # fmt: skip
+
+
+def empty_results(problem, q: torch.Tensor, for_backward: bool) -> tuple[torch.Tensor, ...]:
+    """(out, lse, lse_parts) to write to; None where not needed."""
+    shape = (problem.batch, problem.num_heads, problem.seqlen_q)
+    lse = q.new_empty(shape, dtype=torch.float32) if problem.lse else None
+    lse_parts = q.new_empty((*shape, 2), dtype=torch.float32) if for_backward else None
+    return empty_out(problem, q), lse, lse_parts
 
 
 def empty_out(problem, q: torch.Tensor) -> torch.Tensor:

@@ -16,8 +16,11 @@ INT_MAX = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def widen(strides, WIDE: tl.constexpr):
-    """Strides as int64 where 32 bits cannot hold an offset inside a tile."""
-    return (strides[0].to(tl.int64), strides[1].to(tl.int64)) if WIDE else strides
+    """The last two strides, as int64 where 32 bits cannot hold an offset inside a tile."""
+    if WIDE:
+        return tl.cast(strides[2], tl.int64), tl.cast(strides[3], tl.int64)
+    else:
+        return strides[2], strides[3]
 
 
 @triton.jit
@@ -107,16 +110,15 @@ def row_bounds(
 
 @triton.jit
 def key_range(
-    first, last, seqlen_k, BLOCK_N: tl.constexpr, HAS_FIRST: tl.constexpr, BOUNDED: tl.constexpr,
-    EVERYWHERE: tl.constexpr,
-):  # fmt: skip
+    bounds, seqlen_k, BLOCK_N: tl.constexpr, HAS_FIRST: tl.constexpr, BOUNDED: tl.constexpr, EVERYWHERE: tl.constexpr
+):
     """(lo, hi, common_lo, common_hi) of a block of queries with these bounds: the keys lo ... hi - 1 are visited; the blocks
     from common_lo to common_hi need no mask. Both begin blocks, or are hi. EVERYWHERE: any key may need one."""
     lo, hi, common_lo, common_hi = 0, seqlen_k, 0, seqlen_k
     if HAS_FIRST:
-        lo, common_lo = tl.min(first), tl.max(first)
+        lo, common_lo = tl.min(bounds[0]), tl.max(bounds[0])
     if BOUNDED:
-        hi, common_hi = tl.max(last), tl.min(last)
+        hi, common_hi = tl.max(bounds[1]), tl.min(bounds[1])
     lo = tl.minimum(lo, hi) // BLOCK_N * BLOCK_N
     common_hi = common_hi // BLOCK_N * BLOCK_N
     common_lo = tl.minimum(tl.cdiv(tl.minimum(common_lo, hi), BLOCK_N) * BLOCK_N, common_hi)
@@ -137,13 +139,43 @@ def visible(cols, first, last, HAS_FIRST: tl.constexpr):
 
 
 @triton.jit
-def dropout_keep(row, col, head, batch, threshold, seed, M: tl.constexpr, N: tl.constexpr):
-    """bool [M, N] from (row, col) on: whether the weight is kept. The bits of fastattn/dropout.py; col is a multiple of
-    4, and one evaluation serves four neighbouring keys."""
+def load_scores(ptr, strides, rows, cols, rows_left, cols_left):
+    """A tile of bias or mask from `ptr` on; 0 outside the tensor."""
+    inside = (rows < rows_left) & (cols < cols_left)
+    return tl.load(ptr + rows * strides[0] + cols * strides[1], mask=inside, other=0)
+
+
+@triton.jit
+def bits(ptr, stride, rows, cols):
+    """Bit cols % 8 of byte cols // 8 in each row of `stride` bytes, as a bool."""
+    return ((tl.load(ptr + rows * stride + cols // 8).to(tl.int32) >> (cols % 8)) & 1) != 0
+
+
+@triton.jit
+def load_scale(softmax_scale, stride, heads, LEARNED_SCALE: tl.constexpr):
+    if LEARNED_SCALE:
+        return tl.load(softmax_scale + heads * stride).to(tl.float32)
+    else:
+        return softmax_scale
+
+
+@triton.jit
+def load_slope(alibi_slopes, strides, batch, heads):
+    """In log2 units; 0 without slopes."""
+    if alibi_slopes is None:
+        return 0.0
+    else:
+        return tl.load(alibi_slopes + batch * strides[0] + heads * strides[1]).to(tl.float32) * LOG2E
+
+
+@triton.jit
+def dropout_keep(rows, col, heads, batch, threshold, seed, M: tl.constexpr, N: tl.constexpr):
+    """bool [M, N] of the keys from `col` on: whether the weight is kept. The bits of fastattn/dropout.py; col is a
+    multiple of 4, and one evaluation serves four neighbouring keys. rows [M, 1]; heads: one, or [M, 1]."""
     zeros = tl.zeros([M, N // 4], tl.uint32)
     c0 = (col // 4 + tl.arange(0, N // 4)[None, :]).to(tl.uint32) + zeros
-    c1 = (row + tl.arange(0, M)[:, None]).to(tl.uint32) + zeros
-    w0, w1, w2, w3 = tl.philox(seed, c0, c1, head.to(tl.uint32) + zeros, batch.to(tl.uint32) + zeros)
+    c1, c2, c3 = rows.to(tl.uint32) + zeros, heads.to(tl.uint32) + zeros, batch.to(tl.uint32) + zeros
+    w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3)
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [M, N])
     return words >= threshold.to(tl.uint32)
 
