@@ -91,6 +91,12 @@ KERNELS = (
         {**_CPU, "direction": {"backward"}, "needs_grad": {False}},
     ),
     Row(
+        "triton.decode",
+        "fastattn.gpu:decode",
+        "fastattn.gpu:unavailable",
+        {**_TRITON, "seqlen_q": range(0, 17), "direction": {"forward"}, "needs_grad": {False}},
+    ),
+    Row(
         "triton.prefill",
         "fastattn.gpu:prefill",
         "fastattn.gpu:unavailable",

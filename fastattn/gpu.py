@@ -18,6 +18,13 @@ def unavailable() -> str | None:
     return None
 
 
+def decode(problem, q, k, v, terms):
+    """Forward pass of few queries (kernel signature of dispatch.Row)."""
+    from .kernels import decode as kernel
+
+    return kernel.forward(problem, q, k, v, terms)
+
+
 def prefill(problem, q, k, v, terms):
     """Forward pass (kernel signature of dispatch.Row)."""
     from .kernels import prefill as kernel

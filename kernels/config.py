@@ -73,6 +73,16 @@ _PREFILL_FLOAT32 = {
     "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
     "interpreter": [(256, Config(64, 64, 1, 1))],
 }
+_DECODE = {  # BLOCK_M: at most
+    "sm_80": [(128, Config(64, 64, 4, 3)), (256, Config(32, 32, 4, 3))],
+    "sm_86": [(128, Config(64, 64, 4, 2)), (256, Config(32, 32, 4, 2))],
+    "other": [(128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+    "interpreter": [(256, Config(64, 64, 1, 1))],
+}
+_DECODE_FLOAT32 = {
+    "other": [(128, Config(16, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+    "interpreter": [(256, Config(64, 64, 1, 1))],
+}
 _KEY_VALUE = {
     "sm_80": [(64, Config(64, 64, 4, 2)), (128, Config(64, 64, 4, 2)), (256, Config(32, 32, 4, 1))],
     "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
@@ -93,6 +103,15 @@ def prefill(problem, device: Device) -> Config:
     """Tiles of the forward pass."""
     table = _PREFILL_FLOAT32 if problem.dtype == "float32" else _PREFILL
     return _fit(_look_up(table, problem, device), problem, device)
+
+
+def decode(problem, device: Device) -> Config:
+    """Tiles of the forward pass of few queries; the rows are those of all heads that share keys."""
+    table = _DECODE_FLOAT32 if problem.dtype == "float32" else _DECODE
+    config = _look_up(table, problem, device)
+    rows = problem.group_size * problem.seqlen_q
+    block_m = next((size for size in (16, 32, 64) if size >= rows), 64)
+    return _fit(config._replace(BLOCK_M=min(block_m, config.BLOCK_M)), problem, device)
 
 
 def key_value(problem, device: Device) -> Config:

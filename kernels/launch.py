@@ -36,7 +36,7 @@ def _probe():
 def device_facts(index: int) -> Device:
     """The only question that is ever asked of a device. Tests replace it to compile for others."""
     if interpreted():
-        return Device("interpreter", 1 << 30, 1, "interpreter")
+        return Device("interpreter", 1 << 30, 8, "interpreter")
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         arch = properties.gcnArchName.split(":")[0]

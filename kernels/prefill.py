@@ -50,8 +50,18 @@ def attend(
     seqlen_q, seqlen_k, scale, softcap, slope, threshold, seed = numbers
     BLOCK_M: tl.constexpr = TILE[0]
     BLOCK_N: tl.constexpr = TILE[1]
-    HEAD_DIM, D0, D1, HEAD_DIM_V, E0, E1 = DIMS
-    HAS_FIRST, SOFTCAP, ALIBI, DROPOUT, SCALE_OF_ROWS, PRECISION = FLAGS
+    HEAD_DIM: tl.constexpr = DIMS[0]
+    D0: tl.constexpr = DIMS[1]
+    D1: tl.constexpr = DIMS[2]
+    HEAD_DIM_V: tl.constexpr = DIMS[3]
+    E0: tl.constexpr = DIMS[4]
+    E1: tl.constexpr = DIMS[5]
+    HAS_FIRST: tl.constexpr = FLAGS[0]
+    SOFTCAP: tl.constexpr = FLAGS[1]
+    ALIBI: tl.constexpr = FLAGS[2]
+    DROPOUT: tl.constexpr = FLAGS[3]
+    SCALE_OF_ROWS: tl.constexpr = FLAGS[4]
+    PRECISION: tl.constexpr = FLAGS[5]
     MODIFIED: tl.constexpr = SOFTCAP or ALIBI or SCALE_OF_ROWS or bias is not None
     keys_left, n = seqlen_k - col, tl.cast(col, tl.int64)
     local_cols = tl.arange(0, BLOCK_N)[None, :]
@@ -142,7 +152,9 @@ def add_poison(acc0, acc1, keys, place, bounds, scores, lo, hi, DIMS: tl.constex
     _, _, _, v, v_strides, _ = keys
     _, _, _, _, local_rows, rows_left = place
     mask, mask_strides, bias, bias_strides, bitmap, bitmap_stride = scores
-    _, _, _, HEAD_DIM_V, E0, E1 = DIMS
+    HEAD_DIM_V: tl.constexpr = DIMS[3]
+    E0: tl.constexpr = DIMS[4]
+    E1: tl.constexpr = DIMS[5]
     for col in range(lo, hi):
         n = tl.cast(col, tl.int64)
         v0 = load_columns(v + n * v_strides[0], v_strides, 1, 1, 0, E0, HEAD_DIM_V, False).to(tl.float32)
@@ -176,7 +188,9 @@ def store_rows(
 ):  # fmt: skip
     """Normalizes and stores a tile: `out` points to its first row, `statistics` numbers the rows of lse."""
     acc0, acc1, l_i, m_i = state
-    _, _, _, HEAD_DIM_V, E0, E1 = DIMS
+    HEAD_DIM_V: tl.constexpr = DIMS[3]
+    E0: tl.constexpr = DIMS[4]
+    E1: tl.constexpr = DIMS[5]
     factor, top, log2_total = normalizer(m_i, l_i, sink)
     if DROPOUT:
         factor *= keep_factor
