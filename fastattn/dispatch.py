@@ -104,10 +104,17 @@ KERNELS = (
         backward="triton.backward",
     ),
     Row(
+        "triton.block_sparse",
+        "fastattn.gpu:block_sparse",
+        "fastattn.gpu:unavailable",
+        {**_TRITON, "mask": {"block"}, "bias": {"none"}, "direction": {"forward"}},
+        backward="triton.backward",
+    ),
+    Row(
         "triton.backward",
         "fastattn.gpu:backward",
         "fastattn.gpu:unavailable",
-        {**_TRITON, "direction": {"backward"}, "needs_grad": {False}},
+        {**_TRITON, "mask": {*_TRITON["mask"], "block"}, "direction": {"backward"}, "needs_grad": {False}},
     ),
     Row(
         "reference.backward", "fastattn.reference:run_backward", None, {"layout": {"dense"}, "direction": {"backward"}}

@@ -13,10 +13,13 @@ import triton
 import triton.language as tl
 
 from . import config, launch
+from . import lists as block_lists
+from .lists import masked_block, open_lists, unmasked_block, unmasked_count
 from .tile import (
     INT_MAX,
     LOG2E,
     bias_log2,
+    bits,
     dropout_keep,
     finite_or,
     key_range,
@@ -97,7 +100,7 @@ def prepare_kernel(
 
 @triton.jit
 def gradients_of_scores(
-    s, dp, mask, mask_strides, bias, bias_strides, rows, cols, row, col, head, batch, top, log2_total, delta, first, last,
+    s, dp, mask, mask_strides, bias, bias_strides, bitmap, rows, cols, row, col, head, batch, top, log2_total, delta, first, last,
     seqlen_q, seqlen_k, scale, softcap, slope, threshold, keep_factor, seed,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_FIRST: tl.constexpr, SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr,
@@ -110,6 +113,11 @@ def gradients_of_scores(
         seen = visible(col + cols, first, last, HAS_FIRST)
         if mask is not None:
             seen = seen & (load_scores(mask, mask_strides, rows, cols, seqlen_q - row, seqlen_k - col) != 0)
+        if bitmap is not None:
+            if TRANSPOSED:
+                seen = seen & bits(bitmap, cols, rows)
+            else:
+                seen = seen & bits(bitmap, rows, cols)
     slope_of_cap = 1.0
     if SOFTCAP:
         s, slope_of_cap = softcap_scores(s, scale, softcap)
@@ -167,7 +175,7 @@ def load_statistics(lse_parts, delta, offset, rows_left, BLOCK_M: tl.constexpr, 
 def key_value_step(
     dk0, dk1, dv0, dv1,
     k0, k1, v0, v1, q, q_strides, dout, dout_strides, lse_parts, delta, k_start, start_stride, k_end, end_stride,
-    mask, mask_strides, bias, bias_strides, row, col, statistics, head, batch,
+    mask, mask_strides, bias, bias_strides, bitmap, row, col, statistics, head, batch,
     diagonal_lo, diagonal_hi, seqlen_q, seqlen_k, scale, softcap, slope, threshold, keep_factor, seed,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
@@ -201,7 +209,7 @@ def key_value_step(
         if bias is not None:
             bias += m * bias_strides[0]
     kept, _, dproduct = gradients_of_scores(
-        s, dp, mask, mask_strides, bias, bias_strides, tl.arange(0, BLOCK_M)[None, :], tl.arange(0, BLOCK_N)[:, None],
+        s, dp, mask, mask_strides, bias, bias_strides, bitmap, tl.arange(0, BLOCK_M)[None, :], tl.arange(0, BLOCK_N)[:, None],
         row, col, head, batch, top[None, :], log2_total[None, :], row_delta[None, :], first[None, :], last[None, :],
         seqlen_q, seqlen_k, scale, softcap, slope, threshold, keep_factor, seed, BLOCK_M, BLOCK_N, HAS_FIRST, SOFTCAP,
         ALIBI, DROPOUT, EXACT, MASKED, True,
@@ -248,7 +256,7 @@ def visiting_blocks(block_bounds, num_m, col, col_last, CHUNK: tl.constexpr):
     return lo, hi, full_lo, full_hi
 
 
-@triton.jit(do_not_specialize=launch.SIZES)
+@triton.jit(do_not_specialize=[*launch.SIZES, "num_bitmaps"])
 def key_value_kernel(
     q,             # [batch, num_heads, seqlen_q, head_dim]
     k,             # [batch, num_heads_k, seqlen_k, head_dim]
@@ -261,14 +269,15 @@ def key_value_kernel(
     dv,            # like v
     k_start, k_end, mask, bias, alibi_slopes, softmax_scale,  # as in prefill.forward_kernel
     seed: tl.int64,
-    dk_strides, dv_strides,
+    counts, indices, bitmap_ids, full_counts, full_indices, bitmaps,  # of the transposed block mask (`lists.of`), or None
+    list_strides, num_bitmaps, dk_strides, dv_strides,
     q_strides, k_strides, v_strides, dout_strides, start_strides, end_strides, mask_strides, bias_strides,
     slope_strides, scale_stride,
     softcap, diagonal_lo, diagonal_hi, threshold: tl.int64, keep_factor,
     num_heads, group_size, seqlen_q, seqlen_k,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     LEARNED_SCALE: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
     WIDE: tl.constexpr,
@@ -276,9 +285,11 @@ def key_value_kernel(
     # 1. bounds
     HAS_FIRST: tl.constexpr = HAS_LO or k_start is not None
     EVERYWHERE: tl.constexpr = mask is not None or bias is not None
-    HIDES: tl.constexpr = EVERYWHERE or HAS_FIRST or HAS_HI or k_end is not None
+    BOUNDED: tl.constexpr = HAS_FIRST or HAS_HI or k_end is not None
+    HIDES: tl.constexpr = EVERYWHERE or BOUNDED or counts is not None
     ALIBI: tl.constexpr = alibi_slopes is not None
-    num_n, num_m = tl.cdiv(seqlen_k, BLOCK_N), tl.cdiv(seqlen_q, BLOCK_M)
+    num_n, num_m, num_blocks = tl.cdiv(seqlen_k, BLOCK_N), tl.cdiv(seqlen_q, BLOCK_M), tl.cdiv(seqlen_q, BLOCK_Q)
+    STEPS: tl.constexpr = BLOCK_Q // BLOCK_M
     num_heads_k = num_heads // group_size
     n_block = tl.program_id(0) % num_n
     head_k, batch = tl.program_id(0) // num_n % num_heads_k, tl.program_id(0) // num_n // num_heads_k
@@ -303,15 +314,24 @@ def key_value_kernel(
         v1 = load_columns(v, v_tile, keys_left, BLOCK_N, E0, E1, HEAD_DIM_V, True)
         dv1 = tl.zeros([BLOCK_N, E1], tl.float32)
 
+    if counts is not None:
+        bitmaps += col % BLOCK_K * (BLOCK_Q // 8)
+
     # 3. loops: the heads that share these keys, and the blocks of queries that see them
     for head in tl.range(head_k * group_size, (head_k + 1) * group_size):
         h = tl.cast(head, tl.int64)
         statistics = (b * num_heads + h) * seqlen_q
-        lo, hi, full_lo, full_hi = visiting_blocks(
-            block_bounds + 4 * (b * num_heads + h) * num_m, num_m, col, col + BLOCK_N - 1, 128
-        )
-        if EVERYWHERE:
-            full_lo, full_hi = hi, hi
+        if counts is not None:
+            opened = open_lists((counts, indices, bitmap_ids, full_counts, full_indices), list_strides, b, h, n // BLOCK_K)
+            unmasked = unmasked_count(opened, num_blocks, seqlen_q % BLOCK_Q != 0, BOUNDED)
+            full_lo, full_hi, masked = 0, unmasked * STEPS, (opened[0] + opened[3] - unmasked) * STEPS
+        else:
+            lo, hi, full_lo, full_hi = visiting_blocks(
+                block_bounds + 4 * (b * num_heads + h) * num_m, num_m, col, col + BLOCK_N - 1, 128
+            )
+            if EVERYWHERE:
+                full_lo, full_hi = hi, hi
+            blocks_before, masked = full_lo - lo, hi - full_hi + full_lo - lo
         q_head = q + b * q_strides[0] + h * q_strides[1]
         dout_head = dout + b * dout_strides[0] + h * dout_strides[1]
         start_head, end_head, mask_head, bias_head = k_start, k_end, mask, bias
@@ -326,22 +346,32 @@ def key_value_kernel(
         scale = load_scale(softmax_scale, scale_stride, h, LEARNED_SCALE)
         slope = load_slope(alibi_slopes, slope_strides, b, h)
         if not EVERYWHERE:
-            for block in tl.range(full_lo, full_hi):
+            for index in tl.range(full_lo, full_hi):
+                row = index * BLOCK_M
+                if counts is not None:
+                    block = unmasked_block(index // STEPS, opened, num_blocks)
+                    row = block * BLOCK_Q + index % STEPS * BLOCK_M
                 dk0, dk1, dv0, dv1 = key_value_step(
                     dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_head, q_tile, dout_head, dout_tile, lse_parts, delta, start_head,
-                    start_strides[2], end_head, end_strides[2], mask_head, mask_tile, bias_head, bias_tile,
-                    block * BLOCK_M, col, statistics, head, batch, diagonal_lo, diagonal_hi, seqlen_q, seqlen_k, scale,
+                    start_strides[2], end_head, end_strides[2], mask_head, mask_tile, bias_head, bias_tile, None,
+                    row, col, statistics, head, batch, diagonal_lo, diagonal_hi, seqlen_q, seqlen_k, scale,
                     softcap, slope, threshold, keep_factor, seed, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1,
                     HAS_LO, HAS_HI, HAS_FIRST, SOFTCAP, ALIBI, DROPOUT, EXACT, PRECISION, LEARNED_SCALE,
                     False, False,
                 )  # fmt: skip
-        blocks_before = full_lo - lo
-        for index in tl.range(0, blocks_before + hi - full_hi):
-            block = tl.where(index < blocks_before, lo + index, full_hi + index - blocks_before)
+        for index in tl.range(0, masked):
+            bitmap = None
+            if counts is not None:
+                block, number, limit = masked_block(index // STEPS, opened, unmasked, num_blocks, num_bitmaps, BLOCK_Q)
+                bitmap_start = bitmaps + number * (BLOCK_K * BLOCK_Q // 8)
+                bitmap = (bitmap_start + index % STEPS * (BLOCK_M // 8), BLOCK_Q // 8, limit)
+                row = block * BLOCK_Q + index % STEPS * BLOCK_M
+            else:
+                row = tl.where(index < blocks_before, lo + index, full_hi + index - blocks_before) * BLOCK_M
             dk0, dk1, dv0, dv1 = key_value_step(
                 dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_head, q_tile, dout_head, dout_tile, lse_parts, delta, start_head,
-                start_strides[2], end_head, end_strides[2], mask_head, mask_tile, bias_head, bias_tile,
-                block * BLOCK_M, col, statistics, head, batch, diagonal_lo, diagonal_hi, seqlen_q, seqlen_k, scale,
+                start_strides[2], end_head, end_strides[2], mask_head, mask_tile, bias_head, bias_tile, bitmap,
+                row, col, statistics, head, batch, diagonal_lo, diagonal_hi, seqlen_q, seqlen_k, scale,
                 softcap, slope, threshold, keep_factor, seed, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1,
                 HAS_LO, HAS_HI, HAS_FIRST, SOFTCAP, ALIBI, DROPOUT, EXACT, PRECISION, LEARNED_SCALE,
                 True, HIDES,
@@ -370,7 +400,7 @@ def key_value_kernel(
 @triton.jit
 def query_step(
     dq0, dq1, total, dslope, dscale,
-    q0, q1, do0, do1, k, k_strides, v, v_strides, mask, mask_strides, bias, bias_strides,
+    q0, q1, do0, do1, k, k_strides, v, v_strides, mask, mask_strides, bias, bias_strides, bitmap,
     top, log2_total, delta, first, last, row, col, head, batch, seqlen_q, seqlen_k, scale, softcap, slope, threshold,
     keep_factor, seed,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
@@ -399,7 +429,7 @@ def query_step(
         bias += n * bias_strides[1]
     rows, cols = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
     _, ds, dproduct = gradients_of_scores(
-        s, dp, mask, mask_strides, bias, bias_strides, rows, cols, row, col, head, batch, top[:, None],
+        s, dp, mask, mask_strides, bias, bias_strides, bitmap, rows, cols, row, col, head, batch, top[:, None],
         log2_total[:, None], delta[:, None], first[:, None], last[:, None], seqlen_q, seqlen_k, scale, softcap, slope,
         threshold, keep_factor, seed, BLOCK_M, BLOCK_N, HAS_FIRST, SOFTCAP, ALIBI, DROPOUT, EXACT, MASKED, False,
     )  # fmt: skip
@@ -421,7 +451,7 @@ def query_step(
     return dq0, dq1, total, dslope, dscale
 
 
-@triton.jit(do_not_specialize=launch.SIZES)
+@triton.jit(do_not_specialize=[*launch.SIZES, "num_bitmaps"])
 def query_kernel(
     q,             # [batch, num_heads, seqlen_q, head_dim]
     k,             # [batch, num_heads_k, seqlen_k, head_dim]
@@ -435,14 +465,15 @@ def query_kernel(
     dscales,       # likewise
     k_start, k_end, mask, bias, alibi_slopes, softmax_scale,  # as in prefill.forward_kernel
     seed: tl.int64,
-    dq_strides,
+    counts, indices, bitmap_ids, full_counts, full_indices, bitmaps,  # of the block mask (`lists.of`), or None
+    list_strides, num_bitmaps, dq_strides,
     q_strides, k_strides, v_strides, dout_strides, start_strides, end_strides, mask_strides, bias_strides,
     slope_strides, scale_stride,
     softcap, diagonal_lo, diagonal_hi, threshold: tl.int64, keep_factor,
     num_heads, group_size, seqlen_q, seqlen_k,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     LEARNED_SCALE: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
     WIDE: tl.constexpr,
@@ -451,7 +482,8 @@ def query_kernel(
     HAS_FIRST: tl.constexpr = HAS_LO or k_start is not None
     BOUNDED: tl.constexpr = HAS_FIRST or HAS_HI or k_end is not None
     EVERYWHERE: tl.constexpr = mask is not None or bias is not None
-    HIDES: tl.constexpr = EVERYWHERE or BOUNDED
+    HIDES: tl.constexpr = EVERYWHERE or BOUNDED or counts is not None
+    STEPS: tl.constexpr = BLOCK_K // BLOCK_N
     ALIBI: tl.constexpr = alibi_slopes is not None
     QUERY: tl.constexpr = dq is not None
     TOTAL: tl.constexpr = totals is not None
@@ -473,7 +505,17 @@ def query_kernel(
         rows, k_start, start_strides[2], k_end, end_strides[2], seqlen_q, seqlen_k, diagonal_lo, diagonal_hi,
         HAS_LO, HAS_HI,
     )  # fmt: skip
-    lo, hi, common_lo, common_hi = key_range((first, last), seqlen_k, BLOCK_N, HAS_FIRST, BOUNDED, EVERYWHERE)
+    num_blocks = tl.cdiv(seqlen_k, BLOCK_K)
+    if counts is not None:
+        opened = open_lists((counts, indices, bitmap_ids, full_counts, full_indices), list_strides, b, h, m // BLOCK_Q)
+        unmasked = unmasked_count(opened, num_blocks, seqlen_k % BLOCK_K != 0, BOUNDED)
+        full_lo, full_hi, masked = 0, unmasked * STEPS, (opened[0] + opened[3] - unmasked) * STEPS
+        bitmaps += row % BLOCK_Q * (BLOCK_K // 8)
+    else:
+        lo, hi, common_lo, common_hi = key_range((first, last), seqlen_k, BLOCK_N, HAS_FIRST, BOUNDED, EVERYWHERE)
+        full_lo, full_hi = common_lo // BLOCK_N, common_hi // BLOCK_N
+        blocks_before = tl.cdiv(common_lo - lo, BLOCK_N)
+        masked = blocks_before + tl.cdiv(hi - common_hi, BLOCK_N)
 
     # 2. q, dout and the statistics
     q += b * q_strides[0] + h * q_strides[1] + m * q_strides[2]
@@ -503,19 +545,28 @@ def query_kernel(
     # 3. loops
     total, dslope, dscale = tl.zeros_like(top), tl.zeros_like(top), tl.zeros_like(top)
     if not EVERYWHERE:
-        for col in tl.range(common_lo, common_hi, BLOCK_N):
+        for index in tl.range(full_lo, full_hi):
+            col = index * BLOCK_N
+            if counts is not None:
+                col = unmasked_block(index // STEPS, opened, num_blocks) * BLOCK_K + index % STEPS * BLOCK_N
             dq0, dq1, total, dslope, dscale = query_step(
-                dq0, dq1, total, dslope, dscale, q0, q1, do0, do1, k, k_tile, v, v_tile, mask, mask_tile, bias, bias_tile, top,
+                dq0, dq1, total, dslope, dscale, q0, q1, do0, do1, k, k_tile, v, v_tile, mask, mask_tile, bias, bias_tile, None, top,
                 log2_total, row_delta, first, last, row, col, head, batch, seqlen_q, seqlen_k, scale, softcap, slope,
                 threshold, keep_factor, seed, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, HAS_FIRST,
                 SOFTCAP, ALIBI, DROPOUT, EXACT, PRECISION, QUERY, TOTAL, SLOPE, SCALE,
                 False, False,
             )  # fmt: skip
-    blocks_before = tl.cdiv(common_lo - lo, BLOCK_N)
-    for block in tl.range(0, blocks_before + tl.cdiv(hi - common_hi, BLOCK_N)):
-        col = tl.where(block < blocks_before, lo + block * BLOCK_N, common_hi + (block - blocks_before) * BLOCK_N)
+    for index in tl.range(0, masked):
+        bitmap = None
+        if counts is not None:
+            block, number, limit = masked_block(index // STEPS, opened, unmasked, num_blocks, num_bitmaps, BLOCK_K)
+            bitmap_start = bitmaps + number * (BLOCK_Q * BLOCK_K // 8)
+            bitmap = (bitmap_start + index % STEPS * (BLOCK_N // 8), BLOCK_K // 8, limit)
+            col = block * BLOCK_K + index % STEPS * BLOCK_N
+        else:
+            col = tl.where(index < blocks_before, lo + index * BLOCK_N, common_hi + (index - blocks_before) * BLOCK_N)
         dq0, dq1, total, dslope, dscale = query_step(
-            dq0, dq1, total, dslope, dscale, q0, q1, do0, do1, k, k_tile, v, v_tile, mask, mask_tile, bias, bias_tile, top,
+            dq0, dq1, total, dslope, dscale, q0, q1, do0, do1, k, k_tile, v, v_tile, mask, mask_tile, bias, bias_tile, bitmap, top,
             log2_total, row_delta, first, last, row, col, head, batch, seqlen_q, seqlen_k, scale, softcap, slope,
             threshold, keep_factor, seed, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, D0, D1, E0, E1, HAS_FIRST,
             SOFTCAP, ALIBI, DROPOUT, EXACT, PRECISION, QUERY, TOTAL, SLOPE, SCALE, True,
@@ -618,7 +669,7 @@ def bias_kernel(
             scale = load_scale(softmax_scale, scale_stride, h, LEARNED_SCALE)
             slope = load_slope(alibi_slopes, slope_strides, b, h)
             _, ds, _ = gradients_of_scores(
-                s, dp, mask_head, mask_tile, bias_head, bias_tile, local_rows, local_cols, row, col, head, batch,
+                s, dp, mask_head, mask_tile, bias_head, bias_tile, None, local_rows, local_cols, row, col, head, batch,
                 top[:, None], log2_total[:, None], row_delta[:, None], first[:, None], last[:, None], seqlen_q,
                 seqlen_k, scale, softcap, slope, threshold, keep_factor, seed, BLOCK_M, BLOCK_N, HAS_FIRST, SOFTCAP,
                 ALIBI, DROPOUT, EXACT, True, False,
@@ -677,7 +728,7 @@ def backward(problem, q, k, v, terms, saved, dout, dlse, wanted):
         exact = row_sums(any(wanted[3:]))  # out was summed in 16 bits, which these gradients would show
         if exact is not None:
             call.launch_query(None, None, exact, None, None)
-        tiles = config.key_value(problem, device)
+        tiles = call.tiles(config.key_value)
         blocks = triton.cdiv(problem.seqlen_q, tiles.BLOCK_M)
         bounds = torch.empty((*rows[:2], blocks, 4), dtype=torch.int32, device=q.device)
         _prepare(problem, terms, out, lse_parts, dout, dlse, exact, delta, dsinks, bounds, tiles.BLOCK_M)
@@ -744,7 +795,9 @@ class _Call:
 
     def __init__(self, problem, q, k, v, dout, terms, lse_parts, device):
         self.problem, self.inputs, self.terms, self.device = problem, (q, k, v, dout), terms, device
-        self.lse_parts = lse_parts
+        self.lse_parts, self.lists, self.transposed = lse_parts, None, None
+        if terms.block_mask is not None:
+            self.lists, self.transposed = map(block_lists.of, (terms.block_mask, terms.block_mask.transpose()))
         self.extras = (terms.k_start, terms.k_end, terms.mask, terms.bias, terms.alibi_slopes)
         self.key = (
             problem, q.get_device(), *(x.stride() for x in self.inputs), launch.alignment(*self.inputs, *self.extras),
@@ -755,12 +808,12 @@ class _Call:
     def launch_key_value(self, tiles, delta, bounds, dk, dv) -> None:
         programs = triton.cdiv(self.problem.seqlen_k, tiles.BLOCK_N) * self.problem.num_heads_k * self.problem.batch
         strides = (launch.strides(dk, 4), launch.strides(dv, 4))
-        self._launch(key_value_kernel, tiles, programs, (delta, bounds, dk, dv), strides)
+        self._launch(key_value_kernel, tiles, programs, (delta, bounds, dk, dv), strides, self.transposed)
 
     def launch_query(self, delta, dq, totals, dslopes, dscale) -> None:
-        tiles = config.query(self.problem, self.device)
+        tiles = self.tiles(config.query)
         programs = triton.cdiv(self.problem.seqlen_q, tiles.BLOCK_M) * self.problem.num_heads * self.problem.batch
-        self._launch(query_kernel, tiles, programs, (delta, dq, totals, dslopes, dscale), (launch.strides(dq, 4),))
+        self._launch(query_kernel, tiles, programs, (delta, dq, totals, dslopes, dscale), (launch.strides(dq, 4),), self.lists)
 
     def launch_bias(self, delta, dbias) -> None:
         problem, tiles = self.problem, config.bias(self.problem, self.device)
@@ -771,18 +824,30 @@ class _Call:
         counts = (problem.batch // b, problem.num_heads // h)
         flags = {"ROWS_SUMMED": rows_summed, "COLS_SUMMED": cols_summed}
         programs = m_blocks * n_blocks * b * h
-        self._launch(bias_kernel, tiles, programs, (delta, dbias), (dbias.stride(),), counts, flags)
+        self._launch(bias_kernel, tiles, programs, (delta, dbias), (dbias.stride(),), None, counts, flags)
 
-    def _launch(self, kernel, tiles, programs, tensors, strides, counts=(), flags=None) -> None:
-        """tensors: what the kernel takes between lse_parts and k_start."""
+    def tiles(self, choose) -> config.Config:
+        tiles = choose(self.problem, self.device)
+        return config.within(tiles, self.lists.block_size) if self.lists else tiles
+
+    def _launch(self, kernel, tiles, programs, tensors, strides, lists, counts=(), flags=None) -> None:
+        """tensors: what the kernel takes between lse_parts and k_start; counts: behind all other arguments."""
         problem, terms = self.problem, self.terms
-        key = (kernel.fn.__name__, tiles, tuple(x is None for x in tensors), strides, counts, *self.key)
+        of_lists = block_lists.key(lists) if lists else None
+        key = (kernel.fn.__name__, tiles, tuple(x is None for x in tensors), strides, of_lists, counts, *self.key)
 
         def plan():
             arguments, constexprs = launch.score_arguments(problem, *self.inputs, terms)
-            constexprs |= {"BLOCK_M": tiles.BLOCK_M, "BLOCK_N": tiles.BLOCK_N, **(flags or {})}
             constexprs["EXACT"] = problem.dtype == "float32" or problem.bias != "none"
-            return launch.Plan(kernel, programs, (*strides, *arguments, *counts), constexprs, tiles.options(self.device))
+            if kernel is bias_kernel:
+                constexprs |= {"BLOCK_M": tiles.BLOCK_M, "BLOCK_N": tiles.BLOCK_N, **flags}
+                before = strides
+            else:
+                constexprs |= block_lists.constexprs(self.lists, tiles)
+                before = (lists.strides, lists.num_bitmaps, *strides) if lists else (None, 0, *strides)
+            return launch.Plan(kernel, programs, (*before, *arguments, *counts), constexprs, tiles.options(self.device))
 
         varying = (*self.extras, terms.softmax_scale, terms.seed or 0)
+        if kernel is not bias_kernel:
+            varying += lists.tensors if lists else (None,) * 6
         launch.run(key, (*self.inputs, self.lse_parts, *tensors, *varying), plan)

@@ -129,6 +129,12 @@ def bias(problem, device: Device) -> Config:
     return _fit(_look_up(_BIAS, problem, device), problem, device)
 
 
+def within(config: Config, block_size: tuple[int, int]) -> Config:
+    """`config` with tiles that divide blocks of that size: powers of two."""
+    block_m, block_n = (min(own, size & -size) for own, size in zip((config.BLOCK_M, config.BLOCK_N), block_size))
+    return config._replace(BLOCK_M=block_m, BLOCK_N=block_n)
+
+
 def _look_up(table, problem, device: Device) -> Config:
     arch = _SAME_AS.get(device.arch, device.arch)
     if arch not in table and arch.startswith("sm_"):

@@ -40,13 +40,13 @@ def attend(
     place    (batch, key head, query heads, positions of the queries, their places in the tile, how many are left);
              [M, 1] or, of heads, one
     bounds   (first, last) of the keys that each query sees
-    scores   (mask, strides, bias, strides, bitmap, stride), pointers to the first query, or None; to `col` too of bitmap
+    scores   (mask, strides, bias, strides, bitmap), pointers to the first query, or None; bitmap (`tile.bits`) from `col` on
     MASKED   some query may not see some key. HIDES: NaN or Inf may be there, and counts as 0 if `clean`
     """
     acc0, acc1, l_i, m_i = state
     k, k_strides, k_descriptor, v, v_strides, v_descriptor = keys
     batch, head_k, heads, rows, local_rows, rows_left = place
-    mask, mask_strides, bias, bias_strides, bitmap, bitmap_stride = scores
+    mask, mask_strides, bias, bias_strides, bitmap = scores
     seqlen_q, seqlen_k, scale, softcap, slope, threshold, seed = numbers
     BLOCK_M: tl.constexpr = TILE[0]
     BLOCK_N: tl.constexpr = TILE[1]
@@ -82,7 +82,7 @@ def attend(
             tile = mask + n * mask_strides[1]
             seen = seen & (load_scores(tile, mask_strides, local_rows, local_cols, rows_left, keys_left) != 0)
         if bitmap is not None:
-            seen = seen & bits(bitmap, bitmap_stride, local_rows, local_cols)
+            seen = seen & bits(bitmap, local_rows, local_cols)
     if MODIFIED:
         if SOFTCAP:
             s, _ = softcap_scores(s, scale, softcap)
@@ -151,12 +151,12 @@ def add_poison(acc0, acc1, keys, place, bounds, scores, lo, hi, DIMS: tl.constex
     """
     _, _, _, v, v_strides, _ = keys
     _, _, _, _, local_rows, rows_left = place
-    mask, mask_strides, bias, bias_strides, bitmap, bitmap_stride = scores
+    mask, mask_strides, bias, bias_strides, bitmap = scores
     HEAD_DIM_V: tl.constexpr = DIMS[3]
     E0: tl.constexpr = DIMS[4]
     E1: tl.constexpr = DIMS[5]
-    for col in range(lo, hi):
-        n = tl.cast(col, tl.int64)
+    for key in range(lo, hi):
+        col, n = tl.cast(key, tl.int32), tl.cast(key, tl.int64)
         v0 = load_columns(v + n * v_strides[0], v_strides, 1, 1, 0, E0, HEAD_DIM_V, False).to(tl.float32)
         bad0 = (tl.abs(v0) < float("inf")) == 0
         found = tl.max(bad0.to(tl.int32))
@@ -174,7 +174,7 @@ def add_poison(acc0, acc1, keys, place, bounds, scores, lo, hi, DIMS: tl.constex
                 added = load_scores(tile, bias_strides, local_rows, 0, rows_left, 1)
                 seen = seen & (added.to(tl.float32) != float("-inf"))
             if bitmap is not None:
-                seen = seen & bits(bitmap, bitmap_stride, local_rows, col - lo)
+                seen = seen & bits(bitmap, local_rows, col - lo)
             acc0 = tl.where(seen & bad0, acc0 + v0, acc0)
             if E1 > 0:
                 acc1 = tl.where(seen & bad1, acc1 + v1, acc1)
@@ -279,7 +279,7 @@ def forward_kernel(
         mask += b * mask_strides[0] + h * mask_strides[1] + m * mask_strides[2]
     if bias is not None:
         bias += b * bias_strides[0] + h * bias_strides[1] + m * bias_strides[2]
-    scores = (mask, widen(mask_strides, WIDE), bias, widen(bias_strides, WIDE), None, 0)
+    scores = (mask, widen(mask_strides, WIDE), bias, widen(bias_strides, WIDE), None)
     q0 = load_columns(q, widen(q_strides, WIDE), rows_left, BLOCK_M, 0, D0, HEAD_DIM, True)
     q1 = 0.0
     if D1 > 0:

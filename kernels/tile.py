@@ -146,9 +146,12 @@ def load_scores(ptr, strides, rows, cols, rows_left, cols_left):
 
 
 @triton.jit
-def bits(ptr, stride, rows, cols):
-    """Bit cols % 8 of byte cols // 8 in each row of `stride` bytes, as a bool."""
-    return ((tl.load(ptr + rows * stride + cols // 8).to(tl.int32) >> (cols % 8)) & 1) != 0
+def bits(bitmap, rows, cols):
+    """Bit cols % 8 of byte cols // 8 in each row, as a bool. bitmap: (pointer, bytes of a row, bits to read of a row);
+    what is not read is True."""
+    ptr, stride, limit = bitmap
+    byte = tl.load(ptr + rows * stride + cols // 8, mask=rows * 0 + cols < limit, other=255)
+    return ((byte.to(tl.int32) >> (cols % 8)) & 1) != 0
 
 
 @triton.jit
@@ -174,7 +177,7 @@ def dropout_keep(rows, col, heads, batch, threshold, seed, M: tl.constexpr, N: t
     multiple of 4, and one evaluation serves four neighbouring keys. rows [M, 1]; heads: one, or [M, 1]."""
     zeros = tl.zeros([M, N // 4], tl.uint32)
     c0 = (col // 4 + tl.arange(0, N // 4)[None, :]).to(tl.uint32) + zeros
-    c1, c2, c3 = rows.to(tl.uint32) + zeros, heads.to(tl.uint32) + zeros, batch.to(tl.uint32) + zeros
+    c1, c2, c3 = rows.to(tl.uint32) + zeros, tl.cast(heads, tl.uint32) + zeros, batch.to(tl.uint32) + zeros
     w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3)
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [M, N])
     return words >= threshold.to(tl.uint32)
