@@ -144,15 +144,15 @@ def describe(binary) -> dict:
         "stages": binary.metadata["num_stages"],
         "depth": pipeline_depth(binary),
         "blocks": blocks_per_multiprocessor(code),
-        "bound": bound and round(bound, 3),
+        "bound": round(bound, 3) if bound else None,
         "matrix": code.matrix,
         "loops": [
             {
                 "instructions": len(loop.instructions),
-                "matrix": loop.matrix,
+                "products": loop.products,
                 "spills": loop.spills,
                 "copies": loop.copies,
-                "kind": loop.matrix_kind,
+                "kind": loop.kind,
             }
             for loop in code.loops
         ],
@@ -193,7 +193,7 @@ def _row(spec: str, name: str, kernel: dict) -> str:
     cells = [
         spec, f"`{name}`", kernel["warps"], kernel["stages"], kernel["registers"], kernel["spills"] or "",
         f"{kernel['shared'] / 1024:.0f} KiB", kernel["blocks"] or "",
-        loop["instructions"] if loop else "", f"{loop['matrix']} {loop['kind']}" if loop else "",
+        loop["instructions"] if loop else "", f"{loop['products']} {loop['kind']}" if loop else "",
         f"{kernel['bound']:.0%}" if kernel["bound"] else "",
     ]  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |"

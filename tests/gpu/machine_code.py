@@ -36,6 +36,10 @@ class Instruction(NamedTuple):
         return bool(re.match(r"H(G)?MMA|UTC\w*MMA|v_(smfmac|mfma|s?wmma)_", self.opcode))
 
     @property
+    def is_multiply_add(self) -> bool:
+        return bool(re.match(r"FFMA|v_(pk_|dual_)?fma", self.opcode))
+
+    @property
     def is_copy(self) -> bool:
         amd = self.kind.startswith(("buffer_load", "global_load")) and "lds" in self.kind + self.operands
         return amd or self.kind in ("LDGSTS", "UTMALDG")
@@ -46,13 +50,10 @@ class Instruction(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """An innermost loop with matrix instructions."""
+    """An innermost loop around products: matrix instructions, or the multiply-adds of a kernel that has no others."""
 
     instructions: tuple[Instruction, ...]
-
-    @property
-    def counts(self) -> Counter:
-        return Counter(instruction.kind for instruction in self.instructions)
+    products: int
 
     @property
     def matrix(self) -> int:
@@ -68,15 +69,15 @@ class Loop(NamedTuple):
         return sum(instruction.is_copy for instruction in self.instructions)
 
     @property
-    def matrix_kind(self) -> str:
-        """The name of its matrix instructions."""
-        (kind, _), *_ = Counter(i.kind for i in self.instructions if i.is_matrix).most_common()
-        return kind
+    def kind(self) -> str:
+        """The name of its products."""
+        products = [i.kind for i in self.instructions if (i.is_matrix if self.matrix else i.is_multiply_add)]
+        return Counter(products).most_common(1)[0][0]
 
     @property
     def others(self) -> float:
-        """Other instructions for each matrix instruction."""
-        return len(self.instructions) / self.matrix
+        """Instructions for each product."""
+        return len(self.instructions) / self.products
 
 
 class Code(NamedTuple):
@@ -132,18 +133,27 @@ def _parse(text: str, pattern: re.Pattern, label: re.Pattern) -> tuple[list[Inst
     return instructions, labels
 
 
+MANY = 64
+"""Multiply-adds in a loop that make it one of products, where no matrix instructions do."""
+
+
 def _loops(instructions: list[Instruction], labels: dict[str, int]) -> list[Loop]:
-    """Innermost backward branches around matrix instructions; not the way back from code that lies after the end."""
-    spans = []
+    """Innermost backward branches around products; not the way back from code that lies after the end."""
+    has_matrix = any(instruction.is_matrix for instruction in instructions)
+    spans = {}
     for end, instruction in enumerate(instructions):
         target = re.search(r"\.L(_x_|BB)\w+", instruction.operands) if "BRA" in instruction.opcode.upper() else None
         start = labels.get(target[0], end + 1) if target else end + 1
         body = instructions[start : end + 1]
+        products = sum(other.is_matrix if has_matrix else other.is_multiply_add for other in body)
         leaves = any(other.kind in ("EXIT", "s_endpgm") for other in body)
-        if start <= end and not leaves and any(other.is_matrix for other in body):
-            spans.append((start, end))
-    innermost = [(a, b) for a, b in spans if not any((c, d) != (a, b) and a <= c and d <= b for c, d in spans)]
-    return [Loop(tuple(instructions[a : b + 1])) for a, b in innermost]
+        if not leaves and products >= (1 if has_matrix else MANY):
+            spans[start, end] = products
+    return [
+        Loop(tuple(instructions[a : b + 1]), products)
+        for (a, b), products in spans.items()
+        if not any((c, d) != (a, b) and a <= c and d <= b for c, d in spans)
+    ]
 
 
 # --- a static bound --------------------------------------------------------------------------------------------------
@@ -206,7 +216,7 @@ def _flops(instruction: Instruction) -> int:
 
 def tensor_bound(code: Code) -> float | None:
     """Share of the tensor cores' peak that the best loop allows if its products and the rest do not overlap."""
-    busy = cycles(code, code.loops[0]) if code.loops else None
+    busy = cycles(code, code.loops[0]) if code.loops and code.matrix else None
     return busy and busy["tensor"] / (busy["tensor"] + max(busy["mufu"], busy["fp32"], busy["issue"]))
 
 
