@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import config, launch
+from . import config, launch, tuning
 from . import lists as block_lists
 from .lists import masked_block, open_lists, unmasked_block, unmasked_count
 from .tile import (
@@ -728,7 +728,7 @@ def backward(problem, q, k, v, terms, saved, dout, dlse, wanted):
         exact = row_sums(any(wanted[3:]))  # out was summed in 16 bits, which these gradients would show
         if exact is not None:
             call.launch_query(None, None, exact, None, None)
-        tiles = call.tiles(config.key_value)
+        tiles = call.tiles("key_value")
         blocks = triton.cdiv(problem.seqlen_q, tiles.BLOCK_M)
         bounds = torch.empty((*rows[:2], blocks, 4), dtype=torch.int32, device=q.device)
         _prepare(problem, terms, out, lse_parts, dout, dlse, exact, delta, dsinks, bounds, tiles.BLOCK_M)
@@ -806,37 +806,45 @@ class _Call:
         )  # fmt: skip
 
     def launch_key_value(self, tiles, delta, bounds, dk, dv) -> None:
-        programs = triton.cdiv(self.problem.seqlen_k, tiles.BLOCK_N) * self.problem.num_heads_k * self.problem.batch
+        def count_programs(tiles):
+            return triton.cdiv(self.problem.seqlen_k, tiles.BLOCK_N) * self.problem.num_heads_k * self.problem.batch
+
         strides = (launch.strides(dk, 4), launch.strides(dv, 4))
-        self._launch(key_value_kernel, tiles, programs, (delta, bounds, dk, dv), strides, self.transposed)
+        self._launch("key_value", key_value_kernel, tiles, count_programs, (delta, bounds, dk, dv), strides, self.transposed)
 
     def launch_query(self, delta, dq, totals, dslopes, dscale) -> None:
-        tiles = self.tiles(config.query)
-        programs = triton.cdiv(self.problem.seqlen_q, tiles.BLOCK_M) * self.problem.num_heads * self.problem.batch
-        self._launch(query_kernel, tiles, programs, (delta, dq, totals, dslopes, dscale), (launch.strides(dq, 4),), self.lists)
+        tiles = self.tiles("query")
+
+        def count_programs(tiles):
+            return triton.cdiv(self.problem.seqlen_q, tiles.BLOCK_M) * self.problem.num_heads * self.problem.batch
+
+        self._launch("query", query_kernel, tiles, count_programs, (delta, dq, totals, dslopes, dscale), (launch.strides(dq, 4),), self.lists)
 
     def launch_bias(self, delta, dbias) -> None:
-        problem, tiles = self.problem, config.bias(self.problem, self.device)
+        problem, tiles = self.problem, self.tiles("bias")
         b, h, sq, sk = dbias.shape
         rows_summed, cols_summed = sq == 1 and problem.seqlen_q > 1, sk == 1 and problem.seqlen_k > 1
-        m_blocks = 1 if rows_summed else triton.cdiv(sq, tiles.BLOCK_M)
-        n_blocks = 1 if cols_summed else triton.cdiv(sk, tiles.BLOCK_N)
+
+        def count_programs(tiles):
+            m_blocks = 1 if rows_summed else triton.cdiv(sq, tiles.BLOCK_M)
+            n_blocks = 1 if cols_summed else triton.cdiv(sk, tiles.BLOCK_N)
+            return m_blocks * n_blocks * b * h
+
         counts = (problem.batch // b, problem.num_heads // h)
         flags = {"ROWS_SUMMED": rows_summed, "COLS_SUMMED": cols_summed}
-        programs = m_blocks * n_blocks * b * h
-        self._launch(bias_kernel, tiles, programs, (delta, dbias), (dbias.stride(),), None, counts, flags)
+        self._launch("bias", bias_kernel, tiles, count_programs, (delta, dbias), (dbias.stride(),), None, counts, flags)
 
-    def tiles(self, choose) -> config.Config:
-        tiles = choose(self.problem, self.device)
+    def tiles(self, kernel: str) -> config.Config:
+        tiles = tuning.tiles(kernel, self.problem, self.device)
         return config.within(tiles, self.lists.block_size) if self.lists else tiles
 
-    def _launch(self, kernel, tiles, programs, tensors, strides, lists, counts=(), flags=None) -> None:
+    def _launch(self, name, kernel, tiles, count_programs, tensors, strides, lists, counts=(), flags=None) -> None:
         """tensors: what the kernel takes between lse_parts and k_start; counts: behind all other arguments."""
         problem, terms = self.problem, self.terms
         of_lists = block_lists.key(lists) if lists else None
-        key = (kernel.fn.__name__, tiles, tuple(x is None for x in tensors), strides, of_lists, counts, *self.key)
+        key = (name, tiles, tuple(x is None for x in tensors), strides, of_lists, counts, *self.key)
 
-        def plan():
+        def plan(tiles):
             arguments, constexprs = launch.score_arguments(problem, *self.inputs, terms)
             constexprs["EXACT"] = problem.dtype == "float32" or problem.bias != "none"
             if kernel is bias_kernel:
@@ -845,9 +853,14 @@ class _Call:
             else:
                 constexprs |= block_lists.constexprs(self.lists, tiles)
                 before = (lists.strides, lists.num_bitmaps, *strides) if lists else (None, 0, *strides)
+            programs = count_programs(tiles)
             return launch.Plan(kernel, programs, (*before, *arguments, *counts), constexprs, tiles.options(self.device))
 
         varying = (*self.extras, terms.softmax_scale, terms.seed or 0)
         if kernel is not bias_kernel:
             varying += lists.tensors if lists else (None,) * 6
-        launch.run(key, (*self.inputs, self.lse_parts, *tensors, *varying), plan)
+        tensors = (*self.inputs, self.lse_parts, *tensors, *varying)
+        if self.lists:  # tiles have to divide their blocks
+            launch.run(key, tensors, lambda: plan(tiles))
+        else:
+            launch.run(key, tensors, lambda: launch.choose(name, problem, self.device, tensors, plan))

@@ -8,7 +8,7 @@ one with masks, which reads their bitmap, one bit a pair. The gradients of k and
 import triton
 import triton.language as tl
 
-from . import config, launch, lists
+from . import config, launch, lists, tuning
 from .lists import masked_block, open_lists, unmasked_block, unmasked_count
 from .prefill import add_poison, attend, fresh_state, is_spoiled, positive_scale, store_rows
 from .tile import LOG2E, load_columns, load_scale, load_slope, row_bounds, widen
@@ -151,7 +151,7 @@ def _forward(problem, q, k, v, terms, for_backward: bool):
 
 def _plan(problem, q, k, v, out, terms, of_mask) -> launch.Plan:
     device = launch.device_facts(q.get_device())
-    tiles = config.within(config.prefill(problem, device), of_mask.block_size)
+    tiles = config.within(tuning.tiles("prefill", problem, device), of_mask.block_size)
     arguments, constexprs = launch.score_arguments(problem, q, k, v, out, terms)
     constexprs |= lists.constexprs(of_mask, tiles)
     constexprs["MOVE_SIGN"] = not problem.learned_scale and terms.softmax_scale <= 0.0

@@ -144,17 +144,18 @@ def _look_up(table, problem, device: Device) -> Config:
     return next((config for head_dim, config in rows if widest <= head_dim), rows[-1][1])
 
 
+def shared_memory(config: Config, problem) -> int:
+    """Bytes that the tiles of k and v take in all stages, and q's beside them: an estimate."""
+    size = 4 if problem.dtype == "float32" else 2
+    width_qk, width_v = (sum(split_head_dim(d)) for d in (problem.head_dim, problem.head_dim_v))
+    passing = config.BLOCK_N * (width_qk + width_v) * max(1, config.num_stages)
+    return size * (config.BLOCK_M * width_qk + passing)
+
+
 def _fit(config: Config, problem, device: Device) -> Config:
     """Fewer stages, then smaller key blocks, until the tiles that are loaded fit the device."""
-    size = 4 if problem.dtype == "float32" else 2
-    width = sum(sum(split_head_dim(d)) for d in (problem.head_dim, problem.head_dim_v))
-    q = size * config.BLOCK_M * sum(split_head_dim(problem.head_dim))
-
-    def smem(c: Config) -> int:
-        return q + size * c.BLOCK_N * width * max(1, c.num_stages)
-
-    while smem(config) > device.smem and config.num_stages > 1:
+    while shared_memory(config, problem) > device.smem and config.num_stages > 1:
         config = config._replace(num_stages=config.num_stages - 1)
-    while smem(config) > device.smem and config.BLOCK_N > 16:
+    while shared_memory(config, problem) > device.smem and config.BLOCK_N > 16:
         config = config._replace(BLOCK_N=config.BLOCK_N // 2)
     return config

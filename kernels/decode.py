@@ -5,11 +5,13 @@ the keys are split and `combine_kernel` puts the parts together (Flash-Decoding;
 splits follows from heads, lengths and the device, never from the batch.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 
-from . import config, launch
+from . import launch, tuning
 from .prefill import add_poison, attend, fresh_state, is_spoiled, positive_scale, store_rows
 from .tile import LOG2E, key_range, load_columns, load_scale, load_slope, natural_lse, normalizer, row_bounds
 
@@ -194,7 +196,7 @@ def forward(problem, q, k, v, terms):
     if not out.numel():
         return out, lse
     device = launch.device_facts(q.get_device())
-    tiles = config.decode(problem, device)
+    tiles = tuning.tiles("decode", problem, device)
     keys_per_split, num_splits = split_keys(problem, tiles, device)
     parts = maximum = total = None
     if num_splits > 1:
@@ -208,7 +210,7 @@ def forward(problem, q, k, v, terms):
     )  # fmt: skip
     key = ("decode", *launch.call_key(problem, q, k, v, terms))
 
-    def plan():
+    def plan(tiles):
         arguments, constexprs = launch.score_arguments(problem, q, k, v, out, terms)
         constexprs |= {"BLOCK_M": tiles.BLOCK_M, "BLOCK_N": tiles.BLOCK_N, "SPLIT": num_splits > 1}
         constexprs["MOVE_SIGN"] = not problem.learned_scale and terms.softmax_scale <= 0.0
@@ -216,7 +218,7 @@ def forward(problem, q, k, v, terms):
         programs = num_splits * row_blocks(problem, tiles) * problem.num_heads_k * problem.batch
         return launch.Plan(decode_kernel, programs, arguments, constexprs, tiles.options(device))
 
-    launch.run(key, tensors, plan)
+    launch.run(key, tensors, lambda: launch.choose("decode", problem, device, tensors, plan))
     if num_splits > 1:
         _combine(problem, parts, maximum, total, terms, out, lse)
     return out, lse
@@ -244,6 +246,7 @@ def row_blocks(problem, tiles) -> int:
     return triton.cdiv(problem.group_size * problem.seqlen_q, tiles.BLOCK_M)
 
 
+@lru_cache(maxsize=4096)
 def split_keys(problem, tiles, device) -> tuple[int, int]:
     """(keys in a split, number of splits): two programs a multiprocessor for one sequence, splits of 256 keys at least."""
     programs = row_blocks(problem, tiles) * problem.num_heads_k

@@ -13,7 +13,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import config
+from . import config, tuning
 from .config import SMEM, Device
 
 SIZES = ["seed", "threshold", "diagonal_lo", "diagonal_hi", "num_heads", "group_size", "seqlen_q", "seqlen_k"]
@@ -71,6 +71,19 @@ def run(key: tuple, tensors: tuple, make_plan: Callable[[], Plan]) -> None:
             _launches.clear()
         launch = _launches[key] = _prepare(tensors, make_plan())
     launch(tensors)
+
+
+def choose(kernel: str, problem, device: Device, tensors: tuple, plan_with: Callable[[config.Config], Plan]) -> Plan:
+    """plan_with(tiles) for the tiles of the table, or measured ones, or ones that are measured now."""
+    tiles = tuning.tiles(kernel, problem, device)
+    if tuning.is_wanted(kernel, problem, device) and not interpreted():
+
+        def launch_with(candidate):
+            launch = _prepare(tensors, plan_with(candidate))
+            return lambda: launch(tensors)
+
+        tiles = tuning.tune(kernel, problem, device, launch_with)
+    return plan_with(tiles)
 
 
 def _prepare(tensors, plan: Plan) -> Callable:

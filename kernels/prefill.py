@@ -7,7 +7,7 @@ in which every query sees every key run a loop without masks; the others, at the
 import triton
 import triton.language as tl
 
-from . import config, launch
+from . import launch
 from .tile import (
     LOG2E,
     bias_log2,
@@ -347,13 +347,17 @@ def _forward(problem, q, k, v, terms, for_backward: bool):
         extras = (terms.k_start, terms.k_end, terms.mask, terms.bias, terms.alibi_slopes)
         tensors = (q, k, v, out, lse, lse_parts, *extras, terms.softmax_scale, terms.seed or 0, terms.sinks)
         key = ("prefill", for_backward, *launch.call_key(problem, q, k, v, terms))
-        launch.run(key, tensors, lambda: _plan(problem, q, k, v, out, terms))
+
+        def plan():
+            device = launch.device_facts(q.get_device())
+            return launch.choose("prefill", problem, device, tensors, lambda t: _plan(problem, q, k, v, out, terms, t))
+
+        launch.run(key, tensors, plan)
     return out, lse, lse_parts
 
 
-def _plan(problem, q, k, v, out, terms) -> launch.Plan:
+def _plan(problem, q, k, v, out, terms, tiles) -> launch.Plan:
     device = launch.device_facts(q.get_device())
-    tiles = config.prefill(problem, device)
     arguments, constexprs = launch.score_arguments(problem, q, k, v, out, terms)
     constexprs |= {"BLOCK_M": tiles.BLOCK_M, "BLOCK_N": tiles.BLOCK_N}
     constexprs["MOVE_SIGN"] = not problem.learned_scale and terms.softmax_scale <= 0.0
