@@ -1,6 +1,7 @@
 """fastattn: fused attention for PyTorch, on CPUs first. See README.md; start with `fastattn.attention`."""
 
 from .api import attention, explain
+from .block_mask import BlockMask
 from .compat.sdpa import scaled_dot_product_attention
 from .dispatch import FallbackWarning, UnsupportedError, last_call, record, use
 from .dropout import dropout_mask
@@ -9,6 +10,7 @@ from .masks import Mask
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockMask",
     "FallbackWarning",
     "Mask",
     "UnsupportedError",
