@@ -174,8 +174,8 @@ class BlockMask:
         """
         grid = shared_grid(seqlen_q, seqlen_k, block_size)
         sizes = (grid.rows, grid.columns) if of_blocks else (grid.seqlen_q, grid.seqlen_k)
-        _check_integers("queries", queries, 1, sizes[0])
-        _check_integers("keys", keys, 1, sizes[1])
+        check_integers("queries", queries, 1, sizes[0])
+        check_integers("keys", keys, 1, sizes[1])
         if queries.shape != keys.shape:
             raise ValueError(f"queries has {len(queries)} entries and keys {len(keys)}; they must be as many")
         pairs = (queries.long() * sizes[1] + keys).sort().values
@@ -270,6 +270,12 @@ class BlockMask:
         keys = mine[0]
         alike = grid.column(keys) * grid.block_k - grid.row(keys) * grid.block_q if by_distance else None
         return _build(grid, blocks.intersection(mine, blocks.evaluate(grid, keys, fn, alike)))
+
+    def reblock(self, block_size: BlockSize) -> "BlockMask":
+        """The same mask in blocks of another size, in time O(visited pairs / 256)."""
+        block_q, block_k = check_block_size(block_size)
+        grid = self._grid._replace(block_q=block_q, block_k=block_k)
+        return _build(grid, blocks.regroup(self._grid, grid, self._blocks()))
 
     def equal(self, other: "BlockMask") -> bool:
         """Whether both masks let every query see the same keys (batch and heads broadcast), in time O(lists)."""
@@ -526,7 +532,7 @@ def _check_same_grid(a: BlockMask, b: BlockMask) -> None:
             raise ValueError(f"the masks have {attribute} {mine} and {other}; build both with the same")
 
 
-def _check_integers(name: str, tensor, dim: int, bound: int) -> None:
+def check_integers(name: str, tensor, dim: int, bound: int) -> None:
     """TypeError unless an integer tensor, ValueError unless of `dim` dimensions and 0 <= entries < bound."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be an integer tensor, got {type(tensor).__name__}")
@@ -546,8 +552,8 @@ def _raise_at(name: str, tensor: torch.Tensor, wrong: torch.Tensor, rule: str) -
 
 def _check_compressed(indptr, indices, rows: int, columns: int) -> torch.Tensor:
     """The row of each entry of a compressed list; raises unless it is in range and ascends in each row."""
-    _check_integers("indices", indices, 1, columns)
-    _check_integers("indptr", indptr, 1, len(indices) + 1)
+    check_integers("indices", indices, 1, columns)
+    check_integers("indptr", indptr, 1, len(indices) + 1)
     if len(indptr) != rows + 1:
         raise ValueError(f"indptr has {len(indptr)} entries; for {rows} rows it must have {rows + 1}")
     if int(indptr[0]) != 0 or int(indptr[-1]) != len(indices):

@@ -207,6 +207,40 @@ def transpose(grid: Grid, blocks: Blocks) -> Blocks:
     return keys, ids[order], torch.cat([pack(unpack(part).transpose(1, 2)) for part in bitmaps.split(256)])
 
 
+def regroup(grid: Grid, other: Grid, blocks: Blocks) -> Blocks:
+    """The set in the blocks of another grid of the same lengths (not reduced), by way of cells of 16 x 16."""
+    cells = grid._replace(block_q=16, block_k=16)
+    keys, ids, bitmaps = _to_cells(grid, cells, blocks)
+    per_row, per_column = other.block_q // 16, other.block_k // 16
+    row, column = cells.row(keys), cells.column(keys)
+    block = other.keys(cells.entry(keys), row // per_row, column // per_column)
+    place = row % per_row * per_column + column % per_column
+    block, member = torch.unique(block, return_inverse=True)
+    height = (cells.rows - other.row(block) * per_row).clamp(max=per_row)
+    width = (cells.columns - other.column(block) * per_column).clamp(max=per_column)
+    full = torch.bincount(member[ids == FULL], minlength=len(block)) == height * width
+    number = (~full).cumsum(0) - 1
+    made = torch.zeros(int((~full).sum()), per_row * per_column, 16, 2, dtype=torch.uint8, device=keys.device)
+    ids = torch.where(ids == FULL, len(bitmaps) + cells.edge(keys), ids)
+    mixed = ~full[member]
+    made[number[member][mixed], place[mixed]] = torch.cat([bitmaps, cells.inside(keys.device)])[ids[mixed]]
+    made = made.view(-1, per_row, per_column, 16, 2).transpose(2, 3)
+    return block, torch.where(full, FULL, number), made.reshape(-1, other.block_q, other.block_k // 8)
+
+
+def _to_cells(grid: Grid, cells: Grid, blocks: Blocks) -> Blocks:
+    keys, ids, bitmaps = blocks
+    per_row, per_column = grid.block_q // 16, grid.block_k // 16
+    step = torch.arange(per_row * per_column, device=keys.device)
+    row = grid.row(keys)[:, None] * per_row + step // per_column
+    column = grid.column(keys)[:, None] * per_column + step % per_column
+    inside = (row < cells.rows) & (column < cells.columns)
+    keys = cells.keys(grid.entry(keys)[:, None], row, column)[inside]
+    ids = torch.where(ids[:, None] == FULL, FULL, ids[:, None] * len(step) + step)[inside]
+    bitmaps = bitmaps.view(-1, per_row, 16, per_column, 2).transpose(2, 3).reshape(-1, 16, 2)
+    return keys, ids, bitmaps
+
+
 # --- lists -----------------------------------------------------------------------------------------------------------
 
 
