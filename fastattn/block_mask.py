@@ -366,13 +366,20 @@ class BlockMask:
         dense = dense.reshape(*self.shape[:2], grid.rows * grid.block_q, grid.columns * grid.block_k)
         return dense[:, :, : grid.seqlen_q, : grid.seqlen_k].contiguous()
 
-    def mask_mod(self, b: torch.Tensor, h: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor) -> torch.Tensor:
-        """FlexAttention's mask_mod of this mask: looks the pair up, in a table of rows x columns that is kept."""
-        table, bitmaps = self._table()
-        block_q, block_k = self.BLOCK_SIZE
-        b, h = (b if self.shape[0] > 1 else b * 0), (h if self.shape[1] > 1 else h * 0)
-        byte = bitmaps[table[b, h, q_idx // block_q, kv_idx // block_k], q_idx % block_q, kv_idx % block_k // 8]
-        return ((byte.int() >> (kv_idx % 8)) & 1) > 0
+    @property
+    def mask_mod(self) -> Callable:
+        """FlexAttention's mask_mod(b, h, q_idx, kv_idx) of this mask: looks up the block, in a table, and the bit."""
+        if "mask_mod" not in self._cache:
+            table, bitmaps = self._table()
+            shared, (block_q, block_k) = [size == 1 for size in self.shape[:2]], self.BLOCK_SIZE
+
+            def mask_mod(b, h, q_idx, kv_idx):
+                b, h = b * 0 if shared[0] else b, h * 0 if shared[1] else h
+                byte = bitmaps[table[b, h, q_idx // block_q, kv_idx // block_k], q_idx % block_q, kv_idx % block_k // 8]
+                return ((byte.int() >> (kv_idx % 8)) & 1) > 0
+
+            self._cache["mask_mod"] = mask_mod
+        return self._cache["mask_mod"]
 
     def to_flex(self, mask_mod: Callable | None = None):
         """The torch.nn.attention.flex_attention.BlockMask of the same blocks.
@@ -381,7 +388,6 @@ class BlockMask:
         """
         from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 
-        self._table()  # now, and not while somebody traces mask_mod
         missing = self._grid.columns, self.kv_indices.shape[-1], self.full_kv_indices.shape[-1]
         pad = torch.nn.functional.pad  # torch takes the number of columns from the width of a list
         return FlexBlockMask.from_kv_blocks(
@@ -452,14 +458,11 @@ class BlockMask:
 
     def _table(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Which bitmap each block has, int32 [B, H, rows, columns], and the bitmaps with a full and an empty one."""
-        if "table" not in self._cache:
-            grid, (keys, ids, bitmaps) = self._grid, self._blocks()
-            table = torch.full((grid.size,), len(bitmaps) + 1, dtype=torch.int32, device=self.device)
-            table[keys] = torch.where(ids == FULL, len(bitmaps), ids).int()
-            one = bitmaps.new_ones(1, *bitmaps.shape[1:])
-            table = table.view(*self.shape[:2], grid.rows, grid.columns)
-            self._cache["table"] = table, torch.cat([bitmaps, one * 255, one * 0])
-        return self._cache["table"]
+        grid, (keys, ids, bitmaps) = self._grid, self._blocks()
+        table = torch.full((grid.size,), len(bitmaps) + 1, dtype=torch.int32, device=self.device)
+        table[keys] = torch.where(ids == FULL, len(bitmaps), ids).int()
+        one = bitmaps.new_ones(1, *bitmaps.shape[1:])
+        return table.view(*self.shape[:2], grid.rows, grid.columns), torch.cat([bitmaps, one * 255, one * 0])
 
     def _shares(self, pixels: int) -> torch.Tensor:
         """The share of pairs that is seen, [<= pixels, <= pixels], a pixel being some blocks of one head."""
@@ -632,7 +635,7 @@ def _check_edges(grid: Grid, keys: torch.Tensor, ids: torch.Tensor, bitmaps: tor
     """ValueError if a bitmap has a bit past the lengths in some block that uses it."""
     edge = grid.edge(keys)
     used = torch.unique(ids[edge > 0] * 4 + edge[edge > 0])
-    wrong = (bitmaps[used // 4] & ~grid.inside(bitmaps.device)[used % 4]).flatten(1).any(1)
+    wrong = (bitmaps[used // 4] & ~grid.inside(bitmaps.device)[used % 4]).flatten(1).bool().any(1)
     if bool(wrong.any()):
         raise ValueError(
             f"bitmaps[{int(used[wrong][0]) // 4}] has a bit set past seqlen_q or seqlen_k in a block at the edge; "

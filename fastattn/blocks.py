@@ -93,7 +93,7 @@ class Grid(NamedTuple):
 def pack(bits: torch.Tensor) -> torch.Tensor:
     """bool [..., n] -> uint8 [..., n / 8], bit j % 8 of byte j // 8 is entry j; n is a multiple of 8."""
     # 8 bytes of 0 or 1 times this number have their 8 bits, in order, in the highest byte: no two terms meet.
-    packed = (bits.flatten().view(torch.int64) * 0x0102040810204080).view(torch.uint8)[7::8]
+    packed = (bits.contiguous().view(-1).view(torch.int64) * 0x0102040810204080).view(torch.uint8)[7::8]
     return packed.reshape(*bits.shape[:-1], bits.shape[-1] // 8)
 
 
