@@ -1,5 +1,6 @@
 """fastattn: fused attention for PyTorch, on CPUs first. See README.md; start with `fastattn.attention`."""
 
+from . import patterns
 from .api import attention, explain
 from .block_mask import BlockMask
 from .compat.sdpa import scaled_dot_product_attention
@@ -18,6 +19,7 @@ __all__ = [
     "dropout_mask",
     "explain",
     "last_call",
+    "patterns",
     "record",
     "scaled_dot_product_attention",
     "use",
