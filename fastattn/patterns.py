@@ -415,6 +415,8 @@ def _visited(shape, axes, dilations, places, prefix: int, block_size) -> BlockMa
     start = start * shape[-1] + prefix
     first, last = ((start + bound)[..., None] // block_k for bound in (first, last))
     columns = torch.minimum(first + torch.arange(int((last - first).max()) + 1), last)
-    rows = (torch.arange(prefix, seqlen) // block_q)[:, None].expand_as(columns)
-    rows, columns = torch.stack([rows.flatten(), columns.flatten()]).unique(dim=1)
-    return BlockMask.from_coo(rows, columns, seqlen_q=seqlen, block_size=block_size, of_blocks=True)
+    rows = (torch.arange(prefix, seqlen) // block_q)[:, None]
+    visited = (rows * seqlen + columns).unique()
+    return BlockMask.from_coo(
+        visited // seqlen, visited % seqlen, seqlen_q=seqlen, block_size=block_size, of_blocks=True
+    )
