@@ -148,9 +148,10 @@ void add_sums(const Problem& p, const std::vector<double>& source, int64_t n, co
     }
 }
 
-// The buffers that the units fill for the gradients of bias (by key or query), alibi_slopes and sinks, and their sums.
+// The buffers that the units fill for the gradients of bias (by key or query), alibi_slopes, sinks and scales, and their
+// sums.
 class ScoreSums {
-  std::vector<double> keys, queries, slopes, sinks;
+  std::vector<double> keys, queries, slopes, sinks, scales;
   const Problem& p;
   const int64_t splits;
 
@@ -166,12 +167,14 @@ class ScoreSums {
     g.query_sums = wanted(queries, vector && !by_key, rows * p.seqlen_q);
     g.slope_sums = wanted(slopes, (bool)g.dalibi_slopes, rows * splits);
     g.sink_sums = wanted(sinks, (bool)g.dsinks, rows * p.seqlen_q);
+    g.scale_sums = wanted(scales, (bool)g.dscales, rows * p.seqlen_q);
   }
   void add_to(const Gradients& g) const {
     if (g.key_sums) add_sums(p, keys, p.seqlen_k, g.dbias, 3);
     if (g.query_sums) add_sums(p, queries, p.seqlen_q, g.dbias, 2);
     if (g.slope_sums) add_sums(p, slopes, splits, g.dalibi_slopes, 3);
     if (g.sink_sums) add_sums(p, sinks, p.seqlen_q, g.dsinks, 3);
+    if (g.scale_sums) add_sums(p, scales, p.seqlen_q, g.dscales, 3);
   }
 };
 
@@ -256,7 +259,7 @@ void backward(const Problem& p, const Gradients& wanted, int threads) {
     const double flops = 2 * pairs * (3 * p.head_dim + 2 * p.head_dim_v);
     parallel_for((int64_t)units.size(), threads, flops, run_key_unit, &call);
     const int64_t blocks = (p.seqlen_q + b.block_rows - 1) / b.block_rows;
-    if (g.dq && b.num_splits > 1)
+    if (g.needs_dq() && b.num_splits > 1)
       parallel_for((end - call.first_batch) * p.num_heads * blocks, threads, flops, combine_dq, &call);
   }
   sums.add_to(g);

@@ -21,11 +21,18 @@ struct Problem {
   // [batch, num_heads, seqlen_q, 2] in lse's dtype, absent unless a backward pass follows: lse in units of log2 as
   // reference point + log2 of the sum. One rounded number would not do beside a bias of -1e38.
   Tensor lse_parts;
+  Tensor out_exact;            // out before it is rounded to 16 bits; absent if nobody asks
   Tensor mask, bias;           // bool, float; [batch, num_heads, seqlen_q, seqlen_k]
   Tensor alibi_slopes, sinks;  // [batch, num_heads, 1, 1]
+  Tensor scales;               // the same, absent or instead of softmax_scale
   Tensor k_start, k_end;       // int32 [batch, num_heads, seqlen_q, 1]
   double softmax_scale, softcap;
   int64_t diagonal_lo, diagonal_hi;  // a query sees keys with lo <= key - query <= hi
+  double keep_factor;                // of the weights that dropout leaves: 1 / (1 - dropout_p)
+  uint64_t seed;
+  uint32_t drop_below;  // a weight is dropped if its word is below: dropout_p * 2^32
+
+  bool drops() const { return keep_factor != 1.0; }
 };
 
 // How a problem is cut. It follows from the shape alone, never from the number of threads or the batch size: the bits of
@@ -58,12 +65,15 @@ struct Gradients {
   Tensor dout, dlse;  // as out, and [batch, num_heads, seqlen_q, 1], absent: zero
   Tensor dq, dk, dv;  // absent: not wanted
   // Sums over what their tensors broadcast over, from zero; float64, but a dbias with both seqlens in q's compute dtype.
-  Tensor dbias, dalibi_slopes, dsinks;
-  // What the units leave for those sums, null if not wanted: dbias by key or by query, dalibi_slopes by split, dsinks.
+  Tensor dbias, dalibi_slopes, dsinks, dscales;
+  // What the units leave for those sums, null if not wanted: dbias by key or by query, dalibi_slopes by split, dsinks and
+  // dscales by query.
   double *key_sums, *query_sums;   // [batch][num_heads][seqlen_k], [batch][num_heads][seqlen_q]
-  double *slope_sums, *sink_sums;  // [batch][num_heads][num_splits], [batch][num_heads][seqlen_q]
+  double* slope_sums;              // [batch][num_heads][num_splits]
+  double *sink_sums, *scale_sums;  // [batch][num_heads][seqlen_q]
 
   bool dense_bias() const { return dbias && dbias.stride[2] && dbias.stride[3]; }
+  bool needs_dq() const { return dq || scale_sums; }
 };
 
 // How a backward pass is cut, from the shape alone.

@@ -6,6 +6,7 @@
 //               score modifications, masks, online softmax           (score.h, softmax.h)
 //   loop 4      register tiles of MR columns: out^T += V^T P^T       (multiply)
 #pragma once
+#include "dropout.h"
 #include "products.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -61,8 +62,10 @@ void finish_rows(const Problem& p, const Lanes& lanes, const Real* out, const Re
     const double sink =
         p.sinks ? load_scalar<double>(at(p.sinks, lanes.batch, s.head, 0), p.sinks.dtype) : -__builtin_inf();
     const Normalizer n = normalizer(max[r], sum[r], sink);
-    char* target = at(p.out, lanes.batch, s.head, s.query);
-    store_row(out + r * p.head_dim_v, (Real)n.factor, p.head_dim_v, target, p.out.dtype, p.out.stride[3]);
+    for (const Tensor* t : {&p.out, &p.out_exact})
+      if (*t)
+        store_row(out + r * p.head_dim_v, (Real)(n.factor * p.keep_factor), p.head_dim_v,
+                  at(*t, lanes.batch, s.head, s.query), t->dtype, t->stride[3]);
     if (p.lse) *(Real*)at(p.lse, lanes.batch, s.head, s.query) = (Real)n.lse();
     if (p.lse_parts) {
       *(Real*)at(p.lse_parts, lanes.batch, s.head, s.query, 0) = (Real)n.top;
@@ -77,7 +80,7 @@ struct Pending {
   ForwardPanel<Real>* panel = nullptr;
   Weigher<Real, NV> weigher{};
   Real* scores = nullptr;
-  int64_t keys = 0;
+  int64_t key = 0, keys = 0;
   TileRows<Real> v{};
   bool select = false;  // some key is masked and v may not be finite
 };
@@ -187,7 +190,7 @@ class ForwardUnit {
     pending.panel = &panel;
     pending.weigher = {scores, scores + keys * NR, panel.run.shift, s.tile_sum, 0, 0};
     pending.scores = scores;
-    pending.keys = keys;
+    pending.key = k0, pending.keys = keys;
     pending.v = {tile.v.data + skipped * tile.v.stride, tile.v.stride};
     pending.select = masked && careful;
     if (pending.select) memcpy(s.seen, scores, keys * NR * sizeof(Real));
@@ -199,6 +202,7 @@ class ForwardUnit {
     pending.weigher.finish();
     ForwardPanel<Real>& panel = *pending.panel;
     for (int r = 0; r < NR; r++) panel.run.sum[r] += s.tile_sum[r];
+    if (p.drops()) drop<Real, NV>(p, panel, pending.key, pending.keys, pending.scores);
     if (pending.select)
       select_out<Real, NV>(pending.v, pending.scores, s.seen, pending.keys, p.head_dim_v, panel.out);
     else

@@ -15,6 +15,7 @@ class Case(NamedTuple):
             "intervals" (random ones for each [B, H, Sq], empty ones among them)
     bias    None | "shared" ([1, 1, Sq, Sk]) | "per_head" ([1, H, Sq, Sk]) | "full" ([B, H, Sq, Sk]) |
             "key" ([B, 1, 1, Sk]) | "query" ([1, H, Sq, 1])
+    learned_scale  None | "one" (a tensor with one number) | "per_head" ([num_heads])
     layout  memory order of q, k, v and out: "bhsd" | "bshd"
     """
 
@@ -34,6 +35,8 @@ class Case(NamedTuple):
     softcap: float = 0.0
     sinks: bool = False
     softmax_scale: float | None = None
+    learned_scale: str | None = None
+    dropout_p: float = 0.0
     layout: str = "bhsd"
 
     def __str__(self) -> str:
@@ -42,7 +45,7 @@ class Case(NamedTuple):
         parts = [f"B{self.batch}H{self.num_heads}" + (f"/{self.num_heads_k}" if self.num_heads_k else "")]
         parts += [f"S{self.seqlen_q}" + (f"x{sk}" if sk != self.seqlen_q else "")]
         parts += [f"D{self.head_dim}" + (f"/{self.head_dim_v}" if self.head_dim_v else "")]
-        for field in ("dtype", "mask", "bias", "softcap", "softmax_scale", "layout"):
+        for field in ("dtype", "mask", "bias", "softcap", "softmax_scale", "learned_scale", "dropout_p", "layout"):
             if getattr(self, field) != getattr(default, field) or field == "dtype":
                 value = getattr(self, field)
                 parts.append(value if isinstance(value, str) and field in ("dtype", "layout") else f"{field}:{value}")
@@ -60,7 +63,7 @@ def inputs(case: Case, seed: int = 0) -> tuple[tuple[torch.Tensor, ...], dict]:
     hk, dv = case.num_heads_k or h, case.head_dim_v or case.head_dim
 
     def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     def states(heads, seqlen, dim):
         if case.layout == "bshd":
@@ -87,6 +90,10 @@ def inputs(case: Case, seed: int = 0) -> tuple[tuple[torch.Tensor, ...], dict]:
         kwargs["alibi_slopes"] = 2.0 ** -torch.arange(1, h + 1, dtype=torch.float64).to(torch.float32)
     if case.sinks:
         kwargs["sinks"] = normal(h).to(torch.float32)
+    if case.learned_scale:
+        kwargs["softmax_scale"] = (normal(*([h] if case.learned_scale == "per_head" else [])) * 0.3).to(torch.float32)
+    if case.dropout_p:
+        kwargs |= {"dropout_p": case.dropout_p, "seed": seed}
     return qkv, kwargs
 
 
@@ -145,9 +152,12 @@ def _parity_cases() -> tuple[Case, ...]:
     cases += [small._replace(mask=mask, causal=True, window_size=(20, None)) for mask in masks]
     cases += [small._replace(bias=bias) for bias in biases]
     cases += [small._replace(softcap=3.0), small._replace(alibi=True), small._replace(sinks=True)]
+    cases += [small._replace(learned_scale=kind) for kind in ("one", "per_head")]
+    cases += [small._replace(dropout_p=p) for p in (0.1, 0.9)] + [small._replace(num_heads_k=4, dropout_p=0.5)]
     everything = small._replace(
-        softcap=5.0, alibi=True, sinks=True, bias="per_head", mask="tensor_per_head", causal=True
-    )
+        softcap=5.0, alibi=True, sinks=True, bias="per_head", mask="tensor_per_head", causal=True, dropout_p=0.2,
+        learned_scale="per_head",
+    )  # fmt: skip
     cases += [everything]
     for dtype in ("bfloat16", "float16", "float64"):
         cases += [Case(dtype=dtype, num_heads=2, seqlen_q=130, causal=True), small._replace(dtype=dtype)]
@@ -159,6 +169,8 @@ def _parity_cases() -> tuple[Case, ...]:
         cases += [case, case._replace(causal=True), case._replace(window_size=(90, 20)), case._replace(bias="key")]
         cases += [case._replace(mask=mask) for mask in ("lengths", "left_padding", "documents", "intervals", "tensor")]
         cases += [case._replace(alibi=True), case._replace(softcap=2.0, bias="query"), case._replace(sinks=True)]
+        cases += [case._replace(dropout_p=0.3), case._replace(dropout_p=0.3, window_size=(90, 20), dtype="bfloat16")]
+        cases += [case._replace(learned_scale="per_head", causal=True)]
         for dtype in ("bfloat16", "float16", "float64"):
             cases += [case._replace(dtype=dtype, mask=mask, causal=True) for mask in ("documents", "tensor")]
     return tuple(dict.fromkeys(cases))

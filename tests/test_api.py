@@ -95,11 +95,14 @@ BAD_INPUT = {  # name: (changed arguments, error, pattern)
     "flash-attn's -1": ({"window_size": (-1, 0)}, ValueError, r"window_size=\(-1, 0\): left must be >= 0; use None"),
     "window negative": ({"window_size": (0, -3)}, ValueError, r"window_size=\(0, -3\): right must be >= 0"),
     "window float": ({"window_size": (2.0, 0)}, TypeError, "left must be an int >= 0 or None, got 2.0"),
-    "scale tensor": (
-        {"softmax_scale": torch.tensor(0.5)},
-        TypeError,
-        r"softmax_scale is a tensor of shape \(\); it must be a float \(use .item\(\)\)",
+    "scale shape": (
+        {"softmax_scale": ones(2)},
+        ValueError,
+        r"softmax_scale has shape \(2,\); it must be one number or \[num_heads\], here \(4,\)",
     ),
+    "scale of rank 2": ({"softmax_scale": ones(4, 1)}, ValueError, r"softmax_scale has shape \(4, 1\)"),
+    "scale dtype": ({"softmax_scale": ones(4).int()}, TypeError, "softmax_scale has dtype torch.int32; supported are"),
+    "scale device": ({"softmax_scale": ones(4, device="meta")}, ValueError, "softmax_scale is on meta, q on cpu"),
     "scale inf": ({"softmax_scale": math.inf}, ValueError, "softmax_scale=inf must be finite"),
     "scale NaN": ({"softmax_scale": math.nan}, ValueError, "softmax_scale=nan must be finite"),
     "softcap negative": ({"softcap": -1.0}, ValueError, r"softcap=-1.0 must be >= 0 \(0 turns it off\)"),

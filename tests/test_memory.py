@@ -15,6 +15,7 @@ import fastattn
 from cases import Case, inputs
 from fastattn import Mask, cpu
 from fastattn.masks import UNBOUNDED
+from fastattn.problem import Terms
 from test_prefill import DTYPES, assert_same_bits, dtypes, run
 
 pytestmark = [
@@ -27,9 +28,8 @@ PAGE = mmap.PAGESIZE
 def fill(out, lse, q, k, v, causal=False, **kwargs):
     """The kernel into tensors of the caller's, without the allocations of fastattn.attention."""
     hi = k.shape[2] - q.shape[2] if causal else UNBOUNDED
-    names = ("k_start", "k_end", "mask", "bias", "alibi_slopes", "sinks")
-    extras = [kwargs.get(name) for name in names]
-    cpu._C.forward(q, k, v, out, lse, None, q.shape[3] ** -0.5, kwargs.get("softcap", 0.0), -UNBOUNDED, hi, *extras, 1)
+    terms = Terms(q.shape[3] ** -0.5, kwargs.pop("softcap", 0.0), -UNBOUNDED, hi, **kwargs)
+    cpu._C.forward(q, k, v, out, lse, None, None, terms, 1)
     return out, lse
 
 
@@ -214,28 +214,38 @@ WRONG = {  # name of a tensor: what it must not be
     "k_end": (torch.ones(2, 2, 3), torch.ones(2, 2, 3, 1).int(), torch.ones(3, 2, 3).int()),
     "alibi_slopes": (torch.ones(3), torch.ones(2, 2).int(), torch.ones(2, 2, 1)),
     "sinks": (torch.ones(3), torch.ones(2).int(), torch.ones(1, 1, 2)),
+    "softmax_scale": (torch.ones(3), torch.ones(2).int(), torch.ones(1, 1, 2)),
+    "lse_parts": (torch.ones(2, 2, 3), torch.ones(2, 2, 3, 1), torch.ones(2, 2, 3, 2).double()),
+    "out_exact": (torch.ones(2, 2, 3, 4), torch.ones(2, 2, 3, 6).half()),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_the_native_entry_refuses_what_does_not_fit(name):
-    for wrong in (*WRONG[name], torch.ones(2, 2, device="meta"), "text"):
+    for wrong in (*WRONG[name], torch.ones(1, 1, 1, 1, 1), torch.ones(2, device="meta"), "text"):
         tensors = {"q": torch.ones(2, 2, 3, 4), "k": torch.ones(2, 2, 5, 4), "v": torch.ones(2, 2, 5, 6)}
         tensors |= {"out": torch.ones(2, 2, 3, 6), "lse": torch.ones(2, 2, 3), name: wrong}
-        arguments = [tensors.get(n) for n in ("q", "k", "v", "out", "lse", "lse_parts")] + [
-            0.5,
-            0.0,
-            -UNBOUNDED,
-            UNBOUNDED,
-        ]
-        arguments += [tensors.get(n) for n in ("k_start", "k_end", "mask", "bias", "alibi_slopes", "sinks")]
+        arguments = [tensors.pop(n, None) for n in ("q", "k", "v", "out", "lse", "lse_parts", "out_exact")]
+        terms = Terms(**{"softmax_scale": 0.5} | tensors, softcap=0.0, diagonal_lo=-UNBOUNDED, diagonal_hi=UNBOUNDED)
         with pytest.raises((ValueError, TypeError, AttributeError, RuntimeError)):
-            cpu._C.forward(*arguments, 1)
+            cpu._C.forward(*arguments, terms, 1)
+
+
+def test_the_native_entry_refuses_wrong_terms():
+    q, fine = torch.ones(2, 2, 3, 4), Terms(0.5, 0.0, -UNBOUNDED, UNBOUNDED)
+    for wrong in (
+        None, (), tuple(fine)[:-1], fine._replace(softcap=None), fine._replace(diagonal_lo=0.5),
+        fine._replace(dropout_p=1.0), fine._replace(dropout_p=-0.1), fine._replace(dropout_p=math.nan),
+        fine._replace(dropout_p=0.1, seed=None), fine._replace(dropout_p=0.1, seed="x"),
+    ):  # fmt: skip
+        with pytest.raises((ValueError, TypeError)):
+            cpu._C.forward(q, q, q, torch.empty_like(q), None, None, None, wrong, 1)
+    cpu._C.forward(q, q, q, torch.empty_like(q), None, None, None, fine, 1)
 
 
 def test_the_native_entry_refuses_the_wrong_number_of_arguments():
-    for count in (0, 16, 18):
-        with pytest.raises(ValueError, match="17 arguments"):
+    for count in (0, 8, 10):
+        with pytest.raises(ValueError, match="9 arguments"):
             cpu._C.forward(*[None] * count)
 
 
@@ -256,6 +266,8 @@ def test_calls_do_not_leak():
     made = [inputs(case._replace(dtype=dtype, **change)) for dtype, change in zip(DTYPES, changes, strict=True)]
     negated = torch.randn(1, 2, 5, 8, dtype=torch.complex64).conj().imag  # the one thing that is copied
 
+    terms = Terms(0.5, 0.0, 0, 0)
+
     def call(n):
         for i in range(n):
             qkv, kwargs = made[i % len(made)]
@@ -263,7 +275,7 @@ def test_calls_do_not_leak():
             if i % 10 == 0:
                 fastattn.attention(negated, negated, negated, backend="cpu")
                 with pytest.raises(ValueError, match="dimensions"):
-                    cpu._C.forward(*[qkv[0][0]] * 5, None, 0.5, 0.0, 0, 0, *[None] * 6, 1)
+                    cpu._C.forward(*[qkv[0][0]] * 5, None, None, terms, 1)
 
     call(400)
     before = status("VmRSS")
