@@ -1,6 +1,8 @@
 """fastattn: fused attention for PyTorch, on CPUs first. See README.md; start with `fastattn.attention`."""
 
+from . import patterns
 from .api import attention, explain
+from .block_mask import BlockMask
 from .compat.sdpa import scaled_dot_product_attention
 from .dispatch import FallbackWarning, UnsupportedError, last_call, record, use
 from .dropout import dropout_mask
@@ -9,6 +11,7 @@ from .masks import Mask
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockMask",
     "FallbackWarning",
     "Mask",
     "UnsupportedError",
@@ -16,6 +19,7 @@ __all__ = [
     "dropout_mask",
     "explain",
     "last_call",
+    "patterns",
     "record",
     "scaled_dot_product_attention",
     "use",
