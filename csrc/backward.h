@@ -21,15 +21,18 @@ FASTATTN_INLINE int64_t column_panels(int64_t columns, int64_t NR) { return (col
 template <class Real>
 BackwardBlocking make_backward_blocking(const Problem& p, const Gradients& g) {
   BackwardBlocking b{};
-  b.lanes = panel_vectors(p.seqlen_q, VL<Real>) * VL<Real>;
-  b.block_rows = (int)smaller(round_up(block_queries * 4 / sizeof(Real), b.lanes),
-                              round_up(larger<int64_t>(p.seqlen_q, 1), b.lanes));
+  b.lanes = panel_lanes<Real>(p.seqlen_q, p.blocks);
+  b.block_rows = p.blocks ? (int)p.blocks->block_q
+                          : (int)smaller(round_up(block_queries * 4 / sizeof(Real), b.lanes),
+                                         round_up(larger<int64_t>(p.seqlen_q, 1), b.lanes));
   const int64_t tile_rows = b.lanes == VL<Real> ? MR<1> : MR<max_vectors>;
   b.n_block = (int)(key_block * 4 / sizeof(Real) / tile_rows * tile_rows);
+  if (p.blocks) b.n_block = (int)tile_of_block(p.blocks->block_k, key_block * 4 / sizeof(Real));
   const int64_t units = g.dense_bias() && !g.dbias.stride[1] ? 1 : p.num_heads_k;
   int64_t splits = units && units < backward_few_units ? backward_few_units / units : 1;
   splits = larger<int64_t>(1, smaller(splits, p.seqlen_k / min_unit_keys));
-  b.split_keys = larger<int64_t>(b.n_block, round_up((p.seqlen_k + splits - 1) / splits, b.n_block));
+  const int64_t step = p.blocks ? p.blocks->block_k : b.n_block;
+  b.split_keys = larger(step, round_up((p.seqlen_k + splits - 1) / splits, step));
   b.num_splits = (int)larger<int64_t>(1, (p.seqlen_k + b.split_keys - 1) / b.split_keys);
   b.partial_size = round_up(p.seqlen_q, b.lanes) * p.head_dim;
   return b;
@@ -249,13 +252,23 @@ class KeyRange {
   }
 
   void visit_tile() {
+    Range visits{0, (p.seqlen_q + b.block_rows - 1) / b.block_rows};  // blocks of queries, or list entries
+    if (p.blocks) {
+      const int64_t list = p.blocks->index(u.batch, head, lo / p.blocks->block_k);
+      visits = {p.blocks->first[list], p.blocks->first[list + 1]};
+    }
+    if (visits.lo == visits.hi) return;
     keys = smaller<int64_t>(b.n_block, k_hi - lo);
     for (int64_t j = 0; j < keys; j++) {
       load_row(at(p.k, u.batch, u.head_k, lo + j), p.k.dtype, p.k.stride[3], D, s.k + j * s.k_stride);
       load_row(at(p.v, u.batch, u.head_k, lo + j), p.v.dtype, p.v.stride[3], Dv, s.v + j * s.v_stride);
     }
-    modifier.load_tile(u.batch, head, 0, lo, keys);
-    for (int64_t query = 0; query < p.seqlen_q; query += b.block_rows) visit_block(query);
+    modifier.load_tile(u.batch, head, 0, {lo, lo + keys});
+    for (int64_t i = visits.lo; i < visits.hi; i++) {
+      const Visit visit = p.blocks ? p.blocks->visits[i] : Visit{(int32_t)i, -1};
+      if (p.blocks) modifier.use_bitmap(p.blocks->bitmap(visit), lo);
+      visit_block(visit.block * b.block_rows);
+    }
   }
 
   Range seen_by(const Panel<Real>& panel) const {
@@ -437,6 +450,14 @@ void combine_dq(const Problem& p, const Gradients& g, const BackwardBlocking& b,
 FASTATTN_INLINE double pairs_of(const Problem& p, const BackwardBlocking& b, const KeyUnit& u) {
   const int64_t group_size = p.num_heads / p.num_heads_k, k_lo = u.split * b.split_keys, k_hi = k_lo + b.split_keys;
   double pairs = 0;
+  if (p.blocks) {
+    for (int64_t key = k_lo; key < smaller(k_hi, p.seqlen_k); key += p.blocks->block_k)
+      for (int64_t head = u.head_k * group_size; head < (u.head_k + u.heads_k) * group_size; head++) {
+        const int64_t list = p.blocks->index(u.batch, head, key / p.blocks->block_k);
+        pairs += (double)(p.blocks->first[list + 1] - p.blocks->first[list]) * p.blocks->block_q * p.blocks->block_k;
+      }
+    return pairs * u.batches;
+  }
   for (int64_t query = 0; query < p.seqlen_q; query += b.block_rows) {
     const int64_t rows = smaller<int64_t>(b.block_rows, p.seqlen_q - query);
     const Range seen = visited_range(p, u.batch, u.head_k * group_size, query, rows);

@@ -29,6 +29,7 @@ DType dtype_of(const std::string& name) {
   if (name == "bfloat16") return DType::bfloat16;
   if (name == "float16") return DType::float16;
   if (name == "bool") return DType::boolean;
+  if (name == "uint8") return DType::uint8;
   if (name == "int32") return DType::int32;
   throw std::invalid_argument("dtype " + name + " is not supported by the CPU kernels");
 }
@@ -40,6 +41,7 @@ DType dtype_of(dlpack::DataType type) {
   if (type.code == dlpack::kFloat && bits == 16) return DType::float16;
   if (type.code == dlpack::kBfloat && bits == 16) return DType::bfloat16;
   if (type.code == dlpack::kBool && bits == 8) return DType::boolean;
+  if (type.code == dlpack::kUInt && bits == 8) return DType::uint8;
   if (type.code == dlpack::kInt && bits == 32) return DType::int32;
   throw std::invalid_argument("a tensor's dtype is not supported by the CPU kernels");
 }
@@ -152,7 +154,7 @@ Tensor reduced(PyObject* object, const char* name, const int64_t (&sizes)[4], Ow
 
 DType real_of(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
 
-bool is_float(DType dtype) { return dtype != DType::boolean && dtype != DType::int32; }
+bool is_float(DType dtype) { return dtype != DType::boolean && dtype != DType::uint8 && dtype != DType::int32; }
 
 double number(PyObject* object) {
   const double x = PyFloat_AsDouble(object);
@@ -186,6 +188,55 @@ enum Term {
   kTerms
 };
 
+// The lists' entries are checked by the driver, which reads them all.
+fastattn::BlockMask block_mask_of(py::handle mask, const Problem& p, Owned& owned) {
+  fastattn::BlockMask m{};
+  auto pair = [&](const char* name, int64_t& first, int64_t& second) {
+    const auto both = mask.attr(name).cast<std::pair<int64_t, int64_t>>();
+    first = both.first, second = both.second;
+  };
+  auto tensor = [&](const char* name) {
+    owned.push_back(mask.attr(name));
+    const View v = view(owned.back().ptr(), owned);
+    if (v.dtype != (name[0] == 'b' ? DType::uint8 : DType::int32)) mismatch(name, "has a wrong dtype");
+    return v;
+  };
+  int64_t seqlen_q, seqlen_k;
+  pair("BLOCK_SIZE", m.block_q, m.block_k), pair("seq_lengths", seqlen_q, seqlen_k);
+  for (int64_t size : {m.block_q, m.block_k})
+    if (size < 16 || size > 256 || size % 16) mismatch("BLOCK_SIZE", "must be multiples of 16 in 16 ... 256");
+  if (seqlen_q != p.seqlen_q || seqlen_k != p.seqlen_k) mismatch("seq_lengths", "do not fit q and k");
+  const int64_t rows = (p.seqlen_q + m.block_q - 1) / m.block_q;
+  auto counts = [&](const char* name) {
+    const int64_t sizes[4] = {p.batch, p.num_heads, rows, 1};
+    View v = tensor(name);
+    if (v.ndim != 3 || v.shape[2] != rows) mismatch(name, "must have a number for each block of queries");
+    return broadcast(v, name, sizes, 1);
+  };
+  auto list = [&](const char* name, int64_t& longest) {
+    View v = tensor(name);
+    if (v.ndim != 4 || v.shape[2] != rows) mismatch(name, "must have a list for each block of queries");
+    longest = v.shape[3];
+    const int64_t sizes[4] = {p.batch, p.num_heads, rows, longest};
+    return broadcast(v, name, sizes);
+  };
+  int64_t longest_bitmap;
+  m.num_partial = counts("kv_num_blocks"), m.num_full = counts("full_kv_num_blocks");
+  m.partial = list("kv_indices", m.longest_partial), m.full = list("full_kv_indices", m.longest_full);
+  m.bitmap = list("kv_bitmaps", longest_bitmap);
+  if (longest_bitmap != m.longest_partial) mismatch("kv_bitmaps", "must have the shape of kv_indices");
+  for (const Tensor* t : {&m.partial, &m.bitmap, &m.num_full, &m.full})
+    for (int i = 0; i < 2; i++)
+      if ((t->stride[i] == 0) != (m.num_partial.stride[i] == 0)) mismatch("block_mask", "has lists of unequal shapes");
+  const View bits = tensor("bitmaps");
+  const int64_t bytes = m.block_k / 8, strides[3] = {m.block_q * bytes, bytes, 1};
+  bool fits = bits.ndim == 3 && bits.shape[1] == m.block_q && bits.shape[2] == bytes;
+  for (int i = 0; i < 3; i++) fits = fits && (bits.shape[i] <= 1 || bits.stride[i] == strides[i]);
+  if (!fits) mismatch("bitmaps", "must be contiguous [num_bitmaps, block_q, block_k / 8]");
+  m.bitmaps = (const uint8_t*)bits.data, m.num_bitmaps = bits.shape[0];
+  return m;
+}
+
 void read_terms(PyObject* terms, Problem& p, Owned& owned) {
   if (!PyTuple_Check(terms) || PyTuple_GET_SIZE(terms) != kTerms) mismatch("terms", "must be a Terms");
   auto term = [&](Term name) { return PyTuple_GET_ITEM(terms, name); };
@@ -200,8 +251,8 @@ void read_terms(PyObject* terms, Problem& p, Owned& owned) {
   p.k_end = optional(term(kKEnd), "k_end", scores, owned, 1);
   p.mask = optional(term(kMask), "mask", scores, owned), p.bias = optional(term(kBias), "bias", scores, owned);
   p.alibi_slopes = optional(term(kAlibiSlopes), "alibi_slopes", scores, owned, 2);
+  if (term(kBlockMask) != Py_None) p.block_mask = block_mask_of(term(kBlockMask), p, owned);
   p.sinks = optional(term(kSinks), "sinks", scores, owned, 2);
-  if (term(kBlockMask) != Py_None) mismatch("block_mask", "is not supported");
   if ((p.k_start && p.k_start.dtype != DType::int32) || (p.k_end && p.k_end.dtype != DType::int32))
     mismatch("k_start and k_end", "must be int32");
   if (p.mask && p.mask.dtype != DType::boolean) mismatch("mask", "must be bool");

@@ -5,11 +5,13 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "block_lists.h"
 #include "parallel.h"
 
 namespace fastattn {
@@ -197,8 +199,11 @@ int64_t l1_data_bytes() {
   return 32 << 10;
 }
 
-void forward(const Problem& p, int threads) {
+void forward(const Problem& problem, int threads) {
+  Problem p = problem;
   if (!p.batch || !p.num_heads || !p.seqlen_q) return;
+  std::optional<OwnedLists> lists;
+  if (p.block_mask) p.blocks = &lists.emplace(p, false).lists;
   const Kernels& kernel = kernels();
   Call call{p, kernel, kernel.blocking(p), 0, {}, {}, {}, p.q.dtype == DType::float64 ? 8 : 4};
   const Blocking& b = call.blocking;
@@ -213,9 +218,9 @@ void forward(const Problem& p, int threads) {
     for (int64_t head = 0; head < p.num_heads; head += b.heads_per_unit)
       for (int64_t row = 0; row < stacked; row += b.rows)
         for (int64_t split = 0; split < splits; split++) {
-          Unit unit{(int32_t)batch, (int32_t)head, (int32_t)split, row, 0, 0};
+          Unit unit{(int32_t)batch, (int32_t)head, (int32_t)split, row, 0, 0, 0};
           kernel.find_keys(p, b, unit);
-          pairs += (double)std::max<int64_t>(unit.k_hi - unit.k_lo, 0) * std::min<int64_t>(b.rows, stacked - row);
+          pairs += (double)unit.keys * std::min<int64_t>(b.rows, stacked - row);
           call.units.push_back(unit);
         }
   const double flops = 2 * pairs * (p.head_dim + p.head_dim_v);
@@ -223,7 +228,7 @@ void forward(const Problem& p, int threads) {
     const int64_t per_head = blocks * splits;
     call.order.resize(call.units.size());
     for (size_t i = 0; i < call.order.size(); i++) call.order[i] = (int64_t)i;
-    auto keys = [&](int64_t i) { return call.units[i].k_hi - call.units[i].k_lo; };
+    auto keys = [&](int64_t i) { return call.units[i].keys; };
     std::stable_sort(call.order.begin(), call.order.end(),
                      [&](int64_t i, int64_t j) { return i / per_head != j / per_head ? i < j : keys(i) > keys(j); });
   }
@@ -234,8 +239,11 @@ void forward(const Problem& p, int threads) {
   if (splits > 1) parallel_for((int64_t)call.units.size() / splits, threads, combine_flops, combine, &call);
 }
 
-void backward(const Problem& p, const Gradients& wanted, int threads) {
+void backward(const Problem& problem, const Gradients& wanted, int threads) {
+  Problem p = problem;
   if (!p.batch || !p.num_heads_k) return;
+  std::optional<OwnedLists> lists;
+  if (p.block_mask) p.blocks = &lists.emplace(p, true).lists;
   const Kernels& kernel = kernels();
   const int64_t element = p.q.dtype == DType::float64 ? 8 : 4;
   Gradients g = wanted;
