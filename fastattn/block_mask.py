@@ -5,6 +5,8 @@ Equal bitmaps are stored once, so a causal mask of any length has one. The lists
 torch's FlexAttention. Nothing here is n x n but `to_dense` and `from_dense`.
 """
 
+import sys
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -480,6 +482,22 @@ class BlockMask:
             )
         ]
         return total.view(height, width) / (tokens[0][:, None] * tokens[1])
+
+
+_converted: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def is_flex(mask) -> bool:
+    """Whether `mask` is a torch.nn.attention.flex_attention.BlockMask; imports nothing."""
+    module = sys.modules.get("torch.nn.attention.flex_attention")
+    return module is not None and isinstance(mask, module.BlockMask)
+
+
+def from_flex(mask) -> BlockMask:
+    """`BlockMask.from_flex`, once for every object."""
+    if mask not in _converted:
+        _converted[mask] = BlockMask.from_flex(mask)
+    return _converted[mask]
 
 
 def _build(grid: Grid, found: Blocks) -> BlockMask:

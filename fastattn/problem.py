@@ -5,11 +5,14 @@ an error. If a kernel needs a fact to decide, that fact is a field here; tensors
 in `Terms`.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-MASK_KINDS = ("none", "causal", "window", "interval", "tensor")
+if TYPE_CHECKING:
+    from .block_mask import BlockMask
+
+MASK_KINDS = ("none", "causal", "window", "interval", "tensor", "block")
 """From special to general; a call's `mask` field is the most general kind that it contains.
 
 none      every query sees every key
@@ -17,6 +20,7 @@ causal    one diagonal bound: query i sees keys up to i + offset
 window    two diagonal bounds, or one that is not causal
 interval  per-row key intervals (padding, documents, prefix-LM), with diagonal bounds or without
 tensor    a bool tensor, with any of the above or without
+block     a BlockMask, with diagonal bounds or without
 """
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -88,6 +92,7 @@ class Terms(NamedTuple):
     diagonal_lo, _hi     query i sees keys j with diagonal_lo <= j - i <= diagonal_hi (masks.UNBOUNDED: no bound)
     k_start, k_end       int32, broadcastable to [batch, num_heads, seqlen_q]: query i sees k_start <= j < k_end
     mask, bias           broadcastable to [batch, num_heads, seqlen_q, seqlen_k]
+    block_mask           of batch or 1, num_heads or 1, and these lengths; with it, no k_start, k_end, mask
     alibi_slopes         [num_heads] or [batch, num_heads]
     sinks                [num_heads]
     dropout_p, seed      seed is an int where dropout_p > 0
@@ -100,7 +105,7 @@ class Terms(NamedTuple):
     k_start: torch.Tensor | None = None
     k_end: torch.Tensor | None = None
     mask: torch.Tensor | None = None
-    block_mask: None = None
+    block_mask: "BlockMask | None" = None
     bias: torch.Tensor | None = None
     alibi_slopes: torch.Tensor | None = None
     sinks: torch.Tensor | None = None

@@ -85,10 +85,11 @@ def _arguments(problem, q, terms) -> dict:
 
 def _visible(problem, q, terms) -> torch.Tensor | None:
     bounds = (terms.diagonal_lo, terms.diagonal_hi, terms.k_start, terms.k_end)
+    mask = terms.mask if terms.block_mask is None else terms.block_mask.to_dense()
     if problem.mask == "none" or bounds == (-UNBOUNDED, UNBOUNDED, None, None):
-        return terms.mask
+        return mask
     visible = dense(*bounds, problem.seqlen_q, problem.seqlen_k, q.device)
-    return visible if terms.mask is None else visible & terms.mask
+    return visible if mask is None else visible & mask
 
 
 def backward(

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastattn import Mask
+from fastattn import BlockMask, Mask
 
 
 class Case(NamedTuple):
@@ -12,7 +12,8 @@ class Case(NamedTuple):
 
     mask    None | "lengths" | "left_padding" | "documents" | "prefix_lm" | "tensor" (a random bool [1, 1, Sq, Sk]) |
             "tensor_per_head" ([B, H, Sq, Sk]) | "key_tensor" ([B, 1, 1, Sk]) | "top_left" |
-            "intervals" (random ones for each [B, H, Sq], empty ones among them)
+            "intervals" (random ones for each [B, H, Sq], empty ones among them) |
+            "blocks" (a random BlockMask for each [B, H], blocks of 32 x 16) | "shared_blocks" ([1, 1], 64 x 64)
     bias    None | "shared" ([1, 1, Sq, Sk]) | "per_head" ([1, H, Sq, Sk]) | "full" ([B, H, Sq, Sk]) |
             "key" ([B, 1, 1, Sk]) | "query" ([1, H, Sq, 1])
     learned_scale  None | "one" (a tensor with one number) | "per_head" ([num_heads])
@@ -114,8 +115,22 @@ def _mask(kind, generator, b, h, sq, sk):
         return Mask.causal("top_left")
     if kind == "intervals":
         return Mask.intervals(integers(-2, sk + 1, (b, h, sq)), integers(0, sk + 3, (b, h, sq)))
+    if kind in BLOCK_SIZES:
+        return _block_mask(generator, *((b, h) if kind == "blocks" else (1, 1)), sq, sk, BLOCK_SIZES[kind])
     shape = {"tensor": (1, 1, sq, sk), "tensor_per_head": (b, h, sq, sk), "key_tensor": (b, 1, 1, sk)}[kind]
     return torch.rand(shape, generator=generator) < 0.7
+
+
+BLOCK_SIZES = {"blocks": (32, 16), "shared_blocks": (64, 64)}
+
+
+def _block_mask(generator, b, h, sq, sk, block_size) -> BlockMask:
+    """Absent, full and partial blocks, and rows that see nothing."""
+    unit_q, unit_k = block_size
+    blocks = torch.rand(b, h, -(-sq // unit_q), -(-sk // unit_k), generator=generator)
+    share = (blocks.repeat_interleave(unit_q, 2).repeat_interleave(unit_k, 3)[:, :, :sq, :sk] * 3.0).floor() / 2.0
+    visible = torch.rand(b, h, sq, sk, generator=generator) < share
+    return BlockMask.from_dense(visible & (torch.rand(b, h, sq, 1, generator=generator) < 0.97), block_size=block_size)
 
 
 def visited_pairs(case: Case) -> int:
@@ -129,8 +144,8 @@ def visited_pairs(case: Case) -> int:
     if case.window_size is not None:
         interval = interval & Mask.window(*case.window_size)
     visible = interval.to_dense(sq, sk)
-    if isinstance(mask, torch.Tensor):
-        visible = visible & mask
+    if isinstance(mask, (torch.Tensor, BlockMask)):
+        visible = visible & (mask if isinstance(mask, torch.Tensor) else mask.to_dense())
     return int(visible.sum()) * (b // visible.shape[0]) * (h // visible.shape[1])
 
 
@@ -151,6 +166,14 @@ def _parity_cases() -> tuple[Case, ...]:
     cases += [small._replace(mask=mask, seqlen_q=s) for mask in masks for s in (45, 77)]
     cases += [small._replace(mask=mask, causal=True, window_size=(20, None)) for mask in masks]
     cases += [small._replace(bias=bias) for bias in biases]
+    blocks = Case(batch=2, num_heads=4, num_heads_k=2, seqlen_q=150, seqlen_k=170, head_dim=24, head_dim_v=40)
+    for mask in BLOCK_SIZES:
+        cases += [blocks._replace(mask=mask), blocks._replace(mask=mask, seqlen_q=170, causal=True, layout="bshd")]
+        cases += [blocks._replace(mask=mask, dtype=dtype) for dtype in ("bfloat16", "float16", "float64")]
+        cases += [blocks._replace(mask=mask, window_size=(90, 20), bias="full", softcap=3.0, alibi=True, sinks=True)]
+    cases += [
+        blocks._replace(mask="blocks", seqlen_q=sq, seqlen_k=sk) for sq, sk in ((3, 500), (500, 3), (0, 40), (40, 0))
+    ]
     cases += [small._replace(softcap=3.0), small._replace(alibi=True), small._replace(sinks=True)]
     cases += [small._replace(learned_scale=kind) for kind in ("one", "per_head")]
     cases += [small._replace(dropout_p=p) for p in (0.1, 0.9)] + [small._replace(num_heads_k=4, dropout_p=0.5)]

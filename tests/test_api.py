@@ -72,10 +72,14 @@ BAD_INPUT = {  # name: (changed arguments, error, pattern)
         TypeError,
         "q must be a torch.Tensor, got ndarray",
     ),
-    "mask list": ({"mask": [[True]]}, TypeError, "mask must be a Mask or a bool tensor, got list"),
-    "mask array": ({"mask": np.ones((3, 5), bool)}, TypeError, "mask must be a Mask or a bool tensor, got ndarray"),
-    "mask class": ({"mask": Mask}, TypeError, "mask must be a Mask or a bool tensor, got type"),
-    "mask method": ({"mask": Mask.causal}, TypeError, "mask must be a Mask or a bool tensor, got method"),
+    "mask list": ({"mask": [[True]]}, TypeError, "mask must be a Mask, a BlockMask or a bool tensor, got list"),
+    "mask array": (
+        {"mask": np.ones((3, 5), bool)},
+        TypeError,
+        "mask must be a Mask, a BlockMask or a bool tensor, got ndarray",
+    ),
+    "mask class": ({"mask": Mask}, TypeError, "mask must be a Mask, a BlockMask or a bool tensor, got type"),
+    "mask method": ({"mask": Mask.causal}, TypeError, "mask must be a Mask, a BlockMask or a bool tensor, got method"),
     "mask float": ({"mask": torch.zeros(3, 5)}, TypeError, "mask has dtype torch.float32; it must be bool.*bias="),
     "mask int": ({"mask": ones(3, 5, dtype=torch.int64)}, TypeError, "mask has dtype torch.int64; it must be bool"),
     "mask shape": (

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import flex_attention as flex
 
-from fastattn import BlockMask, Mask
+from fastattn import BlockMask, Mask, api, attention, explain, record
 from fastattn import blocks as block_sets
 
 LENGTHS = [(64, 64), (45, 77), (77, 45), (200, 200), (1, 130), (130, 1), (33, 257), (0, 5), (5, 0)]
@@ -425,6 +425,81 @@ def test_flex_attention_without_full_blocks_and_with_one_batch():
         mask_mod=lambda b, h, i, j: j <= i,
     )
     check(BlockMask.from_flex(theirs), Mask.causal().to_dense(128, 128))
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+def states(batch=2, num_heads=6, num_heads_k=3, seqlen_q=50, seqlen_k=70, **options):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (batch, num_heads, seqlen_q, 16), (batch, num_heads_k, seqlen_k, 16), (batch, num_heads_k, seqlen_k, 24)
+    return [torch.randn(shape, generator=generator, **options) for shape in shapes]
+
+
+def results_and_gradients(qkv, **kwargs):
+    qkv = [x.clone().requires_grad_() for x in qkv]
+    out, lse = attention(*qkv, return_lse=True, **kwargs)
+    seen = lse != -torch.inf
+    (out.sin().sum() + lse[seen].cos().sum()).backward()
+    return out, lse, *(x.grad for x in qkv)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 6), (2, 6)])
+@pytest.mark.parametrize("limits", [{}, {"causal": True}, {"window_size": (9, 3)}], ids=str)
+def test_attention_takes_it_as_the_same_bool_tensor(shape, limits):
+    """Every kernel that takes block masks, against the reference on the dense mask, in float64."""
+    dense = blocky_dense(11, shape=(*shape, 50, 70))
+    dense[:, :, 7] = False  # a row that sees nothing
+    mask, qkv = BlockMask.from_dense(dense, block_size=SIZE), states(dtype=torch.float64)
+    expected = results_and_gradients(qkv, mask=dense, backend="reference", **limits)
+    for actual in (
+        results_and_gradients(qkv, mask=mask, **limits),
+        results_and_gradients(qkv, mask=mask.to_flex(), **limits),
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_plans_depend_on_shapes_and_not_on_contents(monkeypatch):
+    monkeypatch.setattr(api, "_plans", {})
+    qkv = states()
+    for seed in range(3):
+        attention(*qkv, mask=BlockMask.from_dense(blocky_dense(seed, shape=(2, 1, 50, 70)), block_size=16))
+    assert len(api._plans) == 1
+    attention(*qkv, mask=BlockMask.from_dense(blocky_dense(0, shape=(2, 1, 50, 70)), block_size=32))
+    attention(*qkv, mask=BlockMask.from_dense(blocky_dense(0, shape=(1, 1, 50, 70)), block_size=16))
+    assert len(api._plans) == 3
+
+
+def test_flex_masks_are_converted_once(monkeypatch):
+    theirs, calls = of(blocky_dense(0, shape=(1, 1, 50, 70))).to_flex(), []
+    convert = BlockMask.from_flex
+    monkeypatch.setattr(BlockMask, "from_flex", lambda mask: calls.append(mask) or convert(mask))
+    for _ in range(3):
+        attention(*states(), mask=theirs)
+    assert len(calls) == 1
+
+
+def test_explain_and_record():
+    mask = of(blocky_dense(0, shape=(1, 6, 50, 70)))
+    text = explain(*states(), mask=mask)
+    assert text.splitlines()[0].endswith(" block") and text.count("runs") == 1
+    with record() as calls:
+        attention(*states(), mask=mask, causal=True)
+    assert calls[0].problem.mask == "block"
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ((1, 1, 50, 71), r"BlockMask of shape \(1, 1, 50, 71\); it must be .* here \(2, 6, 50, 70\)"),
+        ((1, 1, 1, 70), r"BlockMask of shape \(1, 1, 1, 70\)"),
+        ((1, 3, 50, 70), r"BlockMask of shape \(1, 3, 50, 70\)"),
+        ((3, 1, 50, 70), r"BlockMask of shape \(3, 1, 50, 70\)"),
+    ],
+)
+def test_attention_refuses_a_mask_of_other_shape(shape, message):
+    with pytest.raises(ValueError, match=message):
+        attention(*states(), mask=of(random_dense(*shape)))
 
 
 # --- pictures and text -----------------------------------------------------------------------------------------------

@@ -100,6 +100,8 @@ def test_problem_says_what_was_called():
         ({"mask": fastattn.Mask.lengths(torch.tensor([3])), "causal": True}, "interval"),
         ({"mask": torch.ones(4, 4, dtype=torch.bool), "causal": True}, "tensor"),
         ({"mask": fastattn.Mask()}, "none"),
+        ({"mask": fastattn.patterns.causal(4, block_size=16)}, "block"),
+        ({"mask": fastattn.patterns.causal(4, block_size=16), "causal": True}, "block"),
     ],
 )
 def test_kind_of_mask(kwargs, kind):
