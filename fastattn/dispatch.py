@@ -56,7 +56,7 @@ _CPU = {
     "head_dim": range(1, 513),
     "head_dim_v": range(1, 513),
     "layout": {"dense"},
-    "mask": set(MASK_KINDS) - {"block"},
+    "mask": set(MASK_KINDS),
     "bias": {"none", *FLOATS},
     "transformed": {False},
 }
