@@ -365,6 +365,11 @@ def _interval_bitmaps(grid: Grid, low: torch.Tensor, high: torch.Tensor) -> torc
     return ((1 << high) - (1 << low)).to(torch.uint8)
 
 
+def full_blocks(grid: Grid, keys: torch.Tensor) -> Blocks:
+    """These blocks as a whole."""
+    return keys, torch.full_like(keys, FULL), grid.no_bitmaps(keys.device)
+
+
 def pair_blocks(grid: Grid, query: torch.Tensor, key: torch.Tensor) -> Blocks:
     """The set of distinct pairs (query[n], key[n]), one head (not reduced)."""
     keys, ids = torch.unique(query // grid.block_q * grid.columns + key // grid.block_k, return_inverse=True)
