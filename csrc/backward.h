@@ -21,7 +21,7 @@ FASTATTN_INLINE int64_t column_panels(int64_t columns, int64_t NR) { return (col
 template <class Real>
 BackwardBlocking make_backward_blocking(const Problem& p, const Gradients& g) {
   BackwardBlocking b{};
-  b.lanes = p.seqlen_q <= VL<Real> ? VL<Real> : max_vectors * VL<Real>;
+  b.lanes = panel_vectors(p.seqlen_q, VL<Real>) * VL<Real>;
   b.block_rows = (int)smaller(round_up(block_queries * 4 / sizeof(Real), b.lanes),
                               round_up(larger<int64_t>(p.seqlen_q, 1), b.lanes));
   const int64_t tile_rows = b.lanes == VL<Real> ? MR<1> : MR<max_vectors>;

@@ -10,6 +10,12 @@ constexpr int max_vectors = FASTATTN_NV;
 template <int NV>
 constexpr int MR = NV == FASTATTN_NV ? FASTATTN_MR : FASTATTN_MR_NARROW;
 
+// Wide panels want an L1 that holds their scores beside the tile's operands. Narrow ones cost twice the loads, which
+// a CPU with one multiply-add a cycle has to spare.
+FASTATTN_INLINE int panel_vectors(int64_t rows, int64_t lanes) {
+  return rows <= lanes || l1_data_bytes() < FASTATTN_WIDE_L1 ? 1 : max_vectors;
+}
+
 constexpr int64_t unit_rows = 128, key_block = 128, few_units = 32, min_split_keys = 512;
 
 template <class Real>
@@ -18,7 +24,7 @@ Blocking make_blocking(const Problem& p) {
   const int64_t group_size = p.num_heads_k ? p.num_heads / p.num_heads_k : 1;
   b.heads_per_unit = (int)(p.seqlen_q < unit_rows ? group_size : 1);
   const int64_t stacked = p.seqlen_q * b.heads_per_unit;
-  b.lanes = stacked <= VL<Real> ? VL<Real> : max_vectors * VL<Real>;
+  b.lanes = panel_vectors(stacked, VL<Real>) * VL<Real>;
   const int64_t rows = p.head_dim + p.head_dim_v > 512 ? unit_rows / 2 : unit_rows;  // the panels should stay in L2
   b.rows = (int)smaller(round_up(rows, b.lanes), round_up(larger<int64_t>(stacked, 1), b.lanes));
   b.n_block = key_block * 4 / sizeof(Real);

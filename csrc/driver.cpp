@@ -1,5 +1,7 @@
 #include "driver.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
@@ -185,6 +187,14 @@ constexpr int64_t max_partial_bytes = 64 << 20;  // a wave of batches whose dq o
 const Kernels& kernels() {
   static const Kernels& chosen = choose();
   return chosen;
+}
+
+int64_t l1_data_bytes() {
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+  static const int64_t bytes = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+  if (bytes > 0) return bytes;
+#endif
+  return 32 << 10;
 }
 
 void forward(const Problem& p, int threads) {

@@ -28,14 +28,16 @@ struct Problem {
   Tensor k_start, k_end;       // int32 [batch, num_heads, seqlen_q, 1]
   double softmax_scale, softcap;
   int64_t diagonal_lo, diagonal_hi;  // a query sees keys with lo <= key - query <= hi
-  double keep_factor;                // of the weights that dropout leaves: 1 / (1 - dropout_p)
-  uint64_t seed;
-  uint32_t drop_below;  // a weight is dropped if its word is below: dropout_p * 2^32
+  double keep_factor = 1.0;          // of the weights that dropout leaves: 1 / (1 - dropout_p)
+  uint64_t seed = 0;
+  uint32_t drop_below = 0;  // a weight is dropped if its word is below: dropout_p * 2^32
 
   bool drops() const { return keep_factor != 1.0; }
 };
 
-// How a problem is cut. It follows from the shape alone, never from the number of threads or the batch size: the bits of
+int64_t l1_data_bytes();  // of this CPU
+
+// How a problem is cut. It follows from the shape and the CPU alone, never from the number of threads or the batch size: the bits of
 // a row depend on it.
 struct Blocking {
   int lanes;           // query rows of a panel (NR), a multiple of the vector length

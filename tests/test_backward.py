@@ -153,6 +153,7 @@ KINDS = {
     "scaled": {"softmax_scale": 0.7},
     "bias": {"bias": torch.randn(4, 7, 7, dtype=torch.float64)},
     "bias of -inf": {"bias": torch.randn(7, 7, dtype=torch.float64).masked_fill(torch.eye(7) == 1, -INF)},
+    "dropout": {"dropout_p": 0.3, "seed": 5, "causal": True},
     "alibi, sinks": {"alibi_slopes": torch.rand(4, dtype=torch.float64), "sinks": torch.randn(4, dtype=torch.float64)},
 }
 
@@ -170,24 +171,28 @@ def test_gradcheck(kind):
 
 
 @pytest.mark.parametrize(
-    "name", ["alibi_slopes", "sinks", *map(str, [(7, 7), (2, 4, 7, 7), (2, 1, 1, 7), (4, 7, 1), ()])]
+    "name",
+    [
+        "alibi_slopes",
+        "sinks",
+        "softmax_scale",
+        "scale per head",
+        *map(str, [(7, 7), (2, 4, 7, 7), (2, 1, 1, 7), (4, 7, 1), ()]),
+    ],
 )
-@pytest.mark.parametrize("kind", ["dense", "causal", "softcap", "tensor"])
+@pytest.mark.parametrize("kind", ["dense", "causal", "softcap", "tensor", "dropout"])
 def test_gradcheck_of_score_tensors(kind, name):
     q, k, v = (torch.randn(2, h, 7, d, dtype=torch.float64) for h, d in ((4, 5), (2, 5), (2, 3)))
-    x = torch.randn(eval(name) if name[0] == "(" else (4,), dtype=torch.float64).requires_grad_()
-    sinks = {} if name == "sinks" else {"sinks": torch.randn(4)}
+    argument = "bias" if name[0] == "(" else "softmax_scale" if "scale" in name else name
+    shape = eval(name) if name[0] == "(" else () if name == "softmax_scale" else (4,)
+    x = torch.randn(shape, dtype=torch.float64).requires_grad_()
+    kwargs = {"sinks": torch.randn(4)} | KINDS[kind]
 
-    def call(x):
-        kwargs = KINDS[kind] | sinks | {"bias" if name[0] == "(" else name: x}
-        return fastattn.attention(q, k, v, **kwargs, return_lse=True, backend="cpu")
+    def call(x, **more):
+        return fastattn.attention(q, k, v, **kwargs | {argument: x}, **more)
 
-    assert gradcheck(call, (x,), fast_mode=False)
-    assert gradgradcheck(
-        lambda x: fastattn.attention(q, k, v, **KINDS[kind] | sinks | {"bias" if name[0] == "(" else name: x}),
-        (x,),
-        fast_mode=True,
-    )
+    assert gradcheck(lambda x: call(x, return_lse=True, backend="cpu"), (x,), fast_mode=False)
+    assert gradgradcheck(call, (x,), fast_mode=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
