@@ -387,6 +387,7 @@ class BlockMask:
         """The torch.nn.attention.flex_attention.BlockMask of the same blocks.
 
         mask_mod: a function equal to this mask, if there is one that FlexAttention computes faster than it looks up.
+        Compiled for the CPU, FlexAttention of torch 2.13 needs torch.compile(..., dynamic=False) for the look-up.
         """
         from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 
