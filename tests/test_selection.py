@@ -60,7 +60,7 @@ def antidiagonal(q, k, causal, block_q, block_k):
             mean = sum(q[16 * i + t] @ k[16 * j + 15 - t] for t in range(16)) / 16 / math.sqrt(8)
             weight[i, j] = mean.exp() * min(real_keys - 16 * j, 16)
     share = weight / weight.sum(1, keepdim=True).clamp(min=1e-300)
-    return share.unflatten(1, (-1, block_k // 16)).sum(2).unflatten(0, (-1, block_q // 16)).mean(1)
+    return share.unflatten(1, (-1, block_k // 16)).sum(2).unflatten(0, (-1, block_q // 16))[:, ::2].mean(1)
 
 
 def vertical_slash(q, k, causal, block_q, block_k):
@@ -91,7 +91,7 @@ def vertical_slash(q, k, causal, block_q, block_k):
     [(method, causal) for method in METHODS for causal in (False, True)][:-2] + [("vertical_slash", True)],
 )
 @sizes
-@pytest.mark.parametrize("block_size", [16, 32, (32, 64)], ids=str)
+@pytest.mark.parametrize("block_size", [16, 32, (32, 64), (48, 16)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_blocks_with_the_largest_estimates(method, seqlen_q, seqlen_k, causal, block_size, dtype):
     q, k = states(seqlen_q, seqlen_k, dtype=dtype)
