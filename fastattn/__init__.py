@@ -7,6 +7,7 @@ from .compat.sdpa import scaled_dot_product_attention
 from .dispatch import FallbackWarning, UnsupportedError, last_call, record, use
 from .dropout import dropout_mask
 from .masks import Mask
+from .selection import coverage, select_blocks
 
 __version__ = "0.1.0"
 
@@ -16,11 +17,13 @@ __all__ = [
     "Mask",
     "UnsupportedError",
     "attention",
+    "coverage",
     "dropout_mask",
     "explain",
     "last_call",
     "patterns",
     "record",
     "scaled_dot_product_attention",
+    "select_blocks",
     "use",
 ]

@@ -74,7 +74,7 @@ class BlockMask:
         grid = shared_grid(seqlen_q, seqlen_k, block_size)
         start, end = blocks.intervals(mask, grid.seqlen_q, grid.seqlen_k)
         grid = grid._replace(batch=start.shape[0], num_heads=start.shape[1])
-        return _build(grid, blocks.interval_blocks(grid, start, end))
+        return build(grid, blocks.interval_blocks(grid, start, end))
 
     @classmethod
     def from_mask_mod(
@@ -96,7 +96,7 @@ class BlockMask:
         """
         grid = shared_grid(seqlen_q, seqlen_k, block_size)
         grid = grid._replace(batch=check_int("batch", batch), num_heads=check_int("num_heads", num_heads))
-        return _build(grid, blocks.evaluate(grid, torch.arange(grid.size, device=device), fn))
+        return build(grid, blocks.evaluate(grid, torch.arange(grid.size, device=device), fn))
 
     @classmethod
     def from_dense(cls, mask: torch.Tensor, *, block_size: BlockSize = 128) -> "BlockMask":
@@ -119,7 +119,7 @@ class BlockMask:
             if not isinstance(tokens, torch.Tensor) or tokens.dtype != torch.bool or tokens.dim() != 1:
                 raise TypeError(f"{name} must be a bool tensor [seqlen], True = in the set")
         grid = shared_grid(len(queries), len(keys), block_size)
-        return _build(grid, blocks.product_blocks(grid, queries, keys))
+        return build(grid, blocks.product_blocks(grid, queries, keys))
 
     @classmethod
     def from_bsr(
@@ -138,7 +138,7 @@ class BlockMask:
         """
         grid = shared_grid(seqlen_q, seqlen_k, block_size)
         keys = _check_compressed(indptr, indices, grid.rows, grid.columns) * grid.columns + indices
-        return _build(grid, (keys, torch.full_like(keys, FULL), grid.no_bitmaps(keys.device)))
+        return build(grid, blocks.full_blocks(grid, keys))
 
     @classmethod
     def from_csr(
@@ -157,7 +157,7 @@ class BlockMask:
         """
         grid = shared_grid(seqlen_q, seqlen_k, block_size)
         query = _check_compressed(indptr, indices, grid.seqlen_q, grid.seqlen_k)
-        return _build(grid, blocks.pair_blocks(grid, query, indices.long()))
+        return build(grid, blocks.pair_blocks(grid, query, indices.long()))
 
     @classmethod
     def from_coo(
@@ -185,8 +185,8 @@ class BlockMask:
             query, key = divmod(int(twice[0]), sizes[1])
             raise ValueError(f"queries, keys: the pair {query}, {key} is listed twice; list it once")
         if of_blocks:
-            return _build(grid, (pairs, torch.full_like(pairs, FULL), grid.no_bitmaps(pairs.device)))
-        return _build(grid, blocks.pair_blocks(grid, queries.long(), keys.long()))
+            return build(grid, blocks.full_blocks(grid, pairs))
+        return build(grid, blocks.pair_blocks(grid, queries.long(), keys.long()))
 
     @classmethod
     def from_flex(cls, block_mask) -> "BlockMask":
@@ -200,7 +200,7 @@ class BlockMask:
         grid = grid._replace(batch=partial[0].shape[0], num_heads=partial[0].shape[1])
         keys, ids, bitmaps = blocks.evaluate(grid, _check_lists(grid, *partial, "kv"), block_mask.mask_mod)
         whole = keys[:0] if full[0] is None else _check_lists(grid, *full, "full_kv")
-        return _build(grid, blocks.union((keys, ids, bitmaps), (whole, torch.full_like(whole, FULL), bitmaps[:0])))
+        return build(grid, blocks.union((keys, ids, bitmaps), blocks.full_blocks(grid, whole)))
 
     @classmethod
     def cat(cls, masks: Sequence["BlockMask"], dim: int = 1) -> "BlockMask":
@@ -229,7 +229,7 @@ class BlockMask:
             offset, count = offset + size, count + len(bitmaps)
         keys, ids, bitmaps = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         keys, order = keys.sort()
-        return _build(grid, (keys, ids[order], bitmaps))
+        return build(grid, (keys, ids[order], bitmaps))
 
     # --- algebra -----------------------------------------------------------------------------------------------------
 
@@ -240,11 +240,11 @@ class BlockMask:
             grid = self._broadcast(start.shape[:2])
             start, end = (bound.expand(grid.batch, grid.num_heads, -1) for bound in (start, end))
             mine = self._blocks(grid)
-            return _build(grid, blocks.intersection(mine, blocks.interval_blocks(grid, start, end, mine[0])))
+            return build(grid, blocks.intersection(mine, blocks.interval_blocks(grid, start, end, mine[0])))
         if not isinstance(other, BlockMask):
             return NotImplemented
         grid = self._aligned(other)
-        return _build(grid, blocks.intersection(self._blocks(grid), other._blocks(grid)))
+        return build(grid, blocks.intersection(self._blocks(grid), other._blocks(grid)))
 
     __rand__ = __and__
 
@@ -253,11 +253,11 @@ class BlockMask:
         if not isinstance(other, BlockMask):
             return NotImplemented
         grid = self._aligned(other)
-        return _build(grid, blocks.union(self._blocks(grid), other._blocks(grid)))
+        return build(grid, blocks.union(self._blocks(grid), other._blocks(grid)))
 
     def __invert__(self) -> "BlockMask":
         """The pairs that this mask does not allow, in time O(all blocks): a sparse mask has a dense complement."""
-        return _build(self._grid, blocks.complement(self._grid, self._blocks()))
+        return build(self._grid, blocks.complement(self._grid, self._blocks()))
 
     def __bool__(self) -> bool:
         raise TypeError("a BlockMask has no truth value: combine masks with & and |, test `is not None`")
@@ -271,13 +271,13 @@ class BlockMask:
         grid, mine = self._grid, self._blocks()
         keys = mine[0]
         alike = grid.column(keys) * grid.block_k - grid.row(keys) * grid.block_q if by_distance else None
-        return _build(grid, blocks.intersection(mine, blocks.evaluate(grid, keys, fn, alike)))
+        return build(grid, blocks.intersection(mine, blocks.evaluate(grid, keys, fn, alike)))
 
     def reblock(self, block_size: BlockSize) -> "BlockMask":
         """The same mask in blocks of another size, in time O(visited pairs / 256)."""
         block_q, block_k = check_block_size(block_size)
         grid = self._grid._replace(block_q=block_q, block_k=block_k)
-        return _build(grid, blocks.regroup(self._grid, grid, self._blocks()))
+        return build(grid, blocks.regroup(self._grid, grid, self._blocks()))
 
     def equal(self, other: "BlockMask") -> bool:
         """Whether both masks let every query see the same keys (batch and heads broadcast), in time O(lists)."""
@@ -292,7 +292,7 @@ class BlockMask:
     def transpose(self) -> "BlockMask":
         """The mask with queries and keys exchanged: its kv_* say which queries see a block of keys. Cached."""
         if "transpose" not in self._cache:
-            mask = _build(self._grid.transposed, blocks.transpose(self._grid, self._blocks()))
+            mask = build(self._grid.transposed, blocks.transpose(self._grid, self._blocks()))
             self._cache["transpose"], mask._cache["transpose"] = mask, self
         return self._cache["transpose"]
 
@@ -387,6 +387,7 @@ class BlockMask:
         """The torch.nn.attention.flex_attention.BlockMask of the same blocks.
 
         mask_mod: a function equal to this mask, if there is one that FlexAttention computes faster than it looks up.
+        Compiled for the CPU, FlexAttention of torch 2.13 needs torch.compile(..., dynamic=False) for the look-up.
         """
         from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 
@@ -500,7 +501,7 @@ def from_flex(mask) -> BlockMask:
     return _converted[mask]
 
 
-def _build(grid: Grid, found: Blocks) -> BlockMask:
+def build(grid: Grid, found: Blocks) -> BlockMask:
     """The BlockMask of a set of blocks."""
     keys, ids, bitmaps = blocks.reduce(grid, *found)
     counts, columns, bitmap_ids = blocks.to_lists(grid, keys[ids != FULL], ids[ids != FULL])

@@ -346,7 +346,7 @@ def interval_blocks(grid: Grid, start: torch.Tensor, end: torch.Tensor, keys: to
     ids = torch.full_like(keys, FULL)
     bitmaps, count = [grid.no_bitmaps(device)], 0
     query = torch.arange(grid.block_q, device=device)
-    for part in (~full).nonzero()[:, 0].split(max(_CHUNK // 8 // grid.block_q, 1)):
+    for part in (~full).nonzero()[:, 0].split(max(_CHUNK // 32 // grid.block_q, 1)):
         r, o = row[part][:, None], origin[part][:, None]
         low, high = (start[row[part]] - o).clamp(0, grid.block_k), (end[row[part]] - o).clamp(0, grid.block_k)
         outside = (low >= high) | (r % grid.rows * grid.block_q + query >= grid.seqlen_q)
@@ -363,6 +363,11 @@ def _interval_bitmaps(grid: Grid, low: torch.Tensor, high: torch.Tensor) -> torc
     byte = torch.arange(0, grid.block_k, 8, device=low.device)
     low, high = (low[..., None] - byte).clamp(0, 8), (high[..., None] - byte).clamp(0, 8)
     return ((1 << high) - (1 << low)).to(torch.uint8)
+
+
+def full_blocks(grid: Grid, keys: torch.Tensor) -> Blocks:
+    """These blocks as a whole."""
+    return keys, torch.full_like(keys, FULL), grid.no_bitmaps(keys.device)
 
 
 def pair_blocks(grid: Grid, query: torch.Tensor, key: torch.Tensor) -> Blocks:

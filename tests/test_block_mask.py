@@ -723,3 +723,13 @@ def test_nothing_is_read_from_a_malformed_flex_mask():
     theirs.kv_indices[0, 0, 0, 0] = 7
     with pytest.raises(ValueError, match=r"kv_indices\[0, 0, 0, 0\] is 7; it must be in 0 ... 1"):
         BlockMask.from_flex(theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_flex_attention_computes_the_same(one_thread):
+    compiled = torch.compile(flex.flex_attention, dynamic=False)
+    q, k, v = torch.randn(3, 2, 3, 200, 16).unbind(0)
+    ours = BlockMask.from_dense(blocky_dense(5, shape=(2, 3, 200, 200)) | torch.eye(200, dtype=torch.bool))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=ours.to_dense())
+    torch.testing.assert_close(compiled(q, k, v, block_mask=ours.to_flex()), expected)
