@@ -107,8 +107,8 @@ void store_dq(const Problem& p, const Gradients& g, int64_t batch, int64_t head,
     Real* row = rows + r * p.head_dim;
     if (g.scale_sums) {
       double sum = 0;
-      for (int64_t d = 0; d < p.head_dim; d++)
-        sum += load_scalar<double>(at(p.q, batch, head, query + r, d), p.q.dtype) * row[d];
+      for (int64_t d = 0; d < p.head_dim; d++)  // a query that sees no key may be NaN
+        sum += row[d] == 0 ? 0 : load_scalar<double>(at(p.q, batch, head, query + r, d), p.q.dtype) * row[d];
       g.scale_sums[(batch * p.num_heads + head) * p.seqlen_q + query + r] = sum;
     }
     if (!g.dq) continue;
@@ -155,7 +155,7 @@ class KeyRange {
     const int64_t range = round_up(k_hi - k_lo, b.n_block), group_size = p.num_heads / p.num_heads_k;
     clear(s.dk, range * column_panels(D, NR) * NR);
     clear(s.dv, range * column_panels(Dv, NR) * NR);
-    for (int64_t i = 0; i < group_size; i++) {
+    for (int64_t i = 0; i < group_size && p.seqlen_q; i++) {  // no query: no bias of a query to load
       head = u.head_k * group_size + i;
       if (g.key_sums) clear(s.key_sum, range * L);
       for (int64_t query = 0; query < p.seqlen_q; query += NR)

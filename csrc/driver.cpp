@@ -1,6 +1,9 @@
 #include "driver.h"
 
 #include <unistd.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <algorithm>
 #include <chrono>
@@ -33,6 +36,14 @@ struct Isa {
   bool supported;
 };
 
+#if defined(FASTATTN_HAVE_AVX2) || defined(FASTATTN_HAVE_AVX512)
+// Clang 14's __builtin_cpu_supports does not know it; its registers are AVX's.
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && ecx & bit_F16C;
+}
+#endif
+
 // Best first. The compiler's builtins check cpuid and, for the vector state, XGETBV.
 std::vector<Isa> isas() {
   std::vector<Isa> list;
@@ -40,11 +51,11 @@ std::vector<Isa> isas() {
   list.push_back({&avx512::kernels, "avx512",
                   __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma")});
+                      __builtin_cpu_supports("fma") && has_f16c()});
 #endif
 #if defined(FASTATTN_HAVE_AVX2)
-  list.push_back({&avx2::kernels, "avx2",
-                  __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")});
+  list.push_back(
+      {&avx2::kernels, "avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()});
 #endif
 #if defined(FASTATTN_HAVE_NEON)
   list.push_back({&neon::kernels, "neon", true});
