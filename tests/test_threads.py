@@ -198,7 +198,7 @@ def assert_same_bits_in_child(compute, call, expected, generations: int = 1) -> 
     torch runs fills, comparisons and copies of more than 32768 elements on the OpenMP threads of its caller, which a
     fork leaves behind: it would hang by itself.
     """
-    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = False
     assert_same_bits(compute(*call), expected)
     if generations > 1:
         forked(assert_same_bits_in_child, compute, call, expected, generations - 1)
