@@ -5,6 +5,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy.testing  # noqa: F401  (a child forked while another thread is the first to import it would wait for that)
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -262,8 +263,8 @@ def threads_in_child(call, expected) -> list[int]:
     started = []
 
     def work():
+        torch.set_num_threads(2)  # before: this starts threads too, which torch uses elsewhere
         before = number_of_threads()
-        torch.set_num_threads(2)
         assert_same_bits_in_child(train, call, expected)
         started.append(number_of_threads() - before)
 
