@@ -7,8 +7,10 @@ import math
 import mmap
 import multiprocessing
 import re
+import resource
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from cases import Case, inputs
 from fastattn import Mask, cpu
 from fastattn.masks import UNBOUNDED
 from test_prefill import DTYPES, assert_same_bits, dtypes, run
-from test_threads import graph, train
+from test_threads import forked, graph, train
 
 pytestmark = [
     pytest.mark.skipif(cpu.unavailable() is not None, reason="the CPU kernels are not built"),
@@ -345,6 +347,31 @@ def test_threads_do_not_leak():
     before = resident()
     run_threads(100)
     assert resident() - before < 16 * 2**20  # libc keeps some stacks of ended threads; all scratch memory is 70 MiB
+
+
+def without_memory(out, q, expected) -> None:
+    torch.set_num_threads(2)
+    train(*inputs(Case(num_heads=8, seqlen_q=100)))  # starts the second thread
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + 16 * 2**20, limit[1]))
+    for _ in range(3):
+        with pytest.raises(MemoryError):
+            torch.autograd.grad(out, q, out.detach(), retain_graph=True)
+    resource.setrlimit(resource.RLIMIT_AS, limit)
+    assert_same_bits(torch.autograd.grad(out, q, out.detach()), expected)
+
+
+def without_memory_in_a_thread(*arguments) -> None:
+    with ThreadPoolExecutor(1) as pool:  # the thread that the fork has left has scratch memory, and computes alone
+        pool.submit(without_memory, *arguments).result()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_out_of_memory_is_an_error():
+    """On each OpenMP thread, which can be used again; they need 100 MiB each, for gradients of the keys."""
+    q, kv = torch.randn(1, 8, 16, 64, requires_grad=True), torch.randn(1, 1, 1, 64).expand(1, 8, 200_000, 64)
+    out = fastattn.attention(q, kv, kv, window_size=(64, 0), backend="cpu")
+    forked(without_memory_in_a_thread, out, q, torch.autograd.grad(out, q, out.detach(), retain_graph=True))
 
 
 def test_extra_memory_is_not_quadratic():
