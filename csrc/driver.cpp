@@ -6,6 +6,7 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstdlib>
 #include <optional>
@@ -198,8 +199,9 @@ constexpr int64_t max_partial_bytes = 64 << 20;  // a wave of batches whose dq o
 }  // namespace
 
 const Kernels& kernels() {
-  static const Kernels& chosen = choose();
-  return chosen;
+  static std::atomic<const Kernels*> chosen{nullptr};  // a guarded static would block a child forked during choose()
+  if (!chosen.load(std::memory_order_acquire)) chosen.store(&choose(), std::memory_order_release);
+  return *chosen.load(std::memory_order_acquire);
 }
 
 int64_t l1_data_bytes() {

@@ -2,10 +2,15 @@
 
 import ctypes
 import faulthandler
+import gc
 import math
 import mmap
 import multiprocessing
 import re
+import resource
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +22,7 @@ from fastattn import Mask, cpu
 from fastattn.masks import UNBOUNDED
 from fastattn.problem import Terms
 from test_prefill import DTYPES, assert_same_bits, dtypes, run
+from test_threads import forked, graph, train
 
 pytestmark = [
     pytest.mark.skipif(cpu.unavailable() is not None, reason="the CPU kernels are not built"),
@@ -260,10 +266,35 @@ def status(field: str) -> int:
         pytest.skip("/proc does not tell how much memory a process has")
 
 
-def test_calls_do_not_leak():
+def resident() -> int:
+    """Bytes that this process has now, without what malloc keeps to reuse."""
+    gc.collect()
+    now = status("VmRSS")
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+        now = status("VmRSS")
+    return now
+
+
+def reset_peak() -> int:
+    """Bytes that this process has now; VmHWM counts from here."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pytest.skip("/proc/self/clear_refs cannot reset VmHWM")
+    return status("VmRSS")
+
+
+def small_calls():
+    """Of every dtype, with every kind of argument."""
     case = Case(2, 4, 9, 20, 16, 8, 2, sinks=True)
-    changes = ({}, {"mask": "tensor", "bias": "full"}, {"mask": "lengths", "bias": "key"}, {"layout": "bshd"})
-    made = [inputs(case._replace(dtype=dtype, **change)) for dtype, change in zip(DTYPES, changes, strict=True)]
+    changes = ({"alibi": True}, {"mask": "tensor", "bias": "full"}, {"mask": "lengths", "bias": "key"})
+    changes += ({"layout": "bshd", "bias": "query", "softcap": 2.0},)
+    return [inputs(case._replace(dtype=dtype, **change)) for dtype, change in zip(DTYPES, changes, strict=True)]
+
+
+def test_calls_do_not_leak():
+    made = small_calls()
     negated = torch.randn(1, 2, 5, 8, dtype=torch.complex64).conj().imag  # the one thing that is copied
 
     terms = Terms(0.5, 0.0, 0, 0)
@@ -278,19 +309,100 @@ def test_calls_do_not_leak():
                     cpu._C.forward(*[qkv[0][0]] * 5, None, None, terms, 1)
 
     call(400)
-    before = status("VmRSS")
+    before = resident()
     call(10_000)
-    assert status("VmRSS") - before < 2**20
+    assert resident() - before < 2**20
+
+
+def count_tensors() -> int:
+    return sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
+
+
+def test_forward_and_backward_do_not_leak():
+    made = [(qkv, kwargs, torch.randn(*qkv[0].shape[:3], 8).to(qkv[0].dtype)) for qkv, kwargs in small_calls()]
+
+    def call(n):
+        for i in range(n):
+            qkv, kwargs, dout = made[i % len(made)]
+            out, lse, leaves = graph(qkv, kwargs)
+            if i % 3:
+                torch.autograd.grad(out, leaves, dout)
+            elif i % 2:
+                torch.autograd.grad([out, lse], leaves, [dout, torch.zeros_like(lse)])  # else nobody goes through it
+            if i % 50 == 0:
+                with pytest.raises(ValueError, match="dimensions"):
+                    cpu._C.backward(*[qkv[0][0]] * 5, None, 0.5, 0.0, 0, 0, *[None] * 6, dout, *[None] * 7, 1)
+
+    call(800)
+    before, objects, tensors = resident(), sys.getallocatedblocks(), count_tensors()
+    call(10_000)
+    assert resident() - before < 2**20
+    assert sys.getallocatedblocks() - objects < 1000  # not one a call, nor one for each kind of call
+    assert count_tensors() == tensors
+
+
+def test_threads_do_not_leak():
+    """Each thread of Python has OpenMP threads of its own, and all of them scratch memory for as long as they live."""
+    call = inputs(Case(num_heads=4, seqlen_q=300, head_dim=32))
+
+    def work():
+        torch.set_num_threads(2)
+        train(*call)
+
+    def run_threads(n):
+        for _ in range(n):
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+
+    run_threads(20)
+    before = resident()
+    run_threads(100)
+    assert resident() - before < 16 * 2**20  # libc keeps some stacks of ended threads; all scratch memory is 70 MiB
+
+
+def without_memory(out, q, expected) -> None:
+    torch.set_num_threads(2)
+    train(*inputs(Case(num_heads=8, seqlen_q=100)))  # starts the second thread
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + 16 * 2**20, limit[1]))
+    for _ in range(3):
+        with pytest.raises(MemoryError):
+            torch.autograd.grad(out, q, out.detach(), retain_graph=True)
+    resource.setrlimit(resource.RLIMIT_AS, limit)
+    assert_same_bits(torch.autograd.grad(out, q, out.detach()), expected)
+
+
+def without_memory_in_a_thread(*arguments) -> None:
+    with ThreadPoolExecutor(1) as pool:  # the thread that the fork has left has scratch memory, and computes alone
+        pool.submit(without_memory, *arguments).result()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_out_of_memory_is_an_error():
+    """On each OpenMP thread, which can be used again; they need 100 MiB each, for gradients of the keys."""
+    q, kv = torch.randn(1, 8, 16, 64, requires_grad=True), torch.randn(1, 1, 1, 64).expand(1, 8, 200_000, 64)
+    out = fastattn.attention(q, kv, kv, window_size=(64, 0), backend="cpu")
+    forked(without_memory_in_a_thread, out, q, torch.autograd.grad(out, q, out.detach(), retain_graph=True))
 
 
 def test_extra_memory_is_not_quadratic():
     """Less than 64 MiB beyond out, where the scores alone would take 4 GiB."""
     q, k, v = (torch.randn(1, 4, 16384, 64) for _ in range(3))
     bias = torch.randn(16384)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pytest.skip("/proc/self/clear_refs cannot reset VmHWM")
-    before = status("VmRSS")
+    before = reset_peak()
     out = fastattn.attention(q, k, v, causal=True, bias=bias, backend="cpu")
     assert out.nbytes <= status("VmHWM") - before < out.nbytes + 64 * 2**20
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_extra_memory_of_training_is_not_quadratic(threads):
+    """Less than 200 MiB beyond out and the gradients, saved tensors included; a window, as it is sooner done."""
+    torch.set_num_threads(threads)
+    q, k, v = (torch.randn(1, 4, 16384, 64, requires_grad=True) for _ in range(3))
+    bias, dout = torch.randn(16384, requires_grad=True), torch.randn(1, 4, 16384, 64)
+    before = reset_peak()
+    out = fastattn.attention(q, k, v, window_size=(1024, 0), bias=bias, backend="cpu")
+    grads = torch.autograd.grad(out, (q, k, v, bias), dout)
+    results = sum(x.nbytes for x in (out, *grads))
+    assert results <= status("VmHWM") - before < results + 200 * 2**20
