@@ -92,7 +92,8 @@ class Definition {
 
   void add_row(int64_t b, int64_t h, int64_t i) {
     const double sink = c.sinks ? c.sinks.get(0, h, 0, 0) : -infinity;
-    double top = sink, total = 0, doubt = 1 + (c.sinks ? std::fabs(sink) : 0);
+    double top = sink, doubt = 1 + (c.sinks ? std::fabs(sink) : 0);
+    long double total = 0;  // equal terms round to the same side
     keys.clear();
     for (int64_t j = std::max<int64_t>(0, i + c.lo); j < Sk && j <= i + c.hi; j++)
       if (c.sees(b, h, i, j)) keys.push_back(key_of(b, h, i, j));
@@ -103,12 +104,12 @@ class Definition {
     for (Key& x : keys) total += x.weight = std::exp(x.score.value - top);
     if (sink != -infinity) total += std::exp(sink - top);
     if (total == 0) return (void)lse.at(b, h, i, 0).add(-infinity, 0);
-    for (Key& x : keys) x.weight /= total;
-    lse.add(b, h, i, 0, top + std::log(total), doubt);
+    for (Key& x : keys) x.weight /= (double)total;
+    lse.add(b, h, i, 0, top + std::log((double)total), doubt);
     for (const Key& x : keys)
       for (int64_t d = 0; d < Dv; d++)
         out.add(b, h, i, d, x.weight * x.keep * x.v[d], std::fabs(x.weight * x.keep * x.v[d]) * doubt);
-    add_gradients(b, h, i, sink == -infinity ? 0 : std::exp(sink - top) / total, doubt);
+    add_gradients(b, h, i, sink == -infinity ? 0 : std::exp(sink - top) / (double)total, doubt);
   }
 
   // P = exp(scores - lse), dP = dropout(dout V^T), delta = rowsum(dP * P) - dlse, dS = P (dP - delta).

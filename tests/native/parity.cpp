@@ -62,9 +62,9 @@ class Check {
 
   void compare(const char* name, const Array& actual, Sums& expected) {
     if (!actual) return;
-    // a sum's own precision, then that of where it is stored
     const bool exact = c.compute_dtype() == DType::float64;
     const double eps = exact ? 0x1p-52 : 0x1p-23, least = exact ? 0x1p-1000 : 0x1p-120;
+    // where it is stored: relative, and below what is normal
     const double half_ulp = actual.dtype == DType::bfloat16 ? 0x1p-8 : actual.dtype == DType::float16 ? 0x1p-11 : 0;
     const double subnormal = actual.dtype == DType::float16 ? 0x1p-25 : 0;
     double worst = 0;
@@ -72,10 +72,9 @@ class Check {
       const double x = actual.get(b, h, r, col);
       const Sum e = expected.at(b, h, r, col);
       if (x == e.value) return;
-      const double allowed =
-          roundings * eps * e.size + half_ulp * std::fabs(e.value) + (e.size ? subnormal : 0) + least;
-      const double share = std::fabs(x - e.value) / allowed;
-      worst = share >= 0 ? std::fmax(worst, share) : infinity;
+      const double stored = e.size ? std::fmax(half_ulp * std::fabs(e.value), subnormal) : 0;
+      const double share = (std::fabs(x - e.value) - stored) / (roundings * eps * e.size + least);
+      worst = std::isnan(share) ? infinity : std::fmax(worst, share);
     });
     worst_share = std::fmax(worst_share, worst);
     if (worst > 1) say(name, worst);
