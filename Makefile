@@ -1,4 +1,4 @@
-# `make demo` and `make test` set up all they need in .venv. Variables: PYTHON (python3), VENV (.venv), ARGS.
+# `make demo`, `make train` and `make test` set up all they need in .venv. Variables: PYTHON (python3), VENV (.venv), ARGS.
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -9,14 +9,17 @@ EXT := $(VENV)/.ext
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-triton test-triton-versions test-gpu kernel-report bench bench-gpu lint format wheel clean
-.PHONY: triton-interpreted triton-compiled triton-sanitized
+.PHONY: help demo train test test-all test-triton test-triton-versions test-gpu kernel-report bench bench-gpu lint format
+.PHONY: wheel clean triton-interpreted triton-compiled triton-sanitized
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.demo $(EXT)  ## a pretrained text encoder on fastattn, and a table of times
 	$(PY) examples/demo.py $(ARGS)
+
+train: $(VENV)/.demo $(EXT)  ## a small language model, trained on fastattn and on torch in turn: losses, times, pictures
+	$(PY) examples/train_char_lm.py $(ARGS)
 
 test: $(VENV)/.test $(EXT)  ## the tests, without the slow ones
 	$(PY) -m pytest -q tests $(ARGS)

@@ -3,47 +3,41 @@
 import torch
 
 from . import cpu, dispatch
+from .problem import Terms
 
 
-def attention(
-    problem, q, k, v, softmax_scale, softcap, diagonal_lo, diagonal_hi, k_start, k_end, mask, bias, alibi_slopes,
-    sinks, dropout_p, seed,
-):  # fmt: skip
+def attention(problem, q, k, v, terms):
     """(out, lse) that autograd can go through; kernel signature of dispatch.Row."""
-    settings = (softmax_scale, softcap, diagonal_lo, diagonal_hi, dropout_p, seed)
-    return _Attention.apply(problem, settings, q, k, v, bias, alibi_slopes, sinks, k_start, k_end, mask)
+    scale = terms.softmax_scale if problem.learned_scale else None
+    return _Attention.apply(problem, terms, q, k, v, terms.bias, terms.alibi_slopes, terms.sinks, scale)
 
 
 class _Attention(torch.autograd.Function):
-    """Saves its inputs, out, and two numbers a row; nothing n x n."""
+    """Saves its inputs, out (in float32 where it has 16 bits), and two numbers a row; nothing n x n."""
 
     @staticmethod
-    def forward(ctx, problem, settings, q, k, v, bias, alibi_slopes, sinks, k_start, k_end, mask):
-        softmax_scale, softcap, lo, hi, _, _ = settings
-        out, lse, lse_parts = cpu.forward(
-            problem, q, k, v, softmax_scale, softcap, lo, hi, k_start, k_end, mask, bias, alibi_slopes, sinks,
-            for_backward=True,
-        )  # fmt: skip
+    def forward(ctx, problem, terms, q, k, v, bias, alibi_slopes, sinks, scale):
+        out, lse, saved = cpu.forward_for_backward(problem, q, k, v, terms)
         ctx.set_materialize_grads(False)
-        ctx.problem, ctx.settings = problem, settings
-        ctx.save_for_backward(q, k, v, bias, alibi_slopes, sinks, k_start, k_end, mask, out, lse_parts)
+        ctx.problem = problem
+        # Tensors only as saved tensors: autograd checks their versions, and hooks may move them.
+        ctx.terms = [None if isinstance(x, torch.Tensor) else x for x in terms]
+        tensors = [x if isinstance(x, torch.Tensor) else None for x in terms]
+        ctx.save_for_backward(q, k, v, *saved, *tensors)
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        q, k, v, bias, alibi_slopes, sinks, k_start, k_end, mask, out, lse_parts = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[2:8]
+        q, k, v, out, lse_parts, *tensors = ctx.saved_tensors
         if dout is None and dlse is None:
-            return (None,) * 11
+            return (None,) * 9
         if dout is None:
-            dout = out.new_zeros(()).expand(out.shape)
+            dout = q.new_zeros(()).expand(out.shape)
+        terms = Terms(*(x if y is None else y for x, y in zip(ctx.terms, tensors, strict=True)))
         # Grad mode is on in here for create_graph=True alone: somebody will differentiate this gradient.
         problem = ctx.problem._replace(direction="backward", needs_grad=torch.is_grad_enabled(), lse=dlse is not None)
         choice = dispatch.select(problem, None)
         dispatch.note(choice)
-        softmax_scale, softcap, lo, hi, dropout_p, seed = ctx.settings
-        grads = choice.kernel(
-            problem, q, k, v, softmax_scale, softcap, lo, hi, k_start, k_end, mask, bias, alibi_slopes, sinks,
-            dropout_p, seed, out, lse_parts, dout, dlse, wanted,
-        )  # fmt: skip
-        return None, None, *grads, None, None, None
+        wanted = ctx.needs_input_grad[2:]
+        grads = choice.kernel(problem, q, k, v, terms, (out, lse_parts), dout, dlse, wanted)
+        return None, None, *grads
