@@ -40,7 +40,7 @@ def prefill(problem, q, k, v, terms):
     if problem.needs_grad:
         from . import autograd
 
-        return autograd.attention(problem, q, k, v, terms)
+        return autograd.attention(problem, q, k, v, terms, forward_for_backward, "cpu")
     out = _empty_out(problem, q)
     lse = q.new_empty(out.shape[:3], dtype=_compute_dtype(problem)) if problem.lse else None
     _C.forward(q, k, v, out, lse, None, None, terms, _get_num_threads())
