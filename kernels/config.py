@@ -57,9 +57,12 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
 
 # (largest head_dim of either kind, config), ascending; the last row serves any. Checked by compiling each entry.
 _PREFILL = {
-    "sm_80": [(64, Config(128, 64, 4, 3)), (128, Config(128, 64, 8, 3)), (256, Config(64, 64, 8, 2))],
+    "sm_80": [
+        (64, Config(128, 128, 8, 2)), (128, Config(128, 128, 8, 2)), (192, Config(128, 32, 8, 2)),
+        (256, Config(64, 64, 8, 2)),
+    ],  # fmt: skip
     "sm_86": [(64, Config(128, 64, 4, 3)), (128, Config(128, 64, 8, 3)), (256, Config(64, 32, 8, 2))],
-    "sm_90": [(64, Config(128, 128, 4, 3)), (128, Config(128, 128, 8, 2)), (256, Config(128, 64, 8, 2))],
+    "sm_90": [(64, Config(128, 128, 8, 3)), (128, Config(128, 128, 8, 2)), (256, Config(128, 64, 8, 2))],
     "sm_100": [(64, Config(128, 128, 8, 3)), (128, Config(128, 64, 8, 3)), (256, Config(128, 64, 8, 2))],
     "sm_120": [(64, Config(128, 64, 8, 2)), (128, Config(128, 64, 8, 2)), (256, Config(32, 64, 4, 2))],
     "gfx90a": [(64, Config(128, 64, 4, 1, 2)), (128, Config(128, 64, 4, 1)), (256, Config(64, 32, 4, 1))],
@@ -68,8 +71,13 @@ _PREFILL = {
     "other": [(64, Config(64, 32, 4, 1)), (256, Config(32, 32, 4, 1))],
     "interpreter": [(256, Config(64, 64, 1, 1))],
 }
+_PREFILL_HEAVY = {  # a bias, a bool mask, ALiBi, softcap or dropout take registers
+    "sm_80": [(128, Config(64, 32, 8, 2)), (256, Config(32, 32, 8, 1))],
+    "other": [(64, Config(64, 32, 4, 1)), (256, Config(32, 32, 4, 1))],
+    "interpreter": [(256, Config(64, 64, 1, 1))],
+}
 _PREFILL_FLOAT32 = {
-    "sm_80": [(64, Config(64, 32, 4, 2)), (128, Config(32, 32, 4, 2)), (256, Config(32, 16, 4, 2))],
+    "sm_80": [(64, Config(32, 32, 4, 2)), (128, Config(32, 32, 8, 2)), (256, Config(32, 16, 4, 2))],
     "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
     "interpreter": [(256, Config(64, 64, 1, 1))],
 }
@@ -84,11 +92,17 @@ _DECODE_FLOAT32 = {
     "interpreter": [(256, Config(64, 64, 1, 1))],
 }
 _KEY_VALUE = {
-    "sm_80": [(64, Config(64, 64, 4, 2)), (128, Config(64, 64, 4, 2)), (256, Config(32, 32, 4, 1))],
+    "sm_80": [(64, Config(64, 64, 4, 2)), (128, Config(32, 64, 4, 2)), (256, Config(32, 32, 4, 1))],
+    "sm_90": [(64, Config(64, 64, 4, 2)), (128, Config(32, 128, 8, 2)), (256, Config(32, 32, 4, 1))],
     "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
     "interpreter": [(256, Config(64, 64, 1, 1))],
 }
-_QUERY = _KEY_VALUE
+_QUERY = {
+    "sm_80": [(64, Config(64, 64, 4, 2)), (128, Config(64, 32, 4, 2)), (256, Config(32, 32, 4, 1))],
+    "sm_90": [(64, Config(64, 64, 4, 2)), (128, Config(128, 64, 8, 2)), (256, Config(32, 32, 4, 1))],
+    "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+    "interpreter": [(256, Config(64, 64, 1, 1))],
+}
 _BACKWARD_FLOAT32 = {
     "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
     "interpreter": [(256, Config(64, 64, 1, 1))],
@@ -101,7 +115,8 @@ _SAME_AS = {
 
 def prefill(problem, device: Device) -> Config:
     """Tiles of the forward pass."""
-    table = _PREFILL_FLOAT32 if problem.dtype == "float32" else _PREFILL
+    heavy = problem.bias != "none" or problem.mask == "tensor" or problem.alibi or problem.softcap or problem.dropout
+    table = _PREFILL_FLOAT32 if problem.dtype == "float32" else _PREFILL_HEAVY if heavy else _PREFILL
     return _fit(_look_up(table, problem, device), problem, device)
 
 
