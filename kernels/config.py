@@ -58,7 +58,7 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
 # (largest head_dim of either kind, config), ascending; the last row serves any. Checked by compiling each entry.
 _PREFILL = {
     "sm_80": [
-        (64, Config(128, 128, 8, 2)), (128, Config(128, 128, 8, 2)), (192, Config(128, 32, 8, 2)),
+        (64, Config(128, 128, 8, 2)), (128, Config(128, 64, 8, 3)), (192, Config(128, 32, 8, 2)),
         (256, Config(64, 64, 8, 2)),
     ],  # fmt: skip
     "sm_86": [(64, Config(128, 64, 4, 3)), (128, Config(128, 64, 8, 3)), (256, Config(64, 32, 8, 2))],
