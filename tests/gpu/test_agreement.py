@@ -40,7 +40,7 @@ class Draw:
         return self.random.random() < probability
 
     def normal(self, *shape, dtype=torch.float64) -> torch.Tensor:
-        return torch.randn(*shape, generator=self.torch, dtype=torch.float64).to(dtype)
+        return torch.randn(shape, generator=self.torch, dtype=torch.float64).to(dtype)
 
     def integers(self, low: int, high: int, *shape) -> torch.Tensor:
         return torch.randint(low, high, shape, generator=self.torch)
