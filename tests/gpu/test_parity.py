@@ -17,7 +17,7 @@ import canaries  # noqa: E402
 import fastattn  # noqa: E402
 import test_backward  # noqa: E402
 import test_prefill  # noqa: E402
-from accuracy import assert_accuracy  # noqa: E402
+from accuracy import assert_accuracy, plain  # noqa: E402
 from cases import CASES, Case, inputs  # noqa: E402
 from fastattn import Mask, UnsupportedError, dispatch  # noqa: E402
 from fastattn.dropout import dropout_mask  # noqa: E402
@@ -96,7 +96,8 @@ def assert_backward(case: Case) -> None:
 
     def on_device_or_reference(q, k, v, kwargs, dout, dlse=None, backend="cpu", of_scores=False):
         if backend != "cpu":
-            return gradients(q, k, v, kwargs, dout, dlse, backend, of_scores)
+            with plain(q.dtype):
+                return gradients(q, k, v, kwargs, dout, dlse, backend, of_scores)
         kwargs = {name: to(DEVICE, x) for name, x in kwargs.items()}
         q, k, v, dout, dlse = (to(DEVICE, x) for x in (q, k, v, dout, dlse))
         found = gradients(q, k, v, kwargs, dout, dlse, "triton", of_scores)
