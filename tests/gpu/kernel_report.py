@@ -174,7 +174,7 @@ def compile_everything() -> dict:
 
 # --- text ------------------------------------------------------------------------------------------------------------
 
-COLUMNS = "| | kernel | warps | stages | registers | spilled | shared | programs | loop | in it | bound |"
+COLUMNS = "| | kernel | warps | stages | registers | spilled | in loops | shared | programs | loop | in it | bound |"
 
 
 def table(golden: dict) -> str:
@@ -190,8 +190,9 @@ def table(golden: dict) -> str:
 
 def _row(spec: str, name: str, kernel: dict) -> str:
     loop = kernel["loops"][0] if kernel["loops"] else None
+    spills = sum(loop["spills"] for loop in kernel["loops"])
     cells = [
-        spec, f"`{name}`", kernel["warps"], kernel["stages"], kernel["registers"], kernel["spills"] or "",
+        spec, f"`{name}`", kernel["warps"], kernel["stages"], kernel["registers"], kernel["spills"] or "", spills or "",
         f"{kernel['shared'] / 1024:.0f} KiB", kernel["blocks"] or "",
         loop["instructions"] if loop else "", f"{loop['products']} {loop['kind']}" if loop else "",
         f"{kernel['bound']:.0%}" if kernel["bound"] else "",
