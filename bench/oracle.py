@@ -121,6 +121,8 @@ def results(work: Work, dtype: torch.dtype, kept: torch.Tensor | None = None) ->
 
 
 def _results(work, dtype, kept) -> Results:
+    if work.case.dropout_p or work.case.learned_scale:
+        raise ValueError(f"[{work.case}] has dropout_p or learned_scale; dropout is a field of Work")
     leaves, kwargs, dout = tensors(work, dtype)
     q, k, v = leaves["q"], leaves["k"], leaves["v"]
     batch, num_heads, seqlen_q = q.shape[:3]
