@@ -12,9 +12,6 @@ import torch
 import fastattn
 from cases import CASES, Case, inputs, visited_pairs
 
-for package in ("rich", "matplotlib"):
-    pytest.importorskip(package, reason="the benchmark needs it")
-
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
 import oracle
@@ -24,25 +21,13 @@ import suites
 import targets
 from rows import SCHEMA, Result, Row
 from timing import Contender, Peak, in_turn, peak_by_isa
-from work import FORWARD, SEED, TRAINING, Work, tensors
+from work import FORWARD, TRAINING, Work, tensors
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = Case(num_heads=2, seqlen_q=32, head_dim=16)
 PASSES = ("forward", "backward", "forward+backward")
 INSTANT = ["--tiny", "--budget", "0", "--peers", "sdpa"]
-# Dropout is a field of Work; nothing that is timed learns its scale.
-TRUTH_CASES = [
-    case
-    for case in CASES
-    if case.dtype == "float32" and case.seqlen_q in (45, 77) and not case.dropout_p and not case.learned_scale
-]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+TRUTH_CASES = [case for case in CASES if case.dtype == "float32" and case.seqlen_q in (45, 77)]
 
 
 @pytest.mark.parametrize(
@@ -75,9 +60,9 @@ def test_flops_of_a_different_value_size(passes, products):
 def test_truth_in_chunks_is_the_reference(case, passes, dropout_p, monkeypatch):
     monkeypatch.setattr(oracle, "SCORES_AT_ONCE", 40 * (case.seqlen_k or case.seqlen_q))
     oracle.truth.cache_clear()
-    work = Work(case, passes, dropout_p)
+    work = Work(case._replace(dropout_p=dropout_p or case.dropout_p), passes)
     leaves, kwargs, dout = tensors(work, torch.float64)
-    whole = fastattn.attention(**leaves, **kwargs, dropout_p=dropout_p, seed=SEED, backend="reference")
+    whole = fastattn.attention(**leaves, **kwargs, backend="reference")
     expected = {"out": whole.detach()}
     if work.trains:
         expected |= zip(leaves, torch.autograd.grad(whole, [*leaves.values()], dout), strict=True)
@@ -97,8 +82,8 @@ def assert_right_or_refused(peer, work, missing):
 @pytest.mark.parametrize("passes", PASSES)
 @pytest.mark.parametrize("case", TRUTH_CASES, ids=str)
 def test_torch_computes_the_work_or_refuses_it(case, passes, dropout_p):
-    work = Work(case, passes, dropout_p)
-    assert_right_or_refused(peers.SDPA, work, ("softcap", "sinks"))
+    work = Work(case._replace(dropout_p=dropout_p or case.dropout_p), passes)
+    assert_right_or_refused(peers.SDPA, work, ("softcap", "sinks", "learned_scale"))
     qkv, kwargs = inputs(case)
     _, lse = fastattn.attention(*qkv, **kwargs, return_lse=True, backend="reference")
     if lse.isfinite().all():  # a softmax over no key is NaN in plain torch
@@ -117,10 +102,10 @@ def test_a_peer_that_drops_nothing_is_not_timed():
     class Undropped(peers.SDPA):
         @staticmethod
         def prepare(work, *arguments):
-            return peers.SDPA.prepare(work._replace(dropout_p=0.0), *arguments)
+            return peers.SDPA.prepare(work._replace(case=work.case._replace(dropout_p=0.0)), *arguments)
 
     row = Row("grid", "", 1, "", {})
-    assert suites._prepared(row, (Undropped,), Work(SMALL, "forward+backward", 0.1)) == {}
+    assert suites._prepared(row, (Undropped,), Work(SMALL._replace(dropout_p=0.1), "forward+backward")) == {}
     assert "max error" in row.results["sdpa"].refused
 
 
