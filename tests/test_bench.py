@@ -14,6 +14,7 @@ from cases import CASES, Case, inputs, visited_pairs
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
+import dense_vs_sparse
 import oracle
 import peers
 import run
@@ -277,3 +278,34 @@ def test_peak_by_isa_is_of_those_that_run_here():
         pytest.skip("the CPU kernels are not built")
     rates = peak_by_isa()
     assert fastattn.cpu.isa() in rates and all(rate > 0 for rate in rates.values())
+
+
+def test_sparse_against_dense_from_end_to_end(tmp_path, capsys):
+    assert dense_vs_sparse.main(["--quick", *INSTANT, "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "sparse.json").read_text())["rows"]
+    assert {row["spec"]["passes"] for row in found} == {"forward", "backward"}
+    assert {row["spec"]["pattern"] for row in found} == set(dense_vs_sparse.QUICK)
+    for row in found:
+        assert row["wrong"] is None and row["metrics"]["speed-up"] > 0 and row["results"]["sdpa"]["refused"] is None
+    assert (tmp_path / "sparse.png").stat().st_size > 10_000 and "speed-up" in (tmp_path / "sparse.md").read_text()
+
+
+def test_a_wrong_sparse_result_is_not_timed(monkeypatch):
+    """Dense attention instead of the pattern's."""
+    work = Work(Case(num_heads=2, seqlen_q=512, head_dim=16), pattern="window")
+    right = fastattn.attention
+    monkeypatch.setattr(fastattn, "attention", lambda *args, mask=None, **kwargs: right(*args, **kwargs))
+    oracle.truth.cache_clear()
+    row = suites.sparse_row(work, (), 0.0, Peak(), False)
+    assert "max error" in row.wrong and row.ours.ms is None
+
+
+@pytest.mark.parametrize("name", ["random128:12.5%", "window", "neighborhood"])
+def test_truth_of_a_pattern_is_the_reference(name):
+    work = Work(Case(num_heads=2, seqlen_q=512, head_dim=16), "forward+backward", pattern=name)
+    leaves, kwargs, dout = tensors(work, torch.float64)
+    out = fastattn.attention(**leaves, **kwargs, backend="reference")
+    expected = {"out": out.detach()} | dict(
+        zip(leaves, torch.autograd.grad(out, [*leaves.values()], dout), strict=True)
+    )
+    torch.testing.assert_close(oracle.truth(work)[0], expected, rtol=1e-12, atol=1e-12)
