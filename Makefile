@@ -9,8 +9,8 @@ EXT := $(VENV)/.ext
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo train test test-all test-triton test-triton-versions test-gpu kernel-report bench bench-gpu lint format
-.PHONY: wheel clean triton-interpreted triton-compiled triton-sanitized
+.PHONY: help demo train test test-all test-triton test-triton-versions test-gpu kernel-report bench bench-gpu bench-sparse
+.PHONY: lint format wheel clean triton-interpreted triton-compiled triton-sanitized
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -64,6 +64,9 @@ bench: $(VENV)/.bench $(EXT)  ## time the kernels beside their peers; ARGS=--hel
 
 bench-gpu: $(VENV)/.bench $(EXT)  ## time them beside torch's and flash-attn's; ARGS=--help
 	$(PY) bench/gpu.py $(ARGS)
+
+bench-sparse: $(VENV)/.bench $(EXT)  ## sparse attention beside dense: speed-up against density; ARGS=--help
+	$(PY) bench/dense_vs_sparse.py $(ARGS)
 
 lint: $(VENV)/.lint  ## check the style of Python and C++
 	$(VENV)/bin/ruff check .

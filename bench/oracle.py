@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 
 import fastattn
-from cases import Case
-from fastattn import Mask, reference
+from cases import Case, inputs
+from fastattn import BlockMask, Mask, reference
 from fastattn.masks import dense, diagonal_bounds
-from work import SEED, Work, tensors
+from work import Work, tensors
 
 SCORES_AT_ONCE = 1 << 22
 """Scores that the reference holds at a time: 32 MiB in float64, whatever the sequence length."""
@@ -97,10 +97,10 @@ def interval(case: Case, kwargs: dict) -> Mask:
 def truth(work: Work) -> tuple[Results, dict[str, Errors]]:
     """(float64 results, errors of plain torch in the case's dtype)"""
     kept = None
-    if work.dropout_p:
-        case = work.case
+    case = work.case
+    if case.dropout_p:
         shape = case.batch, case.num_heads, case.seqlen_q, case.seqlen_k or case.seqlen_q
-        kept = fastattn.dropout_mask(*shape, work.dropout_p, SEED)
+        kept = fastattn.dropout_mask(*shape, case.dropout_p, inputs(case)[1]["seed"])
     exact, dtype = results(work, torch.float64, kept), getattr(torch, work.case.dtype)
     plain = results(work, reference.compute_dtype(dtype), kept)
     return exact, errors({name: x.to(dtype) for name, x in plain.items()}, exact)
@@ -126,6 +126,7 @@ def _results(work, dtype, kept) -> Results:
     batch, num_heads, seqlen_q = q.shape[:3]
     out = torch.empty(batch, num_heads, seqlen_q, v.shape[3], dtype=dtype)
     rows = max(1, SCORES_AT_ONCE // max(1, k.shape[2]))
+    rows = min(rows, work.block_mask.BLOCK_SIZE[0]) if work.pattern else rows
     for b in range(batch):
         for h in range(num_heads):
             h_k = h // (num_heads // k.shape[1])
@@ -133,7 +134,9 @@ def _results(work, dtype, kept) -> Results:
                 j = min(i + rows, seqlen_q)
                 qkv = q[b : b + 1, h : h + 1, i:j], k[b : b + 1, h_k : h_k + 1], v[b : b + 1, h_k : h_k + 1]
                 options = _options_of(work.case, leaves, kwargs, b, h, i, j)
-                chunk = _attention(*qkv, options, work.dropout_p, None if kept is None else kept[b, h, i:j])
+                if work.pattern:
+                    qkv, options = _seen(*qkv, options)
+                chunk = _attention(*qkv, options, work.case.dropout_p, None if kept is None else kept[b, h, i:j])
                 out[b, h, i:j] = chunk.detach()[0, 0]
                 if work.trains:
                     chunk[0, 0].backward(dout[b, h, i:j])
@@ -151,6 +154,15 @@ def _attention(q, k, v, options, dropout_p, kept) -> torch.Tensor:
     return reference._weighted_sum(p * kept / (1.0 - dropout_p), v, visible)
 
 
+def _seen(q, k, v, options) -> tuple[tuple, dict]:
+    """The same without the keys that none of the queries sees: most of them, under a sparse mask."""
+    visible = options["visible"]
+    if visible is None:
+        return (q, k, v), options
+    seen = visible[0, 0].any(0)
+    return (q, k[:, :, seen], v[:, :, seen]), options | {"visible": visible[..., seen]}
+
+
 def _options_of(case, leaves, kwargs, b, h, i, j) -> dict:
     """Arguments of `reference.attention` for queries i ... j - 1 of one head."""
     batch, num_heads, seqlen_q, _ = leaves["q"].shape
@@ -165,6 +177,8 @@ def _options_of(case, leaves, kwargs, b, h, i, j) -> dict:
     visible = dense(lo + i, hi + i, rows(mask.k_start, ()), rows(mask.k_end, ()), j - i, seqlen_k, "cpu")
     if isinstance(kwargs.get("mask"), torch.Tensor):
         visible = visible & rows(kwargs["mask"], (seqlen_k,))
+    if isinstance(kwargs.get("mask"), BlockMask):
+        visible = visible & kwargs["mask"].mask_mod(b, h, torch.arange(i, j)[:, None], torch.arange(seqlen_k))
     visible = None if visible.all() else visible  # saves the reference two passes
     bias = rows(leaves.get("bias"), (seqlen_k,))
     if case.alibi:
@@ -173,5 +187,6 @@ def _options_of(case, leaves, kwargs, b, h, i, j) -> dict:
         alibi = -slope * (query - torch.arange(seqlen_k)).abs()
         bias = alibi if bias is None else bias.double() + alibi
     sinks = leaves["sinks"][h : h + 1] if case.sinks else None
-    options = dict(visible=visible, bias=bias, sinks=sinks)
-    return options | dict(softcap=case.softcap, softmax_scale=case.softmax_scale)
+    scale = leaves.get("softmax_scale", case.softmax_scale)
+    scale = scale[h : h + 1] if case.learned_scale == "per_head" else scale
+    return dict(visible=visible, bias=bias, sinks=sinks, softcap=case.softcap, softmax_scale=scale)

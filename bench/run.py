@@ -43,20 +43,51 @@ def main(argv: list[str] | None = None) -> int:
     """Run what the command line asks for; 0, or 1 if a result of ours was wrong."""
     argv = sys.argv[1:] if argv is None else argv
     options = _options(argv)
-    console = Console(width=None if sys.stdout.isatty() else 190, markup=False, emoji=False, highlight=False)
-    if options.isa:
-        os.environ["FASTATTN_CPU_ISA"] = options.isa  # read at the extension's first use, which is below
+    console = console_of_tables()
     try:
-        head, rows, peak = report.header(argv), [], Peak()
-    except RuntimeError as error:  # an ISA that this CPU or this build lacks
-        console.print(str(error), style="bold red")
+        head, peak = begin(console, options.isa, argv)
+    except RuntimeError:
         return 2
-    _warn(console, _doubts(head, peak))
     plan = _plan(options, peak)
     if not plan:
         names = ", ".join(map(repr, (str(FORWARD[0]), str(TRAINING[0]), COMPARISONS[0].name)))
         console.print(f"nothing matches --only {options.only!r}; names look like {names}")
         return 2
+    rows = measured(console, plan, head, peak)
+    judged = targets.judge(rows, options.suite)
+    made = report.tables(head, rows, judged, options.peers)
+    for table in made:
+        console.print(table)
+    written = report.write(options.out, head, rows, judged, made)
+    for suite, picture in PICTURES.items():
+        title = f"fastattn benchmark, {suite}: {head['cpu']}, {head['isa']}, {head['date'][:10]}"
+        if draw(options.out / picture, [row for row in rows if row.suite == suite], options.peers[suite], title):
+            written.append(picture)
+    console.print(f"written: {options.out}/{', '.join(written)}")
+    return status(console, head, rows)
+
+
+def console_of_tables() -> Console:
+    """One that is wide enough for the tables where nobody looks."""
+    return Console(width=None if sys.stdout.isatty() else 190, markup=False, emoji=False, highlight=False)
+
+
+def begin(console: Console, isa: str | None, argv: list[str], *suite: str) -> tuple[dict, Peak]:
+    """(head of the report, first reading of the peak); RuntimeError, printed, for an ISA that is not there."""
+    if isa:
+        os.environ["FASTATTN_CPU_ISA"] = isa  # read at the extension's first use, which is below
+    try:
+        head, peak = report.header(argv, *suite), Peak()
+    except RuntimeError as error:
+        console.print(str(error), style="bold red")
+        raise
+    warn(console, doubts(head, peak))
+    return head, peak
+
+
+def measured(console: Console, plan: list[tuple[str, Callable[[], Row]]], head: dict, peak: Peak) -> list[Row]:
+    """The rows of `plan`, each printed as it comes; those so far if interrupted. `head` gets the peak and doubts."""
+    rows = []
     try:
         with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as progress:
             task = progress.add_task("measuring", total=len(plan))
@@ -69,33 +100,44 @@ def main(argv: list[str] | None = None) -> int:
         head["interrupted"] = True
         console.print("interrupted: reporting what was measured")
     head["fma_peak_gflops"] = {key: f"{low:.1f}...{high:.1f}" for key, (low, high, _) in peak.spread().items()}
-    head["doubts"] = _doubts(head, peak)
-    judged = targets.judge(rows, options.suite)
-    made = report.tables(head, rows, judged, options.peers)
-    for table in made:
-        console.print(table)
-    report.write(options.out, head, rows, judged, made)
-    written = ["bench.json", "bench.md"]
-    for suite, picture in PICTURES.items():
-        title = f"fastattn benchmark, {suite}: {head['cpu']}, {head['isa']}, {head['date'][:10]}"
-        if draw(options.out / picture, [row for row in rows if row.suite == suite], options.peers[suite], title):
-            written.append(picture)
-    console.print(f"written: {options.out}/{', '.join(written)}")
-    _warn(console, head["doubts"])
+    head["doubts"] = doubts(head, peak)
+    return rows
+
+
+def status(console: Console, head: dict, rows: list[Row]) -> int:
+    """Says what to distrust; 1 if a result was wrong, else 0."""
+    warn(console, head["doubts"])
     wrong = [row.name for row in rows if row.wrong]
     if wrong:
         console.print(f"WRONG results, not timed: {', '.join(wrong)}", style="bold red")
     return 1 if wrong else 0
 
 
-def _options(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_with(description: str, quick: str) -> argparse.ArgumentParser:
+    """The options that every benchmark has; quick: what --quick does."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--suite", nargs="+", choices=[*PICTURES], default=[*PICTURES], help="default both")
-    add("--quick", action="store_true", help="a subset, short budgets, no FlexAttention: under a minute")
-    add("--threads", type=int, nargs="+", default=[1], help="of the grid, default 1 (thread scaling has its own rows)")
+    add("--quick", action="store_true", help=quick)
     add("--only", metavar="TEXT", help="rows whose name contains TEXT, or just the row whose name is TEXT")
     add("--isa", help="narrow the kernels to this instruction set (FASTATTN_CPU_ISA)")
+    add("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="where the files go, default %(default)s")
+    add("--tiny", action="store_true", help="shrink every case: checks this program, says nothing about speed")
+    return parser
+
+
+def selected(plan: list[tuple[str, Callable]], only: str | None) -> list[tuple[str, Callable]]:
+    """The rows that --only asks for."""
+    if only is None:
+        return plan
+    exact = [item for item in plan if item[0] == only]
+    return exact or [item for item in plan if only in item[0]]
+
+
+def _options(argv: list[str]) -> argparse.Namespace:
+    parser = parser_with(__doc__, "a subset, short budgets, no FlexAttention: under a minute")
+    add = parser.add_argument
+    add("--suite", nargs="+", choices=[*PICTURES], default=[*PICTURES], help="default both")
+    add("--threads", type=int, nargs="+", default=[1], help="of the grid, default 1 (thread scaling has its own rows)")
     add(
         "--peers",
         nargs="*",
@@ -103,8 +145,6 @@ def _options(argv: list[str]) -> argparse.Namespace:
         help="default all; none with no name",
     )
     add("--budget", type=float, metavar="SECONDS", help="of timing for each row, default 3, with --quick 0.6")
-    add("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="where the files go, default %(default)s")
-    add("--tiny", action="store_true", help="shrink every case: checks this program, says nothing about speed")
     options = parser.parse_args(argv)
     if options.budget is None:
         options.budget = 0.6 if options.quick else 3.0
@@ -136,11 +176,7 @@ def _plan(options: argparse.Namespace, peak: Peak) -> list[tuple[str, Callable[[
         sdpa = tuple(peer for peer in peers[work.suite] if peer.name == "sdpa")
         plan.append((f"overhead {work}", work, partial(overhead_row, work, sdpa)))
     plan += [(f"memory {work}", work, partial(memory_row, work)) for work in map(shrink, MEMORY)]
-    plan = [(name, measure) for name, work, measure in plan if work.suite in options.suite]
-    if options.only is None:
-        return plan
-    exact = [item for item in plan if item[0] == options.only]
-    return exact or [item for item in plan if options.only in item[0]]
+    return selected([(name, measure) for name, work, measure in plan if work.suite in options.suite], options.only)
 
 
 def _is_quick(case: Case) -> bool:
@@ -173,22 +209,23 @@ def _line(row: Row) -> str:
     return f"{row.name}: " + ", ".join(said + row.flags)
 
 
-def _doubts(head: dict, peak: Peak) -> list[str]:
+def doubts(head: dict, peak: Peak) -> list[str]:
     """Why not to trust the figures, from what is known so far."""
-    doubts = []
+    found = []
     if (head["load_average"] or 0.0) > BUSY:
-        doubts.append(f"load average {head['load_average']:.2f} at the start: this machine is busy")
+        found.append(f"load average {head['load_average']:.2f} at the start: this machine is busy")
     if head["kernels_missing"]:
-        doubts.append(f"{head['kernels_missing']}: all of it ran on the slow reference, and there is no FMA peak")
+        found.append(f"{head['kernels_missing']}: all of it ran on the slow reference, and there is no FMA peak")
     for key, (low, high, count) in peak.spread().items():
         if low < STEADY * high:
-            doubts.append(f"the FMA peak ({key}) moved between {low:.0f} and {high:.0f} GFLOP/s in {count} readings")
-    return doubts
+            found.append(f"the FMA peak ({key}) moved between {low:.0f} and {high:.0f} GFLOP/s in {count} readings")
+    return found
 
 
-def _warn(console: Console, doubts: list[str]) -> None:
-    if doubts:
-        console.print(Panel("\n".join(doubts), title="WARNING: do not trust these figures"), style="bold red")
+def warn(console: Console, reasons: list[str]) -> None:
+    """A red panel, if there are any."""
+    if reasons:
+        console.print(Panel("\n".join(reasons), title="WARNING: do not trust these figures"), style="bold red")
 
 
 if __name__ == "__main__":

@@ -5,21 +5,19 @@ from typing import NamedTuple
 import torch
 
 from cases import GRID, Case, inputs, visited_pairs
-
-SEED = 3
-"""Of dropout, wherever it has to be repeatable."""
+from sparsity import block_mask
 
 
 class Work(NamedTuple):
     """Some passes of one attention call; a gradient is asked of every float tensor that goes in.
 
     passes     "forward" | "backward" (alone, of a graph made outside of the clock) | "forward+backward"
-    dropout_p  of the attention weights
+    pattern    a name in sparsity.PATTERNS: the mask is its BlockMask
     """
 
     case: Case
     passes: str = "forward"
-    dropout_p: float = 0.0
+    pattern: str | None = None
 
     @property
     def trains(self) -> bool:
@@ -32,7 +30,19 @@ class Work(NamedTuple):
     @property
     def spec(self) -> dict:
         """Every fact as plain values: what a row records and targets.py selects by."""
-        return self.case._asdict() | {"passes": self.passes, "dropout_p": self.dropout_p}
+        return self.case._asdict() | {"passes": self.passes, "pattern": self.pattern}
+
+    @property
+    def block_mask(self):
+        """The BlockMask of the pattern; None without one."""
+        return self.pattern and block_mask(self.pattern, self.case.seqlen_q, self.case.num_heads)
+
+    @property
+    def pairs(self) -> int:
+        """Visited (query, key) pairs over batch and query heads."""
+        if self.pattern is None:
+            return visited_pairs(self.case)
+        return self.block_mask.visited_pairs * self.case.batch * (self.case.num_heads // self.block_mask.shape[1])
 
     @property
     def flops_per_pair(self) -> int:
@@ -43,11 +53,11 @@ class Work(NamedTuple):
 
     @property
     def flops(self) -> int:
-        return visited_pairs(self.case) * self.flops_per_pair
+        return self.pairs * self.flops_per_pair
 
     def __str__(self) -> str:
-        dropout = f"-dropout:{self.dropout_p}" if self.dropout_p else ""
-        return (f"{self.passes} " if self.trains else "") + str(self.case) + dropout
+        passes, pattern = f"{self.passes} " if self.trains else "", f"-{self.pattern}" if self.pattern else ""
+        return f"{passes}{self.case}{pattern}"
 
 
 def suite_of(passes: str) -> str:
@@ -61,8 +71,10 @@ def tensors(work: Work, dtype: torch.dtype | None = None):
     The named ones require gradients if the work trains; dout is None if it does not.
     """
     (q, k, v), kwargs = inputs(work.case)
+    kwargs |= {"mask": work.block_mask} if work.pattern else {}
     leaves = {"q": q, "k": k, "v": v}
-    leaves |= {name: kwargs.pop(name) for name in ("bias", "alibi_slopes", "sinks") if name in kwargs}
+    names = ("bias", "alibi_slopes", "sinks", "softmax_scale")
+    leaves |= {name: kwargs.pop(name) for name in names if isinstance(kwargs.get(name), torch.Tensor)}
     dout = None
     if work.trains:
         generator = torch.Generator().manual_seed(1)
@@ -84,7 +96,7 @@ def _training() -> tuple[Work, ...]:
     cases += [case._replace(dtype="bfloat16") for case in long]
     cases += [long[0]._replace(bias="per_head")]
     whole = Work(long[1], "forward+backward")
-    return (*(Work(case, "backward") for case in cases), whole, whole._replace(dropout_p=0.1))
+    return (*(Work(case, "backward") for case in cases), whole, whole._replace(case=long[1]._replace(dropout_p=0.1)))
 
 
 TRAINING = _training()
