@@ -29,17 +29,6 @@ def prefill(problem, q, k, v, terms):
     """Forward pass (kernel signature of dispatch.Row)."""
     from .kernels import prefill as kernel
 
-    return _run(kernel, problem, q, k, v, terms)
-
-
-def block_sparse(problem, q, k, v, terms):
-    """Forward pass over the lists of a block mask (kernel signature of dispatch.Row)."""
-    from .kernels import block_sparse as kernel
-
-    return _run(kernel, problem, q, k, v, terms)
-
-
-def _run(kernel, problem, q, k, v, terms):
     if problem.needs_grad:
         from . import autograd
 

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from . import launch, tuning
-from .prefill import add_poison, attend, fresh_state, is_spoiled, positive_scale, store_rows
-from .tile import LOG2E, key_range, load_columns, load_scale, load_slope, natural_lse, normalizer, row_bounds
+from .attend import attend_range, positive_scale, store_rows
+from .tile import LOG2E, key_range, limits_of, load_columns, load_scale, load_slope, natural_lse, normalizer, row_bounds
 
 
 @triton.jit(do_not_specialize=[*launch.SIZES, "keys_per_split", "num_splits", "batch_size"])
@@ -44,7 +44,6 @@ def decode_kernel(
     HAS_FIRST: tl.constexpr = HAS_LO or k_start is not None
     BOUNDED: tl.constexpr = HAS_FIRST or HAS_HI or k_end is not None
     EVERYWHERE: tl.constexpr = mask is not None or bias is not None
-    HIDES: tl.constexpr = EVERYWHERE or BOUNDED
     TILE: tl.constexpr = (BLOCK_M, BLOCK_N)
     DIMS: tl.constexpr = (HEAD_DIM, D0, D1, HEAD_DIM_V, E0, E1)
     FLAGS: tl.constexpr = (HAS_FIRST, SOFTCAP, alibi_slopes is not None, DROPOUT, LEARNED_SCALE, PRECISION)
@@ -58,14 +57,8 @@ def decode_kernel(
     packed = tl.minimum(row + local_rows, num_rows - 1)
     heads, rows = head_k * group_size + packed // seqlen_q, packed % seqlen_q
     h, m = heads.to(tl.int64), rows.to(tl.int64)
-    if k_start is not None:
-        k_start += b * start_strides[0] + h * start_strides[1]
-    if k_end is not None:
-        k_end += b * end_strides[0] + h * end_strides[1]
-    bounds = row_bounds(
-        rows, k_start, start_strides[2], k_end, end_strides[2], seqlen_q, seqlen_k, diagonal_lo, diagonal_hi,
-        HAS_LO, HAS_HI,
-    )  # fmt: skip
+    limits = limits_of(k_start, start_strides, k_end, end_strides, diagonal_lo, diagonal_hi, b, h)
+    bounds = row_bounds(rows, limits, seqlen_q, seqlen_k, HAS_LO, HAS_HI)
     lo, hi, common_lo, common_hi = key_range(bounds, seqlen_k, BLOCK_N, HAS_FIRST, BOUNDED, EVERYWHERE)
     lo, hi = tl.maximum(lo, split * keys_per_split), tl.minimum(hi, (split + 1) * keys_per_split)
     hi = tl.maximum(lo, hi)
@@ -97,32 +90,11 @@ def decode_kernel(
     slope = load_slope(alibi_slopes, slope_strides, b, h[:, None])
     numbers = (seqlen_q, seqlen_k, scale, softcap, slope, threshold, seed)
 
-    # 3. loops, as in prefill.forward_kernel
-    blocks_before = tl.cdiv(common_lo - lo, BLOCK_N)
-    blocks = blocks_before + tl.cdiv(hi - common_hi, BLOCK_N)
-    state = fresh_state(BLOCK_M, DIMS)
-    clean, again = False, True
-    while again:
-        if not EVERYWHERE:
-            for col in tl.range(common_lo, common_hi, BLOCK_N):
-                state = attend(
-                    state, q0, q1, keys, place, bounds, scores, numbers, col, clean, TILE, DIMS, FLAGS, False, False
-                )
-        for block in tl.range(0, blocks):
-            col = tl.where(block < blocks_before, lo + block * BLOCK_N, common_hi + (block - blocks_before) * BLOCK_N)
-            state = attend(
-                state, q0, q1, keys, place, bounds, scores, numbers, col, clean, TILE, DIMS, FLAGS, True, HIDES
-            )
-        again = False
-        if HIDES:
-            again = is_spoiled(state[0], state[1], E1) & (clean == 0)
-            if again:
-                clean = True
-                state = fresh_state(BLOCK_M, DIMS)
-    if HIDES:
-        if clean:
-            acc0, acc1 = add_poison(state[0], state[1], keys, place, bounds, scores, lo, hi, DIMS, HAS_FIRST)
-            state = (acc0, acc1, state[2], state[3])
+    # 3. loops
+    visited = (lo, hi, common_lo, common_hi)
+    state = attend_range(
+        q0, q1, keys, place, bounds, scores, numbers, visited, TILE, DIMS, FLAGS, EVERYWHERE, EVERYWHERE or BOUNDED
+    )
 
     # 4. epilogue
     inside = row + local_rows < num_rows

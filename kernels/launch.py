@@ -73,9 +73,16 @@ def run(key: tuple, tensors: tuple, make_plan: Callable[[], Plan]) -> None:
     launch(tensors)
 
 
-def choose(kernel: str, problem, device: Device, tensors: tuple, plan_with: Callable[[config.Config], Plan]) -> Plan:
-    """plan_with(tiles) for the tiles of the table, or measured ones, or ones that are measured now."""
+def choose(
+    kernel: str, problem, device: Device, tensors: tuple, plan_with: Callable[[config.Config], Plan], block_size=None
+) -> Plan:
+    """plan_with(tiles) for the tiles of the table, or measured ones, or ones that are measured now.
+
+    block_size: of a block mask, which the tiles have to divide; nothing is measured then.
+    """
     tiles = tuning.tiles(kernel, problem, device)
+    if block_size:
+        return plan_with(config.within(tiles, block_size))
     if tuning.is_wanted(kernel, problem, device) and not interpreted():
 
         def launch_with(candidate):

@@ -86,14 +86,22 @@ def bias_log2(bias):
 
 
 @triton.jit
-def row_bounds(
-    rows, k_start, start_stride, k_end, end_stride, seqlen_q, seqlen_k, diagonal_lo, diagonal_hi,
-    HAS_LO: tl.constexpr, HAS_HI: tl.constexpr,
-):  # fmt: skip
+def limits_of(k_start, start_strides, k_end, end_strides, diagonal_lo, diagonal_hi, batch, head):
+    """What bounds the keys of a head's queries, for `row_bounds`; k_start, k_end may be None."""
+    if k_start is not None:
+        k_start += batch * start_strides[0] + head * start_strides[1]
+    if k_end is not None:
+        k_end += batch * end_strides[0] + head * end_strides[1]
+    return k_start, start_strides[2], k_end, end_strides[2], diagonal_lo, diagonal_hi
+
+
+@triton.jit
+def row_bounds(rows, limits, seqlen_q, seqlen_k, HAS_LO: tl.constexpr, HAS_HI: tl.constexpr):
     """(first key, one past the last) that each row sees; (INT_MAX, 0) where that is none. Rows past the last one repeat it.
 
-    k_start, k_end: pointers to int32 for each row of the head, or None. Whatever they hold, the bounds are in 0 ... seqlen_k.
+    Whatever k_start and k_end hold, the bounds are in 0 ... seqlen_k.
     """
+    k_start, start_stride, k_end, end_stride, diagonal_lo, diagonal_hi = limits
     rows = tl.minimum(rows, seqlen_q - 1)
     first, last = tl.zeros_like(rows), tl.zeros_like(rows) + seqlen_k
     if HAS_LO:
