@@ -26,7 +26,7 @@ from .tile import (
 
 @triton.jit
 def attend(
-    state, q0, q1, keys, place, bounds, scores, numbers, col, clean,
+    state, q0, q1, keys, place, bounds, scores, bitmap, numbers, col, clean,
     TILE: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr, MASKED: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
     """`state` after one more block of keys, from `col` on.
@@ -35,13 +35,14 @@ def attend(
     place    (batch, key head, query heads, positions of the queries, their places in the tile, how many are left);
              [M, 1] or, of heads, one
     bounds   (first, last) of the keys that each query sees
-    scores   (mask, strides, bias, strides, bitmap), pointers to the first query, or None; bitmap (`tile.bits`) from `col` on
+    scores   (mask, strides, bias, strides), pointers to the first query, or None
+    bitmap   for `tile.bits`, from `col` on, or None
     MASKED   some query may not see some key. HIDES: NaN or Inf may be there, and counts as 0 if `clean`
     """
     acc0, acc1, l_i, m_i = state
     k, k_strides, k_descriptor, v, v_strides, v_descriptor = keys
     batch, head_k, heads, rows, local_rows, rows_left = place
-    mask, mask_strides, bias, bias_strides, bitmap = scores
+    mask, mask_strides, bias, bias_strides = scores
     seqlen_q, seqlen_k, scale, softcap, slope, threshold, seed = numbers
     BLOCK_M: tl.constexpr = TILE[0]
     BLOCK_N: tl.constexpr = TILE[1]
@@ -141,14 +142,14 @@ def is_spoiled(acc0, acc1, E1: tl.constexpr):
 
 
 @triton.jit
-def add_poison(acc0, acc1, keys, place, bounds, scores, lo, hi, DIMS: tl.constexpr, HAS_FIRST: tl.constexpr):
+def add_poison(acc0, acc1, keys, place, bounds, scores, bitmap, lo, hi, DIMS: tl.constexpr, HAS_FIRST: tl.constexpr):
     """Adds each NaN or Inf of v to the queries that see its key, and to no other: slow, exact, and hardly ever run.
 
     Arguments as in `attend`; with a bitmap, lo ... hi - 1 are the keys of its block.
     """
     _, _, _, v, v_strides, _ = keys
     _, _, _, _, local_rows, rows_left = place
-    mask, mask_strides, bias, bias_strides, bitmap = scores
+    mask, mask_strides, bias, bias_strides = scores
     HEAD_DIM_V: tl.constexpr = DIMS[3]
     E0: tl.constexpr = DIMS[4]
     E1: tl.constexpr = DIMS[5]
@@ -194,12 +195,12 @@ def attend_range(
         if not EVERYWHERE:
             for col in tl.range(common_lo, common_hi, BLOCK_N):
                 state = attend(
-                    state, q0, q1, keys, place, bounds, scores, numbers, col, clean, TILE, DIMS, FLAGS, False, False
+                    state, q0, q1, keys, place, bounds, scores, None, numbers, col, clean, TILE, DIMS, FLAGS, False, False
                 )
         for block in tl.range(0, blocks):
             col = tl.where(block < blocks_before, lo + block * BLOCK_N, common_hi + (block - blocks_before) * BLOCK_N)
             state = attend(
-                state, q0, q1, keys, place, bounds, scores, numbers, col, clean, TILE, DIMS, FLAGS, True, HIDES
+                state, q0, q1, keys, place, bounds, scores, None, numbers, col, clean, TILE, DIMS, FLAGS, True, HIDES
             )
         again = False
         if HIDES:
@@ -209,7 +210,7 @@ def attend_range(
                 state = fresh_state(TILE[0], DIMS)
     if HIDES:
         if clean:
-            acc0, acc1 = add_poison(state[0], state[1], keys, place, bounds, scores, lo, hi, DIMS, FLAGS[0])
+            acc0, acc1 = add_poison(state[0], state[1], keys, place, bounds, scores, None, lo, hi, DIMS, FLAGS[0])
             state = (acc0, acc1, state[2], state[3])
     return state
 
@@ -222,7 +223,6 @@ def attend_lists(
     """`state` after the blocks of a block mask (`lists.open_lists`): full ones, then those with a bitmap."""
     BLOCK_N: tl.constexpr = TILE[1]
     STEPS: tl.constexpr = BLOCK_K // BLOCK_N
-    mask, mask_strides, bias, bias_strides, _ = scores
     seqlen_k, unmasked, masked = numbers[1], visits[1], visits[2]
     state = fresh_state(TILE[0], DIMS)
     clean, again = False, True
@@ -231,13 +231,12 @@ def attend_lists(
             for step in tl.range(0, unmasked * STEPS):
                 col = unmasked_tile(step, visits, BLOCK_K, BLOCK_N)
                 state = attend(
-                    state, q0, q1, keys, place, bounds, scores, numbers, col, clean, TILE, DIMS, FLAGS, False, False
+                    state, q0, q1, keys, place, bounds, scores, None, numbers, col, clean, TILE, DIMS, FLAGS, False, False
                 )
         for step in tl.range(0, masked * STEPS):
             col, bitmap = masked_tile(step, visits, BLOCK_Q, BLOCK_K, BLOCK_N)
-            listed = (mask, mask_strides, bias, bias_strides, bitmap)
             state = attend(
-                state, q0, q1, keys, place, bounds, listed, numbers, col, clean, TILE, DIMS, FLAGS, True, True
+                state, q0, q1, keys, place, bounds, scores, bitmap, numbers, col, clean, TILE, DIMS, FLAGS, True, True
             )
         again = is_spoiled(state[0], state[1], DIMS[5]) & (clean == 0)
         if again:
@@ -247,9 +246,8 @@ def attend_lists(
         acc0, acc1 = state[0], state[1]
         for index in range(0, masked):
             lo, bitmap = masked_tile(index, visits, BLOCK_Q, BLOCK_K, BLOCK_K)
-            listed = (mask, mask_strides, bias, bias_strides, bitmap)
             hi = tl.minimum(lo + BLOCK_K, seqlen_k)
-            acc0, acc1 = add_poison(acc0, acc1, keys, place, bounds, listed, lo, hi, DIMS, FLAGS[0])
+            acc0, acc1 = add_poison(acc0, acc1, keys, place, bounds, scores, bitmap, lo, hi, DIMS, FLAGS[0])
         state = (acc0, acc1, state[2], state[3])
     return state
 

@@ -6,7 +6,7 @@ import triton.language as tl
 from . import launch
 from .backward_tile import gradients_of_scores, load_both, load_statistics, product
 from .lists import find_tile, open_lists
-from .tile import limits_of, load_scale, load_slope, row_bounds, widen
+from .tile import limits_of, load_scale, load_slope, row_bounds, scores_of, widen
 
 
 @triton.jit(do_not_specialize=[*launch.SIZES, "num_bitmaps", "batches", "heads"])
@@ -47,7 +47,6 @@ def bias_kernel(
     n_first, pid = pid % n_blocks, pid // n_blocks
     m_first, pid = pid % m_blocks, pid // m_blocks
     head_first, batch_first = pid % (num_heads // heads), pid // (num_heads // heads)
-    mask_tile, bias_tile = widen(mask_strides, WIDE), widen(bias_strides, WIDE)
 
     # 2. loop
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -69,10 +68,7 @@ def bias_kernel(
             is_listed, bitmap = find_tile(col, visits, BLOCK_Q, BLOCK_K, 128)
             is_visited = is_visited & is_listed
         if is_visited:
-            mask_head = mask
-            if mask is not None:
-                mask_head += b * mask_strides[0] + h * mask_strides[1] + m * mask_strides[2] + n * mask_strides[3]
-            bias_head = bias + b * bias_strides[0] + h * bias_strides[1] + m * bias_strides[2] + n * bias_strides[3]
+            scores = scores_of(mask, mask_strides, bias, bias_strides, b, h, 0, WIDE)
             q_head = q + b * q_strides[0] + h * q_strides[1] + m * q_strides[2]
             k_head = k + b * k_strides[0] + hk * k_strides[1] + n * k_strides[2]
             v_head = v + b * v_strides[0] + hk * v_strides[1] + n * v_strides[2]
@@ -90,7 +86,7 @@ def bias_kernel(
             scale = load_scale(softmax_scale, scale_stride, h, LEARNED_SCALE)
             slope = load_slope(alibi_slopes, slope_strides, b, h)
             _, ds, _ = gradients_of_scores(
-                s, dp, (mask_head, mask_tile, bias_head, bias_tile, bitmap), (batch, head, row, col), statistics, bounds,
+                s, dp, scores, bitmap, (batch, head, row, col), statistics, bounds,
                 (seqlen_q, seqlen_k, scale, softcap, slope, threshold, keep_factor, seed), BLOCK_M, BLOCK_N, FLAGS,
                 True, False,
             )  # fmt: skip

@@ -6,12 +6,12 @@ import triton.language as tl
 from . import launch
 from .backward_tile import gradients_of_scores, load_both, load_statistics, product
 from .lists import masked_tile, open_lists, unmasked_tile
-from .tile import INT_MAX, finite_or, limits_of, load_scale, load_slope, row_bounds, store_columns, widen
+from .tile import INT_MAX, finite_or, limits_of, load_scale, load_slope, row_bounds, scores_of, store_columns, widen
 
 
 @triton.jit
 def key_value_step(
-    gradients, keys, queries, limits, scores, place, numbers,
+    gradients, keys, queries, limits, scores, bitmap, place, numbers,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr, ENDS: tl.constexpr,
     MASKED: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
@@ -19,14 +19,12 @@ def key_value_step(
 
     gradients, keys  (dk0, dk1, dv0, dv1), (k0, k1, v0, v1)
     queries          (q, strides, dout, strides, lse_parts, delta), pointers to the head's first query
-    scores           (mask, strides, bias, strides, bitmap), pointers to the first query and this key, or None
-    limits           of the head, for `tile.row_bounds`; place, numbers as in `gradients_of_scores`
+    limits           of the head, for `tile.row_bounds`; the others as in `gradients_of_scores`
     MASKED           some query may not see some key. HIDES: NaN or Inf may be there
     """
     dk0, dk1, dv0, dv1 = gradients
     k0, k1, v0, v1 = keys
     q, q_strides, dout, dout_strides, lse_parts, delta = queries
-    mask, mask_strides, bias, bias_strides, bitmap = scores
     row = place[2]
     HEAD_DIM: tl.constexpr = DIMS[0]
     D0: tl.constexpr = DIMS[1]
@@ -46,14 +44,9 @@ def key_value_step(
     bounds = (0, 0)  # not used
     if MASKED:
         bounds = row_bounds(row + tl.arange(0, BLOCK_M), limits, numbers[0], numbers[1], ENDS[0], ENDS[1])
-        if mask is not None:
-            mask += m * mask_strides[0]
-        if bias is not None:
-            bias += m * bias_strides[0]
     kept, _, dproduct = gradients_of_scores(
-        s, dp, (mask, mask_strides, bias, bias_strides, bitmap), place, statistics, bounds, numbers, BLOCK_M, BLOCK_N,
-        FLAGS, MASKED, True,
-    )  # fmt: skip
+        s, dp, scores, bitmap, place, statistics, bounds, numbers, BLOCK_M, BLOCK_N, FLAGS, MASKED, True
+    )
     if FLAGS[4]:  # each head has its own scale; otherwise it is a factor of the sum
         dproduct *= numbers[2]
     kept, dproduct = kept.to(do0.dtype), dproduct.to(q0.dtype)
@@ -149,7 +142,6 @@ def key_value_kernel(
     if E1 > 0:
         dv1 = tl.zeros([BLOCK_N, E1], tl.float32)
     q_tile, dout_tile = widen(q_strides, WIDE), widen(dout_strides, WIDE)
-    mask_tile, bias_tile = widen(mask_strides, WIDE), widen(bias_strides, WIDE)
 
     # 3. loops: the heads that share these keys, and the blocks of queries that see them
     for head in tl.range(head_k * group_size, (head_k + 1) * group_size):
@@ -172,11 +164,7 @@ def key_value_kernel(
             dout_tile, lse_parts + 2 * rows, delta + rows,
         )  # fmt: skip
         limits = limits_of(k_start, start_strides, k_end, end_strides, diagonal_lo, diagonal_hi, b, h)
-        mask_head, bias_head = mask, bias
-        if mask is not None:
-            mask_head += b * mask_strides[0] + h * mask_strides[1] + n * mask_strides[3]
-        if bias is not None:
-            bias_head += b * bias_strides[0] + h * bias_strides[1] + n * bias_strides[3]
+        scores = scores_of(mask, mask_strides, bias, bias_strides, b, h, 0, WIDE)
         scale = load_scale(softmax_scale, scale_stride, h, LEARNED_SCALE)
         slope = load_slope(alibi_slopes, slope_strides, b, h)
         numbers = (seqlen_q, seqlen_k, scale, softcap, slope, threshold, keep_factor, seed)
@@ -186,8 +174,8 @@ def key_value_kernel(
                 if counts is not None:
                     row = unmasked_tile(index, visits, BLOCK_Q, BLOCK_M)
                 dk0, dk1, dv0, dv1 = key_value_step(
-                    (dk0, dk1, dv0, dv1), keys, queries, limits, (None, mask_tile, None, bias_tile, None),
-                    (batch, head, row, col), numbers, BLOCK_M, BLOCK_N, DIMS, FLAGS, ENDS, False, False,
+                    (dk0, dk1, dv0, dv1), keys, queries, limits, scores, None, (batch, head, row, col), numbers,
+                    BLOCK_M, BLOCK_N, DIMS, FLAGS, ENDS, False, False,
                 )  # fmt: skip
         for index in tl.range(0, masked):
             bitmap = None
@@ -196,8 +184,8 @@ def key_value_kernel(
             else:
                 row = tl.where(index < blocks_before, lo + index, full_hi + index - blocks_before) * BLOCK_M
             dk0, dk1, dv0, dv1 = key_value_step(
-                (dk0, dk1, dv0, dv1), keys, queries, limits, (mask_head, mask_tile, bias_head, bias_tile, bitmap),
-                (batch, head, row, col), numbers, BLOCK_M, BLOCK_N, DIMS, FLAGS, ENDS, True, HIDES,
+                (dk0, dk1, dv0, dv1), keys, queries, limits, scores, bitmap, (batch, head, row, col), numbers,
+                BLOCK_M, BLOCK_N, DIMS, FLAGS, ENDS, True, HIDES,
             )  # fmt: skip
 
     # 4. epilogue

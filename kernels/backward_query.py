@@ -7,12 +7,12 @@ import triton.language as tl
 from . import launch
 from .backward_tile import distances, gradients_of_scores, load_both, load_statistics, product
 from .lists import masked_tile, open_lists, unmasked_tile
-from .tile import finite_or, key_range, limits_of, load_scale, load_slope, row_bounds, store_columns, widen
+from .tile import finite_or, key_range, limits_of, load_scale, load_slope, row_bounds, scores_of, store_columns, widen
 
 
 @triton.jit
 def query_step(
-    sums, queries, keys, bounds, scores, place, numbers,
+    sums, queries, keys, bounds, scores, bitmap, place, numbers,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr, WANTED: tl.constexpr,
     MASKED: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
@@ -20,14 +20,12 @@ def query_step(
 
     queries  (q0, q1, do0, do1, statistics)
     keys     (k, strides, v, strides), pointers to the head's first key
-    scores   (mask, strides, bias, strides, bitmap), pointers to this query and the first key, or None
     WANTED   of dq, the sum of dS, dslope, dscale
-    MASKED   some query may not see some key. HIDES: NaN or Inf may be there
+    MASKED   some query may not see some key. HIDES: NaN or Inf may be there. The others as in `gradients_of_scores`
     """
     dq0, dq1, total, dslope, dscale = sums
     q0, q1, do0, do1, statistics = queries
     k, k_strides, v, v_strides = keys
-    mask, mask_strides, bias, bias_strides, bitmap = scores
     col = place[3]
     HEAD_DIM: tl.constexpr = DIMS[0]
     D0: tl.constexpr = DIMS[1]
@@ -43,14 +41,9 @@ def query_step(
     dp, _, _ = product(
         do0, do1, v + n * v_strides[0], v_strides, keys_left, BLOCK_N, E0, E1, HEAD_DIM_V, MASKED, PRECISION
     )
-    if mask is not None:
-        mask += n * mask_strides[1]
-    if bias is not None:
-        bias += n * bias_strides[1]
     _, ds, dproduct = gradients_of_scores(
-        s, dp, (mask, mask_strides, bias, bias_strides, bitmap), place, statistics, bounds, numbers, BLOCK_M, BLOCK_N,
-        FLAGS, MASKED, False,
-    )  # fmt: skip
+        s, dp, scores, bitmap, place, statistics, bounds, numbers, BLOCK_M, BLOCK_N, FLAGS, MASKED, False
+    )
     if WANTED[1]:
         total += tl.sum(ds, 1)
     if WANTED[2]:
@@ -132,11 +125,7 @@ def query_kernel(
     k += b * k_strides[0] + hk * k_strides[1]
     v += b * v_strides[0] + hk * v_strides[1]
     keys = (k, widen(k_strides, WIDE), v, widen(v_strides, WIDE))
-    mask_tile, bias_tile = widen(mask_strides, WIDE), widen(bias_strides, WIDE)
-    if mask is not None:
-        mask += b * mask_strides[0] + h * mask_strides[1] + m * mask_strides[2]
-    if bias is not None:
-        bias += b * bias_strides[0] + h * bias_strides[1] + m * bias_strides[2]
+    scores = scores_of(mask, mask_strides, bias, bias_strides, b, h, 0, WIDE)
     scale = load_scale(softmax_scale, scale_stride, h, LEARNED_SCALE)
     slope = load_slope(alibi_slopes, slope_strides, b, h)
     numbers = (seqlen_q, seqlen_k, scale, softcap, slope, threshold, keep_factor, seed)
@@ -158,8 +147,8 @@ def query_kernel(
             if counts is not None:
                 col = unmasked_tile(index, visits, BLOCK_K, BLOCK_N)
             sums = query_step(
-                sums, queries, keys, bounds, (None, mask_tile, None, bias_tile, None), (batch, head, row, col), numbers,
-                BLOCK_M, BLOCK_N, DIMS, FLAGS, WANTED, False, False,
+                sums, queries, keys, bounds, scores, None, (batch, head, row, col), numbers, BLOCK_M, BLOCK_N, DIMS,
+                FLAGS, WANTED, False, False,
             )  # fmt: skip
     for index in tl.range(0, masked):
         bitmap = None
@@ -168,8 +157,8 @@ def query_kernel(
         else:
             col = tl.where(index < blocks_before, lo + index * BLOCK_N, common_hi + (index - blocks_before) * BLOCK_N)
         sums = query_step(
-            sums, queries, keys, bounds, (mask, mask_tile, bias, bias_tile, bitmap), (batch, head, row, col), numbers,
-            BLOCK_M, BLOCK_N, DIMS, FLAGS, WANTED, True, HIDES,
+            sums, queries, keys, bounds, scores, bitmap, (batch, head, row, col), numbers, BLOCK_M, BLOCK_N, DIMS,
+            FLAGS, WANTED, True, HIDES,
         )  # fmt: skip
 
     # 4. epilogue

@@ -47,19 +47,20 @@ def distances(place, numbers, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRAN
 
 @triton.jit
 def gradients_of_scores(
-    s, dp, scores, place, statistics, bounds, numbers,
+    s, dp, scores, bitmap, place, statistics, bounds, numbers,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FLAGS: tl.constexpr, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """(weights after dropout but for its factor, dS, d(scaled product)) of a tile from its products s and dp.
 
-    scores      (mask, strides, bias, strides, bitmap), pointers to the tile's first element, or None
+    scores      of the head, by `tile.scores_of`. bitmap: for `tile.bits`, of the tile, or None
     place       (batch, head, first query, first key)
     statistics  of the queries, by `load_statistics`; bounds: of their keys, by `tile.row_bounds`
     MASKED      some query may not see some key. TRANSPOSED: the tile is [keys, queries]
     """
-    mask, mask_strides, bias, bias_strides, bitmap = scores
+    mask, mask_strides, bias, bias_strides = scores
     batch, head, row, col = place
     seqlen_q, seqlen_k, scale, softcap, slope, threshold, keep_factor, seed = numbers
+    m, n = tl.cast(row, tl.int64), tl.cast(col, tl.int64)
     HAS_FIRST: tl.constexpr = FLAGS[0]
     SOFTCAP: tl.constexpr = FLAGS[1]
     ALIBI: tl.constexpr = FLAGS[2]
@@ -72,6 +73,7 @@ def gradients_of_scores(
     if MASKED:
         seen = visible(col + cols, of_rows(bounds[0], TRANSPOSED), of_rows(bounds[1], TRANSPOSED), HAS_FIRST)
         if mask is not None:
+            mask += m * mask_strides[0] + n * mask_strides[1]
             seen = seen & (load_scores(mask, mask_strides, rows, cols, seqlen_q - row, seqlen_k - col) != 0)
         if bitmap is not None:
             if TRANSPOSED:
@@ -86,6 +88,7 @@ def gradients_of_scores(
     elif MODIFIED:
         s = s * (scale * LOG2E)
     if bias is not None:
+        bias += m * bias_strides[0] + n * bias_strides[1]
         added = load_scores(bias, bias_strides, rows, cols, seqlen_q - row, seqlen_k - col)
         seen = seen & (added.to(tl.float32) != float("-inf"))
         s += bias_log2(added)

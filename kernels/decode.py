@@ -76,7 +76,7 @@ def decode_kernel(
         mask += (b * mask_strides[0] + h * mask_strides[1] + m * mask_strides[2])[:, None]
     if bias is not None:
         bias += (b * bias_strides[0] + h * bias_strides[1] + m * bias_strides[2])[:, None]
-    scores = (mask, (0, mask_strides[3] + wide), bias, (0, bias_strides[3] + wide), None)
+    scores = (mask, (0, mask_strides[3] + wide), bias, (0, bias_strides[3] + wide))
     q0 = load_columns(q, (0, q_strides[3] + wide), rows_left, BLOCK_M, 0, D0, HEAD_DIM, True)
     q1 = 0.0
     if D1 > 0:

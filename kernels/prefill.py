@@ -9,7 +9,7 @@ import triton.language as tl
 from . import launch, lists
 from .attend import attend_lists, attend_range, positive_scale, store_rows
 from .lists import open_lists
-from .tile import LOG2E, key_range, limits_of, load_columns, load_scale, load_slope, row_bounds, widen
+from .tile import LOG2E, key_range, limits_of, load_columns, load_scale, load_slope, row_bounds, scores_of, widen
 
 
 @triton.jit(do_not_specialize=[*launch.SIZES, "num_bitmaps"])
@@ -67,11 +67,7 @@ def forward_kernel(
     v += b * v_strides[0] + hk * v_strides[1]
     keys = (k, widen(k_strides, WIDE), k_descriptor, v, widen(v_strides, WIDE), v_descriptor)
     place = (batch, head_k, head, rows[:, None], tl.arange(0, BLOCK_M)[:, None], rows_left)
-    if mask is not None:
-        mask += b * mask_strides[0] + h * mask_strides[1] + m * mask_strides[2]
-    if bias is not None:
-        bias += b * bias_strides[0] + h * bias_strides[1] + m * bias_strides[2]
-    scores = (mask, widen(mask_strides, WIDE), bias, widen(bias_strides, WIDE), None)
+    scores = scores_of(mask, mask_strides, bias, bias_strides, b, h, m, WIDE)
     q0 = load_columns(q, widen(q_strides, WIDE), rows_left, BLOCK_M, 0, D0, HEAD_DIM, True)
     q1 = 0.0
     if D1 > 0:

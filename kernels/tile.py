@@ -117,6 +117,16 @@ def row_bounds(rows, limits, seqlen_q, seqlen_k, HAS_LO: tl.constexpr, HAS_HI: t
 
 
 @triton.jit
+def scores_of(mask, mask_strides, bias, bias_strides, batch, head, row, WIDE: tl.constexpr):
+    """(mask, bias) of a head's queries from `row` on, with the strides of queries and keys; mask, bias may be None."""
+    if mask is not None:
+        mask += batch * mask_strides[0] + head * mask_strides[1] + row * mask_strides[2]
+    if bias is not None:
+        bias += batch * bias_strides[0] + head * bias_strides[1] + row * bias_strides[2]
+    return mask, widen(mask_strides, WIDE), bias, widen(bias_strides, WIDE)
+
+
+@triton.jit
 def key_range(
     bounds, seqlen_k, BLOCK_N: tl.constexpr, HAS_FIRST: tl.constexpr, BOUNDED: tl.constexpr, EVERYWHERE: tl.constexpr
 ):
