@@ -9,6 +9,7 @@
 #include "driver.h"
 
 namespace py = pybind11;
+using fastattn::Csr;
 using fastattn::DType;
 using fastattn::Gradients;
 using fastattn::Problem;
@@ -30,6 +31,7 @@ DType dtype_of(const std::string& name) {
   if (name == "float16") return DType::float16;
   if (name == "bool") return DType::boolean;
   if (name == "int32") return DType::int32;
+  if (name == "int64") return DType::int64;
   throw std::invalid_argument("dtype " + name + " is not supported by the CPU kernels");
 }
 
@@ -41,6 +43,7 @@ DType dtype_of(dlpack::DataType type) {
   if (type.code == dlpack::kBfloat && bits == 16) return DType::bfloat16;
   if (type.code == dlpack::kBool && bits == 8) return DType::boolean;
   if (type.code == dlpack::kInt && bits == 32) return DType::int32;
+  if (type.code == dlpack::kInt && bits == 64) return DType::int64;
   throw std::invalid_argument("a tensor's dtype is not supported by the CPU kernels");
 }
 
@@ -150,7 +153,8 @@ Tensor reduced(PyObject* object, const char* name, const int64_t (&sizes)[4], Ow
   return broadcast(v, name, sizes, missing_right);
 }
 
-bool is_float(DType dtype) { return dtype != DType::boolean && dtype != DType::int32; }
+bool is_integer(DType dtype) { return dtype == DType::int32 || dtype == DType::int64; }
+bool is_float(DType dtype) { return dtype != DType::boolean && !is_integer(dtype); }
 
 double number(PyObject* object) {
   const double x = PyFloat_AsDouble(object);
@@ -167,8 +171,9 @@ constexpr int num_arguments = 16, num_gradients = 8;
 constexpr double tiny_work =
     1e5;  // multiply-adds, a few microseconds: below it, giving up the GIL costs more than it gives
 
-// Everything that native code relies on is checked here, whatever the caller has checked: the first 16 arguments.
-Problem problem_of(PyObject* const* args, Owned& owned) {
+// Everything that native code relies on is checked here, whatever the caller has checked: q, k, v, out, lse, lse_parts,
+// softmax_scale.
+Problem tensors_of(PyObject* const* args, Owned& owned) {
   const View q = view(args[0], owned), k = view(args[1], owned), v = view(args[2], owned), out = view(args[3], owned);
   if (q.ndim != 4 || k.ndim != 4 || v.ndim != 4) mismatch("q, k and v", "must have 4 dimensions");
   if (!is_float(q.dtype)) mismatch("q", "must have a float dtype");
@@ -181,14 +186,21 @@ Problem problem_of(PyObject* const* args, Owned& owned) {
   const int64_t keys[4] = {p.batch, p.num_heads_k, p.seqlen_k, p.head_dim};
   const int64_t values[4] = {p.batch, p.num_heads_k, p.seqlen_k, p.head_dim_v};
   const int64_t outs[4] = {p.batch, p.num_heads, p.seqlen_q, p.head_dim_v};
-  const int64_t scores[4] = {p.batch, p.num_heads, p.seqlen_q, p.seqlen_k};
   p.q = exact(q, "q", queries, q.dtype), p.k = exact(k, "k", keys, q.dtype), p.v = exact(v, "v", values, q.dtype);
   p.out = exact(out, "out", outs, q.dtype);
   const DType real = q.dtype == DType::float64 ? DType::float64 : DType::float32;
   const int64_t rows[4] = {p.batch, p.num_heads, p.seqlen_q, 1}, parts[4] = {p.batch, p.num_heads, p.seqlen_q, 2};
   p.lse = complete(args[4], "lse", rows, real, owned, 1);
   p.lse_parts = complete(args[5], "lse_parts", parts, real, owned);
-  p.softmax_scale = number(args[6]), p.softcap = number(args[7]);
+  p.softmax_scale = number(args[6]);
+  return p;
+}
+
+// The first 16 arguments of forward and backward.
+Problem problem_of(PyObject* const* args, Owned& owned) {
+  Problem p = tensors_of(args, owned);
+  const int64_t scores[4] = {p.batch, p.num_heads, p.seqlen_q, p.seqlen_k};
+  p.softcap = number(args[7]);
   p.diagonal_lo = integer(args[8]), p.diagonal_hi = integer(args[9]);
   p.k_start = optional(args[10], "k_start", scores, owned, 1), p.k_end = optional(args[11], "k_end", scores, owned, 1);
   p.mask = optional(args[12], "mask", scores, owned), p.bias = optional(args[13], "bias", scores, owned);
@@ -200,6 +212,22 @@ Problem problem_of(PyObject* const* args, Owned& owned) {
   for (const Tensor* t : {&p.bias, &p.alibi_slopes, &p.sinks})
     if (*t && !is_float(t->dtype)) mismatch("bias, alibi_slopes and sinks", "must have a float dtype");
   return p;
+}
+
+// dout, dlse, dq, dk, dv.
+Gradients gradients_of(const Problem& p, PyObject* const* args, Owned& owned) {
+  if (!p.lse_parts) mismatch("lse_parts", "must be given");
+  const int64_t outs[4] = {p.batch, p.num_heads, p.seqlen_q, p.head_dim_v}, rows[4] = {outs[0], outs[1], outs[2], 1};
+  const int64_t queries[4] = {p.batch, p.num_heads, p.seqlen_q, p.head_dim};
+  const int64_t keys[4] = {p.batch, p.num_heads_k, p.seqlen_k, p.head_dim};
+  const int64_t values[4] = {p.batch, p.num_heads_k, p.seqlen_k, p.head_dim_v};
+  Gradients g{};
+  g.dout = exact(view(args[0], owned), "dout", outs, p.q.dtype);
+  g.dlse = complete(args[1], "dlse", rows, p.lse_parts.dtype, owned, 1);
+  g.dq = complete(args[2], "dq", queries, p.q.dtype, owned);
+  g.dk = complete(args[3], "dk", keys, p.q.dtype, owned);
+  g.dv = complete(args[4], "dv", values, p.q.dtype, owned);
+  return g;
 }
 
 // Runs `body` of a METH_FASTCALL function, without pybind11's argument conversion: it would cost more than a tiny call.
@@ -263,18 +291,8 @@ PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return guarded(count, num_arguments + num_gradients + 1, [&] {
     Owned owned;
     const Problem p = problem_of(args, owned);
-    if (!p.lse_parts) mismatch("lse_parts", "must be given");
     PyObject* const* more = args + num_arguments;
-    const int64_t outs[4] = {p.batch, p.num_heads, p.seqlen_q, p.head_dim_v}, rows[4] = {outs[0], outs[1], outs[2], 1};
-    const int64_t queries[4] = {p.batch, p.num_heads, p.seqlen_q, p.head_dim};
-    const int64_t keys[4] = {p.batch, p.num_heads_k, p.seqlen_k, p.head_dim};
-    const int64_t values[4] = {p.batch, p.num_heads_k, p.seqlen_k, p.head_dim_v};
-    Gradients g{};
-    g.dout = exact(view(more[0], owned), "dout", outs, p.q.dtype);
-    g.dlse = complete(more[1], "dlse", rows, p.lse_parts.dtype, owned, 1);
-    g.dq = complete(more[2], "dq", queries, p.q.dtype, owned);
-    g.dk = complete(more[3], "dk", keys, p.q.dtype, owned);
-    g.dv = complete(more[4], "dv", values, p.q.dtype, owned);
+    Gradients g = gradients_of(p, more, owned);
     const int64_t scores[4] = {p.batch, p.num_heads, p.seqlen_q, p.seqlen_k};
     g.dbias = reduced(more[5], "dbias", scores, owned);
     g.dalibi_slopes = reduced(more[6], "dalibi_slopes", scores, owned, 2);
@@ -290,6 +308,54 @@ PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
+// Entries of one of the lists of edges.
+Tensor list(const View& v, const char* name, int64_t size) {
+  if (v.ndim != 1) mismatch(name, "must have 1 dimension");
+  if (!is_integer(v.dtype)) mismatch(name, "must be int32 or int64");
+  if (v.shape[0] != size) mismatch(name, "has a wrong length");
+  return broadcast(v, name, {1, 1, 1, size});
+}
+
+constexpr int num_csr_arguments = 10;
+
+// The first 10 arguments of csr_forward and csr_backward; the entries of the lists are checked later, without the GIL.
+std::pair<Problem, Csr> edges_of(PyObject* const* args, Owned& owned) {
+  Problem p = tensors_of(args, owned);
+  Csr lists{};
+  const View indices = view(args[8], owned);
+  lists.num_edges = indices.ndim == 1 ? indices.shape[0] : 0;
+  lists.indptr = list(view(args[7], owned), "indptr", p.seqlen_q + 1);
+  lists.indices = list(indices, "indices", lists.num_edges);
+  p.bias = optional(args[9], "edge_bias", {p.batch, p.num_heads, 1, lists.num_edges}, owned);
+  if (p.bias && !is_float(p.bias.dtype)) mismatch("edge_bias", "must have a float dtype");
+  return {p, lists};
+}
+
+PyObject* csr_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return guarded(count, num_csr_arguments + 1, [&] {
+    Owned owned;
+    const auto [problem, lists] = edges_of(args, owned);
+    const int threads = (int)integer(args[num_csr_arguments]);
+    py::gil_scoped_release release;
+    fastattn::csr_forward(problem, lists, threads);
+  });
+}
+
+PyObject* csr_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return guarded(count, num_csr_arguments + 7, [&] {
+    Owned owned;
+    const auto [p, lists] = edges_of(args, owned);
+    PyObject* const* more = args + num_csr_arguments;
+    Gradients g = gradients_of(p, more, owned);
+    g.dbias = reduced(more[5], "dedge_bias", {p.batch, p.num_heads, 1, lists.num_edges}, owned);
+    if (g.dbias && (!p.bias || g.dbias.dtype != p.lse_parts.dtype)) mismatch("dedge_bias", "has a wrong dtype");
+    if (g.dbias && lists.num_edges > 1 && !g.dbias.stride[3]) mismatch("dedge_bias", "must have an element an edge");
+    const int threads = (int)integer(more[6]);
+    py::gil_scoped_release release;
+    fastattn::csr_backward(p, g, lists, threads);
+  });
+}
+
 PyMethodDef fast_methods[] = {
     {"signature", (PyCFunction)(void (*)())signature, METH_FASTCALL,
      "signature(q, k, v): their shapes and dtypes as bytes, or None if one is not a plain 4-D CPU tensor."},
@@ -299,6 +365,13 @@ PyMethodDef fast_methods[] = {
     {"backward", (PyCFunction)(void (*)())backward, METH_FASTCALL,
      "backward(<the first 16 of forward>, dout, dlse, dq, dk, dv, dbias, dalibi_slopes, dsinks, threads): fills those "
      "of dq, dk, dv that are not None, adds to those of the others."},
+    {"csr_forward", (PyCFunction)(void (*)())csr_forward, METH_FASTCALL,
+     "csr_forward(q, k, v, out, lse, lse_parts, softmax_scale, indptr, indices, edge_bias, threads): fills out, and "
+     "lse "
+     "and lse_parts where they are not None. edge_bias broadcasts to [batch, num_heads, 1, edges]."},
+    {"csr_backward", (PyCFunction)(void (*)())csr_backward, METH_FASTCALL,
+     "csr_backward(<the first 10 of csr_forward>, dout, dlse, dq, dk, dv, dedge_bias, threads): fills those of dq, dk, "
+     "dv that are not None, adds to dedge_bias."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
