@@ -171,9 +171,11 @@ constexpr int num_arguments = 16, num_gradients = 8;
 constexpr double tiny_work =
     1e5;  // multiply-adds, a few microseconds: below it, giving up the GIL costs more than it gives
 
-// Everything that native code relies on is checked here, whatever the caller has checked: q, k, v, out, lse, lse_parts,
-// softmax_scale.
-Problem tensors_of(PyObject* const* args, Owned& owned) {
+DType real_of(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
+
+// Everything that native code relies on is checked here, whatever the caller has checked.
+// q, k, v, out (exact_out: in the compute dtype), lse, lse_parts, softmax_scale.
+Problem tensors_of(PyObject* const* args, Owned& owned, bool exact_out = false) {
   const View q = view(args[0], owned), k = view(args[1], owned), v = view(args[2], owned), out = view(args[3], owned);
   if (q.ndim != 4 || k.ndim != 4 || v.ndim != 4) mismatch("q, k and v", "must have 4 dimensions");
   if (!is_float(q.dtype)) mismatch("q", "must have a float dtype");
@@ -187,8 +189,8 @@ Problem tensors_of(PyObject* const* args, Owned& owned) {
   const int64_t values[4] = {p.batch, p.num_heads_k, p.seqlen_k, p.head_dim_v};
   const int64_t outs[4] = {p.batch, p.num_heads, p.seqlen_q, p.head_dim_v};
   p.q = exact(q, "q", queries, q.dtype), p.k = exact(k, "k", keys, q.dtype), p.v = exact(v, "v", values, q.dtype);
-  p.out = exact(out, "out", outs, q.dtype);
-  const DType real = q.dtype == DType::float64 ? DType::float64 : DType::float32;
+  const DType real = real_of(q.dtype);
+  p.out = exact(out, "out", outs, exact_out ? real : q.dtype);
   const int64_t rows[4] = {p.batch, p.num_heads, p.seqlen_q, 1}, parts[4] = {p.batch, p.num_heads, p.seqlen_q, 2};
   p.lse = complete(args[4], "lse", rows, real, owned, 1);
   p.lse_parts = complete(args[5], "lse_parts", parts, real, owned);
@@ -319,8 +321,8 @@ Tensor list(const View& v, const char* name, int64_t size) {
 constexpr int num_csr_arguments = 10;
 
 // The first 10 arguments of csr_forward and csr_backward; the entries of the lists are checked later, without the GIL.
-std::pair<Problem, Csr> edges_of(PyObject* const* args, Owned& owned) {
-  Problem p = tensors_of(args, owned);
+std::pair<Problem, Csr> edges_of(PyObject* const* args, Owned& owned, bool exact_out) {
+  Problem p = tensors_of(args, owned, exact_out);
   Csr lists{};
   const View indices = view(args[8], owned);
   lists.num_edges = indices.ndim == 1 ? indices.shape[0] : 0;
@@ -332,19 +334,21 @@ std::pair<Problem, Csr> edges_of(PyObject* const* args, Owned& owned) {
 }
 
 PyObject* csr_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return guarded(count, num_csr_arguments + 1, [&] {
+  return guarded(count, num_csr_arguments + 2, [&] {
     Owned owned;
-    const auto [problem, lists] = edges_of(args, owned);
-    const int threads = (int)integer(args[num_csr_arguments]);
+    auto [p, lists] = edges_of(args, owned, false);
+    const int64_t outs[4] = {p.batch, p.num_heads, p.seqlen_q, p.head_dim_v};
+    p.out_exact = complete(args[num_csr_arguments], "out_exact", outs, real_of(p.q.dtype), owned);
+    const int threads = (int)integer(args[num_csr_arguments + 1]);
     py::gil_scoped_release release;
-    fastattn::csr_forward(problem, lists, threads);
+    fastattn::csr_forward(p, lists, threads);
   });
 }
 
 PyObject* csr_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return guarded(count, num_csr_arguments + 7, [&] {
     Owned owned;
-    const auto [p, lists] = edges_of(args, owned);
+    const auto [p, lists] = edges_of(args, owned, true);
     PyObject* const* more = args + num_csr_arguments;
     Gradients g = gradients_of(p, more, owned);
     g.dbias = reduced(more[5], "dedge_bias", {p.batch, p.num_heads, 1, lists.num_edges}, owned);
@@ -366,12 +370,12 @@ PyMethodDef fast_methods[] = {
      "backward(<the first 16 of forward>, dout, dlse, dq, dk, dv, dbias, dalibi_slopes, dsinks, threads): fills those "
      "of dq, dk, dv that are not None, adds to those of the others."},
     {"csr_forward", (PyCFunction)(void (*)())csr_forward, METH_FASTCALL,
-     "csr_forward(q, k, v, out, lse, lse_parts, softmax_scale, indptr, indices, edge_bias, threads): fills out, and "
-     "lse "
-     "and lse_parts where they are not None. edge_bias broadcasts to [batch, num_heads, 1, edges]."},
+     "csr_forward(q, k, v, out, lse, lse_parts, softmax_scale, indptr, indices, edge_bias, out_exact, threads): fills "
+     "out, and those of lse, lse_parts and out_exact that are not None. edge_bias broadcasts to [batch, num_heads, 1, "
+     "edges]."},
     {"csr_backward", (PyCFunction)(void (*)())csr_backward, METH_FASTCALL,
-     "csr_backward(<the first 10 of csr_forward>, dout, dlse, dq, dk, dv, dedge_bias, threads): fills those of dq, dk, "
-     "dv that are not None, adds to dedge_bias."},
+     "csr_backward(<the first 10 of csr_forward, out in the compute dtype>, dout, dlse, dq, dk, dv, dedge_bias, "
+     "threads): fills those of dq, dk, dv that are not None, adds to dedge_bias."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -38,34 +38,39 @@ struct Chunk {
 
   // Edges first ... last - 1 of the lists, without those that a bias of -inf masks: nobody reads their rows.
   void collect(const Problem& p, const Csr& lists, int64_t batch, int64_t head, int64_t first, int64_t last) {
-    Real raw[chunk_edges];
-    if (p.bias && !lists.edges)
-      load_row(at(p.bias, batch, head, 0, first), p.bias.dtype, p.bias.stride[3], last - first, raw);
-    n = 0;
-    for (int64_t e = first; e < last; e++) {
-      const int64_t id = lists.edges ? lists.edges[e] : e;
-      bias[n] = 0;
-      if (p.bias)
-        bias[n] = lists.edges ? load_scalar<Real>(at(p.bias, batch, head, 0, id), p.bias.dtype) : raw[e - first];
-      if (bias[n] == (Real)-__builtin_inf()) continue;
-      other[n] = list_entry(lists.indices, e);
-      edge[n++] = id;
+    const Real lowest = (Real)-__builtin_inf();
+    int64_t count = 0;
+    if (!p.bias) {
+      for (; count < last - first; count++) other[count] = list_entry(lists.indices, first + count), bias[count] = 0;
+    } else {
+      Real raw[chunk_edges];
+      if (!lists.edges) load_row(at(p.bias, batch, head, 0, first), p.bias.dtype, p.bias.stride[3], last - first, raw);
+      for (int64_t e = first; e < last; e++) {
+        const int64_t place = lists.edges ? lists.edges[e] : e;
+        const Real b =
+            lists.edges ? load_scalar<Real>(at(p.bias, batch, head, 0, place), p.bias.dtype) : raw[e - first];
+        if (b == lowest) continue;
+        other[count] = list_entry(lists.indices, e), edge[count] = place;
+        bias[count++] = b;
+      }
     }
+    n = count;
     padded = round_up(n, larger(VL<Real>, most_chains));
     if (p.bias)
       for (int64_t j = 0; j < padded; j += VL<Real>) store(bias + j, bias_log2<Real>(load(bias + j)));
-    for (int64_t j = n; j < padded; j++) bias[j] = (Real)-__builtin_inf();
+    for (int64_t j = n; j < padded; j++) bias[j] = lowest;
   }
 
-  // Rows of t at the other ends: in place if they are whole vectors of Real, else copied.
+  // Rows of t at the other ends: in place if they are whole vectors of Real, else copied; zeros pad `copies` already.
   void gather(const Tensor& t, int64_t batch, int64_t head, int64_t columns, Real* copies, const Real* zeros,
               const Real** rows) const {
-    const int64_t stride = round_up(columns, VL<Real>);
+    const int64_t stride = round_up(columns, VL<Real>), row_bytes = t.stride[2] * bytes_of(t.dtype);
+    const char* first = at(t, batch, head, 0);
     if (t.dtype == dtype_of<Real> && t.stride[3] == 1 && stride == columns) {
-      for (int64_t j = 0; j < n; j++) rows[j] = (const Real*)at(t, batch, head, other[j]);
+      for (int64_t j = 0; j < n; j++) rows[j] = (const Real*)(first + other[j] * row_bytes);
     } else {
       for (int64_t j = 0; j < n; j++) {
-        load_padded(t, batch, head, other[j], columns, copies + j * stride);
+        load_row(first + other[j] * row_bytes, t.dtype, t.stride[3], columns, copies + j * stride);
         rows[j] = copies + j * stride;
       }
     }
@@ -106,12 +111,6 @@ struct Chunk {
   }
 
   void set_stats(int64_t j, const QueryStats<Real>& s) { top[j] = s.top, log_sum[j] = s.log_sum, delta[j] = s.delta; }
-
-  // n elements of a row of t, and zeros up to a whole vector.
-  static void load_padded(const Tensor& t, int64_t batch, int64_t head, int64_t row, int64_t n, Real* x) {
-    load_row(at(t, batch, head, row), t.dtype, t.stride[3], n, x);
-    for (int64_t d = n; d < round_up(n, VL<Real>); d++) x[d] = 0;
-  }
 };
 
 // The memory of one thread.
@@ -139,23 +138,14 @@ CsrScratch<Real> csr_layout(const Problem& p, char* memory) {
   return s;
 }
 
-// Fetches the rows of t at the other ends of row `row`, as many as a chunk has.
-FASTATTN_INLINE void prefetch_rows(const Tensor& t, int64_t batch, int64_t head, int64_t columns, const Csr& lists,
-                                   int64_t row) {
-  const int64_t first = list_entry(lists.indptr, row), n = list_entry(lists.indptr, row + 1) - first;
-  const int64_t bytes = columns * bytes_of(t.dtype);
-  for (int64_t j = 0; j < smaller<int64_t>(n, chunk_edges); j++) {
-    const char* source = at(t, batch, head, list_entry(lists.indices, first + j));
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(source + i, 0, 2);
-  }
-}
-
+// The rows of a unit: queries, which gather rows of k and v, or by the transposed lists keys, which gather q and dout.
 template <class Real>
 class CsrRows {
   const Problem& p;
   const Gradients& g;
   const Csr& lists;
   const CsrUnit& u;
+  const Tensor &a, &b;  // what is gathered
   const CsrScratch<Real> s;
   Chunk<Real>& chunk;
   const int64_t group_size;
@@ -163,83 +153,103 @@ class CsrRows {
   QueryStats<Real>* const stats;  // [batch][num_heads][seqlen_q], of the backward pass
 
  public:
-  CsrRows(const Problem& p, const Gradients& g, const Csr& lists, const CsrUnit& u, char* stats, char* memory)
+  CsrRows(const Problem& p, const Gradients& g, const Csr& lists, const CsrUnit& u, const Tensor& a, const Tensor& b,
+          char* stats, char* memory)
       : p(p),
         g(g),
         lists(lists),
         u(u),
+        a(a),
+        b(b),
         s(csr_layout<Real>(p, memory)),
         chunk(*s.chunk),
         group_size(p.num_heads / p.num_heads_k),
         scale((Real)(p.softmax_scale * log2e)),
         stats((QueryStats<Real>*)stats) {
-    for (int64_t d = 0; d < larger(s.x_columns, s.y_columns); d++) s.zeros[d] = 0;
+    clear(s.x, s.x_columns), clear(s.y, s.y_columns), clear(s.y_sum, s.y_columns);
+    clear(s.zeros, larger(s.x_columns, s.y_columns));
+    if (s.x_columns != p.head_dim) clear(s.a, chunk_edges * s.x_columns);
+    if (s.y_columns != p.head_dim_v) clear(s.b, chunk_edges * s.y_columns);
   }
 
   void forward() {
-    each(
-        [&](int64_t batch, int64_t head_k, int64_t query) {
-          for (int64_t head = head_k * group_size; head < (head_k + 1) * group_size; head++)
-            forward_query(batch, head, head_k, query);
-        },
-        p.k, p.v);
+    each_query([&](int64_t batch, int64_t head, int64_t query) { forward_query(batch, head, query); });
   }
   void backward_rows() {
-    each(
-        [&](int64_t batch, int64_t head_k, int64_t query) {
-          for (int64_t head = head_k * group_size; head < (head_k + 1) * group_size; head++)
-            backward_query(batch, head, head_k, query);
-        },
-        p.k, p.v);
+    each_query([&](int64_t batch, int64_t head, int64_t query) { backward_query(batch, head, query); });
   }
   void backward_keys() {
-    each([&](int64_t batch, int64_t head_k, int64_t key) { backward_key(batch, head_k, key); }, p.q, g.dout);
+    each_row([&](int64_t batch, int64_t head_k, int64_t key) { backward_key(batch, head_k, key); });
   }
 
  private:
-  // visit(batch, head_k, row) for the rows of the unit; the rows of a and b that the next one gathers are on their way.
   template <class Visit>
-  void each(Visit visit, const Tensor& a, const Tensor& b) {
+  void each_row(Visit visit) {
     for (int64_t batch = u.batch; batch < u.batch + u.batches; batch++)
       for (int64_t head_k = u.head_k; head_k < u.head_k + u.heads_k; head_k++)
         for (int64_t row = u.first; row < u.last; row++) visit(batch, head_k, row);
   }
+  template <class Visit>
+  void each_query(Visit visit) {
+    each_row([&](int64_t batch, int64_t head_k, int64_t query) {
+      for (int64_t i = 0; i < group_size; i++) visit(batch, head_k * group_size + i, query);
+    });
+  }
 
-  // body() for the chunks of a row that have an edge.
+  // body() for the chunks of a row that have an edge, with their scores. gathered: the head of a and b.
   template <class Body>
-  void each_chunk(int64_t batch, int64_t head, int64_t row, Body body) {
+  void each_chunk(int64_t batch, int64_t head, int64_t gathered, int64_t row, Body body) {
     const int64_t last = list_entry(lists.indptr, row + 1);
     for (int64_t e = list_entry(lists.indptr, row); e < last; e += chunk_edges) {
-      chunk.collect(p, lists, batch, head, e, smaller(e + chunk_edges, last));
-      if (chunk.n) body();
+      const int64_t end = smaller(e + chunk_edges, last);
+      prefetch(batch, gathered, e + chunk_edges, end + chunk_edges);
+      chunk.collect(p, lists, batch, head, e, end);
+      if (!chunk.n) continue;
+      chunk.gather(a, batch, gathered, p.head_dim, s.a, s.zeros, chunk.a);
+      chunk.gather(b, batch, gathered, p.head_dim_v, s.b, s.zeros, chunk.b);
+      dots(s.x, chunk.a, chunk.padded, s.x_columns, chunk.scores);
+      body(chunk.finish_scores(scale));
     }
+  }
+
+  // Fetches what edges first ... last - 1 will gather. Inline, or GCC takes it for a function without effect.
+  __attribute__((always_inline)) inline void prefetch(int64_t batch, int64_t gathered, int64_t first,
+                                                      int64_t last) const {
+    for (int64_t e = first; e < smaller(last, lists.num_edges); e++) {
+      const int64_t other = list_entry(lists.indices, e);
+      prefetch_row(at(a, batch, gathered, other), p.head_dim * bytes_of(a.dtype));
+      prefetch_row(at(b, batch, gathered, other), p.head_dim_v * bytes_of(b.dtype));
+    }
+  }
+  __attribute__((always_inline)) static inline void prefetch_row(const char* row, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
   }
 
   static void clear(Real* x, int64_t columns) {
     for (int64_t d = 0; d < columns; d++) x[d] = 0;
   }
+  static void load(const Tensor& t, int64_t batch, int64_t head, int64_t row, int64_t columns, Real* x) {
+    load_row(at(t, batch, head, row), t.dtype, t.stride[3], columns, x);
+  }
 
-  void forward_query(int64_t batch, int64_t head, int64_t head_k, int64_t query) {
+  void forward_query(int64_t batch, int64_t head, int64_t query) {
     const Real lowest = (Real)-__builtin_inf();
     Real max = lowest, sum = 0;
-    chunk.load_padded(p.q, batch, head, query, p.head_dim, s.x);
+    load(p.q, batch, head, query, p.head_dim, s.x);
     clear(s.y_sum, s.y_columns);
-    each_chunk(batch, head, query, [&] {
-      chunk.gather(p.k, batch, head_k, p.head_dim, s.a, s.zeros, chunk.a);
-      dots(s.x, chunk.a, chunk.padded, s.x_columns, chunk.scores);
-      const Real now = larger(max, chunk.finish_scores(scale)), shift = now == lowest ? 0 : now;
+    each_chunk(batch, head, head / group_size, query, [&](Real largest) {
+      const Real now = larger(max, largest), shift = now == lowest ? 0 : now;
       const Real factor = sum == 0 ? 0 : (Real)__builtin_exp2((double)max - shift);
       sum = sum * factor + chunk.weigh(shift);
       max = now;
-      chunk.gather(p.v, batch, head_k, p.head_dim_v, s.b, s.zeros, chunk.b);
       add_rows(chunk.weights, chunk.b, chunk.padded, s.y_columns, factor, s.y_sum);
     });
     finish_rows(p, {batch, head, query, 1, {}, {}}, s.y_sum, &max, &sum);
   }
 
-  void backward_query(int64_t batch, int64_t head, int64_t head_k, int64_t query) {
-    chunk.load_padded(p.out, batch, head, query, p.head_dim_v, s.y_sum);
-    chunk.load_padded(g.dout, batch, head, query, p.head_dim_v, s.y);
+  void backward_query(int64_t batch, int64_t head, int64_t query) {
+    load(g.dout, batch, head, query, p.head_dim_v, s.y);
+    load(p.out, batch, head, query, p.head_dim_v, s.y_sum);
     QueryStats<Real>& own = stats[(batch * p.num_heads + head) * p.seqlen_q + query];
     own.top = *(const Real*)at(p.lse_parts, batch, head, query, 0);
     own.log_sum = *(const Real*)at(p.lse_parts, batch, head, query, 1);
@@ -247,47 +257,43 @@ class CsrRows {
     if (g.dlse) own.delta -= *(const Real*)at(g.dlse, batch, head, query);
     if (!g.dq && !g.dbias) return;
 
-    chunk.load_padded(p.q, batch, head, query, p.head_dim, s.x);
+    load(p.q, batch, head, query, p.head_dim, s.x);
     clear(s.x_sum, s.x_columns);
-    each_chunk(batch, head, query, [&] {
+    each_chunk(batch, head, head / group_size, query, [&](Real) {
       for (int64_t j = 0; j < chunk.padded; j++) chunk.set_stats(j, own);
-      gradients_of_scores(p.k, p.v, batch, head_k);
+      weigh_backward();
       for (int64_t j = 0; g.dbias && j < chunk.n; j++)
         *(Real*)at(g.dbias, batch, head, 0, chunk.edge[j]) += chunk.ds[j];
       add_rows(chunk.ds, chunk.a, chunk.padded, s.x_columns, (Real)1, s.x_sum);
     });
-    if (g.dq)
-      store_row(s.x_sum, (Real)p.softmax_scale, p.head_dim, at(g.dq, batch, head, query), g.dq.dtype, g.dq.stride[3]);
+    if (g.dq) store_scaled(s.x_sum, (Real)p.softmax_scale, p.head_dim, g.dq, batch, head, query);
   }
 
   void backward_key(int64_t batch, int64_t head_k, int64_t key) {
-    chunk.load_padded(p.k, batch, head_k, key, p.head_dim, s.x);
-    chunk.load_padded(p.v, batch, head_k, key, p.head_dim_v, s.y);
-    clear(s.x_sum, s.x_columns);
-    clear(s.y_sum, s.y_columns);
+    load(p.k, batch, head_k, key, p.head_dim, s.x);
+    load(p.v, batch, head_k, key, p.head_dim_v, s.y);
+    clear(s.x_sum, s.x_columns), clear(s.y_sum, s.y_columns);
     for (int64_t head = head_k * group_size; head < (head_k + 1) * group_size; head++) {
       const QueryStats<Real>* of_head = stats + (batch * p.num_heads + head) * p.seqlen_q;
-      each_chunk(batch, head, key, [&] {
+      each_chunk(batch, head, head, key, [&](Real) {
         for (int64_t j = 0; j < chunk.n; j++) chunk.set_stats(j, of_head[chunk.other[j]]);
         for (int64_t j = chunk.n; j < chunk.padded; j++) chunk.set_stats(j, {});
-        gradients_of_scores(p.q, g.dout, batch, head);
+        weigh_backward();
         add_rows(chunk.ds, chunk.a, chunk.padded, s.x_columns, (Real)1, s.x_sum);
         add_rows(chunk.weights, chunk.b, chunk.padded, s.y_columns, (Real)1, s.y_sum);
       });
     }
-    if (g.dk)
-      store_row(s.x_sum, (Real)p.softmax_scale, p.head_dim, at(g.dk, batch, head_k, key), g.dk.dtype, g.dk.stride[3]);
-    if (g.dv) store_row(s.y_sum, (Real)1, p.head_dim_v, at(g.dv, batch, head_k, key), g.dv.dtype, g.dv.stride[3]);
+    if (g.dk) store_scaled(s.x_sum, (Real)p.softmax_scale, p.head_dim, g.dk, batch, head_k, key);
+    if (g.dv) store_scaled(s.y_sum, (Real)1, p.head_dim_v, g.dv, batch, head_k, key);
   }
 
-  // The chunk's weights and ds, with the rows of a and b at the other ends.
-  void gradients_of_scores(const Tensor& a, const Tensor& b, int64_t batch, int64_t head) {
-    chunk.gather(a, batch, head, p.head_dim, s.a, s.zeros, chunk.a);
-    dots(s.x, chunk.a, chunk.padded, s.x_columns, chunk.scores);
-    chunk.finish_scores(scale);
-    chunk.gather(b, batch, head, p.head_dim_v, s.b, s.zeros, chunk.b);
+  void weigh_backward() {
     dots(s.y, chunk.b, chunk.padded, s.y_columns, chunk.dp);
     chunk.weigh_backward();
+  }
+  static void store_scaled(const Real* x, Real factor, int64_t columns, const Tensor& t, int64_t batch, int64_t head,
+                           int64_t row) {
+    store_row(x, factor, columns, at(t, batch, head, row), t.dtype, t.stride[3]);
   }
 };
 

@@ -58,20 +58,20 @@ int64_t csr_scratch_bytes(const Problem& p) {
 }
 
 void csr_forward(const Problem& p, const Csr& lists, const CsrUnit& u, char* scratch) {
-  is_double(p) ? CsrRows<double>(p, {}, lists, u, nullptr, scratch).forward()
-               : CsrRows<float>(p, {}, lists, u, nullptr, scratch).forward();
+  is_double(p) ? CsrRows<double>(p, {}, lists, u, p.k, p.v, nullptr, scratch).forward()
+               : CsrRows<float>(p, {}, lists, u, p.k, p.v, nullptr, scratch).forward();
 }
 
 void csr_backward_rows(const Problem& p, const Gradients& g, const Csr& lists, const CsrUnit& u, char* stats,
                        char* scratch) {
-  is_double(p) ? CsrRows<double>(p, g, lists, u, stats, scratch).backward_rows()
-               : CsrRows<float>(p, g, lists, u, stats, scratch).backward_rows();
+  is_double(p) ? CsrRows<double>(p, g, lists, u, p.k, p.v, stats, scratch).backward_rows()
+               : CsrRows<float>(p, g, lists, u, p.k, p.v, stats, scratch).backward_rows();
 }
 
 void csr_backward_keys(const Problem& p, const Gradients& g, const Csr& lists, const CsrUnit& u, char* stats,
                        char* scratch) {
-  is_double(p) ? CsrRows<double>(p, g, lists, u, stats, scratch).backward_keys()
-               : CsrRows<float>(p, g, lists, u, stats, scratch).backward_keys();
+  is_double(p) ? CsrRows<double>(p, g, lists, u, p.q, g.dout, stats, scratch).backward_keys()
+               : CsrRows<float>(p, g, lists, u, p.q, g.dout, stats, scratch).backward_keys();
 }
 
 // Independent multiply-add chains, enough to fill the pipes, kept opaque to the compiler.

@@ -21,6 +21,7 @@ struct Problem {
   // [batch, num_heads, seqlen_q, 2] in lse's dtype, absent unless a backward pass follows: lse in units of log2 as
   // reference point + log2 of the sum. One rounded number would not do beside a bias of -1e38.
   Tensor lse_parts;
+  Tensor out_exact;            // out before it is rounded to 16 bits; absent if nobody asks
   Tensor mask, bias;           // bool, float; [batch, num_heads, seqlen_q, seqlen_k]
   Tensor alibi_slopes, sinks;  // [batch, num_heads, 1, 1]
   Tensor k_start, k_end;       // int32 [batch, num_heads, seqlen_q, 1]

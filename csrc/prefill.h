@@ -61,8 +61,10 @@ void finish_rows(const Problem& p, const Lanes& lanes, const Real* out, const Re
     const double sink =
         p.sinks ? load_scalar<double>(at(p.sinks, lanes.batch, s.head, 0), p.sinks.dtype) : -__builtin_inf();
     const Normalizer n = normalizer(max[r], sum[r], sink);
-    char* target = at(p.out, lanes.batch, s.head, s.query);
-    store_row(out + r * p.head_dim_v, (Real)n.factor, p.head_dim_v, target, p.out.dtype, p.out.stride[3]);
+    for (const Tensor* t : {&p.out, &p.out_exact})
+      if (*t)
+        store_row(out + r * p.head_dim_v, (Real)n.factor, p.head_dim_v, at(*t, lanes.batch, s.head, s.query), t->dtype,
+                  t->stride[3]);
     if (p.lse) *(Real*)at(p.lse, lanes.batch, s.head, s.query) = (Real)n.lse();
     if (p.lse_parts) {
       *(Real*)at(p.lse_parts, lanes.batch, s.head, s.query, 0) = (Real)n.top;

@@ -2,6 +2,7 @@
 
 from .api import attention, explain
 from .compat.sdpa import scaled_dot_product_attention
+from .csr import attention_csr
 from .dispatch import FallbackWarning, UnsupportedError, last_call, record, use
 from .dropout import dropout_mask
 from .masks import Mask
@@ -13,6 +14,7 @@ __all__ = [
     "Mask",
     "UnsupportedError",
     "attention",
+    "attention_csr",
     "dropout_mask",
     "explain",
     "last_call",

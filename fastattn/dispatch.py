@@ -34,6 +34,7 @@ class Row(NamedTuple):
                alibi_slopes, sinks, dropout_p, seed) and returns (out, lse or None), which autograd can go through if
                problem.needs_grad. That of a backward row takes (out, lse_parts, dout, dlse, wanted) in addition and
                returns the gradients of q, k, v, bias, alibi_slopes, sinks, None where wanted is False.
+               Of layout "csr": see fastattn/csr.py.
     available  "module:function" that returns None, or why the kernel cannot run on this machine; None: always
     supports   Problem field -> plain container of accepted values; a field that is missing accepts anything
     backward   name of the row that computes its gradients and has to accept them too; None: autograd does it
@@ -61,6 +62,7 @@ _CPU = {
     "dropout": {False},
     "transformed": {False},
 }
+_CPU_CSR = {field: _CPU[field] for field in ("device", "dtype", "bias", "transformed")} | {"layout": {"csr"}}
 
 KERNELS = (
     Row(
@@ -77,10 +79,33 @@ KERNELS = (
         {**_CPU, "direction": {"backward"}, "needs_grad": {False}},
     ),
     Row(
+        "cpu.csr",
+        "fastattn.csr:forward",
+        "fastattn.cpu:unavailable",
+        {**_CPU_CSR, "direction": {"forward"}},
+        backward="cpu.csr_backward",
+    ),
+    Row(
+        "cpu.csr_backward",
+        "fastattn.csr:backward",
+        "fastattn.cpu:unavailable",
+        {**_CPU_CSR, "direction": {"backward"}, "needs_grad": {False}},
+    ),
+    Row("reference.csr", "fastattn.csr:run_reference", None, {"layout": {"csr"}, "direction": {"forward"}}),
+    Row(
+        "reference.csr_backward",
+        "fastattn.csr:run_reference_backward",
+        None,
+        {"layout": {"csr"}, "direction": {"backward"}},
+    ),
+    Row(
         "reference.backward", "fastattn.reference:run_backward", None, {"layout": {"dense"}, "direction": {"backward"}}
     ),
     Row("reference", "fastattn.reference:run", None, {"layout": {"dense"}, "direction": {"forward"}}),
 )
+
+_KINDS = ("layout", "direction")
+"""Fields that say which signature a row's function has: the rows of another are no alternatives."""
 
 BACKENDS = tuple(dict.fromkeys(row.backend for row in KERNELS))
 
@@ -114,7 +139,7 @@ def select(problem: Problem, backend: str | None) -> Choice:
             is_fallback = bool(passed_over) and row.backend == "reference"
             return Choice(function, Call(problem, row.name, _isa(row), "; ".join(passed_over)), is_fallback)
         refusals.append(f"{row.name}: {', '.join(reasons)}")
-        if _is_of_direction(row, problem):
+        if _is_meant_for(row, problem):
             passed_over.append(refusals[-1])
     raise UnsupportedError(
         f"backend={backend!r} refuses [{problem}]: {'; '.join(refusals)}. "
@@ -130,8 +155,9 @@ def refuse(row: Row, problem: Problem) -> list[str]:
     ]
 
 
-def _is_of_direction(row: Row, problem: Problem) -> bool:
-    return problem.direction in row.supports.get("direction", (problem.direction,))
+def _is_meant_for(row: Row, problem: Problem) -> bool:
+    """Whether the row's function is called for such problems at all."""
+    return all(getattr(problem, field) in row.supports.get(field, (getattr(problem, field),)) for field in _KINDS)
 
 
 def backward_of(problem: Problem) -> Problem:
@@ -168,7 +194,7 @@ def explain(problem: Problem, backend: str | None) -> str:
     for of_direction in problems:
         chosen = False
         for row in KERNELS:
-            if not _is_of_direction(row, of_direction):
+            if not _is_meant_for(row, of_direction):
                 continue
             reasons = refuse(row, of_direction)
             if backend is not None and row.backend != backend:
@@ -176,7 +202,7 @@ def explain(problem: Problem, backend: str | None) -> str:
             runs = f"runs on {_isa(row)}" if _isa(row) else "runs"
             verdict = "refused: " + ", ".join(reasons) if reasons else "accepted" if chosen else runs
             chosen = chosen or not reasons
-            lines.append(f"  {row.name:<20}{verdict}")
+            lines.append(f"  {row.name:<24}{verdict}")
     return "\n".join(lines)
 
 
@@ -275,7 +301,8 @@ def _report_fallback(call: Call) -> None:
     policy = os.environ.get("FASTATTN_FALLBACK", "warn")
     if policy not in _FALLBACK_POLICIES:
         raise ValueError(f"FASTATTN_FALLBACK={policy!r} must be one of {', '.join(_FALLBACK_POLICIES)}")
-    message = f"[{call.problem}] needs the reference, O(n^2) memory: {call.reason}"
+    memory = "O(edges * head_dim)" if call.problem.layout == "csr" else "O(n^2)"
+    message = f"[{call.problem}] needs the reference, {memory} memory: {call.reason}"
     if policy == "error":
         raise UnsupportedError(f"{message} (FASTATTN_FALLBACK=error)")
     fallbacks[call.reason] += 1

@@ -51,6 +51,41 @@ def attention(
     return _weighted_sum(p, v, visible).to(dtype), lse
 
 
+def attention_csr(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    indptr: torch.Tensor,
+    indices: torch.Tensor,
+    *,
+    edge_bias: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) as `attention`, where query i sees the keys indices[indptr[i] : indptr[i + 1]]; a key that is listed
+    twice counts twice. edge_bias broadcastable to [B, H, edges]; -inf takes an edge away. O(edges * D) memory.
+    """
+    q, k, v, dtype = *_upcast(q, k, v), q.dtype
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    rows = torch.arange(q.shape[2], device=q.device).repeat_interleave(indptr.diff(), output_size=len(indices))
+    k, v = (_per_query_head(x, q.shape[1])[:, :, indices] for x in (k, v))
+    if edge_bias is not None:
+        edge_bias = edge_bias.to(q.dtype)
+        masked = (edge_bias == -math.inf)[..., None]
+        k, v = k.masked_fill(masked, 0.0), v.masked_fill(masked, 0.0)
+    scores = scale * (q[:, :, rows] * k).sum(-1)
+    if edge_bias is not None:
+        scores = scores + edge_bias
+    zeros = q.new_zeros(q.shape[:3])
+    m = (zeros - math.inf).scatter_reduce(2, rows.expand_as(scores), scores.detach(), "amax")
+    m = m.masked_fill(m == -math.inf, 0.0)
+    p = torch.exp(scores - m[:, :, rows]).masked_fill(scores == -math.inf, 0.0)
+    total = zeros.index_add(2, rows, p)
+    empty = total == 0.0
+    total = total.masked_fill(empty, 1.0)
+    out = q.new_zeros(*q.shape[:3], v.shape[3]).index_add(2, rows, p[..., None] * v) / total[..., None]
+    return out.to(dtype), (m + torch.log(total)).masked_fill(empty, -math.inf)
+
+
 def run(
     problem, q, k, v, softmax_scale, softcap, diagonal_lo, diagonal_hi, k_start, k_end, mask, bias, alibi_slopes,
     sinks, dropout_p, seed,
