@@ -70,11 +70,11 @@ def attention_csr(
     k, v = (_per_query_head(x, q.shape[1])[:, :, indices] for x in (k, v))
     if edge_bias is not None:
         edge_bias = edge_bias.to(q.dtype)
-        masked = (edge_bias == -math.inf)[..., None]
-        k, v = k.masked_fill(masked, 0.0), v.masked_fill(masked, 0.0)
+        masked = edge_bias == -math.inf
+        k, v = (x.masked_fill(masked[..., None], 0.0) for x in (k, v))
     scores = scale * (q[:, :, rows] * k).sum(-1)
     if edge_bias is not None:
-        scores = scores + edge_bias
+        scores = (scores + edge_bias).masked_fill(masked, -math.inf)
     zeros = q.new_zeros(q.shape[:3])
     m = (zeros - math.inf).scatter_reduce(2, rows.expand_as(scores), scores.detach(), "amax")
     m = m.masked_fill(m == -math.inf, 0.0)
