@@ -104,9 +104,6 @@ KERNELS = (
     Row("reference", "fastattn.reference:run", None, {"layout": {"dense"}, "direction": {"forward"}}),
 )
 
-_KINDS = ("layout", "direction")
-"""Fields that say which signature a row's function has: the rows of another are no alternatives."""
-
 BACKENDS = tuple(dict.fromkeys(row.backend for row in KERNELS))
 
 
@@ -132,14 +129,14 @@ class Choice(NamedTuple):
 def select(problem: Problem, backend: str | None) -> Choice:
     """The first row of KERNELS that accepts `problem`, among those of `backend` if one is named."""
     refusals, passed_over = [], []
-    for row in _rows(backend):
+    for row in _rows(backend, problem.layout):
         reasons = refuse(row, problem)
         if not reasons:
             function = _load(row.entry)
             is_fallback = bool(passed_over) and row.backend == "reference"
             return Choice(function, Call(problem, row.name, _isa(row), "; ".join(passed_over)), is_fallback)
         refusals.append(f"{row.name}: {', '.join(reasons)}")
-        if _is_meant_for(row, problem):
+        if _is_of_direction(row, problem):
             passed_over.append(refusals[-1])
     raise UnsupportedError(
         f"backend={backend!r} refuses [{problem}]: {'; '.join(refusals)}. "
@@ -155,9 +152,8 @@ def refuse(row: Row, problem: Problem) -> list[str]:
     ]
 
 
-def _is_meant_for(row: Row, problem: Problem) -> bool:
-    """Whether the row's function is called for such problems at all."""
-    return all(getattr(problem, field) in row.supports.get(field, (getattr(problem, field),)) for field in _KINDS)
+def _is_of_direction(row: Row, problem: Problem) -> bool:
+    return problem.direction in row.supports.get("direction", (problem.direction,))
 
 
 def backward_of(problem: Problem) -> Problem:
@@ -188,13 +184,13 @@ def describe(accepted) -> str:
 
 
 def explain(problem: Problem, backend: str | None) -> str:
-    """Every row of KERNELS with its verdict on `problem`, one a line; computes nothing."""
+    """Every row of KERNELS for the problem's layout with its verdict on `problem`, one a line; computes nothing."""
     lines = [str(problem)]
     problems = [problem, backward_of(problem)] if problem.needs_grad else [problem]
     for of_direction in problems:
         chosen = False
-        for row in KERNELS:
-            if not _is_meant_for(row, of_direction):
+        for row in _rows(None, problem.layout):
+            if not _is_of_direction(row, of_direction):
                 continue
             reasons = refuse(row, of_direction)
             if backend is not None and row.backend != backend:
@@ -265,8 +261,10 @@ _backend: ContextVar[str | None] = ContextVar("fastattn_backend", default=_envir
 _FALLBACK_POLICIES = ("warn", "silent", "error")
 
 
-def _rows(backend: str | None) -> tuple[Row, ...]:
-    return KERNELS if backend is None else tuple(row for row in KERNELS if row.backend == backend)
+def _rows(backend: str | None, layout: str) -> list[Row]:
+    """Those of `backend` if one is named; those for other layouts, which other functions call, only if none is left."""
+    rows = [row for row in KERNELS if backend in (None, row.backend)]
+    return [row for row in rows if layout in row.supports.get("layout", (layout,))] or rows
 
 
 @cache
@@ -287,7 +285,7 @@ def _isa(row: Row) -> str | None:
 
 
 def _nearest(problem: Problem, backend: str | None) -> str:
-    row = min(_rows(backend), key=lambda row: len(refuse(row, problem)))
+    row = min(_rows(backend, problem.layout), key=lambda row: len(refuse(row, problem)))
     if row.available and _unavailable(row.available):
         return "Nothing but another backend would do"
     changes = [
@@ -310,14 +308,12 @@ def _report_fallback(call: Call) -> None:
         warnings.warn(message + " (said once per reason; FASTATTN_FALLBACK=silent hides it)", FallbackWarning, 4)
 
 
-def support_matrix() -> str:
-    """What each row of KERNELS supports, as a Markdown table: Problem fields down, kernels across."""
-    fields = list(dict.fromkeys(field for row in KERNELS for field in row.supports))
-    lines = [
-        "| | " + " | ".join(row.name for row in KERNELS) + " |",
-        "|---|" + "---|" * len(KERNELS),
-    ]
+def support_matrix(layout: str = "dense") -> str:
+    """What each row of KERNELS for a layout supports, as a Markdown table: Problem fields down, kernels across."""
+    rows = _rows(None, layout)
+    fields = list(dict.fromkeys(field for row in rows for field in row.supports))
+    lines = ["| | " + " | ".join(row.name for row in rows) + " |", "|---|" + "---|" * len(rows)]
     for field in fields:
-        cells = [describe(row.supports[field]) if field in row.supports else "any" for row in KERNELS]
+        cells = [describe(row.supports[field]) if field in row.supports else "any" for row in rows]
         lines.append(f"| {field} | " + " | ".join(cell.replace(" | ", ", ") for cell in cells) + " |")
     return "\n".join(lines)
