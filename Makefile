@@ -1,4 +1,4 @@
-# `make demo` and `make test` set up all they need in .venv. Variables: PYTHON (python3), VENV (.venv), ARGS.
+# `make demo`, `make train` and `make test` set up all they need in .venv. Variables: PYTHON (python3), VENV (.venv), ARGS.
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -9,13 +9,16 @@ EXT := $(VENV)/.ext
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all bench lint format wheel clean
+.PHONY: help demo train test test-all bench lint format wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.demo $(EXT)  ## a pretrained text encoder on fastattn, and a table of times
 	$(PY) examples/demo.py $(ARGS)
+
+train: $(VENV)/.demo $(EXT)  ## a small language model, trained on fastattn and on torch in turn: losses, times, pictures
+	$(PY) examples/train_char_lm.py $(ARGS)
 
 test: $(VENV)/.test $(EXT)  ## the tests, without the slow ones
 	$(PY) -m pytest -q tests $(ARGS)

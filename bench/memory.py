@@ -1,7 +1,8 @@
-"""Extra resident memory of one attention call, measured in a process of its own: `python bench/memory.py S H D`.
+"""Extra resident memory of one attention call, in a process of its own: `python bench/memory.py S H D PASSES`.
 
-Prints, as JSON, the highest resident size during the call minus the resident size before it and minus the output, in
-MiB. The peak of the process never falls, so that what the inputs needed for a moment counts too: an upper bound.
+Prints, as JSON, the highest resident size during the call minus the resident size before it and minus the output and
+the gradients, in MiB. The peak of the process never falls, so that what the inputs needed for a moment counts too: an
+upper bound.
 """
 
 import json
@@ -14,22 +15,32 @@ def resident(field: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field + ":"))
 
 
-def main(seqlen: int, num_heads: int, head_dim: int) -> None:
-    """Causal attention with a bias row vector [1, 1, 1, seqlen]; only the compiled kernels, never the reference."""
+def main(seqlen: int, num_heads: int, head_dim: int, passes: str) -> None:
+    """Causal attention with a bias row vector [1, 1, 1, seqlen]; only the compiled kernels, never the reference.
+
+    passes   "forward", or "forward+backward" with the gradients of q, k, v and bias
+    """
     import torch
 
     import fastattn
 
-    q, k, v = (torch.randn(1, num_heads, seqlen, head_dim) for _ in range(3))
-    bias = torch.randn(1, 1, 1, seqlen)
-    warm = [x[:, :, :64] for x in (q, k, v)]
-    fastattn.attention(*warm, causal=True, bias=bias[..., :64], backend="cpu")  # starts the threads
+    def run(length):
+        leaves = [x[..., :length, :].detach().requires_grad_(trains) for x in qkv]
+        leaves.append(bias[..., :length].detach().requires_grad_(trains))
+        out = fastattn.attention(*leaves[:3], causal=True, bias=leaves[3], backend="cpu")
+        return (out, *torch.autograd.grad(out, leaves, dout[..., :length, :])) if trains else (out,)
+
+    trains = passes == "forward+backward"
+    qkv = [torch.randn(1, num_heads, seqlen, head_dim) for _ in range(3)]
+    bias, dout = torch.randn(1, 1, 1, seqlen), torch.randn(1, num_heads, seqlen, head_dim)
+    run(64)  # starts the threads
     before = resident("VmRSS")
-    out = fastattn.attention(q, k, v, causal=True, bias=bias, backend="cpu")
-    extra = resident("VmHWM") - before - out.nbytes
-    call = fastattn.last_call()
-    print(json.dumps({"extra_mib": extra / 2**20, "kernel": call.kernel, "isa": call.isa}))
+    with fastattn.record() as calls:
+        results = run(seqlen)
+    extra = resident("VmHWM") - before - sum(x.nbytes for x in results)
+    kernels = " + ".join(dict.fromkeys(call.kernel for call in calls))
+    print(json.dumps({"extra_mib": extra / 2**20, "kernel": kernels, "isa": calls[-1].isa}))
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(*map(int, sys.argv[1:4]), sys.argv[4])

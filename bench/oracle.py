@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 import torch
 
-from cases import Case, inputs
+import fastattn
+from cases import Case
 from fastattn import Mask, reference
 from fastattn.masks import dense, diagonal_bounds
+from work import SEED, Work, tensors
 
 SCORES_AT_ONCE = 1 << 22
 """Scores that the reference holds at a time: 32 MiB in float64, whatever the sequence length."""
@@ -18,40 +20,69 @@ WORTH_THREADS = 1 << 22
 """Scores of a whole case from which on all cores compute its float64 result."""
 
 FLOOR = {"float64": 1e-14, "float32": 1e-6, "float16": 5e-4, "bfloat16": 4e-3}
-"""Added to twice the error of plain torch; for 16-bit types the rounding of an output near 1."""
+"""Added to twice the error of plain torch; for 16-bit types the rounding of a number near 1."""
 
 CEILING = {"float64": 1e-10, "float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
 """No result that is off by more than this is timed, ours or a peer's."""
 
+Results = dict[str, torch.Tensor]
+"""By name: "out", and the gradients of "q", "k", "v", ... of work that trains."""
+
 
 class Errors(NamedTuple):
-    """Largest and root-mean-square difference from float64; inf where a result is not finite."""
+    """Largest and root-mean-square difference from float64; inf where a result is not finite.
+
+    Those of gradients are fractions of the largest entry of any gradient.
+    """
 
     max: float
     rms: float
 
 
-def errors(out: torch.Tensor, exact: torch.Tensor) -> Errors:
-    """`Errors` of `out`, which must have the shape of `exact`."""
-    if out.shape != exact.shape:
-        raise ValueError(f"out has shape {tuple(out.shape)}; it must be {tuple(exact.shape)}")
-    difference = out.double() - exact
+def errors(results: Results, exact: Results) -> dict[str, Errors]:
+    """`Errors` of each result, which must have the names and shapes of `exact`."""
+    if results.keys() != exact.keys():
+        raise ValueError(f"results are named {', '.join(results)}; they must be {', '.join(exact)}")
+    # not over its own largest entry: that is 0 for a bias that shifts whole rows, or with one key
+    unit = max([float(x.abs().max()) for name, x in exact.items() if name != "out" and x.numel()], default=0.0) or 1.0
+    return {name: _errors(name, results[name], x, 1.0 if name == "out" else unit) for name, x in exact.items()}
+
+
+def _errors(name: str, result: torch.Tensor, exact: torch.Tensor, unit: float) -> Errors:
+    if result.shape != exact.shape:
+        raise ValueError(f"{name} has shape {tuple(result.shape)}; it must be {tuple(exact.shape)}")
+    difference = result.detach().double() - exact
     if not torch.isfinite(difference).all():
         return Errors(math.inf, math.inf)
-    return Errors(float(difference.abs().max()), float(difference.square().mean().sqrt()))
+    return Errors(float(difference.abs().max()) / unit, float(difference.square().mean().sqrt()) / unit)
 
 
-def wrong(ours: Errors, plain: Errors, dtype: str) -> str | None:
+def worst(found: dict[str, Errors]) -> Errors:
+    """The largest of each error."""
+    return Errors(max(e.max for e in found.values()), max(e.rms for e in found.values()))
+
+
+def wrong(ours: dict[str, Errors], plain: dict[str, Errors], dtype: str) -> str | None:
     """Why `ours` must not be timed, given the errors of plain torch in the same dtype; None if it may."""
-    limit = 2.0 * plain.max + FLOOR[dtype]
-    if not ours.max <= limit:
-        return f"max error {ours.max:.1e} exceeds twice that of plain torch ({plain.max:.1e}) + {FLOOR[dtype]:.0e}"
+    for name, error in ours.items():
+        if not error.max <= 2.0 * plain[name].max + FLOOR[dtype]:
+            return (
+                f"max error {error.max:.1e} of {_title(name)} exceeds twice that of plain torch "
+                f"({plain[name].max:.1e}) + {FLOOR[dtype]:.0e}"
+            )
     return above_ceiling(ours, dtype)
 
 
-def above_ceiling(result: Errors, dtype: str) -> str | None:
-    """Why a result, ours or a peer's, is not a result of this case at all; None if it is."""
-    return None if result.max <= CEILING[dtype] else f"max error {result.max:.1e} exceeds {CEILING[dtype]:.0e}"
+def above_ceiling(found: dict[str, Errors], dtype: str) -> str | None:
+    """Why results, ours or a peer's, are not results of this work at all; None if they are."""
+    for name, error in found.items():
+        if not error.max <= CEILING[dtype]:
+            return f"max error {error.max:.1e} of {_title(name)} exceeds {CEILING[dtype]:.0e}"
+    return None
+
+
+def _title(name: str) -> str:
+    return name if name == "out" else f"d{name}"
 
 
 def interval(case: Case, kwargs: dict) -> Mask:
@@ -62,40 +93,68 @@ def interval(case: Case, kwargs: dict) -> Mask:
     return both if case.window_size is None else both & Mask.window(*case.window_size)
 
 
-@lru_cache(maxsize=64)  # rows of several suites share cases; some 5 MiB each
-def truth(case: Case) -> tuple[torch.Tensor, Errors]:
-    """(float64 result, errors of plain torch in the case's dtype), head by head in bounded memory."""
-    threads = torch.get_num_threads()
+@lru_cache(maxsize=16)  # rows of several kinds share their work; up to 100 MiB each
+def truth(work: Work) -> tuple[Results, dict[str, Errors]]:
+    """(float64 results, errors of plain torch in the case's dtype)"""
+    kept = None
+    if work.dropout_p:
+        case = work.case
+        shape = case.batch, case.num_heads, case.seqlen_q, case.seqlen_k or case.seqlen_q
+        kept = fastattn.dropout_mask(*shape, work.dropout_p, SEED)
+    exact, dtype = results(work, torch.float64, kept), getattr(torch, work.case.dtype)
+    plain = results(work, reference.compute_dtype(dtype), kept)
+    return exact, errors({name: x.to(dtype) for name, x in plain.items()}, exact)
+
+
+def results(work: Work, dtype: torch.dtype, kept: torch.Tensor | None = None) -> Results:
+    """By the reference in `dtype`, some rows of a head at a time, on all cores: nothing is timed here.
+
+    kept   bool [batch, num_heads, seqlen_q, seqlen_k], the weights that dropout keeps; the one thing that is n x n
+    """
+    threads, case = torch.get_num_threads(), work.case
     if case.batch * case.num_heads * case.seqlen_q * (case.seqlen_k or case.seqlen_q) > WORTH_THREADS:
-        torch.set_num_threads(os.cpu_count() or 1)  # nothing is timed here
+        torch.set_num_threads(os.cpu_count() or 1)
     try:
-        return _truth(case)
+        return _results(work, dtype, kept)
     finally:
         torch.set_num_threads(threads)
 
 
-def _truth(case: Case) -> tuple[torch.Tensor, Errors]:
-    (q, k, v), kwargs = inputs(case)
+def _results(work, dtype, kept) -> Results:
+    leaves, kwargs, dout = tensors(work, dtype)
+    q, k, v = leaves["q"], leaves["k"], leaves["v"]
     batch, num_heads, seqlen_q = q.shape[:3]
-    exact = torch.empty(batch, num_heads, seqlen_q, v.shape[3], dtype=torch.float64)
-    plain = torch.empty_like(exact)
+    out = torch.empty(batch, num_heads, seqlen_q, v.shape[3], dtype=dtype)
     rows = max(1, SCORES_AT_ONCE // max(1, k.shape[2]))
     for b in range(batch):
         for h in range(num_heads):
             h_k = h // (num_heads // k.shape[1])
-            qkv = q[b : b + 1, h : h + 1], k[b : b + 1, h_k : h_k + 1], v[b : b + 1, h_k : h_k + 1]
             for i in range(0, seqlen_q, rows):
                 j = min(i + rows, seqlen_q)
-                chunk = (qkv[0][:, :, i:j], *qkv[1:])
-                options = _scores_of(case, kwargs, b, h, i, j, q.shape, k.shape[2])
-                exact[b, h, i:j] = reference.attention(*(x.double() for x in chunk), **options)[0][0, 0]
-                plain[b, h, i:j] = reference.attention(*chunk, **options)[0][0, 0]
-    return exact, errors(plain, exact)
+                qkv = q[b : b + 1, h : h + 1, i:j], k[b : b + 1, h_k : h_k + 1], v[b : b + 1, h_k : h_k + 1]
+                options = _options_of(work.case, leaves, kwargs, b, h, i, j)
+                chunk = _attention(*qkv, options, work.dropout_p, None if kept is None else kept[b, h, i:j])
+                out[b, h, i:j] = chunk.detach()[0, 0]
+                if work.trains:
+                    chunk[0, 0].backward(dout[b, h, i:j])
+    found = {"out": out} if work.passes != "backward" else {}
+    return found | ({name: x.grad for name, x in leaves.items()} if work.trains else {})
 
 
-def _scores_of(case, kwargs, b, h, i, j, q_shape, seqlen_k) -> dict:
+def _attention(q, k, v, options, dropout_p, kept) -> torch.Tensor:
+    """`reference.attention`, with the dropout mask given: a chunk's bits are not those of a call of its size."""
+    if kept is None:
+        return reference.attention(q, k, v, **options)[0]
+    names = ("visible", "softmax_scale", "softcap", "alibi_slopes", "bias")
+    scores, visible = reference._scores(q, k, *(options.get(name) for name in names))
+    p, _ = reference._softmax(scores, options["sinks"])
+    return reference._weighted_sum(p * kept / (1.0 - dropout_p), v, visible)
+
+
+def _options_of(case, leaves, kwargs, b, h, i, j) -> dict:
     """Arguments of `reference.attention` for queries i ... j - 1 of one head."""
-    batch, num_heads, seqlen_q, _ = q_shape
+    batch, num_heads, seqlen_q, _ = leaves["q"].shape
+    seqlen_k = leaves["k"].shape[2]
 
     def rows(x, width):
         return None if x is None else x.expand(batch, num_heads, seqlen_q, *width)[b : b + 1, h : h + 1, i:j]
@@ -107,12 +166,12 @@ def _scores_of(case, kwargs, b, h, i, j, q_shape, seqlen_k) -> dict:
     if isinstance(kwargs.get("mask"), torch.Tensor):
         visible = visible & rows(kwargs["mask"], (seqlen_k,))
     visible = None if visible.all() else visible  # saves the reference two passes
-    bias = rows(kwargs.get("bias"), (seqlen_k,))
+    bias = rows(leaves.get("bias"), (seqlen_k,))
     if case.alibi:
-        slope = kwargs["alibi_slopes"].expand(batch, num_heads)[b, h].double()
+        slope = leaves["alibi_slopes"].expand(batch, num_heads)[b, h].double()
         query = torch.arange(i, j)[:, None] + (seqlen_k - seqlen_q)
         alibi = -slope * (query - torch.arange(seqlen_k)).abs()
         bias = alibi if bias is None else bias.double() + alibi
-    sinks = kwargs["sinks"][h : h + 1] if case.sinks else None
+    sinks = leaves["sinks"][h : h + 1] if case.sinks else None
     options = dict(visible=visible, bias=bias, sinks=sinks)
     return options | dict(softcap=case.softcap, softmax_scale=case.softmax_scale)

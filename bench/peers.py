@@ -1,21 +1,24 @@
-"""The peers behind two functions each: `refuse(case)` and `prepare(case, q, k, v, kwargs)`.
+"""The peers behind two functions each: `refuse(work)` and `prepare(work, q, k, v, kwargs)`.
 
-`refuse` gives the reason why a peer cannot run a case, or None. `prepare` does what a user would do once and outside
+`refuse` gives the reason why a peer cannot do the work, or None. `prepare` does what a user would do once and outside
 the hot loop (compile, build masks and sessions, change layouts) for `torch.get_num_threads()` threads, and returns a
-function of no arguments whose result is out [batch, num_heads, seqlen_q, head_dim_v].
+function of no arguments that runs the forward pass: its result is out [batch, num_heads, seqlen_q, head_dim_v], with a
+graph if the work trains.
 """
 
 import importlib.util
 import math
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 
 from cases import Case
 from fastattn.masks import UNBOUNDED, diagonal_bounds
-from fastattn.score import alibi_bias
+from fastattn.score import alibi_bias, softcap_scores
 from oracle import interval
+from work import SEED, Work
 
 
 class SDPA:
@@ -27,12 +30,13 @@ class SDPA:
     name = "sdpa"
 
     @staticmethod
-    def refuse(case: Case) -> str | None:
-        names = [name for name in ("softcap", "sinks") if getattr(case, name)]
+    def refuse(work: Work) -> str | None:
+        names = [name for name in ("softcap", "sinks") if getattr(work.case, name)]
         return f"no {' and '.join(names)}" if names else None
 
     @staticmethod
-    def prepare(case: Case, q, k, v, kwargs: dict) -> Callable[[], torch.Tensor]:
+    def prepare(work: Work, q, k, v, kwargs: dict) -> Callable[[], torch.Tensor]:
+        case = work.case
         square = q.shape[2] == k.shape[2]
         causal_only = not (case.window_size or case.bias or case.alibi)
         # torch's is_causal is aligned top-left, ours bottom-right: the same thing only when square
@@ -41,13 +45,42 @@ class SDPA:
         )
         attn_mask = None if is_causal else _visible(case, kwargs, q, k)
         if case.bias or case.alibi:
-            bias = kwargs.get("bias", torch.zeros((), dtype=q.dtype))
-            if case.alibi:
-                bias = (bias + alibi_bias(kwargs["alibi_slopes"], q.shape[2], k.shape[2])).to(q.dtype)
+            bias = _bias(case, kwargs, q, k)
             attn_mask = bias if attn_mask is None else bias.masked_fill(~attn_mask, -math.inf)
-        options = dict(attn_mask=attn_mask, is_causal=is_causal, scale=case.softmax_scale)
+        options = dict(attn_mask=attn_mask, is_causal=is_causal, scale=case.softmax_scale, dropout_p=work.dropout_p)
         options["enable_gqa"] = q.shape[1] != k.shape[1]
         return lambda: F.scaled_dot_product_attention(q, k, v, **options)
+
+
+class Eager:
+    """Softmax of a product, as it stands in a model that calls no fused function."""
+
+    name = "eager"
+
+    @staticmethod
+    def refuse(work: Work) -> str | None:
+        return None
+
+    @staticmethod
+    def prepare(work: Work, q, k, v, kwargs: dict) -> Callable[[], torch.Tensor]:
+        case, group_size = work.case, q.shape[1] // k.shape[1]
+        scale = q.shape[3] ** -0.5 if case.softmax_scale is None else case.softmax_scale
+        visible, bias = _visible(case, kwargs, q, k), _bias(case, kwargs, q, k)
+        hidden = None if visible is None else ~visible
+
+        def run():
+            keys, values = (x if group_size == 1 else x.repeat_interleave(group_size, 1) for x in (k, v))
+            scores = softcap_scores((q * scale) @ keys.transpose(-1, -2), case.softcap)
+            scores = scores if bias is None else scores + bias
+            scores = scores if hidden is None else scores.masked_fill(hidden, -math.inf)
+            if case.sinks:
+                sink = kwargs["sinks"].to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+                p = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+            else:
+                p = scores.softmax(-1)
+            return F.dropout(p, work.dropout_p) @ values
+
+        return run
 
 
 class Flex:
@@ -56,15 +89,21 @@ class Flex:
     name = "flex"
 
     @staticmethod
-    def refuse(case: Case) -> str | None:
+    def refuse(work: Work) -> str | None:
+        case = work.case
+        if work.trains and (refusal := _flex_refuses_gradients()):
+            return refusal
+        if work.dropout_p:
+            return "no dropout"
         if case.dtype == "float64":
             return "no float64"
         return "no sinks" if case.sinks else None
 
     @staticmethod
-    def prepare(case: Case, q, k, v, kwargs: dict) -> Callable[[], torch.Tensor]:
+    def prepare(work: Work, q, k, v, kwargs: dict) -> Callable[[], torch.Tensor]:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+        case = work.case
         torch._dynamo.reset()  # or the recompile limit turns later cases into errors
         mask_mod = _mask_mod(case, kwargs, q, k)
         shape = *q.shape[:3], k.shape[2]
@@ -88,10 +127,15 @@ class OnnxRuntime:
     name = "onnxruntime"
 
     @staticmethod
-    def refuse(case: Case) -> str | None:
+    def refuse(work: Work) -> str | None:
+        case = work.case
+        if work.trains:
+            return "inference only"
         missing = [name for name in ("onnxruntime", "onnx") if importlib.util.find_spec(name) is None]
         if missing:
             return f"{' and '.join(missing)} not installed"
+        if work.dropout_p:
+            return "no dropout"
         if case.dtype != "float32":
             return "float32 only"
         if case.num_heads_k or case.head_dim_v:
@@ -101,14 +145,14 @@ class OnnxRuntime:
         return "causal only where square" if case.causal and case.seqlen_k not in (None, case.seqlen_q) else None
 
     @staticmethod
-    def prepare(case: Case, q, k, v, kwargs: dict) -> Callable[[], torch.Tensor]:
+    def prepare(work: Work, q, k, v, kwargs: dict) -> Callable[[], torch.Tensor]:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        session = onnxruntime.InferenceSession(_attention_model(case), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(_attention_model(work.case), options, providers=["CPUExecutionProvider"])
         batch, num_heads, seqlen_q, head_dim = q.shape
         binding = session.io_binding()
         for name, x in (("query", q), ("key", k), ("value", v)):
@@ -125,7 +169,42 @@ class OnnxRuntime:
         return run
 
 
-PEERS = {peer.name: peer for peer in (SDPA, Flex, OnnxRuntime)}
+PEERS = {
+    suite: {peer.name: peer for peer in peers}
+    for suite, peers in {"forward": (SDPA, Flex, OnnxRuntime), "backward": (SDPA, Eager, Flex)}.items()
+}
+"""By suite and name."""
+
+
+def dropout_of_peers(work: Work) -> torch.Tensor | None:
+    """The weights that a torch function keeps right after torch.manual_seed(SEED): bool [B, H, Sq, Sk]; None: all."""
+    if not work.dropout_p:
+        return None
+    case = work.case
+    shape = case.batch, case.num_heads, case.seqlen_q, case.seqlen_k or case.seqlen_q
+    torch.manual_seed(SEED)
+    return F.dropout(torch.ones(shape, dtype=getattr(torch, case.dtype)), work.dropout_p) != 0
+
+
+@cache
+def _flex_refuses_gradients() -> str | None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    q = torch.ones(1, 1, 16, 16, requires_grad=True)
+    try:  # compiled, the same refusal comes as an error of the compiler
+        flex_attention(q, q, q)
+    except NotImplementedError as error:
+        return str(error).split(".")[0]
+    return None
+
+
+def _bias(case: Case, kwargs: dict, q, k) -> torch.Tensor | None:
+    """Bias and ALiBi as one tensor in q's dtype; None if there are none."""
+    bias = kwargs.get("bias")
+    if not case.alibi:
+        return bias
+    alibi = alibi_bias(kwargs["alibi_slopes"], q.shape[2], k.shape[2])
+    return (alibi if bias is None else bias + alibi).to(q.dtype)
 
 
 def _visible(case: Case, kwargs: dict, q, k) -> torch.Tensor | None:

@@ -11,16 +11,17 @@ from matplotlib.ticker import LogLocator, NullLocator
 from rows import Row
 
 
-def draw(path: Path, rows: list[Row], peers: list[str], subtitle: str) -> bool:
+def draw(path: Path, rows: list[Row], peers: list[str], title: str) -> bool:
     """Write the picture of the grid rows to `path`; False if there is nothing to draw."""
-    rows = [row for row in rows if row.suite == "grid" and not row.wrong]
+    rows = [row for row in rows if row.kind == "grid" and not row.wrong]
     if not rows:
         return False
     labels = [row.name + (f"  x{row.threads}" if row.threads > 1 else "") for row in rows]
     has_peak = any(row.peak_gflops for row in rows)
     left = "share of the FMA peak, %" if has_peak else "GFLOP/s (no FMA peak: compiled kernels missing)"
     figure, axes = plt.subplots(1, 2, figsize=(15, 2.2 + 0.55 * len(rows)), sharey=True, layout="constrained")
-    names = ["fastattn", *peers]
+    timed = [peer for peer in peers if any(peer in row.results and row.results[peer].ms for row in rows)]
+    names = ["fastattn", *timed]
 
     def rate(result):
         return (100 * result.share if result.share is not None else None) if has_peak else result.gflops
@@ -42,10 +43,10 @@ def draw(path: Path, rows: list[Row], peers: list[str], subtitle: str) -> bool:
     axes[1].xaxis.set_minor_locator(NullLocator())
     axes[1].xaxis.set_major_formatter("{x:g}")
     if has_peak:
-        axes[0].set_xlim(0, 105)
+        axes[0].set_xlim(0, 5 + max(100.0, *(rate(result) or 0.0 for row in rows for result in row.results.values())))
         axes[0].axvline(100.0, color="black", linewidth=0.8)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
-    figure.suptitle(f"fastattn benchmark: {subtitle}")
+    figure.suptitle(title)
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return True

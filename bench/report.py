@@ -18,6 +18,7 @@ from rich.table import Table
 import fastattn
 import fastattn.cpu
 from rows import Result, Row, to_json
+from timing import matmul_rate, peak_by_isa
 
 ENVIRONMENT = re.compile("(FASTATTN|OMP|GOMP|KMP|MKL|TORCHINDUCTOR|ORT)_")
 
@@ -31,6 +32,9 @@ def header(argv: list[str]) -> dict:
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "isa": None if missing else fastattn.cpu.isa(),
+        "fma_peak_by_isa": {isa: f"{rate:.1f}" for isa, rate in peak_by_isa().items()},
+        "torch_matmul_gflops": {dtype: f"{matmul_rate(dtype, 1) / 1e9:.1f}" for dtype in ("float32", "bfloat16")},
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "kernels_missing": missing,
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "platform": platform.platform(),
@@ -42,14 +46,20 @@ def header(argv: list[str]) -> dict:
     }
 
 
-def tables(head: dict, rows: list[Row], targets: list[dict], peers: list[str]) -> list[Table]:
-    """Every table of the report, in reading order; those without rows are left out."""
+def tables(head: dict, rows: list[Row], targets: list[dict], peers: dict[str, list[str]]) -> list[Table]:
+    """Every table of the report, in reading order; those without rows are left out. Peers by suite."""
+    forward, backward = ([row for row in rows if row.suite == suite] for suite in ("forward", "backward"))
+    grids = [[row for row in suite if row.kind == "grid"] for suite in (forward, backward)]
     made = [
         _header_table(head),
-        _speed_table([row for row in rows if row.suite == "grid"], peers),
+        _speed_table("Forward", grids[0], peers["forward"]),
+        _speed_table("Training (FLOPs of 5 products backward, of 7 with the forward)", grids[1], peers["backward"]),
         _comparison_table([row for row in rows if "base" in row.results]),
-        _single_table([row for row in rows if row.suite in ("overhead", "memory")], peers),
-        _accuracy_table([row for row in rows if "plain torch" in row.results], peers),
+        _single_table([row for row in rows if row.kind in ("overhead", "memory")]),
+        _accuracy_table("Error against float64", forward, peers["forward"]),
+        _accuracy_table(
+            "Error of gradients against float64, over the largest entry of any", backward, peers["backward"]
+        ),
         _refusal_table(rows),
         _target_table(targets, bool(head.get("doubts"))),
     ]
@@ -98,8 +108,9 @@ def _header_table(head: dict) -> Table:
     return table
 
 
-def _speed_table(rows: list[Row], peers: list[str]) -> Table:
-    title = "Speed: median ms, rate over the visited pairs, ratio = peer time / ours"
+def _speed_table(title: str, rows: list[Row], peers: list[str]) -> Table:
+    title += ": median ms, rate over the visited pairs, ratio = peer time / ours"
+    peers = _timed(peers, rows)
     columns = ["case", "kernel", "threads", "ms", "GFLOP/s", "% of FMA peak"]
     table = _table(title, *columns, *(name for peer in peers for name in (f"{peer} ms", "ratio")), words=2)
     for row in rows:
@@ -121,23 +132,22 @@ def _comparison_table(rows: list[Row]) -> Table:
     return table
 
 
-def _single_table(rows: list[Row], peers: list[str]) -> Table:
-    table = _table("Overhead and memory", "row", "ours", *(f"{peer} (ratio)" for peer in peers))
+def _single_table(rows: list[Row]) -> Table:
+    table = _table("Overhead and memory", "row", "kernel", "ours", "sdpa (ratio)", words=2)
     for row in rows:
-        if row.suite == "memory":
+        if row.kind == "memory":
             ours = f"{row.metrics['extra MiB']:.1f} MiB" if row.metrics else "refused"
         else:
             ours = "WRONG" if row.wrong else _microseconds(row.ours)
-        table.add_row(row.name, ours, *(_microseconds(row.results.get(peer, Result())) for peer in peers))
+        table.add_row(row.name, _kernel(row), ours, _microseconds(row.results.get("sdpa", Result())))
     return table
 
 
-def _accuracy_table(rows: list[Row], peers: list[str]) -> Table:
-    title = "Error against float64: max / RMS"
-    names = ["fastattn", "plain torch", *peers]
-    table = _table(title, "case", *names)
+def _accuracy_table(title: str, rows: list[Row], peers: list[str]) -> Table:
+    names = ["fastattn", "plain torch", *_timed(peers, rows)]
+    table = _table(f"{title}: max / RMS", "case", *names)
     for row in rows:
-        if "base" in row.results and not row.wrong:
+        if "plain torch" not in row.results or ("base" in row.results and not row.wrong):
             continue  # the grid has its case
         cells = [row.results.get(name, Result()) for name in names]
         texts = ["" if r.max_error is None else f"{r.max_error:.1e} / {r.rms_error:.1e}" for r in cells]
@@ -168,6 +178,11 @@ def _target_table(targets: list[dict], doubtful: bool) -> Table:
         words = target["what"], target["quantity"], f"{sign} {show(target['bound'])}"
         table.add_row(*words, measured, met[target["met"]], f"{target['rows']} of {target['of']}")
     return table
+
+
+def _timed(peers: list[str], rows: list[Row]) -> list[str]:
+    """Those that ran at all; why the others did not stands in a table of its own."""
+    return [peer for peer in peers if any(row.results.get(peer, Result()).ms is not None for row in rows)]
 
 
 def _ms(result: Result) -> str:

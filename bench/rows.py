@@ -3,7 +3,9 @@
 import math
 from dataclasses import asdict, dataclass, field
 
-SCHEMA = "fastattn-bench/1"
+from work import suite_of
+
+SCHEMA = "fastattn-bench/2"
 
 
 @dataclass
@@ -13,7 +15,7 @@ class Result:
     ms, p10, p90, calls  median and spread over single calls
     gflops, share        rate over the visited pairs, and its share of the FMA peak
     ratio                its median time / ours
-    max_error, rms_error against float64
+    max_error, rms_error against float64; those of gradients over the largest entry of any; the worst of all
     """
 
     refused: str | None = None
@@ -32,19 +34,20 @@ class Result:
 class Row:
     """One case of one suite.
 
-    suite        "grid" | a kind of comparison (suites.COMPARISONS) | "overhead" | "memory"
+    kind         "grid" | a kind of comparison (suites.COMPARISONS) | "overhead" | "memory"
     name         what --only selects by; repro is the command that measures this row again
-    spec         fields of the Case
-    kernel, isa  what ran for ours (fastattn.last_call)
+    spec         fields of the Case and of the Work: passes, dropout_p
+    kernel, isa  what ran for ours (fastattn.record)
     wrong        why our result is wrong; nothing was timed then
     flags        what to distrust: "above the measured peak", ...
-    flops        2 * pairs * (head_dim + head_dim_v) over exactly the (query, key) pairs that the masks leave
+    flops        of the products over exactly the (query, key) pairs that the masks leave: 2 * (head_dim + head_dim_v) a
+                 pair in the forward pass, 2 * (3 * head_dim + 2 * head_dim_v) in the backward
     peak_gflops  FMA loop on the same number of threads, beside the case; None: not available
     results      by contender, ours is "fastattn"
     metrics      what targets.py reads
     """
 
-    suite: str
+    kind: str
     name: str
     threads: int
     repro: str
@@ -58,6 +61,10 @@ class Row:
     peak_gflops: float | None = None
     results: dict[str, Result] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def suite(self) -> str:
+        return suite_of(self.spec["passes"])
 
     @property
     def ours(self) -> Result:

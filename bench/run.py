@@ -1,8 +1,9 @@
 """Benchmark of `fastattn.attention` beside its peers: `python bench/run.py`, or `make bench`.
 
+Two suites: forward is inference, backward is training (the backward pass alone, or a forward and a backward pass).
 Every result is compared with float64 before it is timed; a wrong one is not timed and the exit status is 1.
 Contenders are measured in turn in one process. Only the ratios and shares within one run mean something.
-Writes bench.json, bench.md and bench.png.
+Writes bench.json, bench.md, and a picture of each suite.
 """
 
 import argparse
@@ -20,12 +21,13 @@ from rich.progress import Progress, TimeElapsedColumn
 
 import report
 import targets
-from cases import GRID, Case
+from cases import Case
 from peers import PEERS
 from plots import draw
 from rows import Row
-from suites import COMPARISONS, LONG_MEMORY, TINY, comparison_row, grid_row, memory_row, overhead_row
+from suites import COMPARISONS, MEMORY, TINY, comparison_row, grid_row, memory_row, overhead_row
 from timing import Peak
+from work import FORWARD, TRAINING, Work
 
 BUSY = 0.5
 """Load average of the last minute above which somebody else is computing."""
@@ -33,11 +35,8 @@ BUSY = 0.5
 STEADY = 0.9
 """Lowest reading of the FMA peak over the highest, below which the machine was not steady."""
 
-QUICK = tuple(
-    case
-    for case in GRID
-    if case.window_size or (case.seqlen_q <= 1024 and case.head_dim <= 64 and case.dtype in ("float32", "bfloat16"))
-)
+PICTURES = {"forward": "bench.png", "backward": "backward.png"}
+"""By suite."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,7 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     _warn(console, _doubts(head, peak))
     plan = _plan(options, peak)
     if not plan:
-        console.print(f"nothing matches --only {options.only!r}; names look like {GRID[0]} or {COMPARISONS[0].name!r}")
+        names = ", ".join(map(repr, (str(FORWARD[0]), str(TRAINING[0]), COMPARISONS[0].name)))
+        console.print(f"nothing matches --only {options.only!r}; names look like {names}")
         return 2
     try:
         with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as progress:
@@ -70,13 +70,17 @@ def main(argv: list[str] | None = None) -> int:
         console.print("interrupted: reporting what was measured")
     head["fma_peak_gflops"] = {key: f"{low:.1f}...{high:.1f}" for key, (low, high, _) in peak.spread().items()}
     head["doubts"] = _doubts(head, peak)
-    judged = targets.judge(rows)
+    judged = targets.judge(rows, options.suite)
     made = report.tables(head, rows, judged, options.peers)
     for table in made:
         console.print(table)
     report.write(options.out, head, rows, judged, made)
-    draw(options.out / "bench.png", rows, options.peers, f"{head['cpu']}, {head['isa']}, {head['date'][:10]}")
-    console.print(f"written: {options.out}/bench.json, bench.md, bench.png")
+    written = ["bench.json", "bench.md"]
+    for suite, picture in PICTURES.items():
+        title = f"fastattn benchmark, {suite}: {head['cpu']}, {head['isa']}, {head['date'][:10]}"
+        if draw(options.out / picture, [row for row in rows if row.suite == suite], options.peers[suite], title):
+            written.append(picture)
+    console.print(f"written: {options.out}/{', '.join(written)}")
     _warn(console, head["doubts"])
     wrong = [row.name for row in rows if row.wrong]
     if wrong:
@@ -87,46 +91,76 @@ def main(argv: list[str] | None = None) -> int:
 def _options(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    add("--suite", nargs="+", choices=[*PICTURES], default=[*PICTURES], help="default both")
     add("--quick", action="store_true", help="a subset, short budgets, no FlexAttention: under a minute")
     add("--threads", type=int, nargs="+", default=[1], help="of the grid, default 1 (thread scaling has its own rows)")
     add("--only", metavar="TEXT", help="rows whose name contains TEXT, or just the row whose name is TEXT")
     add("--isa", help="narrow the kernels to this instruction set (FASTATTN_CPU_ISA)")
-    add("--peers", nargs="*", choices=PEERS, help="default all; none with no name")
+    add(
+        "--peers",
+        nargs="*",
+        choices=dict.fromkeys(name for peers in PEERS.values() for name in peers),
+        help="default all; none with no name",
+    )
     add("--budget", type=float, metavar="SECONDS", help="of timing for each row, default 3, with --quick 0.6")
     add("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="where the files go, default %(default)s")
     add("--tiny", action="store_true", help="shrink every case: checks this program, says nothing about speed")
     options = parser.parse_args(argv)
     if options.budget is None:
         options.budget = 0.6 if options.quick else 3.0
-    if options.peers is None:
-        options.peers = [name for name in PEERS if not (options.quick and name == "flex")]
+    options.peers = {
+        suite: [
+            name
+            for name in peers
+            if (name in options.peers if options.peers is not None else not (options.quick and name == "flex"))
+        ]
+        for suite, peers in PEERS.items()
+    }
     return options
 
 
 def _plan(options: argparse.Namespace, peak: Peak) -> list[tuple[str, Callable[[], Row]]]:
     """(name, function that measures it) for every row that the options ask for."""
-    shrink = _tiny if options.tiny else (lambda case: case)
-    peers = tuple(PEERS[name] for name in options.peers)
-    grid = dict.fromkeys(map(shrink, QUICK if options.quick else GRID))
-    plan = [(str(c), partial(grid_row, c, n, peers, options.budget, peak)) for c in grid for n in options.threads]
-    comparisons = [c for c in COMPARISONS if not options.quick or c.case.seqlen_q <= 1024]
-    for comparison in dict.fromkeys(c._replace(case=shrink(c.case), base=shrink(c.base)) for c in comparisons):
-        plan.append((comparison.name, partial(comparison_row, comparison, options.budget, peak)))
-    sdpa = tuple(peer for peer in peers if peer.name == "sdpa")
-    plan.append((f"overhead {TINY}", partial(overhead_row, TINY, sdpa)))
-    plan.append((f"memory {shrink(LONG_MEMORY)}", partial(memory_row, shrink(LONG_MEMORY))))
+    shrink = _tiny if options.tiny else (lambda work: work)
+    peers = {suite: tuple(PEERS[suite][name] for name in names) for suite, names in options.peers.items()}
+    plan = []
+    for work in dict.fromkeys(shrink(w) for w in FORWARD + TRAINING if not options.quick or _is_quick(w.case)):
+        for n in options.threads:
+            measure = partial(grid_row, work, n, peers[work.suite], options.budget, peak)
+            plan.append((str(work), work, measure))
+    comparisons = [c for c in COMPARISONS if not options.quick or c.work.case.seqlen_q <= 1024]
+    for comparison in dict.fromkeys(c._replace(work=shrink(c.work), base=shrink(c.base)) for c in comparisons):
+        measure = partial(comparison_row, comparison, options.budget, peak)
+        plan.append((comparison.name, comparison.work, measure))
+    for work in TINY:
+        sdpa = tuple(peer for peer in peers[work.suite] if peer.name == "sdpa")
+        plan.append((f"overhead {work}", work, partial(overhead_row, work, sdpa)))
+    plan += [(f"memory {work}", work, partial(memory_row, work)) for work in map(shrink, MEMORY)]
+    plan = [(name, measure) for name, work, measure in plan if work.suite in options.suite]
     if options.only is None:
         return plan
     exact = [item for item in plan if item[0] == options.only]
     return exact or [item for item in plan if options.only in item[0]]
 
 
-def _tiny(case: Case) -> Case:
+def _is_quick(case: Case) -> bool:
+    short = case.seqlen_q <= 1024 and case.head_dim <= 64 and case.dtype in ("float32", "bfloat16")
+    return short or case.window_size is not None
+
+
+def _tiny(work: Work) -> Work:
+    case = work.case
     keys = None if case.seqlen_k is None else min(case.seqlen_k, 128)
     window = case.window_size and (8, 0)
     heads = min(case.num_heads, 2)
-    return case._replace(
-        batch=min(case.batch, 2), num_heads=heads, seqlen_q=min(case.seqlen_q, 64), seqlen_k=keys, window_size=window
+    return work._replace(
+        case=case._replace(
+            batch=min(case.batch, 2),
+            num_heads=heads,
+            seqlen_q=min(case.seqlen_q, 64),
+            seqlen_k=keys,
+            window_size=window,
+        )
     )
 
 

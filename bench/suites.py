@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 import timeit
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -13,88 +14,105 @@ from typing import NamedTuple
 import torch
 
 import fastattn
-from cases import Case, inputs, visited_pairs
-from oracle import above_ceiling, errors, truth, wrong
+from cases import Case, visited_pairs
+from oracle import Results, above_ceiling, errors, results, truth, worst, wrong
+from peers import dropout_of_peers
 from rows import Result, Row
 from timing import Contender, Peak, in_turn
+from work import SEED, Work, tensors
 
 
 class Comparison(NamedTuple):
-    """Our time for one case and thread count against our own time for another, in turn."""
+    """Our time for some work and thread count against our own time for another, in turn."""
 
     kind: str
-    case: Case
+    work: Work
     threads: int
-    base: Case
+    base: Work
     base_threads: int
 
     @property
     def name(self) -> str:
-        return f"{self.kind} {self.case}" + (f" x{self.threads}" if self.threads != self.base_threads else "")
+        return f"{self.kind} {self.work}" + (f" x{self.threads}" if self.threads != self.base_threads else "")
 
 
 def _comparisons() -> tuple[Comparison, ...]:
     cores = os.cpu_count() or 1
-    long = [Case(num_heads=8, seqlen_q=s, head_dim=64) for s in (1024, 2048)]
-    scaling = [*long, *(case._replace(causal=True) for case in long)]
-    scaling += [Case(num_heads=4, seqlen_q=16, seqlen_k=4096, head_dim=64)]
-    found = [Comparison("threads", case, n, case, 1) for case in scaling for n in sorted({2, cores}) if 1 < n <= cores]
-    found += [Comparison("bias or mask", long[1]._replace(**extra), 1, long[1], 1) for extra in EXTRAS]
-    found += [Comparison("16-bit", c._replace(dtype=t), 1, c, 1) for c in long for t in ("bfloat16", "float16")]
-    whole = Case(num_heads=8, seqlen_q=4096, head_dim=64)
-    return tuple(found) + (Comparison("window", whole._replace(window_size=(256, 0)), 1, whole, 1),)
+    cases = [Case(num_heads=8, seqlen_q=s, head_dim=64) for s in (1024, 2048)]
+    long, backward = [Work(case) for case in cases], [Work(case, "backward") for case in cases]
+    scaling = [*long, *(Work(case._replace(causal=True)) for case in cases)]
+    scaling += [Work(Case(num_heads=4, seqlen_q=16, seqlen_k=4096, head_dim=64))]
+    scaling += [*backward, Work(Case(seqlen_q=4096, head_dim=64), "backward")]
+    found = [Comparison("threads", work, n, work, 1) for work in scaling for n in sorted({2, cores}) if 1 < n <= cores]
+    found += [Comparison("bias or mask", Work(cases[1]._replace(**extra)), 1, long[1], 1) for extra in EXTRAS]
+    for base, dtypes in ((long, ("bfloat16", "float16")), (backward, ("bfloat16",))):
+        found += [
+            Comparison("16-bit", work._replace(case=work.case._replace(dtype=dtype)), 1, work, 1)
+            for work in base
+            for dtype in dtypes
+        ]
+    step, whole = Work(cases[1], "forward+backward"), Case(num_heads=8, seqlen_q=4096, head_dim=64)
+    found += [Comparison("dropout", step._replace(dropout_p=0.1), 1, step, 1)]
+    return (*found, Comparison("window", Work(whole._replace(window_size=(256, 0))), 1, Work(whole), 1))
 
 
 EXTRAS = ({"bias": "shared"}, {"mask": "tensor"})
 COMPARISONS = _comparisons()
-TINY = Case(seqlen_q=1, head_dim=16)
-LONG_MEMORY = Case(num_heads=4, seqlen_q=16384, head_dim=64, causal=True, bias="key")
+TINY = tuple(Work(Case(seqlen_q=1, head_dim=16), passes) for passes in ("forward", "forward+backward"))
+MEMORY = tuple(
+    Work(Case(num_heads=4, seqlen_q=16384, head_dim=64, causal=True, bias="key"), passes)
+    for passes in ("forward", "forward+backward")
+)
 
 
-def grid_row(case: Case, threads: int, peers: tuple, budget: float, peak: Peak) -> Row:
-    """Ours beside `peers` on one case: all checked against float64 first, then timed in turn."""
+def grid_row(work: Work, threads: int, peers: tuple, budget: float, peak: Peak) -> Row:
+    """Ours beside `peers` on some work: all checked against float64 first, then timed in turn."""
     torch.set_num_threads(threads)
-    row, ours, exact = _checked_row("grid", str(case), case, threads)
+    row, ours = _checked_row("grid", str(work), work, threads)
     if row.wrong:
         return row
-    contenders = {"fastattn": Contender(ours, threads)}
-    for peer in peers:
-        row.results[peer.name], run = _prepare(peer, case, exact)
-        if run is not None:
-            contenders[peer.name] = Contender(run, threads)
-    times = _in_turn_beside_peak(row, contenders, budget, peak, case.dtype)
+    contenders = {"fastattn": Contender(ours, threads)} | {
+        name: Contender(run, threads) for name, run in _prepared(row, peers, work).items()
+    }
+    times = _in_turn_beside_peak(row, contenders, budget, peak, work.case.dtype)
     for name, seconds in times.items():
         _fill(row.results[name], seconds, row.flops, row.peak_gflops)
         row.results[name].ratio = row.results[name].ms / row.ours.ms
-        if (row.results[name].share or 0.0) > 1.0:
-            row.flags.append(f"{name} is above the measured peak: no share of this row counts")
         if name != "fastattn":
             row.metrics[f"vs {name}"] = row.results[name].ratio
             row.metrics[f"error vs {name}"] = max(
                 getattr(row.ours, which) / max(getattr(row.results[name], which), 1e-300)
                 for which in ("max_error", "rms_error")
             )
-    if row.ours.share is not None and all((result.share or 0.0) <= 1.0 for result in row.results.values()):
-        row.metrics["share"] = row.ours.share
+    _judge_shares(row, work.case.dtype)
     return row
+
+
+def _judge_shares(row: Row, dtype: str) -> None:
+    """Our share becomes a metric, unless somebody above the peak shows that it is none."""
+    above = [name for name, result in row.results.items() if (result.share or 0.0) > 1.0]
+    if "16" in dtype:  # a peer may use 16-bit dot products, which no loop of float32 multiply-adds is a bound for
+        row.flags += [f"{name} is above the float32 FMA peak, as 16-bit dot products can be" for name in above]
+        above = [name for name in above if name == "fastattn"]
+    row.flags += [f"{name} is above the measured peak: no share of this row counts" for name in above]
+    if row.ours.share is not None and not above:
+        row.metrics["share"] = row.ours.share
 
 
 def comparison_row(comparison: Comparison, budget: float, peak: Peak) -> Row:
     """Ours against ours: metrics "speed-up" (base time / time), "time" (its inverse), "rate" (per visited pair)."""
-    kind, case, threads, base, base_threads = comparison
+    kind, work, threads, base, base_threads = comparison
     torch.set_num_threads(threads)
-    row, ours, _ = _checked_row(kind, comparison.name, case, threads)
-    base_row, base_ours, _ = (
-        (row, ours, None) if case == base else _checked_row(kind, comparison.name, base, base_threads)
-    )
+    row, ours = _checked_row(kind, comparison.name, work, threads)
+    base_row, base_ours = (row, ours) if work == base else _checked_row(kind, comparison.name, base, base_threads)
     row.wrong = row.wrong or base_row.wrong
     if row.wrong:
         return row
     row.results["base"] = Result()
     contenders = {"fastattn": Contender(ours, threads), "base": Contender(base_ours, base_threads)}
-    peak.read(case.dtype, base_threads)
-    times = _in_turn_beside_peak(row, contenders, budget, peak, case.dtype)
-    base_peak, _ = peak.near(case.dtype, base_threads)
+    peak.read(work.case.dtype, base_threads)
+    times = _in_turn_beside_peak(row, contenders, budget, peak, work.case.dtype)
+    base_peak, _ = peak.near(work.case.dtype, base_threads)
     _fill(row.ours, times["fastattn"], row.flops, row.peak_gflops)
     _fill(row.results["base"], times["base"], base_row.flops, base_peak and base_peak / 1e9)
     row.results["base"].ratio = row.results["base"].ms / row.ours.ms
@@ -108,17 +126,13 @@ def comparison_row(comparison: Comparison, budget: float, peak: Peak) -> Row:
     return row
 
 
-def overhead_row(case: Case, peers: tuple, repeats: int = 15) -> Row:
-    """Microseconds of a tiny eager call without gradients, where the work itself is nothing."""
+def overhead_row(work: Work, peers: tuple, repeats: int = 15) -> Row:
+    """Microseconds of a tiny eager call, where the work itself is nothing."""
     torch.set_num_threads(1)
-    row, ours, exact = _checked_row("overhead", f"overhead {case}", case, 1)
+    row, ours = _checked_row("overhead", f"overhead {work}", work, 1)
     if row.wrong:
         return row
-    runs = {"fastattn": ours}
-    for peer in peers:
-        row.results[peer.name], run = _prepare(peer, case, exact)
-        if run is not None:
-            runs[peer.name] = run
+    runs = {"fastattn": ours} | _prepared(row, peers, work)
     times = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
@@ -131,12 +145,12 @@ def overhead_row(case: Case, peers: tuple, repeats: int = 15) -> Row:
     return row
 
 
-def memory_row(case: Case) -> Row:
+def memory_row(work: Work) -> Row:
     """Extra resident memory of one long call, in a process of its own; refused off Linux or without the kernels."""
     threads = os.cpu_count() or 1
-    row = Row("memory", f"memory {case}", threads, _repro(f"memory {case}", None), case._asdict())
+    row = Row("memory", f"memory {work}", threads, _repro(f"memory {work}", None), work.spec)
     command = [sys.executable, str(Path(__file__).with_name("memory.py"))]
-    command += map(str, (case.seqlen_q, case.num_heads, case.head_dim))
+    command += map(str, (work.case.seqlen_q, work.case.num_heads, work.case.head_dim, work.passes))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     child = subprocess.run(command, capture_output=True, text=True, env=environment)
     if child.returncode:
@@ -147,35 +161,74 @@ def memory_row(case: Case) -> Row:
     return row
 
 
-def _checked_row(suite: str, name: str, case: Case, threads: int):
-    """(row with our errors, kernel and verdict, our call, float64 result)"""
-    (q, k, v), kwargs = inputs(case)
-    ours = partial(fastattn.attention, q, k, v, **kwargs)
-    exact, plain = truth(case)
-    error = errors(ours(), exact)
-    call, pairs = fastattn.last_call(), visited_pairs(case)
+def _checked_row(kind: str, name: str, work: Work, threads: int) -> tuple[Row, Callable]:
+    """(row with our errors, kernels and verdict, our call)"""
+    leaves, kwargs, dout = tensors(work)
+    dropout = {"dropout_p": work.dropout_p, "seed": SEED} if work.dropout_p else {}
+    qkv, others = list(leaves.values())[:3], dict(list(leaves.items())[3:])
+    ours = _call(work, partial(fastattn.attention, *qkv, **others, **kwargs, **dropout), leaves, dout)
+    exact, plain = truth(work)
+    with fastattn.record() as calls:
+        found = errors(_named(work, leaves, ours()), exact)
     row = Row(
-        suite, name, threads, _repro(name, threads if suite == "grid" else None), case._asdict(),
-        kernel=call.kernel, isa=call.isa, wrong=wrong(error, plain, case.dtype), pairs=pairs,
-        flops=2 * pairs * (q.shape[3] + v.shape[3]),
+        kind, name, threads, _repro(name, threads if kind == "grid" else None), work.spec,
+        kernel=" + ".join(dict.fromkeys(call.kernel for call in calls)), isa=calls[-1].isa,
+        wrong=wrong(found, plain, work.case.dtype), pairs=visited_pairs(work.case), flops=work.flops,
     )  # fmt: skip
-    row.results["fastattn"] = Result(max_error=error.max, rms_error=error.rms)
-    row.results["plain torch"] = Result(refused="not timed", max_error=plain.max, rms_error=plain.rms)
-    return row, ours, exact
+    row.results["fastattn"] = Result(max_error=worst(found).max, rms_error=worst(found).rms)
+    row.results["plain torch"] = Result(refused="not timed", max_error=worst(plain).max, rms_error=worst(plain).rms)
+    return row, ours
 
 
-def _prepare(peer, case: Case, exact: torch.Tensor):
+def _prepared(row: Row, peers: tuple, work: Work) -> dict[str, Callable]:
+    """The calls of those peers that do the work, and do it right; `row` gets the errors or refusals of all."""
+    exact, runs = truth(work)[0], {}
+    if (kept := dropout_of_peers(work)) is not None:
+        exact = results(work, torch.float64, kept)
+    for peer in peers:
+        row.results[peer.name], run = _prepare(peer, work, exact)
+        if run is not None:
+            runs[peer.name] = run
+    return runs
+
+
+def _prepare(peer, work: Work, exact: Results) -> tuple[Result, Callable | None]:
     """(Result with the peer's errors or its refusal, its call or None)"""
-    if reason := peer.refuse(case):
+    if reason := peer.refuse(work):
         return Result(refused=reason), None
-    (q, k, v), kwargs = inputs(case)
+    leaves, kwargs, dout = tensors(work)
     try:
-        run = peer.prepare(case, q, k, v, kwargs)
-        error = errors(run(), exact)
+        torch.manual_seed(SEED)  # for a graph that is made in `_call`
+        run = _call(work, peer.prepare(work, leaves["q"], leaves["k"], leaves["v"], leaves | kwargs), leaves, dout)
+        torch.manual_seed(SEED)  # for one that is made by `run`
+        found = errors(_named(work, leaves, run()), exact)
     except Exception as failure:  # whatever a peer raises is its refusal
         return Result(refused=f"{type(failure).__name__}: {(str(failure).strip().splitlines() or [''])[0]}"), None
-    result = Result(refused=above_ceiling(error, case.dtype), max_error=error.max, rms_error=error.rms)
+    result = Result(
+        refused=above_ceiling(found, work.case.dtype), max_error=worst(found).max, rms_error=worst(found).rms
+    )
     return result, None if result.refused else run
+
+
+def _call(work: Work, forward: Callable, leaves: dict, dout: torch.Tensor | None) -> Callable:
+    """What is timed: `forward`, the backward pass of a graph that is made here, or both."""
+    if not work.trains:
+        return forward
+    inputs = tuple(leaves.values())
+    if work.passes == "backward":
+        return partial(torch.autograd.grad, forward(), inputs, dout, retain_graph=True)
+
+    def step():
+        out = forward()
+        return out, *torch.autograd.grad(out, inputs, dout)
+
+    return step
+
+
+def _named(work: Work, leaves: dict, found) -> Results:
+    """What a call of `_call` returned, by the names of the oracle."""
+    names = {"forward": ["out"], "backward": [*leaves], "forward+backward": ["out", *leaves]}[work.passes]
+    return dict(zip(names, found if work.trains else (found,), strict=True))
 
 
 def _in_turn_beside_peak(row: Row, contenders: dict, budget: float, peak: Peak, dtype: str) -> dict[str, list[float]]:

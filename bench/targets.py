@@ -3,77 +3,112 @@
 from typing import NamedTuple
 
 from rows import Row
+from work import suite_of
 
 LONG = range(1024, 1 << 20)
-PLAIN = {"dtype": "float32", "causal": False, "window_size": None, "mask": None, "bias": None}
+PLAIN = {"dtype": "float32", "causal": False, "window_size": None, "mask": None, "bias": None, "dropout_p": 0.0}
+FORWARD, BACKWARD, STEP = ({"passes": passes} for passes in ("forward", "backward", "forward+backward"))
 DENSE = PLAIN | {"batch": 1, "threads": 1, "seqlen_q": LONG}
+D64, D128 = DENSE | {"head_dim": 64}, DENSE | {"head_dim": 128}
 CAUSAL = PLAIN | {"batch": 1, "threads": 1, "head_dim": 64, "causal": True}
 MINILM = PLAIN | {"threads": 1, "batch": 8, "num_heads": 12, "seqlen_q": 128, "head_dim": 32}
 HALF = DENSE | {"dtype": {"bfloat16", "float16"}}
+BFLOAT16 = D64 | {"dtype": "bfloat16"}
 WINDOW = {"threads": 1, "seqlen_q": 4096, "window_size": {(256, 0)}}
-DECODE = {"threads": 2, "seqlen_q": 16, "seqlen_k": 4096}
+DECODE = {"seqlen_q": 16, "seqlen_k": 4096}
+ONE_HEAD = {"batch": 1, "num_heads": 1, "seqlen_q": 4096}
+DROPOUT = D64 | STEP | {"seqlen_q": 2048, "dropout_p": 0.1}
+DENSE_BIAS = D64 | BACKWARD | {"seqlen_q": 1024, "bias": "per_head"}
+VERY_LONG = {"seqlen_q": 16384}
 
 
 class Target(NamedTuple):
-    """`metric` of every row of `suite` that matches `where` is to be at least (or at most) `bound`.
+    """`metric` of every row of `kind` that matches `where` is to be at least (or at most) `bound`.
 
-    where    field of the case, or "threads" -> the value, or a container of values
+    where    field of the work or of its case, or "threads" -> the value, or a container of values
     """
 
     what: str
     quantity: str
     bound: float
-    suite: str
+    kind: str
     where: dict
     metric: str
     at_most: bool = False
     percent: bool = False
 
+    @property
+    def suite(self) -> str:
+        return suite_of(self.where["passes"])
+
+
+def _share(what: str, bound: float, where: dict) -> Target:
+    return Target(what, "share of the FMA peak", bound, "grid", where, "share", percent=True)
+
+
+def _ratio(what: str, bound: float, where: dict, quantity: str = "x SDPA", metric: str = "vs sdpa") -> Target:
+    return Target(what, quantity, bound, "grid", where, metric)
+
+
+def _threads(what: str, bound: float, where: dict) -> Target:
+    return Target(what, "x one thread", bound, "threads", where | {"threads": 2}, "speed-up")
+
+
+def _rate(what: str, quantity: str, bound: float, kind: str, where: dict) -> Target:
+    return Target(what, quantity, bound, kind, where, "rate", percent=True)
+
+
+def _time(what: str, bound: float, kind: str, where: dict) -> Target:
+    return Target(what, "x the time without", bound, kind, where, "time", at_most=True)
+
+
+def _memory(what: str, bound: float, where: dict) -> Target:
+    return Target(what, "MiB of extra memory", bound, "memory", where, "extra MiB", at_most=True)
+
 
 TARGETS = (
-    Target(
-        "D=64, S>=1024, dense", "share of the FMA peak", 0.82, "grid", DENSE | {"head_dim": 64}, "share", percent=True
-    ),
-    Target("D=64, S>=1024, dense", "x SDPA", 1.4, "grid", DENSE | {"head_dim": 64}, "vs sdpa"),
-    Target("D=64, S>=1024, dense", "x onnxruntime", 1.15, "grid", DENSE | {"head_dim": 64}, "vs onnxruntime"),
-    Target(
-        "D=128, S>=1024, dense", "share of the FMA peak", 0.86, "grid", DENSE | {"head_dim": 128}, "share", percent=True
-    ),
-    Target("D=128, S>=1024, dense", "x SDPA", 1.3, "grid", DENSE | {"head_dim": 128}, "vs sdpa"),
-    Target("D=64, causal, S=512", "x SDPA", 2.5, "grid", CAUSAL | {"seqlen_q": 512}, "vs sdpa"),
-    Target("D=64, causal, S=1024", "x SDPA", 2.0, "grid", CAUSAL | {"seqlen_q": 1024}, "vs sdpa"),
-    Target("D=64, causal, S=2048", "x SDPA", 1.7, "grid", CAUSAL | {"seqlen_q": 2048}, "vs sdpa"),
-    Target("B8 H12 S128 D32 dense", "x SDPA", 1.6, "grid", MINILM, "vs sdpa"),
-    Target("two threads, S>=1024", "x one thread", 1.9, "threads", {"threads": 2, "seqlen_q": LONG}, "speed-up"),
-    Target("16-bit, S>=1024", "of our own float32 rate", 0.9, "16-bit", HALF, "rate", percent=True),
-    Target("16-bit, S>=1024", "x the error of SDPA", 1.0, "grid", HALF, "error vs sdpa", at_most=True),
-    Target("window 256 of S=4096", "of our dense rate per pair", 0.8, "window", WINDOW, "rate", percent=True),
-    Target("window 256 of S=4096", "x FlexAttention", 3.5, "grid", WINDOW, "vs flex"),
-    Target("window 256 of S=4096", "x SDPA with the mask", 18.0, "grid", WINDOW, "vs sdpa"),
-    Target(
-        "bias or bool mask [1,1,S,S], S=2048", "x the time without", 1.25, "bias or mask", {"threads": 1}, "time", True
-    ),
-    Target("Sq=16, Sk=4096, B1 H4, two threads", "x one thread", 1.7, "threads", DECODE, "speed-up"),
-    Target("tiny call (1,1,1,16)", "x the speed of SDPA's call", 1.0, "overhead", {}, "vs sdpa"),
-    Target(
-        "S=16384 H4 D64, causal + bias row",
-        "MiB of extra memory",
-        64.0,
-        "memory",
-        {"seqlen_q": 16384},
-        "extra MiB",
-        True,
-    ),
+    _share("D=64, S>=1024, dense", 0.82, FORWARD | D64),
+    _ratio("D=64, S>=1024, dense", 1.4, FORWARD | D64),
+    _ratio("D=64, S>=1024, dense", 1.15, FORWARD | D64, "x onnxruntime", "vs onnxruntime"),
+    _share("D=128, S>=1024, dense", 0.86, FORWARD | D128),
+    _ratio("D=128, S>=1024, dense", 1.3, FORWARD | D128),
+    _ratio("D=64, causal, S=512", 2.5, FORWARD | CAUSAL | {"seqlen_q": 512}),
+    _ratio("D=64, causal, S=1024", 2.0, FORWARD | CAUSAL | {"seqlen_q": 1024}),
+    _ratio("D=64, causal, S=2048", 1.7, FORWARD | CAUSAL | {"seqlen_q": 2048}),
+    _ratio("B8 H12 S128 D32 dense", 1.6, FORWARD | MINILM),
+    _threads("two threads, S>=1024", 1.9, FORWARD | {"seqlen_q": LONG}),
+    _rate("16-bit, S>=1024", "of our own float32 rate", 0.9, "16-bit", FORWARD | HALF),
+    Target("16-bit, S>=1024", "x the error of SDPA", 1.0, "grid", FORWARD | HALF, "error vs sdpa", at_most=True),
+    _rate("window 256 of S=4096", "of our dense rate per pair", 0.8, "window", FORWARD | WINDOW),
+    _ratio("window 256 of S=4096", 3.5, FORWARD | WINDOW, "x FlexAttention", "vs flex"),
+    _ratio("window 256 of S=4096", 18.0, FORWARD | WINDOW, "x SDPA with the mask"),
+    _time("bias or bool mask [1,1,S,S], S=2048", 1.25, "bias or mask", FORWARD),
+    _threads("Sq=16, Sk=4096, B1 H4, two threads", 1.7, FORWARD | DECODE),
+    Target("tiny call (1,1,1,16)", "x the speed of SDPA's call", 1.0, "overhead", FORWARD, "vs sdpa"),
+    _memory("S=16384 H4 D64, causal + bias row", 64.0, FORWARD | VERY_LONG),
+    _share("backward, D=64, S>=1024, dense", 0.82, BACKWARD | D64),
+    _ratio("backward, D=64, S>=1024, dense", 1.5, BACKWARD | D64),
+    _share("backward, D=128, S>=1024, dense", 0.80, BACKWARD | D128),
+    _ratio("backward, D=128, S>=1024, dense", 1.3, BACKWARD | D128),
+    _ratio("backward, D=64, causal, S=1024", 1.9, BACKWARD | CAUSAL | {"seqlen_q": 1024}),
+    _ratio("backward, D=64, bfloat16, S>=1024", 7.0, BACKWARD | BFLOAT16),
+    _rate("backward, D=64, bfloat16, S>=1024", "of our own float32 rate", 0.85, "16-bit", BACKWARD | BFLOAT16),
+    _ratio("forward + backward, dropout 0.1, S=2048", 4.0, DROPOUT, "x SDPA with dropout"),
+    _time("forward + backward, dropout 0.1, S=2048", 1.3, "dropout", DROPOUT),
+    _ratio("backward, bias [1,H,S,S] with a gradient, S=1024", 3.0, DENSE_BIAS, "x SDPA with that attn_mask"),
+    _threads("backward, B1 H1 S4096, two threads", 1.7, BACKWARD | ONE_HEAD),
+    _ratio("backward, B8 H12 S128 D32 dense", 1.6, BACKWARD | MINILM),
+    _memory("forward + backward, S=16384 H4 D64, causal + bias row", 200.0, STEP | VERY_LONG),
 )
 
 
-def judge(rows: list[Row]) -> list[dict]:
-    """One dict for each target: its words, its bound, the worst measured value (None: not measured), met or not."""
-    return [_judge_one(target, rows) for target in TARGETS]
+def judge(rows: list[Row], suites: list[str]) -> list[dict]:
+    """One dict for each target of `suites`: its words, bound, worst measured value (None: not measured), met or not."""
+    return [_judge_one(target, rows) for target in TARGETS if target.suite in suites]
 
 
 def _judge_one(target: Target, rows: list[Row]) -> dict:
-    found = [row for row in rows if row.suite == target.suite and _matches(row, target.where)]
+    found = [row for row in rows if row.kind == target.kind and _matches(row, target.where)]
     values = [(row.metrics[target.metric], row.name) for row in found if target.metric in row.metrics]
     value, name = (max if target.at_most else min)(values, default=(None, None))
     met = None if value is None else value <= target.bound if target.at_most else value >= target.bound

@@ -1,12 +1,11 @@
-"""pytest-benchmark over the same grid as run.py: `pytest bench --benchmark-only`, on one thread."""
+"""pytest-benchmark over the same work as run.py: `pytest bench --benchmark-only`, on one thread."""
 
 import pytest
 import torch
 
-import fastattn
-from cases import GRID, inputs, visited_pairs
-from oracle import above_ceiling, errors, truth, wrong
 from peers import SDPA
+from suites import _checked_row, _prepared
+from work import FORWARD, TRAINING
 
 
 @pytest.fixture(autouse=True)
@@ -18,29 +17,19 @@ def one_thread():
 
 
 @pytest.mark.parametrize("contender", ["fastattn", "sdpa"])
-@pytest.mark.parametrize("case", GRID, ids=str)
-def test_grid(benchmark, case, contender):
-    (q, k, v), kwargs = inputs(case)
-    exact, plain = truth(case)
-    if contender == "fastattn":
-
-        def run():
-            return fastattn.attention(q, k, v, **kwargs)
-
-        error = errors(run(), exact)
-        assert wrong(error, plain, case.dtype) is None
-        call = fastattn.last_call()
-        benchmark.extra_info |= {"kernel": call.kernel, "isa": call.isa}
-    else:
-        run = SDPA.prepare(case, q, k, v, kwargs)
-        error = errors(run(), exact)
-        assert above_ceiling(error, case.dtype) is None
-    pairs = visited_pairs(case)
-    benchmark.group = str(case)
+@pytest.mark.parametrize("work", FORWARD + TRAINING, ids=str)
+def test_grid(benchmark, work, contender):
+    row, run = _checked_row("grid", str(work), work, 1)
+    assert row.wrong is None
+    if contender == "sdpa":
+        run = _prepared(row, (SDPA,), work)["sdpa"]
+    benchmark.group = row.name
     benchmark.extra_info |= {
-        "case": str(case),
-        "flops": 2 * pairs * (q.shape[3] + v.shape[3]),
+        "work": row.name,
+        "flops": row.flops,
         "threads": 1,
-        "max_error": error.max,
+        "kernel": row.kernel if contender == "fastattn" else "sdpa",
+        "isa": row.isa,
+        "max_error": row.results[contender].max_error,
     }
     benchmark(run)

@@ -1,8 +1,12 @@
 """Times of several contenders, measured in turn, and the FMA peak beside them."""
 
 import gc
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -90,6 +94,22 @@ class Peak:
             f"{dtype} x {threads}": (min(rates) / 1e9, max(rates) / 1e9, len(rates))
             for (dtype, threads), rates in self.readings.items()
         }
+
+
+@cache
+def peak_by_isa() -> dict[str, float]:
+    """GFLOP/s of float32 multiply-adds on one thread, by instruction set: of those that are built and run here.
+
+    Each in a process of its own, because the choice is made once. Peers choose theirs without asking us.
+    """
+    code = "from fastattn._C import fma_rate; print(max(fma_rate('float32', 0.005, 1) for _ in range(8)) / 1e9)"
+    path, rates = os.pathsep.join(filter(None, sys.path)), {}
+    for isa in ("avx512", "avx2", "neon", "scalar"):
+        environment = os.environ | {"PYTHONPATH": path, "FASTATTN_CPU_ISA": isa}
+        child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+        if child.returncode == 0:
+            rates[isa] = float(child.stdout)
+    return rates
 
 
 def matmul_rate(dtype: str, threads: int, size: int = 512) -> float:

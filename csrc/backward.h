@@ -8,6 +8,7 @@
 //
 // P^T and dS^T stand as [key][query of the block], so that one tile of them is lanes for dQ and scalars for dK and dV.
 #pragma once
+#include "dropout.h"
 #include "gradient_products.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -20,15 +21,18 @@ FASTATTN_INLINE int64_t column_panels(int64_t columns, int64_t NR) { return (col
 template <class Real>
 BackwardBlocking make_backward_blocking(const Problem& p, const Gradients& g) {
   BackwardBlocking b{};
-  b.lanes = p.seqlen_q <= VL<Real> ? VL<Real> : max_vectors * VL<Real>;
-  b.block_rows = (int)smaller(round_up(block_queries * 4 / sizeof(Real), b.lanes),
-                              round_up(larger<int64_t>(p.seqlen_q, 1), b.lanes));
+  b.lanes = panel_lanes<Real>(p.seqlen_q, p.blocks);
+  b.block_rows = p.blocks ? (int)p.blocks->block_q
+                          : (int)smaller(round_up(block_queries * 4 / sizeof(Real), b.lanes),
+                                         round_up(larger<int64_t>(p.seqlen_q, 1), b.lanes));
   const int64_t tile_rows = b.lanes == VL<Real> ? MR<1> : MR<max_vectors>;
   b.n_block = (int)(key_block * 4 / sizeof(Real) / tile_rows * tile_rows);
+  if (p.blocks) b.n_block = (int)tile_of_block(p.blocks->block_k, key_block * 4 / sizeof(Real));
   const int64_t units = g.dense_bias() && !g.dbias.stride[1] ? 1 : p.num_heads_k;
   int64_t splits = units && units < backward_few_units ? backward_few_units / units : 1;
   splits = larger<int64_t>(1, smaller(splits, p.seqlen_k / min_unit_keys));
-  b.split_keys = larger<int64_t>(b.n_block, round_up((p.seqlen_k + splits - 1) / splits, b.n_block));
+  const int64_t step = p.blocks ? p.blocks->block_k : b.n_block;
+  b.split_keys = larger(step, round_up((p.seqlen_k + splits - 1) / splits, step));
   b.num_splits = (int)larger<int64_t>(1, (p.seqlen_k + b.split_keys - 1) / b.split_keys);
   b.partial_size = round_up(p.seqlen_q, b.lanes) * p.head_dim;
   return b;
@@ -49,6 +53,7 @@ struct BackwardScratch {
   Real *dk, *dv;              // [tiles][column panels][n_block][NR]
   Real *k, *v;                // [n_block][stride]
   Real *scores, *dp, *slope;  // [n_block][NR]
+  Real* kept;                 // [n_block][NR], the mask of dropout
   Real *p, *ds;               // [n_block][tile_stride]
   Real* key_sum;              // [keys of the range][vector], of dS
   ModifierMemory<Real> modifier;
@@ -82,6 +87,7 @@ BackwardScratch<Real> backward_layout(const Problem& p, const BackwardBlocking& 
   s.tile_stride = round_up(b.block_rows, 64 / sizeof(Real)) + 64 / sizeof(Real);
   s.k = arena.take<Real>(keys * s.k_stride), s.v = arena.take<Real>(keys * s.v_stride);
   s.scores = arena.take<Real>(keys * NR), s.dp = arena.take<Real>(keys * NR), s.slope = arena.take<Real>(keys * NR);
+  s.kept = arena.take<Real>(p.drops() ? keys * NR : 0);
   s.p = arena.take<Real>(keys * s.tile_stride), s.ds = arena.take<Real>(keys * s.tile_stride);
   s.key_sum = arena.take<Real>(range * VL<Real>);
   s.modifier = take_modifier<Real>(arena, keys, NR);
@@ -91,14 +97,23 @@ BackwardScratch<Real> backward_layout(const Problem& p, const BackwardBlocking& 
   return s;
 }
 
-// A panel's dq [head_dim][NR] to the tensor; rows: [NR][head_dim].
+// A panel's dq [head_dim][NR] to the tensor, and q . dq, of which the scale's gradient is the sum; rows: [NR][head_dim].
 template <class Real>
 void store_dq(const Problem& p, const Gradients& g, int64_t batch, int64_t head, int64_t query, int64_t count,
               int64_t NR, const Real* dq, Real* rows) {
   transpose(dq, NR, p.head_dim, NR, rows, p.head_dim);
+  const Real scale = (Real)scale_of(p, head);
   for (int64_t r = 0; r < count; r++) {
-    for (int64_t d = 0; d < p.head_dim; d++) rows[r * p.head_dim + d] *= (Real)p.softmax_scale;
-    store_row(rows + r * p.head_dim, (Real)1, p.head_dim, at(g.dq, batch, head, query + r), g.dq.dtype, g.dq.stride[3]);
+    Real* row = rows + r * p.head_dim;
+    if (g.scale_sums) {
+      double sum = 0;
+      for (int64_t d = 0; d < p.head_dim; d++)  // a query that sees no key may be NaN
+        sum += row[d] == 0 ? 0 : load_scalar<double>(at(p.q, batch, head, query + r, d), p.q.dtype) * row[d];
+      g.scale_sums[(batch * p.num_heads + head) * p.seqlen_q + query + r] = sum;
+    }
+    if (!g.dq) continue;
+    for (int64_t d = 0; d < p.head_dim; d++) row[d] *= scale;
+    store_row(row, (Real)1, p.head_dim, at(g.dq, batch, head, query + r), g.dq.dtype, g.dq.stride[3]);
   }
 }
 
@@ -140,7 +155,7 @@ class KeyRange {
     const int64_t range = round_up(k_hi - k_lo, b.n_block), group_size = p.num_heads / p.num_heads_k;
     clear(s.dk, range * column_panels(D, NR) * NR);
     clear(s.dv, range * column_panels(Dv, NR) * NR);
-    for (int64_t i = 0; i < group_size; i++) {
+    for (int64_t i = 0; i < group_size && p.seqlen_q; i++) {  // no query: no bias of a query to load
       head = u.head_k * group_size + i;
       if (g.key_sums) clear(s.key_sum, range * L);
       for (int64_t query = 0; query < p.seqlen_q; query += NR)
@@ -149,8 +164,8 @@ class KeyRange {
       finish_dq(!partial);
       finish_score_sums();
     }
-    finish_keys(g.dk, s.dk, D, (Real)p.softmax_scale);
-    finish_keys(g.dv, s.dv, Dv, 1);
+    finish_keys(g.dk, s.dk, D);
+    finish_keys(g.dv, s.dv, Dv);
     return finite || !any_masked || careful;
   }
 
@@ -159,7 +174,8 @@ class KeyRange {
     for (int64_t i = 0; i < n; i += L) store(x + i, Vec<Real>{});
   }
 
-  // Rows query ... of the head into the panel and the row copies.
+  // Rows query ... of the head into the panel and the row copies. Those of q come scaled for dk, those of dout by what
+  // dropout gives the weights that it leaves, for dv and dP.
   void prepare(int64_t query, Real* partial) {
     GradientPanel<Real>& panel = s.panels[query / NR];
     const int64_t rows = smaller<int64_t>(NR, p.seqlen_q - query);
@@ -167,6 +183,7 @@ class KeyRange {
     if (partial) panel.dq = partial + query * D;
     clear(panel.dq, D * NR);
     clear(panel.slope_sum, NR);
+    const Real scale = (Real)scale_of(p, head), keep_factor = (Real)p.keep_factor;
     for (int64_t r = 0; r < NR; r++) {
       Real* dout = s.rows + r * Dv;
       if (r >= rows) {
@@ -176,16 +193,19 @@ class KeyRange {
         continue;
       }
       load_row(at(p.q, u.batch, head, query + r), p.q.dtype, p.q.stride[3], D, s.row);
+      for (int64_t d = 0; d < D; d++) s.row[d] *= scale;
       copy_row(s.row, D, query + r, s.q_rows);
       load_row(at(g.dout, u.batch, head, query + r), g.dout.dtype, g.dout.stride[3], Dv, dout);
       const Real* parts = (const Real*)at(p.lse_parts, u.batch, head, query + r);
       panel.softmax.top[r] = parts[0];
       panel.softmax.log_sum[r] = parts[p.lse_parts.stride[3]];
-      for (int64_t d = 0; d < Dv; d++) s.row[d] = dout[d];
+      for (int64_t d = 0; d < Dv; d++) s.row[d] = dout[d] * keep_factor;
       copy_row(s.row, Dv, query + r, s.dout_rows);
     }
     transpose(s.rows, Dv, (int64_t)NR, Dv, panel.dout, (int64_t)NR);
     find_delta(panel, query, rows);
+    if (p.drops())
+      for (int64_t i = 0; i < Dv * NR; i++) panel.dout[i] *= keep_factor;
     if (u.split == 0 && (g.query_sums || g.sink_sums)) row_sums(panel.softmax, query, rows);
   }
 
@@ -232,13 +252,23 @@ class KeyRange {
   }
 
   void visit_tile() {
+    Range visits{0, (p.seqlen_q + b.block_rows - 1) / b.block_rows};  // blocks of queries, or list entries
+    if (p.blocks) {
+      const int64_t list = p.blocks->index(u.batch, head, lo / p.blocks->block_k);
+      visits = {p.blocks->first[list], p.blocks->first[list + 1]};
+    }
+    if (visits.lo == visits.hi) return;
     keys = smaller<int64_t>(b.n_block, k_hi - lo);
     for (int64_t j = 0; j < keys; j++) {
       load_row(at(p.k, u.batch, u.head_k, lo + j), p.k.dtype, p.k.stride[3], D, s.k + j * s.k_stride);
       load_row(at(p.v, u.batch, u.head_k, lo + j), p.v.dtype, p.v.stride[3], Dv, s.v + j * s.v_stride);
     }
-    modifier.load_tile(u.batch, head, 0, lo, keys);
-    for (int64_t query = 0; query < p.seqlen_q; query += b.block_rows) visit_block(query);
+    modifier.load_tile(u.batch, head, 0, {lo, lo + keys});
+    for (int64_t i = visits.lo; i < visits.hi; i++) {
+      const Visit visit = p.blocks ? p.blocks->visits[i] : Visit{(int32_t)i, -1};
+      if (p.blocks) modifier.use_bitmap(p.blocks->bitmap(visit), lo);
+      visit_block(visit.block * b.block_rows);
+    }
   }
 
   Range seen_by(const Panel<Real>& panel) const {
@@ -278,10 +308,16 @@ class KeyRange {
     each_tile<R>(n, [&](int64_t j, auto tile) {
       row_tile<false, Real, tile, NV>(v + j * s.v_stride, s.v_stride, panel.dout, Dv, s.dp + j * NR);
     });
-    weigh<Real, NV>(s.scores, s.dp, n, panel.softmax, weights, ds, stride);
+    if (p.drops()) {
+      each_kept<Real, NV>(p, panel, seen.lo, n,
+                          [&](int64_t j, int v, auto kept) { store(s.kept + (j * NV + v) * L, (Vec<Real>)kept); });
+      weigh<true, Real, NV>(s.scores, s.dp, s.kept, n, panel.softmax, weights, ds, stride);
+    } else {
+      weigh<false, Real, NV>(s.scores, s.dp, nullptr, n, panel.softmax, weights, ds, stride);
+    }
     add_score_sums(panel, ds, seen);
     if (p.softcap > 0.0) scale_rows<Real, NV>(ds, stride, s.slope, n);
-    if (!g.dq) return true;
+    if (!g.needs_dq()) return true;
     if (careful)
       for (int64_t d = 0; d < D; d++) select_column<Real, NV>(k + d, s.k_stride, ds, stride, n, panel.dq + d * NR);
     else
@@ -338,7 +374,7 @@ class KeyRange {
     for (int64_t query = 0; query < p.seqlen_q; query += NR) {
       const GradientPanel<Real>& panel = s.panels[query / NR];
       if (any_masked && finite) finite = all_finite(panel.dq, D * NR);
-      if (stores && g.dq) store_dq(p, g, u.batch, head, query, panel.lanes.rows, NR, panel.dq, s.rows);
+      if (stores && g.needs_dq()) store_dq(p, g, u.batch, head, query, panel.lanes.rows, NR, panel.dq, s.rows);
     }
   }
 
@@ -359,15 +395,14 @@ class KeyRange {
       }
   }
 
-  void finish_keys(const Tensor& t, const Real* gradient, int64_t columns, Real scale) {
+  void finish_keys(const Tensor& t, const Real* gradient, int64_t columns) {
     if (!t) return;
     const int64_t panels = column_panels(columns, NR);
     if (any_masked && finite) finite = all_finite(gradient, round_up(k_hi - k_lo, b.n_block) * panels * NR);
     for (int64_t key = k_lo; key < k_hi; key++) {
       const int64_t tile = (key - k_lo) / b.n_block, j = (key - k_lo) % b.n_block;
       for (int64_t c = 0; c < panels; c++)
-        for (int64_t d = 0; d < NR; d++)
-          s.row[c * NR + d] = gradient[((tile * panels + c) * b.n_block + j) * NR + d] * scale;
+        for (int64_t d = 0; d < NR; d++) s.row[c * NR + d] = gradient[((tile * panels + c) * b.n_block + j) * NR + d];
       store_row(s.row, (Real)1, columns, at(t, u.batch, u.head_k, key), t.dtype, t.stride[3]);
     }
   }
@@ -415,6 +450,14 @@ void combine_dq(const Problem& p, const Gradients& g, const BackwardBlocking& b,
 FASTATTN_INLINE double pairs_of(const Problem& p, const BackwardBlocking& b, const KeyUnit& u) {
   const int64_t group_size = p.num_heads / p.num_heads_k, k_lo = u.split * b.split_keys, k_hi = k_lo + b.split_keys;
   double pairs = 0;
+  if (p.blocks) {
+    for (int64_t key = k_lo; key < smaller(k_hi, p.seqlen_k); key += p.blocks->block_k)
+      for (int64_t head = u.head_k * group_size; head < (u.head_k + u.heads_k) * group_size; head++) {
+        const int64_t list = p.blocks->index(u.batch, head, key / p.blocks->block_k);
+        pairs += (double)(p.blocks->first[list + 1] - p.blocks->first[list]) * p.blocks->block_q * p.blocks->block_k;
+      }
+    return pairs * u.batches;
+  }
   for (int64_t query = 0; query < p.seqlen_q; query += b.block_rows) {
     const int64_t rows = smaller<int64_t>(b.block_rows, p.seqlen_q - query);
     const Range seen = visited_range(p, u.batch, u.head_k * group_size, query, rows);

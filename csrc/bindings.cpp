@@ -30,6 +30,7 @@ DType dtype_of(const std::string& name) {
   if (name == "bfloat16") return DType::bfloat16;
   if (name == "float16") return DType::float16;
   if (name == "bool") return DType::boolean;
+  if (name == "uint8") return DType::uint8;
   if (name == "int32") return DType::int32;
   if (name == "int64") return DType::int64;
   throw std::invalid_argument("dtype " + name + " is not supported by the CPU kernels");
@@ -42,6 +43,7 @@ DType dtype_of(dlpack::DataType type) {
   if (type.code == dlpack::kFloat && bits == 16) return DType::float16;
   if (type.code == dlpack::kBfloat && bits == 16) return DType::bfloat16;
   if (type.code == dlpack::kBool && bits == 8) return DType::boolean;
+  if (type.code == dlpack::kUInt && bits == 8) return DType::uint8;
   if (type.code == dlpack::kInt && bits == 32) return DType::int32;
   if (type.code == dlpack::kInt && bits == 64) return DType::int64;
   throw std::invalid_argument("a tensor's dtype is not supported by the CPU kernels");
@@ -153,8 +155,11 @@ Tensor reduced(PyObject* object, const char* name, const int64_t (&sizes)[4], Ow
   return broadcast(v, name, sizes, missing_right);
 }
 
-bool is_integer(DType dtype) { return dtype == DType::int32 || dtype == DType::int64; }
-bool is_float(DType dtype) { return dtype != DType::boolean && !is_integer(dtype); }
+DType real_of(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
+
+bool is_index(DType dtype) { return dtype == DType::int32 || dtype == DType::int64; }
+
+bool is_float(DType dtype) { return dtype != DType::boolean && dtype != DType::uint8 && !is_index(dtype); }
 
 double number(PyObject* object) {
   const double x = PyFloat_AsDouble(object);
@@ -167,16 +172,80 @@ int64_t integer(PyObject* object) {
   return x;
 }
 
-constexpr int num_arguments = 16, num_gradients = 8;
-constexpr double tiny_work =
-    1e5;  // multiply-adds, a few microseconds: below it, giving up the GIL costs more than it gives
+// multiply-adds, a few microseconds: below it, giving up the GIL costs more than it gives
+constexpr double tiny_work = 1e5;
 
-DType real_of(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
+// The places of fastattn.problem.Terms.
+enum Term {
+  kScale,
+  kSoftcap,
+  kDiagonalLo,
+  kDiagonalHi,
+  kKStart,
+  kKEnd,
+  kMask,
+  kBlockMask,
+  kBias,
+  kAlibiSlopes,
+  kSinks,
+  kDropoutP,
+  kSeed,
+  kTerms
+};
+
+// The lists' entries are checked by the driver, which reads them all.
+fastattn::BlockMask block_mask_of(py::handle mask, const Problem& p, Owned& owned) {
+  fastattn::BlockMask m{};
+  auto pair = [&](const char* name, int64_t& first, int64_t& second) {
+    const auto both = mask.attr(name).cast<std::pair<int64_t, int64_t>>();
+    first = both.first, second = both.second;
+  };
+  auto tensor = [&](const char* name) {
+    owned.push_back(mask.attr(name));
+    const View v = view(owned.back().ptr(), owned);
+    if (v.dtype != (name[0] == 'b' ? DType::uint8 : DType::int32)) mismatch(name, "has a wrong dtype");
+    return v;
+  };
+  int64_t seqlen_q, seqlen_k;
+  pair("BLOCK_SIZE", m.block_q, m.block_k), pair("seq_lengths", seqlen_q, seqlen_k);
+  for (int64_t size : {m.block_q, m.block_k})
+    if (size < 16 || size > 256 || size % 16) mismatch("BLOCK_SIZE", "must be multiples of 16 in 16 ... 256");
+  if (seqlen_q != p.seqlen_q || seqlen_k != p.seqlen_k) mismatch("seq_lengths", "do not fit q and k");
+  const int64_t rows = (p.seqlen_q + m.block_q - 1) / m.block_q;
+  auto counts = [&](const char* name) {
+    const int64_t sizes[4] = {p.batch, p.num_heads, rows, 1};
+    View v = tensor(name);
+    if (v.ndim != 3 || v.shape[2] != rows) mismatch(name, "must have a number for each block of queries");
+    return broadcast(v, name, sizes, 1);
+  };
+  auto list = [&](const char* name, int64_t& longest) {
+    View v = tensor(name);
+    if (v.ndim != 4 || v.shape[2] != rows) mismatch(name, "must have a list for each block of queries");
+    longest = v.shape[3];
+    const int64_t sizes[4] = {p.batch, p.num_heads, rows, longest};
+    return broadcast(v, name, sizes);
+  };
+  int64_t longest_bitmap;
+  m.num_partial = counts("kv_num_blocks"), m.num_full = counts("full_kv_num_blocks");
+  m.partial = list("kv_indices", m.longest_partial), m.full = list("full_kv_indices", m.longest_full);
+  m.bitmap = list("kv_bitmaps", longest_bitmap);
+  if (longest_bitmap != m.longest_partial) mismatch("kv_bitmaps", "must have the shape of kv_indices");
+  for (const Tensor* t : {&m.partial, &m.bitmap, &m.num_full, &m.full})
+    for (int i = 0; i < 2; i++)
+      if ((t->stride[i] == 0) != (m.num_partial.stride[i] == 0)) mismatch("block_mask", "has lists of unequal shapes");
+  const View bits = tensor("bitmaps");
+  const int64_t bytes = m.block_k / 8, strides[3] = {m.block_q * bytes, bytes, 1};
+  bool fits = bits.ndim == 3 && bits.shape[1] == m.block_q && bits.shape[2] == bytes;
+  for (int i = 0; i < 3; i++) fits = fits && (bits.shape[i] <= 1 || bits.stride[i] == strides[i]);
+  if (!fits) mismatch("bitmaps", "must be contiguous [num_bitmaps, block_q, block_k / 8]");
+  m.bitmaps = (const uint8_t*)bits.data, m.num_bitmaps = bits.shape[0];
+  return m;
+}
 
 // Everything that native code relies on is checked here, whatever the caller has checked.
-// q, k, v, out (exact_out: in the compute dtype), lse, lse_parts, softmax_scale.
-Problem tensors_of(PyObject* const* args, Owned& owned, bool exact_out = false) {
-  const View q = view(args[0], owned), k = view(args[1], owned), v = view(args[2], owned), out = view(args[3], owned);
+// q, k, v, out; backward: out is in the compute dtype.
+Problem tensors_of(PyObject* const* qkvo, PyObject* lse, PyObject* lse_parts, bool backward, Owned& owned) {
+  const View q = view(qkvo[0], owned), k = view(qkvo[1], owned), v = view(qkvo[2], owned), out = view(qkvo[3], owned);
   if (q.ndim != 4 || k.ndim != 4 || v.ndim != 4) mismatch("q, k and v", "must have 4 dimensions");
   if (!is_float(q.dtype)) mismatch("q", "must have a float dtype");
   Problem p{};
@@ -190,30 +259,43 @@ Problem tensors_of(PyObject* const* args, Owned& owned, bool exact_out = false) 
   const int64_t outs[4] = {p.batch, p.num_heads, p.seqlen_q, p.head_dim_v};
   p.q = exact(q, "q", queries, q.dtype), p.k = exact(k, "k", keys, q.dtype), p.v = exact(v, "v", values, q.dtype);
   const DType real = real_of(q.dtype);
-  p.out = exact(out, "out", outs, exact_out ? real : q.dtype);
+  p.out = exact(out, "out", outs, backward ? real : q.dtype);
   const int64_t rows[4] = {p.batch, p.num_heads, p.seqlen_q, 1}, parts[4] = {p.batch, p.num_heads, p.seqlen_q, 2};
-  p.lse = complete(args[4], "lse", rows, real, owned, 1);
-  p.lse_parts = complete(args[5], "lse_parts", parts, real, owned);
-  p.softmax_scale = number(args[6]);
+  p.lse = complete(lse, "lse", rows, real, owned, 1);
+  p.lse_parts = complete(lse_parts, "lse_parts", parts, real, owned);
   return p;
 }
 
-// The first 16 arguments of forward and backward.
-Problem problem_of(PyObject* const* args, Owned& owned) {
-  Problem p = tensors_of(args, owned);
+void read_terms(PyObject* terms, Problem& p, Owned& owned) {
+  if (!PyTuple_Check(terms) || PyTuple_GET_SIZE(terms) != kTerms) mismatch("terms", "must be a Terms");
+  auto term = [&](Term name) { return PyTuple_GET_ITEM(terms, name); };
   const int64_t scores[4] = {p.batch, p.num_heads, p.seqlen_q, p.seqlen_k};
-  p.softcap = number(args[7]);
-  p.diagonal_lo = integer(args[8]), p.diagonal_hi = integer(args[9]);
-  p.k_start = optional(args[10], "k_start", scores, owned, 1), p.k_end = optional(args[11], "k_end", scores, owned, 1);
-  p.mask = optional(args[12], "mask", scores, owned), p.bias = optional(args[13], "bias", scores, owned);
-  p.alibi_slopes = optional(args[14], "alibi_slopes", scores, owned, 2),
-  p.sinks = optional(args[15], "sinks", scores, owned, 2);
+  if (PyFloat_Check(term(kScale)) || PyLong_Check(term(kScale)))
+    p.softmax_scale = number(term(kScale));
+  else
+    p.scales = optional(term(kScale), "softmax_scale", scores, owned, 2);
+  p.softcap = number(term(kSoftcap));
+  p.diagonal_lo = integer(term(kDiagonalLo)), p.diagonal_hi = integer(term(kDiagonalHi));
+  p.k_start = optional(term(kKStart), "k_start", scores, owned, 1);
+  p.k_end = optional(term(kKEnd), "k_end", scores, owned, 1);
+  p.mask = optional(term(kMask), "mask", scores, owned), p.bias = optional(term(kBias), "bias", scores, owned);
+  p.alibi_slopes = optional(term(kAlibiSlopes), "alibi_slopes", scores, owned, 2);
+  if (term(kBlockMask) != Py_None) p.block_mask = block_mask_of(term(kBlockMask), p, owned);
+  p.sinks = optional(term(kSinks), "sinks", scores, owned, 2);
   if ((p.k_start && p.k_start.dtype != DType::int32) || (p.k_end && p.k_end.dtype != DType::int32))
     mismatch("k_start and k_end", "must be int32");
   if (p.mask && p.mask.dtype != DType::boolean) mismatch("mask", "must be bool");
-  for (const Tensor* t : {&p.bias, &p.alibi_slopes, &p.sinks})
-    if (*t && !is_float(t->dtype)) mismatch("bias, alibi_slopes and sinks", "must have a float dtype");
-  return p;
+  for (const Tensor* t : {&p.bias, &p.alibi_slopes, &p.sinks, &p.scales})
+    if (*t && !is_float(t->dtype)) mismatch("bias, alibi_slopes, sinks and softmax_scale", "must have a float dtype");
+  const double dropout_p = number(term(kDropoutP));
+  if (!(dropout_p >= 0.0 && dropout_p < 1.0)) mismatch("dropout_p", "must be in [0, 1)");
+  p.keep_factor = 1.0 / (1.0 - dropout_p);
+  p.drop_below = (uint32_t)(dropout_p * 4294967296.0);
+  if (dropout_p > 0.0) p.seed = (uint64_t)integer(term(kSeed));
+}
+
+Tensor out_exact_of(PyObject* object, const Problem& p, Owned& owned) {
+  return complete(object, "out_exact", {p.batch, p.num_heads, p.seqlen_q, p.head_dim_v}, real_of(p.q.dtype), owned);
 }
 
 // dout, dlse, dq, dk, dv.
@@ -275,36 +357,41 @@ PyObject* signature(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return guarded(count, num_arguments + 1, [&] {
+  return guarded(count, 9, [&] {
     Owned owned;
-    const Problem problem = problem_of(args, owned);
-    const int threads = (int)integer(args[num_arguments]);
-    const double pairs = (double)problem.batch * problem.num_heads * problem.seqlen_q * problem.seqlen_k;
-    if (pairs * (problem.head_dim + problem.head_dim_v) < tiny_work) {
-      fastattn::forward(problem, 1);
+    Problem p = tensors_of(args, args[4], args[5], false, owned);
+    p.out_exact = out_exact_of(args[6], p, owned);
+    read_terms(args[7], p, owned);
+    const int threads = (int)integer(args[8]);
+    const double pairs = (double)p.batch * p.num_heads * p.seqlen_q * p.seqlen_k;
+    if (pairs * (p.head_dim + p.head_dim_v) < tiny_work) {
+      fastattn::forward(p, 1);
     } else {
       py::gil_scoped_release release;
-      fastattn::forward(problem, threads);
+      fastattn::forward(p, threads);
     }
   });
 }
 
 PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return guarded(count, num_arguments + num_gradients + 1, [&] {
+  return guarded(count, 16, [&] {
     Owned owned;
-    const Problem p = problem_of(args, owned);
-    PyObject* const* more = args + num_arguments;
-    Gradients g = gradients_of(p, more, owned);
+    Problem p = tensors_of(args, Py_None, args[4], true, owned);
+    read_terms(args[5], p, owned);
+    PyObject* const* more = args + 6;
     const int64_t scores[4] = {p.batch, p.num_heads, p.seqlen_q, p.seqlen_k};
+    Gradients g = gradients_of(p, more, owned);
     g.dbias = reduced(more[5], "dbias", scores, owned);
     g.dalibi_slopes = reduced(more[6], "dalibi_slopes", scores, owned, 2);
     g.dsinks = reduced(more[7], "dsinks", scores, owned, 2);
+    g.dscales = reduced(more[8], "dsoftmax_scale", scores, owned, 2);
     if (g.dbias && g.dbias.dtype != (g.dense_bias() ? p.lse_parts.dtype : DType::float64))
       mismatch("dbias", "has a wrong dtype");
-    for (const Tensor* t : {&g.dalibi_slopes, &g.dsinks})
-      if (*t && t->dtype != DType::float64) mismatch("dalibi_slopes and dsinks", "must be float64");
-    if ((g.dsinks && !p.sinks) || (g.dalibi_slopes && !p.alibi_slopes)) mismatch("a gradient", "has no tensor");
-    const int threads = (int)integer(more[num_gradients]);
+    for (const Tensor* t : {&g.dalibi_slopes, &g.dsinks, &g.dscales})
+      if (*t && t->dtype != DType::float64) mismatch("dalibi_slopes, dsinks and dsoftmax_scale", "must be float64");
+    if ((g.dsinks && !p.sinks) || (g.dalibi_slopes && !p.alibi_slopes) || (g.dscales && !p.scales))
+      mismatch("a gradient", "has no tensor");
+    const int threads = (int)integer(more[9]);
     py::gil_scoped_release release;
     fastattn::backward(p, g, threads);
   });
@@ -313,7 +400,7 @@ PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
 // Entries of one of the lists of edges.
 Tensor list(const View& v, const char* name, int64_t size) {
   if (v.ndim != 1) mismatch(name, "must have 1 dimension");
-  if (!is_integer(v.dtype)) mismatch(name, "must be int32 or int64");
+  if (!is_index(v.dtype)) mismatch(name, "must be int32 or int64");
   if (v.shape[0] != size) mismatch(name, "has a wrong length");
   return broadcast(v, name, {1, 1, 1, size});
 }
@@ -321,8 +408,9 @@ Tensor list(const View& v, const char* name, int64_t size) {
 constexpr int num_csr_arguments = 10;
 
 // The first 10 arguments of csr_forward and csr_backward; the entries of the lists are checked later, without the GIL.
-std::pair<Problem, Csr> edges_of(PyObject* const* args, Owned& owned, bool exact_out) {
-  Problem p = tensors_of(args, owned, exact_out);
+std::pair<Problem, Csr> edges_of(PyObject* const* args, bool backward, Owned& owned) {
+  Problem p = tensors_of(args, args[4], args[5], backward, owned);
+  p.softmax_scale = number(args[6]);
   Csr lists{};
   const View indices = view(args[8], owned);
   lists.num_edges = indices.ndim == 1 ? indices.shape[0] : 0;
@@ -336,9 +424,8 @@ std::pair<Problem, Csr> edges_of(PyObject* const* args, Owned& owned, bool exact
 PyObject* csr_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return guarded(count, num_csr_arguments + 2, [&] {
     Owned owned;
-    auto [p, lists] = edges_of(args, owned, false);
-    const int64_t outs[4] = {p.batch, p.num_heads, p.seqlen_q, p.head_dim_v};
-    p.out_exact = complete(args[num_csr_arguments], "out_exact", outs, real_of(p.q.dtype), owned);
+    auto [p, lists] = edges_of(args, false, owned);
+    p.out_exact = out_exact_of(args[num_csr_arguments], p, owned);
     const int threads = (int)integer(args[num_csr_arguments + 1]);
     py::gil_scoped_release release;
     fastattn::csr_forward(p, lists, threads);
@@ -348,7 +435,7 @@ PyObject* csr_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyObject* csr_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return guarded(count, num_csr_arguments + 7, [&] {
     Owned owned;
-    const auto [p, lists] = edges_of(args, owned, true);
+    const auto [p, lists] = edges_of(args, true, owned);
     PyObject* const* more = args + num_csr_arguments;
     Gradients g = gradients_of(p, more, owned);
     g.dbias = reduced(more[5], "dedge_bias", {p.batch, p.num_heads, 1, lists.num_edges}, owned);
@@ -364,11 +451,11 @@ PyMethodDef fast_methods[] = {
     {"signature", (PyCFunction)(void (*)())signature, METH_FASTCALL,
      "signature(q, k, v): their shapes and dtypes as bytes, or None if one is not a plain 4-D CPU tensor."},
     {"forward", (PyCFunction)(void (*)())forward, METH_FASTCALL,
-     "forward(q, k, v, out, lse, lse_parts, softmax_scale, softcap, diagonal_lo, diagonal_hi, k_start, k_end, mask, "
-     "bias, alibi_slopes, sinks, threads): fills out, and lse and lse_parts where they are not None."},
+     "forward(q, k, v, out, lse, lse_parts, out_exact, terms, threads): fills out, and those of lse, lse_parts and "
+     "out_exact that are not None."},
     {"backward", (PyCFunction)(void (*)())backward, METH_FASTCALL,
-     "backward(<the first 16 of forward>, dout, dlse, dq, dk, dv, dbias, dalibi_slopes, dsinks, threads): fills those "
-     "of dq, dk, dv that are not None, adds to those of the others."},
+     "backward(q, k, v, out, lse_parts, terms, dout, dlse, dq, dk, dv, dbias, dalibi_slopes, dsinks, "
+     "dsoftmax_scale, threads): fills those of dq, dk, dv that are not None, adds to those of the others."},
     {"csr_forward", (PyCFunction)(void (*)())csr_forward, METH_FASTCALL,
      "csr_forward(q, k, v, out, lse, lse_parts, softmax_scale, indptr, indices, edge_bias, out_exact, threads): fills "
      "out, and those of lse, lse_parts and out_exact that are not None. edge_bias broadcasts to [batch, num_heads, 1, "

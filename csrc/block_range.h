@@ -52,4 +52,31 @@ FASTATTN_INLINE Range visited_range(const Problem& p, int64_t batch, int64_t hea
   return all.lo < all.hi ? all : Range{0, 0};
 }
 
+// Some keys and, if not all of their block are seen, the bits of the block: rows of block_k from the first key of the
+// block, for the block's first row on.
+struct KeyTile {
+  int64_t lo, hi;
+  const uint8_t* bitmap = nullptr;
+};
+
+// Calls visit(KeyTile) for tiles of up to n_block keys within lo ... hi - 1: the one question that a mask has to answer.
+// With blocks: those of list `block` that it visits.
+template <class Call>
+FASTATTN_INLINE void each_key_tile(const BlockLists* blocks, int64_t list, int64_t lo, int64_t hi, int64_t n_block,
+                                   const Call& visit) {
+  if (!blocks) {
+    for (int64_t key = lo / n_block * n_block; key < hi; key += n_block)
+      visit(KeyTile{larger(key, lo), smaller(key + n_block, hi)});
+    return;
+  }
+  for (int64_t i = blocks->first[list]; i < blocks->first[list + 1]; i++) {
+    const Visit& block = blocks->visits[i];
+    const int64_t from = block.block * blocks->block_k, to = smaller(from + blocks->block_k, hi);
+    for (int64_t key = from; key < to; key += n_block) {
+      const KeyTile tile{larger(key, lo), smaller(key + n_block, to), blocks->bitmap(block)};
+      if (tile.lo < tile.hi) visit(tile);
+    }
+  }
+}
+
 }  // namespace fastattn::FASTATTN_ISA

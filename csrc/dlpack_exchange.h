@@ -6,7 +6,7 @@
 
 namespace dlpack {
 
-enum : uint8_t { kInt = 0, kFloat = 2, kBfloat = 4, kBool = 6 };
+enum : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kBool = 6 };
 enum : int32_t { kCPU = 1 };
 
 struct DataType {

@@ -1,13 +1,21 @@
 #include "driver.h"
 
+#include <unistd.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstdlib>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "block_lists.h"
 #include "parallel.h"
 
 namespace fastattn {
@@ -29,6 +37,14 @@ struct Isa {
   bool supported;
 };
 
+#if defined(FASTATTN_HAVE_AVX2) || defined(FASTATTN_HAVE_AVX512)
+// Clang 14's __builtin_cpu_supports does not know it; its registers are AVX's.
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && ecx & bit_F16C;
+}
+#endif
+
 // Best first. The compiler's builtins check cpuid and, for the vector state, XGETBV.
 std::vector<Isa> isas() {
   std::vector<Isa> list;
@@ -36,11 +52,11 @@ std::vector<Isa> isas() {
   list.push_back({&avx512::kernels, "avx512",
                   __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma")});
+                      __builtin_cpu_supports("fma") && has_f16c()});
 #endif
 #if defined(FASTATTN_HAVE_AVX2)
-  list.push_back({&avx2::kernels, "avx2",
-                  __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")});
+  list.push_back(
+      {&avx2::kernels, "avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()});
 #endif
 #if defined(FASTATTN_HAVE_NEON)
   list.push_back({&neon::kernels, "neon", true});
@@ -148,9 +164,10 @@ void add_sums(const Problem& p, const std::vector<double>& source, int64_t n, co
     }
 }
 
-// The buffers that the units fill for the gradients of bias (by key or query), alibi_slopes and sinks, and their sums.
+// The buffers that the units fill for the gradients of bias (by key or query), alibi_slopes, sinks and scales, and their
+// sums.
 class ScoreSums {
-  std::vector<double> keys, queries, slopes, sinks;
+  std::vector<double> keys, queries, slopes, sinks, scales;
   const Problem& p;
   const int64_t splits;
 
@@ -166,12 +183,14 @@ class ScoreSums {
     g.query_sums = wanted(queries, vector && !by_key, rows * p.seqlen_q);
     g.slope_sums = wanted(slopes, (bool)g.dalibi_slopes, rows * splits);
     g.sink_sums = wanted(sinks, (bool)g.dsinks, rows * p.seqlen_q);
+    g.scale_sums = wanted(scales, (bool)g.dscales, rows * p.seqlen_q);
   }
   void add_to(const Gradients& g) const {
     if (g.key_sums) add_sums(p, keys, p.seqlen_k, g.dbias, 3);
     if (g.query_sums) add_sums(p, queries, p.seqlen_q, g.dbias, 2);
     if (g.slope_sums) add_sums(p, slopes, splits, g.dalibi_slopes, 3);
     if (g.sink_sums) add_sums(p, sinks, p.seqlen_q, g.dsinks, 3);
+    if (g.scale_sums) add_sums(p, scales, p.seqlen_q, g.dscales, 3);
   }
 };
 
@@ -180,12 +199,24 @@ constexpr int64_t max_partial_bytes = 64 << 20;  // a wave of batches whose dq o
 }  // namespace
 
 const Kernels& kernels() {
-  static const Kernels& chosen = choose();
-  return chosen;
+  static std::atomic<const Kernels*> chosen{nullptr};  // a guarded static would block a child forked during choose()
+  if (!chosen.load(std::memory_order_acquire)) chosen.store(&choose(), std::memory_order_release);
+  return *chosen.load(std::memory_order_acquire);
 }
 
-void forward(const Problem& p, int threads) {
+int64_t l1_data_bytes() {
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+  static const int64_t bytes = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+  if (bytes > 0) return bytes;
+#endif
+  return 32 << 10;
+}
+
+void forward(const Problem& problem, int threads) {
+  Problem p = problem;
   if (!p.batch || !p.num_heads || !p.seqlen_q) return;
+  std::optional<OwnedLists> lists;
+  if (p.block_mask) p.blocks = &lists.emplace(p, false).lists;
   const Kernels& kernel = kernels();
   Call call{p, kernel, kernel.blocking(p), 0, {}, {}, {}, p.q.dtype == DType::float64 ? 8 : 4};
   const Blocking& b = call.blocking;
@@ -200,9 +231,9 @@ void forward(const Problem& p, int threads) {
     for (int64_t head = 0; head < p.num_heads; head += b.heads_per_unit)
       for (int64_t row = 0; row < stacked; row += b.rows)
         for (int64_t split = 0; split < splits; split++) {
-          Unit unit{(int32_t)batch, (int32_t)head, (int32_t)split, row, 0, 0};
+          Unit unit{(int32_t)batch, (int32_t)head, (int32_t)split, row, 0, 0, 0};
           kernel.find_keys(p, b, unit);
-          pairs += (double)std::max<int64_t>(unit.k_hi - unit.k_lo, 0) * std::min<int64_t>(b.rows, stacked - row);
+          pairs += (double)unit.keys * std::min<int64_t>(b.rows, stacked - row);
           call.units.push_back(unit);
         }
   const double flops = 2 * pairs * (p.head_dim + p.head_dim_v);
@@ -210,7 +241,7 @@ void forward(const Problem& p, int threads) {
     const int64_t per_head = blocks * splits;
     call.order.resize(call.units.size());
     for (size_t i = 0; i < call.order.size(); i++) call.order[i] = (int64_t)i;
-    auto keys = [&](int64_t i) { return call.units[i].k_hi - call.units[i].k_lo; };
+    auto keys = [&](int64_t i) { return call.units[i].keys; };
     std::stable_sort(call.order.begin(), call.order.end(),
                      [&](int64_t i, int64_t j) { return i / per_head != j / per_head ? i < j : keys(i) > keys(j); });
   }
@@ -221,8 +252,11 @@ void forward(const Problem& p, int threads) {
   if (splits > 1) parallel_for((int64_t)call.units.size() / splits, threads, combine_flops, combine, &call);
 }
 
-void backward(const Problem& p, const Gradients& wanted, int threads) {
+void backward(const Problem& problem, const Gradients& wanted, int threads) {
+  Problem p = problem;
   if (!p.batch || !p.num_heads_k) return;
+  std::optional<OwnedLists> lists;
+  if (p.block_mask) p.blocks = &lists.emplace(p, true).lists;
   const Kernels& kernel = kernels();
   const int64_t element = p.q.dtype == DType::float64 ? 8 : 4;
   Gradients g = wanted;
@@ -256,7 +290,7 @@ void backward(const Problem& p, const Gradients& wanted, int threads) {
     const double flops = 2 * pairs * (3 * p.head_dim + 2 * p.head_dim_v);
     parallel_for((int64_t)units.size(), threads, flops, run_key_unit, &call);
     const int64_t blocks = (p.seqlen_q + b.block_rows - 1) / b.block_rows;
-    if (g.dq && b.num_splits > 1)
+    if (g.needs_dq() && b.num_splits > 1)
       parallel_for((end - call.first_batch) * p.num_heads * blocks, threads, flops, combine_dq, &call);
   }
   sums.add_to(g);

@@ -71,9 +71,11 @@ struct Softmax {
 
 // P = 2^(scores - top - log_sum) and dS = P (dP - delta), from scores and dP [keys][NR] to rows at `stride`.
 // Where P is 0, dS is 0 whatever dP is: NaN in a masked value stays there.
-template <class Real, int NV>
-void weigh(const Real* scores, const Real* dp, int64_t keys, const Softmax<Real>& softmax, Real* p, Real* ds,
-           int64_t stride) {
+// kept: the lanes that dropout leaves, [keys][NR]; dP, and in the end P, are 0 in the others.
+template <bool drops, class Real, int NV>
+void weigh(const Real* scores, const Real* dp, const Real* kept, int64_t keys, const Softmax<Real>& softmax, Real* p,
+           Real* ds, int64_t stride) {
+  typedef typename VecOf<Real>::bits Bits;
   constexpr int L = VL<Real>, NR = NV * L;
   for (int v = 0; v < NV; v++) {
     const Vec<Real> top = load(softmax.top + v * L), log_sum = load(softmax.log_sum + v * L);
@@ -82,8 +84,14 @@ void weigh(const Real* scores, const Real* dp, int64_t keys, const Softmax<Real>
     for (int64_t j = 0; j < keys; j++) {
       const Vec<Real> seen = exp2(load(scores + j * NR + v * L) - top - log_sum);
       const Vec<Real> weight = blind ? Vec<Real>{} : seen;
-      const Vec<Real> d = weight * (load(dp + j * NR + v * L) - delta);
-      store(p + j * stride + v * L, weight);
+      Vec<Real> of_weight = load(dp + j * NR + v * L), used = weight;
+      if constexpr (drops) {
+        const Bits keep = (Bits)load(kept + j * NR + v * L);
+        of_weight = (Vec<Real>)((Bits)of_weight & keep);
+        used = (Vec<Real>)((Bits)weight & keep);
+      }
+      const Vec<Real> d = weight * (of_weight - delta);
+      store(p + j * stride + v * L, used);
       store(ds + j * stride + v * L, weight == 0 ? Vec<Real>{} : d);
     }
   }

@@ -5,4 +5,5 @@
 #define FASTATTN_NV 2
 #define FASTATTN_MR 4
 #define FASTATTN_MR_NARROW 8
+#define FASTATTN_WIDE_L1 0
 #include "isa.h"

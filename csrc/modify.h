@@ -21,7 +21,9 @@ class Modifier {
   static constexpr int NR = NV * VL<Real>;
   const Problem& p;
   const ModifierMemory<Real> s;
-  bool has_bias, has_key_bias;  // has_key_bias: bias and mask are the same for all rows
+  bool has_bias, has_key_bias;      // has_key_bias: bias and mask are the same for all rows
+  const uint8_t* bitmap = nullptr;  // of the tile's block, null if it is full
+  int64_t first_key = 0;            // the tile's, counted in its block
 
  public:
   Modifier(const Problem& p, const ModifierMemory<Real>& memory, bool one_head) : p(p), s(memory) {
@@ -35,9 +37,17 @@ class Modifier {
   // Masks only lower a score: without any of these, the maximum of the product stays an upper bound.
   bool raises() const { return has_bias || p.softcap > 0.0 || p.alibi_slopes; }
 
-  // Before the first panel of a tile of keys lo ... lo + keys - 1.
-  void load_tile(int64_t batch, int64_t head, int64_t row, int64_t lo, int64_t keys) {
-    if (has_key_bias) load_bias(p, Lanes{batch, head, row, 1, {}, {}}, lo, keys, 1, s.rows, s.key_bias);
+  // Before the first panel of a tile.
+  void load_tile(int64_t batch, int64_t head, int64_t row, const KeyTile& tile) {
+    use_bitmap(tile.bitmap, tile.lo);
+    if (has_key_bias)
+      load_bias(p, Lanes{batch, head, row, 1, {}, {}}, tile.lo, tile.hi - tile.lo, 1, s.rows, s.key_bias);
+  }
+
+  // null: nothing is masked; lo: the tile's first key.
+  void use_bitmap(const uint8_t* bits, int64_t lo) {
+    bitmap = bits;
+    if (bits) first_key = lo % p.blocks->block_k;
   }
 
   // The panel's scores [keys][NR] of keys k0 ... k1 - 1, the tile's first `skipped` left out; whether some may be
@@ -60,6 +70,11 @@ class Modifier {
         s.last[r] = (Real)smaller(larger<int64_t>(panel.hi[r] - k0, 0), keys);
       }
       mask_intervals<Real, NV>(scores, keys, s.first, s.last, common.lo - k0, common.hi - k0);
+      masked = true;
+    }
+    if (bitmap) {
+      const int64_t row = panel.lanes.row % p.blocks->block_q, row_bits = p.blocks->block_k;
+      mask_bits<Real, NV>(scores, keys, bitmap + row * row_bits / 8, row_bits, first_key + skipped, panel.lanes.rows);
       masked = true;
     }
     return masked;

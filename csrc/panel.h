@@ -21,9 +21,10 @@ struct Arena {
 template <class Real>
 struct Panel {
   Lanes lanes;
-  Real* q;                   // [head_dim][NR], scaled
-  Real *slopes, *positions;  // [NR], of ALiBi
-  int64_t *lo, *hi;          // [NR], the keys that a lane sees
+  Real* q;                                      // [head_dim][NR], scaled
+  Real *slopes, *positions;                     // [NR], of ALiBi
+  int64_t *lo, *hi;                             // [NR], the keys that a lane sees
+  typename VecOf<Real>::word *queries, *heads;  // [NR], of dropout
 };
 
 template <class Real>
@@ -32,6 +33,8 @@ Panel<Real> take_panel(Arena& arena, int64_t head_dim, int64_t NR) {
   panel.q = arena.take<Real>(head_dim * NR);
   panel.slopes = arena.take<Real>(NR), panel.positions = arena.take<Real>(NR);
   panel.lo = arena.take<int64_t>(NR), panel.hi = arena.take<int64_t>(NR);
+  panel.queries = arena.take<typename VecOf<Real>::word>(NR);
+  panel.heads = arena.take<typename VecOf<Real>::word>(NR);
   return panel;
 }
 
@@ -52,16 +55,21 @@ TileRows<Real> tile_rows(const Tensor& t, int64_t batch, int64_t head, int64_t k
   return {buffer, stride};
 }
 
+FASTATTN_INLINE double scale_of(const Problem& p, int64_t head) {
+  return p.scales ? load_scalar<double>(at(p.scales, 0, head, 0), p.scales.dtype) : p.softmax_scale;
+}
+
 // Stacked rows first ... first + rows - 1 from `head` into the panel's lanes; tmp: [NR][head_dim].
 template <class Real>
 void prepare_panel(const Problem& p, int64_t batch, int64_t head, int64_t first, int64_t rows, int NR,
                    Panel<Real>& panel, Real* tmp) {
   Lanes& lanes = panel.lanes;
   lanes = {batch, head, first, rows, visited_range(p, batch, head, first, rows), {0, p.seqlen_k}};
-  const Real scale = (Real)(p.softcap > 0.0 ? p.softmax_scale / p.softcap : p.softmax_scale * log2e);
+  const double unit = p.softcap > 0.0 ? 1.0 / p.softcap : log2e;
   for (int64_t r = 0; r < NR; r++) {
     Real* row = tmp + r * p.head_dim;
     panel.slopes[r] = panel.positions[r] = 0;
+    panel.queries[r] = panel.heads[r] = 0;
     panel.lo[r] = 0, panel.hi[r] = p.seqlen_k;
     if (r >= rows) {
       for (int64_t d = 0; d < p.head_dim; d++) row[d] = 0;
@@ -71,6 +79,7 @@ void prepare_panel(const Problem& p, int64_t batch, int64_t head, int64_t first,
     load_row(at(p.q, batch, s.head, s.query), p.q.dtype, p.q.stride[3], p.head_dim, row);
     Range range = row_range(p, batch, s.head, s.query);
     panel.lo[r] = range.lo, panel.hi[r] = range.hi;
+    panel.queries[r] = s.query, panel.heads[r] = s.head;
     lanes.common = {larger(lanes.common.lo, range.lo), smaller(lanes.common.hi, range.hi)};
     if (p.alibi_slopes) {
       panel.slopes[r] = load_scalar<Real>(at(p.alibi_slopes, batch, s.head, 0), p.alibi_slopes.dtype) * (Real)log2e;
@@ -78,7 +87,10 @@ void prepare_panel(const Problem& p, int64_t batch, int64_t head, int64_t first,
     }
   }
   // all at once: row by row, the stores of load_row would still be on their way
-  for (int64_t i = 0; i < NR * p.head_dim; i++) tmp[i] *= scale;
+  for (int64_t r = 0; r < rows; r++) {
+    const Real scale = (Real)(scale_of(p, stacked_row(p, head, first + r).head) * unit);
+    for (int64_t d = 0; d < p.head_dim; d++) tmp[r * p.head_dim + d] *= scale;
+  }
   transpose(tmp, p.head_dim, (int64_t)NR, p.head_dim, panel.q, (int64_t)NR);
 }
 

@@ -14,8 +14,10 @@ namespace {
 
 constexpr double serial_flops = 2e6;  // about 30 us of work: below it, waking threads costs more than it saves
 
-std::atomic<bool> forked{false};  // OpenMP's pool does not survive fork: a child that uses it hangs
-const int at_fork = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+// OpenMP keeps a pool for each thread that opens a region. In a forked child the calling thread alone is left, and waits
+// for the others of its pool without end; threads that the child starts get pools of their own.
+thread_local bool pool_lost = false;
+const int at_fork = pthread_atfork(nullptr, nullptr, [] { pool_lost = true; });
 
 struct Free {
   void operator()(char* p) const { std::free(p); }
@@ -25,11 +27,12 @@ struct Free {
 
 void parallel_for(int64_t count, int threads, double flops, void (*run)(void*, int64_t, int), void* context) {
   if (threads > count) threads = (int)count;
-  if (threads <= 1 || flops < serial_flops || forked.load(std::memory_order_relaxed) || omp_in_parallel()) {
+  if (threads <= 1 || flops < serial_flops || pool_lost || omp_in_parallel()) {
     for (int64_t i = 0; i < count; i++) run(context, i, 0);
     return;
   }
   std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};  // no lock, which a child forked meanwhile would find locked
   std::exception_ptr error;
 #pragma omp parallel num_threads(threads)
   {
@@ -37,8 +40,7 @@ void parallel_for(int64_t count, int threads, double flops, void (*run)(void*, i
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;)
         run(context, i, omp_get_thread_num());
     } catch (...) {
-#pragma omp critical(fastattn_error)
-      error = std::current_exception();
+      if (!failed.exchange(true)) error = std::current_exception();
       next = count;
     }
   }

@@ -1,4 +1,5 @@
-// Work over threads: torch's own OpenMP pool, serial where that is unsafe (a forked child, a nested region) or not worth it.
+// Work over threads: torch's own OpenMP pool, serial where that is unsafe (the thread that a fork left in the child, a
+// nested region) or not worth it.
 #pragma once
 #include <cstdint>
 

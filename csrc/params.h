@@ -4,7 +4,7 @@
 
 namespace fastattn {
 
-enum class DType : int8_t { float32, float64, bfloat16, float16, boolean, int32, int64 };
+enum class DType : int8_t { float32, float64, bfloat16, float16, boolean, uint8, int32, int64 };
 
 // A tensor seen as [batch, heads, rows, columns]; strides in elements, 0 where it broadcasts. data is null if absent.
 struct Tensor {
@@ -13,6 +13,38 @@ struct Tensor {
   DType dtype = DType::float32;
 
   explicit operator bool() const { return data != nullptr; }
+};
+
+// Which blocks of keys a block of queries visits, as it comes from fastattn.BlockMask; int32 [batch, num_heads, rows] and
+// [batch, num_heads, rows, longest], broadcast as all tensors.
+struct BlockMask {
+  int64_t block_q, block_k;
+  Tensor num_partial, partial, bitmap, num_full, full;
+  int64_t longest_partial, longest_full;
+  const uint8_t* bitmaps;  // [num_bitmaps][block_q][block_k / 8]: bit j % 8 of byte j / 8 is key j
+  int64_t num_bitmaps;
+
+  explicit operator bool() const { return block_q != 0; }
+};
+
+struct Visit {
+  int32_t block, bitmap;  // bitmap < 0: the block is full
+};
+
+// The same as one list for each block of queries, or transposed for each block of keys, ascending.
+struct BlockLists {
+  int64_t block_q, block_k;
+  int64_t batch_stride, head_stride;  // in lists; 0: shared
+  const int64_t* first;               // of list i in `visits`; that of list i + 1 ends it
+  const Visit* visits;
+  const uint8_t* bitmaps;
+
+  int64_t index(int64_t batch, int64_t head, int64_t block) const {
+    return batch * batch_stride + head * head_stride + block;
+  }
+  const uint8_t* bitmap(const Visit& visit) const {
+    return visit.bitmap < 0 ? nullptr : bitmaps + visit.bitmap * block_q * (block_k / 8);
+  }
 };
 
 struct Problem {
@@ -24,12 +56,22 @@ struct Problem {
   Tensor out_exact;            // out before it is rounded to 16 bits; absent if nobody asks
   Tensor mask, bias;           // bool, float; [batch, num_heads, seqlen_q, seqlen_k]
   Tensor alibi_slopes, sinks;  // [batch, num_heads, 1, 1]
+  Tensor scales;               // the same, absent or instead of softmax_scale
   Tensor k_start, k_end;       // int32 [batch, num_heads, seqlen_q, 1]
+  BlockMask block_mask{};
+  const BlockLists* blocks = nullptr;  // block_mask, by queries in a forward pass and by keys in a backward pass
   double softmax_scale, softcap;
   int64_t diagonal_lo, diagonal_hi;  // a query sees keys with lo <= key - query <= hi
+  double keep_factor = 1.0;          // of the weights that dropout leaves: 1 / (1 - dropout_p)
+  uint64_t seed = 0;
+  uint32_t drop_below = 0;  // a weight is dropped if its word is below: dropout_p * 2^32
+
+  bool drops() const { return keep_factor != 1.0; }
 };
 
-// How a problem is cut. It follows from the shape alone, never from the number of threads or the batch size: the bits of
+int64_t l1_data_bytes();  // of this CPU
+
+// How a problem is cut. It follows from the shape and the CPU alone, never from the number of threads or the batch size: the bits of
 // a row depend on it.
 struct Blocking {
   int lanes;           // query rows of a panel (NR), a multiple of the vector length
@@ -45,6 +87,7 @@ struct Unit {
   int32_t batch, head, split;  // first query head
   int64_t row;                 // first stacked row: row r is query r % seqlen_q of head + r / seqlen_q
   int64_t k_lo, k_hi;          // keys that some row of the block sees, within the split
+  int64_t keys;                // how many it visits
 };
 
 // Row r of a unit's partial result: out [rows][head_dim_v] not yet divided by the sum, its maximum (log2) and sum.
@@ -58,13 +101,17 @@ struct Partial {
 struct Gradients {
   Tensor dout, dlse;  // as out, and [batch, num_heads, seqlen_q, 1], absent: zero
   Tensor dq, dk, dv;  // absent: not wanted
-  // Sums over what their tensors broadcast over, from zero; float64, but a dbias with both seqlens in q's compute dtype.
-  Tensor dbias, dalibi_slopes, dsinks;
-  // What the units leave for those sums, null if not wanted: dbias by key or by query, dalibi_slopes by split, dsinks.
+  // Sums over what their tensors broadcast over, from zero; float64, but a dbias with both seqlens, or of edges, in q's
+  // compute dtype.
+  Tensor dbias, dalibi_slopes, dsinks, dscales;
+  // What the units leave for those sums, null if not wanted: dbias by key or by query, dalibi_slopes by split, dsinks and
+  // dscales by query.
   double *key_sums, *query_sums;   // [batch][num_heads][seqlen_k], [batch][num_heads][seqlen_q]
-  double *slope_sums, *sink_sums;  // [batch][num_heads][num_splits], [batch][num_heads][seqlen_q]
+  double* slope_sums;              // [batch][num_heads][num_splits]
+  double *sink_sums, *scale_sums;  // [batch][num_heads][seqlen_q]
 
   bool dense_bias() const { return dbias && dbias.stride[2] && dbias.stride[3]; }
+  bool needs_dq() const { return dq || scale_sums; }
 };
 
 // How a backward pass is cut, from the shape alone.
@@ -101,7 +148,7 @@ struct Kernels {
   const char* name;
   Blocking (*blocking)(const Problem&);
   int64_t (*scratch_bytes)(const Problem&, const Blocking&);
-  // Sets unit.k_lo and k_hi.
+  // Sets unit.k_lo, k_hi and keys.
   void (*find_keys)(const Problem&, const Blocking&, Unit&);
   // Computes a unit into out and lse (num_splits == 1) or into its partial result.
   void (*run_unit)(const Problem&, const Blocking&, const Unit&, const Partial&, char* scratch);

@@ -6,6 +6,7 @@
 //               score modifications, masks, online softmax           (score.h, softmax.h)
 //   loop 4      register tiles of MR columns: out^T += V^T P^T       (multiply)
 #pragma once
+#include "dropout.h"
 #include "products.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -63,8 +64,8 @@ void finish_rows(const Problem& p, const Lanes& lanes, const Real* out, const Re
     const Normalizer n = normalizer(max[r], sum[r], sink);
     for (const Tensor* t : {&p.out, &p.out_exact})
       if (*t)
-        store_row(out + r * p.head_dim_v, (Real)n.factor, p.head_dim_v, at(*t, lanes.batch, s.head, s.query), t->dtype,
-                  t->stride[3]);
+        store_row(out + r * p.head_dim_v, (Real)(n.factor * p.keep_factor), p.head_dim_v,
+                  at(*t, lanes.batch, s.head, s.query), t->dtype, t->stride[3]);
     if (p.lse) *(Real*)at(p.lse, lanes.batch, s.head, s.query) = (Real)n.lse();
     if (p.lse_parts) {
       *(Real*)at(p.lse_parts, lanes.batch, s.head, s.query, 0) = (Real)n.top;
@@ -79,7 +80,7 @@ struct Pending {
   ForwardPanel<Real>* panel = nullptr;
   Weigher<Real, NV> weigher{};
   Real* scores = nullptr;
-  int64_t keys = 0;
+  int64_t key = 0, keys = 0;
   TileRows<Real> v{};
   bool select = false;  // some key is masked and v may not be finite
 };
@@ -88,8 +89,8 @@ template <class Real, int NV>
 class ForwardUnit {
   static constexpr int NR = NV * VL<Real>;
 
-  struct KeyTile {
-    int64_t lo, hi;
+  struct LoadedTile {
+    KeyTile keys;
     TileRows<Real> k, v;
   };
 
@@ -129,12 +130,13 @@ class ForwardUnit {
 
   // NaN or Inf in v shows in out whatever its weight, 0 * NaN being NaN. False: behind some mask there may be one.
   bool run() {
-    for (int64_t key = u.k_lo / b.n_block * b.n_block; key < u.k_hi; key += b.n_block) {
-      const KeyTile tile = load_tile(larger(key, u.k_lo), smaller(key + b.n_block, u.k_hi));
+    const int64_t list = p.blocks ? p.blocks->index(u.batch, u.head, u.row / b.rows) : 0;
+    each_key_tile(p.blocks, list, u.k_lo, u.k_hi, b.n_block, [&](const KeyTile& keys) {
+      const LoadedTile tile = load_tile(keys);
       const int first = items;
       for (int i = 0; i < panels; i++) visit(s.panels[i], tile);
       if (items != first) tiles++;  // a tile that no panel sees must not turn to the v that `pending` still reads
-    }
+    });
     accumulate();
     if (any_masked && !careful)
       for (int i = 0; i < panels; i++)
@@ -159,17 +161,18 @@ class ForwardUnit {
   }
 
  private:
-  KeyTile load_tile(int64_t lo, int64_t hi) {
-    const int64_t head_k = u.head / (p.num_heads / p.num_heads_k), keys = hi - lo;
-    modifier.load_tile(u.batch, u.head, u.row, lo, keys);
-    return {lo, hi, tile_rows(p.k, u.batch, head_k, lo, keys, p.head_dim, s.k, s.k_stride),
-            tile_rows(p.v, u.batch, head_k, lo, keys, p.head_dim_v, s.v[tiles % 2], s.v_stride)};
+  LoadedTile load_tile(const KeyTile& tile) {
+    const int64_t head_k = u.head / (p.num_heads / p.num_heads_k), keys = tile.hi - tile.lo;
+    modifier.load_tile(u.batch, u.head, u.row, tile);
+    return {tile, tile_rows(p.k, u.batch, head_k, tile.lo, keys, p.head_dim, s.k, s.k_stride),
+            tile_rows(p.v, u.batch, head_k, tile.lo, keys, p.head_dim_v, s.v[tiles % 2], s.v_stride)};
   }
 
   // One panel against one tile: its scores now, its output when the next panel's scores are computed.
-  void visit(ForwardPanel<Real>& panel, const KeyTile& tile) {
-    const int64_t k0 = larger(tile.lo, panel.lanes.visited.lo), k1 = smaller(tile.hi, panel.lanes.visited.hi);
-    const int64_t keys = k1 - k0, skipped = k0 - tile.lo;
+  void visit(ForwardPanel<Real>& panel, const LoadedTile& tile) {
+    const Range seen = panel.lanes.visited;
+    const int64_t k0 = larger(tile.keys.lo, seen.lo), k1 = smaller(tile.keys.hi, seen.hi);
+    const int64_t keys = k1 - k0, skipped = k0 - tile.keys.lo;
     if (keys <= 0) return;
     Real* scores = s.scores[items++ % 2];
     for (int r = 0; r < NR; r++) s.largest[r] = (Real)-__builtin_inf();
@@ -189,7 +192,7 @@ class ForwardUnit {
     pending.panel = &panel;
     pending.weigher = {scores, scores + keys * NR, panel.run.shift, s.tile_sum, 0, 0};
     pending.scores = scores;
-    pending.keys = keys;
+    pending.key = k0, pending.keys = keys;
     pending.v = {tile.v.data + skipped * tile.v.stride, tile.v.stride};
     pending.select = masked && careful;
     if (pending.select) memcpy(s.seen, scores, keys * NR * sizeof(Real));
@@ -201,6 +204,7 @@ class ForwardUnit {
     pending.weigher.finish();
     ForwardPanel<Real>& panel = *pending.panel;
     for (int r = 0; r < NR; r++) panel.run.sum[r] += s.tile_sum[r];
+    if (p.drops()) drop<Real, NV>(p, panel, pending.key, pending.keys, pending.scores);
     if (pending.select)
       select_out<Real, NV>(pending.v, pending.scores, s.seen, pending.keys, p.head_dim_v, panel.out);
     else

@@ -135,4 +135,33 @@ void mask_intervals(Real* scores, int64_t keys, const Real* first, const Real* l
   }
 }
 
+// Bits from ... from + count - 1 of a row of `bytes` bytes, count <= 32.
+FASTATTN_INLINE uint32_t bits_of(const uint8_t* row, int64_t bytes, int64_t from) {
+  uint64_t word = 0;
+  const int64_t byte = from / 8;
+  if (byte + 8 <= bytes)
+    memcpy(&word, row + byte, 8);
+  else
+    for (int64_t i = byte; i < bytes; i++) word |= (uint64_t)row[i] << (i - byte) * 8;
+  return (uint32_t)(word >> from % 8);
+}
+
+// Masks the pairs whose bit is 0. bits: those of the panel's first row, in rows of row_bits; the keys start at bit `from`.
+template <class Real, int NV>
+void mask_bits(Real* scores, int64_t keys, const uint8_t* bits, int64_t row_bits, int64_t from, int64_t rows) {
+  typedef typename VecOf<Real>::word Word;
+  constexpr int L = VL<Real>, NR = NV * L;
+  const Vec<Real> lowest = splat((Real)-__builtin_inf());
+  Word words[NR] = {};
+  for (int64_t j = 0; j < keys; j++) {
+    if (j % 32 == 0)
+      for (int64_t r = 0; r < rows; r++) words[r] = bits_of(bits + r * row_bits / 8, row_bits / 8, from + j);
+    for (int v = 0; v < NV; v++) {
+      Real* s = scores + j * NR + v * L;
+      const auto seen = (load_words<Real>(words + v * L) >> (Word)(j % 32) & (Word)1) != 0;
+      store(s, seen ? load(s) : lowest);
+    }
+  }
+}
+
 }  // namespace fastattn::FASTATTN_ISA

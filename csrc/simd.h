@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -18,11 +18,15 @@ template <>
 struct VecOf<float> {
   typedef float type __attribute__((vector_size(FASTATTN_WIDTH)));
   typedef int32_t bits __attribute__((vector_size(FASTATTN_WIDTH)));
+  typedef uint32_t word;
+  typedef word words __attribute__((vector_size(FASTATTN_WIDTH)));
 };
 template <>
 struct VecOf<double> {
   typedef double type __attribute__((vector_size(FASTATTN_WIDTH)));
   typedef int64_t bits __attribute__((vector_size(FASTATTN_WIDTH)));
+  typedef uint64_t word;
+  typedef word words __attribute__((vector_size(FASTATTN_WIDTH)));
 };
 template <class Real>
 using Vec = typename VecOf<Real>::type;
@@ -32,6 +36,12 @@ constexpr int VL = FASTATTN_WIDTH / sizeof(Real);  // lanes of a vector
 template <class Real>
 FASTATTN_INLINE Vec<Real> load(const Real* p) {
   Vec<Real> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class Real>
+FASTATTN_INLINE typename VecOf<Real>::words load_words(const typename VecOf<Real>::word* p) {
+  typename VecOf<Real>::words v;
   memcpy(&v, p, sizeof v);
   return v;
 }

@@ -9,8 +9,9 @@ import torch
 from torch.autograd import forward_ad as _forward_ad
 
 from . import cpu, dispatch
+from .block_mask import BlockMask, from_flex, is_flex
 from .masks import UNBOUNDED, Mask, Window, check_window, diagonal_bounds
-from .problem import FLOATS, Problem
+from .problem import FLOATS, Problem, Terms
 
 _is_grad_enabled = torch.is_grad_enabled
 _current_backend = dispatch.current_backend
@@ -24,10 +25,10 @@ def attention(
     k: torch.Tensor,
     v: torch.Tensor,
     *,
-    mask: Mask | torch.Tensor | None = None,
+    mask: Mask | BlockMask | torch.Tensor | None = None,
     causal: bool = False,
     window_size: tuple[int | None, int | None] | None = None,
-    softmax_scale: float | None = None,
+    softmax_scale: float | torch.Tensor | None = None,
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
@@ -43,11 +44,13 @@ def attention(
     k             [batch, num_heads_k, seqlen_k, head_dim], same dtype; num_heads is a multiple of num_heads_k, and
                   query head h reads key head h // (num_heads // num_heads_k)
     v             [batch, num_heads_k, seqlen_k, head_dim_v], same dtype
-    mask          a `Mask`, or a bool tensor broadcastable to [batch, num_heads, seqlen_q, seqlen_k], True = attend
+    mask          a `Mask`, a `BlockMask` (or FlexAttention's), or a bool tensor broadcastable to
+                  [batch, num_heads, seqlen_q, seqlen_k], True = attend
     causal        query i sees keys up to i + seqlen_k - seqlen_q: bottom-right aligned (see `Mask` for pictures of
                   both alignments; `mask=Mask.causal("top_left")` is torch's rule)
     window_size   (left, right), inclusive: query i sees keys i + seqlen_k - seqlen_q - left ... + right; None: open
-    softmax_scale factor of the scores, default head_dim ** -0.5
+    softmax_scale factor of the scores, default head_dim ** -0.5; or a float tensor, one number or [num_heads], which
+                  may be learned (temperature)
     softcap       c > 0 turns scores s into c * tanh(s / c), before bias and mask
     alibi_slopes  [num_heads] or [batch, num_heads]: adds -slope * |i + seqlen_k - seqlen_q - j|
     bias          float tensor of any dtype, broadcastable to [batch, num_heads, seqlen_q, seqlen_k], added to the
@@ -65,7 +68,7 @@ def attention(
     lse = -inf (the sink's logit, with sinks). NaN or Inf in a masked key or value never reaches the result. The bits
     of a row do not depend on the number of threads or on what else is in the batch.
 
-    Memory is O(seqlen) beyond inputs and outputs, except on the reference (dropout today, with a
+    Memory is O(seqlen) beyond inputs and outputs, except on the reference (where every kernel refuses, with a
     `FallbackWarning`), which is O(seqlen_q * seqlen_k).
 
     Raises TypeError or ValueError that names the argument, its value and the rule; `UnsupportedError` if the named
@@ -74,11 +77,14 @@ def attention(
     # The hot path of a tiny call: no helper is called, no attribute read twice.
     try:
         needs_grad = _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        if mask is window_size is alibi_slopes is bias is sinks is seed is None and causal is False:
+        scale = block_mask = None
+        if mask is window_size is alibi_slopes is bias is sinks is seed is softmax_scale is None and causal is False:
             windows, k_start, k_end, extras = (), None, None, None
         else:
-            mask, windows, k_start, k_end = _bounds_of(mask, causal, window_size)
-            extras, extra_grad = _describe(mask, k_start, k_end, bias, alibi_slopes, sinks)
+            mask, block_mask, windows, k_start, k_end = _bounds_of(mask, causal, window_size)
+            if isinstance(softmax_scale, torch.Tensor):
+                scale, softmax_scale = softmax_scale, None
+            extras, extra_grad = _describe(block_mask, mask, k_start, k_end, bias, alibi_slopes, sinks, scale)
             needs_grad = needs_grad or extra_grad
             _check_seed(seed)
         # Forward-mode tangents may hide in any input; under torch.func, tensors have no memory.
@@ -97,14 +103,17 @@ def attention(
         plan = None
     if plan is None:
         plan = _make_plan(key, settings, q, k, v)
-    choice, kernel, problem, softmax_scale, lo, hi = plan
-    if dropout_p > 0.0 and seed is None:
-        seed = int(torch.randint(2**63 - 1, ()))
+    choice, kernel, problem, terms = plan
+    if extras is not None or problem.dropout:
+        if problem.dropout and seed is None:
+            seed = int(torch.randint(2**63 - 1, ()))
+        softmax_scale, softcap, lo, hi, *_ = terms
+        terms = Terms(
+            softmax_scale if scale is None else scale, softcap, lo, hi, k_start, k_end, mask, block_mask, bias,
+            alibi_slopes, sinks, dropout_p, seed,
+        )  # fmt: skip
     _note(choice)
-    out, lse = kernel(
-        problem, q, k, v, softmax_scale, softcap, lo, hi, k_start, k_end, mask, bias, alibi_slopes, sinks,
-        dropout_p, seed,
-    )  # fmt: skip
+    out, lse = kernel(problem, q, k, v, terms)
     return (out, lse) if return_lse else out
 
 
@@ -140,26 +149,31 @@ def explain(*args, backend: str | None = None, **kwargs) -> Explanation:
 explain.__signature__ = inspect.signature(attention).replace(return_annotation=Explanation)
 
 
-def _bounds_of(mask, causal, window_size) -> tuple[torch.Tensor | None, tuple[Window, ...], torch.Tensor, torch.Tensor]:
-    """(bool tensor, windows, k_start, k_end) that say what mask, causal and window_size say together."""
-    windows, k_start, k_end = (), None, None
+def _bounds_of(mask, causal, window_size) -> tuple:
+    """(bool tensor, BlockMask, windows, k_start, k_end) that say what mask, causal and window_size say together."""
+    block_mask, windows, k_start, k_end = None, (), None, None
     if mask is not None:
         if isinstance(mask, Mask):
             mask, windows, k_start, k_end = None, mask.windows, mask.k_start, mask.k_end
+        elif isinstance(mask, BlockMask):
+            mask, block_mask = None, mask
+        elif is_flex(mask):
+            mask, block_mask = None, from_flex(mask)
         elif not isinstance(mask, torch.Tensor):
-            raise TypeError(f"mask must be a Mask or a bool tensor, got {type(mask).__name__}")
+            raise TypeError(f"mask must be a Mask, a BlockMask or a bool tensor, got {type(mask).__name__}")
     if window_size is not None:
         windows += (Window(*check_window(window_size)),)
     if causal is not False and _check_flag("causal", causal, '; mask=Mask.causal("top_left") is torch\'s alignment'):
         windows += (Window(None, 0),)
-    return mask, windows, k_start, k_end
+    return mask, block_mask, windows, k_start, k_end
 
 
-def _describe(*tensors: torch.Tensor | None) -> tuple[tuple | None, bool]:
+def _describe(block_mask: BlockMask | None, *tensors: torch.Tensor | None) -> tuple[tuple | None, bool]:
     """(what decides about the optional tensors, None without any; whether one wants a gradient)"""
-    if not any([t is not None for t in tensors]):
+    if block_mask is None and not any([t is not None for t in tensors]):
         return None, False
-    extras = tuple([None if t is None else (t.shape, t.dtype, t.device, t.requires_grad) for t in tensors])
+    block = None if block_mask is None else (block_mask.shape, block_mask.BLOCK_SIZE, block_mask.device, False)
+    extras = (block, *[None if t is None else (t.shape, t.dtype, t.device, t.requires_grad) for t in tensors])
     return extras, _is_grad_enabled() and any([extra is not None and extra[3] for extra in extras])
 
 
@@ -172,29 +186,30 @@ def _python_signature(q, k, v) -> tuple:
     return q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device
 
 
-_plans: dict[tuple, tuple[dispatch.Choice, Callable, Problem, float, int, int]] = {}
+_Plan = tuple[dispatch.Choice, Callable, Problem, Terms]
+_plans: dict[tuple, _Plan] = {}
 _MAX_PLANS = 4096
 
 
-def _make_plan(key, settings, q, k, v) -> tuple[dispatch.Choice, Callable, Problem, float, int, int]:
+def _make_plan(key, settings, q, k, v) -> _Plan:
     """Validate a call that is new, select its kernel, and remember both."""
     *settings, backend = settings
     _raise_not_a_tensor(q=q, k=k, v=v)
-    problem, softmax_scale, lo, hi = _problem(*_python_signature(q, k, v), *settings)
+    problem, terms = _problem(*_python_signature(q, k, v), *settings)
     if isinstance(backend, _Explain):
         raise _ProblemFound(problem)
     choice = dispatch.select(problem, dispatch.check_backend(backend, "backend"))
     if len(_plans) >= _MAX_PLANS:
         _plans.clear()
-    plan = _plans[key, (*settings, backend)] = (choice, choice.kernel, problem, softmax_scale, lo, hi)
+    plan = _plans[key, (*settings, backend)] = (choice, choice.kernel, problem, terms)
     return plan
 
 
 def _problem(
     q, k, v, q_dtype, k_dtype, v_dtype, q_device, k_device, v_device, needs_grad, transformed, windows, softmax_scale,
     softcap, dropout_p, return_lse, extras,
-) -> tuple[Problem, float, int, int]:  # fmt: skip
-    """Validate shapes, dtypes and scalars; q, k, v are shapes. The only place that does."""
+) -> tuple[Problem, Terms]:  # fmt: skip
+    """Validate shapes, dtypes and scalars; q, k, v are shapes. The only place that does. The terms lack tensors."""
     for name, shape in (("q", q), ("k", k), ("v", v)):
         if len(shape) != 4:
             raise ValueError(
@@ -236,17 +251,23 @@ def _problem(
 
     _check_flag("return_lse", return_lse)
 
-    mask, k_start, k_end, bias, alibi_slopes, sinks = extras or (None,) * 6
+    block_mask, mask, k_start, k_end, bias, alibi_slopes, sinks, scale = extras or (None,) * 8
     scores, heads = (batch, num_heads, seqlen_q, seqlen_k), (batch, num_heads)
     if mask is not None and mask[1] != torch.bool:
         raise TypeError(f"mask has dtype {mask[1]}; it must be bool, True = attend (an additive mask goes to bias=)")
-    for name, extra in (("bias", bias), ("alibi_slopes", alibi_slopes), ("sinks", sinks)):
+    floats = {"bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks, "softmax_scale": scale}
+    for name, extra in floats.items():
         if extra is not None and str(extra[1]).removeprefix("torch.") not in FLOATS:
             raise TypeError(
                 f"{name} has dtype {extra[1]}; supported are {', '.join(FLOATS)}"
                 + (" (a bool mask goes to mask=)" if extra[1] == torch.bool else "")
             )
     _check_broadcast("mask", mask, scores, "[batch, num_heads, seqlen_q, seqlen_k]")
+    if block_mask is not None and (block_mask[0][2:] != scores[2:] or not _broadcasts(block_mask[0], scores)):
+        raise ValueError(
+            f"mask is a BlockMask of shape {block_mask[0]}; it must be [batch|1, num_heads|1, seqlen_q, seqlen_k], "
+            f"here {scores}"
+        )
     _check_broadcast("bias", bias, scores, "[batch, num_heads, seqlen_q, seqlen_k]")
     _check_broadcast("k_start of mask", k_start, scores[:3], "[batch, num_heads, seqlen_q]")
     _check_broadcast("k_end of mask", k_end, scores[:3], "[batch, num_heads, seqlen_q]")
@@ -257,13 +278,19 @@ def _problem(
         )
     if sinks is not None and tuple(sinks[0]) != (num_heads,):
         raise ValueError(f"sinks has shape {tuple(sinks[0])}; it must be [num_heads], here ({num_heads},)")
-    names = ("mask", "k_start of mask", "k_end of mask", "bias", "alibi_slopes", "sinks")
+    if scale is not None and tuple(scale[0]) not in ((), (1,), (num_heads,)):
+        raise ValueError(
+            f"softmax_scale has shape {tuple(scale[0])}; it must be one number or [num_heads], here ({num_heads},)"
+        )
+    names = ("mask", "mask", "k_start of mask", "k_end of mask", "bias", "alibi_slopes", "sinks", "softmax_scale")
     for name, extra in zip(names, extras or (), strict=False):
         if extra is not None and extra[2] != q_device:
             raise ValueError(f"{name} is on {extra[2]}, q on {q_device}; they must be on one device")
 
     lo, hi = diagonal_bounds(windows, seqlen_q, seqlen_k)
-    if mask is not None:
+    if block_mask is not None:
+        kind = "block"
+    elif mask is not None:
         kind = "tensor"
     elif k_start is not None or k_end is not None:
         kind = "interval"
@@ -275,10 +302,10 @@ def _problem(
         device=q_device.type, dtype=dtype, batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k, num_heads=num_heads,
         num_heads_k=num_heads_k, head_dim=head_dim, head_dim_v=head_dim_v, mask=kind,
         bias="none" if bias is None else str(bias[1]).removeprefix("torch."), alibi=alibi_slopes is not None,
-        softcap=softcap > 0.0, sinks=sinks is not None, dropout=dropout_p > 0.0, lse=bool(return_lse),
-        needs_grad=needs_grad, transformed=transformed,
+        softcap=softcap > 0.0, sinks=sinks is not None, learned_scale=scale is not None, dropout=dropout_p > 0.0,
+        lse=bool(return_lse), needs_grad=needs_grad, transformed=transformed,
     )  # fmt: skip
-    return problem, softmax_scale, lo, hi
+    return problem, Terms(softmax_scale, float(softcap), lo, hi)
 
 
 def _check_real(name: str, value) -> float:
@@ -305,9 +332,13 @@ def _check_broadcast(name: str, extra, target: tuple[int, ...], text: str) -> No
     if extra is None:
         return
     shape = tuple(extra[0])
-    aligned = target[len(target) - len(shape) :] if len(shape) <= len(target) else ()
-    if len(aligned) != len(shape) or any(size not in (1, full) for size, full in zip(shape, aligned, strict=True)):
+    if not _broadcasts(shape, target):
         raise ValueError(f"{name} has shape {shape}; it must be broadcastable to {text}, here {target}")
+
+
+def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    aligned = zip(reversed(shape), reversed(target), strict=False)
+    return len(shape) <= len(target) and all(size in (1, full) for size, full in aligned)
 
 
 def _layout_hint(q, k) -> str:

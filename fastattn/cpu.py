@@ -35,70 +35,54 @@ def isa() -> str:
     return _C.isa()
 
 
-def prefill(
-    problem, q, k, v, softmax_scale, softcap, diagonal_lo, diagonal_hi, k_start, k_end, mask, bias, alibi_slopes,
-    sinks, dropout_p, seed,
-):  # fmt: skip
+def prefill(problem, q, k, v, terms):
     """Forward pass (kernel signature of dispatch.Row)."""
     if problem.needs_grad:
         from . import autograd
 
-        return autograd.attention(
-            problem, q, k, v, softmax_scale, softcap, diagonal_lo, diagonal_hi, k_start, k_end, mask, bias,
-            alibi_slopes, sinks, dropout_p, seed,
-        )  # fmt: skip
-    out, lse, _ = forward(
-        problem, q, k, v, softmax_scale, softcap, diagonal_lo, diagonal_hi, k_start, k_end, mask, bias, alibi_slopes,
-        sinks,
-    )  # fmt: skip
+        return autograd.attention(problem, q, k, v, terms)
+    out = _empty_out(problem, q)
+    lse = q.new_empty(out.shape[:3], dtype=_compute_dtype(problem)) if problem.lse else None
+    _C.forward(q, k, v, out, lse, None, None, terms, _get_num_threads())
     return out, lse
 
 
-def forward(
-    problem, q, k, v, softmax_scale, softcap, diagonal_lo, diagonal_hi, k_start, k_end, mask, bias, alibi_slopes,
-    sinks, for_backward=False,
-):  # fmt: skip
-    """(out, lse or None, lse_parts or None); `out` follows q's memory order.
+def forward_for_backward(problem, q, k, v, terms):
+    """(out, lse or None, what `backward` wants saved).
 
-    lse_parts [batch, num_heads, seqlen_q, 2], for `backward`: lse in units of log2 as the sum of two numbers.
+    That is out, not rounded to 16 bits because delta would be off by as much, and lse in units of log2 as the sum of
+    two numbers, [batch, num_heads, seqlen_q, 2].
     """
-    if q.is_contiguous() and problem.head_dim == problem.head_dim_v:
-        out = _empty_like(q)
-    else:
-        b, h, s, d = problem.batch, problem.num_heads, problem.seqlen_q, problem.head_dim_v
-        strides = q.stride()
-        if strides[1] < strides[2] and s > 1:  # [batch, seqlen, num_heads, head_dim] memory
-            out = q.new_empty((b, s, h, d)).transpose(1, 2)
-        else:
-            out = q.new_empty((b, h, s, d))
-    lse = lse_parts = None
-    if problem.lse:
-        lse = q.new_empty(out.shape[:3], dtype=_compute_dtype(problem))
-    if for_backward:
-        lse_parts = q.new_empty((*out.shape[:3], 2), dtype=_compute_dtype(problem))
-    _C.forward(
-        q, k, v, out, lse, lse_parts, softmax_scale, softcap, diagonal_lo, diagonal_hi, k_start, k_end, mask, bias,
-        alibi_slopes, sinks, _get_num_threads(),
-    )  # fmt: skip
-    return out, lse, lse_parts
+    out, dtype = _empty_out(problem, q), _compute_dtype(problem)
+    lse = q.new_empty(out.shape[:3], dtype=dtype) if problem.lse else None
+    lse_parts = q.new_empty((*out.shape[:3], 2), dtype=dtype)
+    out_exact = None if out.dtype == dtype else _empty_like(out, dtype=dtype)
+    _C.forward(q, k, v, out, lse, lse_parts, out_exact, terms, _get_num_threads())
+    return out, lse, (out if out_exact is None else out_exact, lse_parts)
 
 
-def backward(
-    problem, q, k, v, softmax_scale, softcap, diagonal_lo, diagonal_hi, k_start, k_end, mask, bias, alibi_slopes,
-    sinks, dropout_p, seed, out, lse_parts, dout, dlse, wanted,
-):  # fmt: skip
-    """Gradients of q, k, v, bias, alibi_slopes, sinks, None where not `wanted` (backward signature of dispatch.Row)."""
+def backward(problem, q, k, v, terms, saved, dout, dlse, wanted):
+    """Gradients, None where not `wanted` (backward signature of dispatch.Row)."""
     dq, dk, dv = (_empty_like(x) if want else None for x, want in zip((q, k, v), wanted, strict=False))
-    inputs, sums = (bias, alibi_slopes, sinks), [None] * 3
+    inputs = (terms.bias, terms.alibi_slopes, terms.sinks, terms.softmax_scale)
+    sums: list[torch.Tensor | None] = [None] * 4
     for i, x in enumerate(inputs):
         if wanted[3 + i]:  # a sum of many terms, unless it is of as many as there are scores
             dense = i == 0 and x.dim() > 1 and x.shape[-1] != 1 and x.shape[-2] != 1
             sums[i] = x.new_zeros(x.shape, dtype=_compute_dtype(problem) if dense else torch.float64)
-    _C.backward(
-        q, k, v, out, None, lse_parts, softmax_scale, softcap, diagonal_lo, diagonal_hi, k_start, k_end, mask, bias,
-        alibi_slopes, sinks, dout, dlse, dq, dk, dv, *sums, _get_num_threads(),
-    )  # fmt: skip
+    _C.backward(q, k, v, *saved, terms, dout, dlse, dq, dk, dv, *sums, _get_num_threads())
     return dq, dk, dv, *(y if y is None else y.to(x.dtype) for x, y in zip(inputs, sums, strict=True))
+
+
+def _empty_out(problem, q) -> torch.Tensor:
+    """[batch, num_heads, seqlen_q, head_dim_v] in q's memory order."""
+    if q.is_contiguous() and problem.head_dim == problem.head_dim_v:
+        return _empty_like(q)
+    b, h, s, d = problem.batch, problem.num_heads, problem.seqlen_q, problem.head_dim_v
+    strides = q.stride()
+    if strides[1] < strides[2] and s > 1:  # [batch, seqlen, num_heads, head_dim] memory
+        return q.new_empty((b, s, h, d)).transpose(1, 2)
+    return q.new_empty((b, h, s, d))
 
 
 def _compute_dtype(problem) -> torch.dtype:

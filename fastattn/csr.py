@@ -1,15 +1,14 @@
 """`attention_csr()`: attention along the edges of a graph, with its gradients.
 
-The rows of dispatch.KERNELS with layout "csr" are called as
-    kernel(problem, q, k, v, edges) -> (out, lse or None)
-    kernel(problem, q, k, v, edges, saved, dout, dlse, wanted) -> gradients of q, k, v, bias, None where not wanted
+The rows of dispatch.KERNELS with layout "csr" get `Edges` in the place of `Terms`; their gradients are those of q, k, v
+and bias.
 """
 
 from typing import NamedTuple
 
 import torch
 
-from . import api, cpu, dispatch, reference
+from . import api, autograd, cpu, dispatch, reference
 from .problem import FLOATS, Problem
 
 
@@ -71,13 +70,13 @@ def attention_csr(
     arXiv 1710.10903) with scaled dot products (arXiv 1706.03762), gradients as in FlashAttention-2 (arXiv 2307.08691).
     """
     api._raise_not_a_tensor(q=q, k=k, v=v, edge_bias=edge_bias)
-    problem, softmax_scale = _problem(q, k, v, indptr, indices, edge_bias, softmax_scale, return_lse)
+    problem, edges = _problem(q, k, v, indptr, indices, edge_bias, softmax_scale, return_lse)
     if isinstance(backend, api._Explain):
         raise api._ProblemFound(problem)
     backend = dispatch.current_backend() if backend is None else dispatch.check_backend(backend, "backend")
     choice = dispatch.select(problem, backend)
     dispatch.note(choice)
-    out, lse = choice.kernel(problem, q, k, v, Edges(indptr, indices, edge_bias, softmax_scale))
+    out, lse = choice.kernel(problem, q, k, v, edges)
     return (out, lse) if return_lse else out
 
 
@@ -90,12 +89,12 @@ class Edges(NamedTuple):
     softmax_scale: float
 
 
-def _problem(q, k, v, indptr, indices, edge_bias, softmax_scale, return_lse) -> tuple[Problem, float]:
+def _problem(q, k, v, indptr, indices, edge_bias, softmax_scale, return_lse) -> tuple[Problem, Edges]:
     """Validate everything but the entries of the lists."""
     inputs = [x for x in (q, k, v, edge_bias) if x is not None]
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     transformed = api._forward_ad._current_level >= 0 or api._functorch_level() is not None
-    problem, softmax_scale, _, _ = api._problem(
+    problem, terms = api._problem(
         *api._python_signature(q, k, v), needs_grad, transformed, (), softmax_scale, 0.0, 0.0, return_lse, None
     )
     for name, x in (("indptr", indptr), ("indices", indices)):
@@ -123,36 +122,29 @@ def _problem(q, k, v, indptr, indices, edge_bias, softmax_scale, return_lse) -> 
     for name, x in (("indptr", indptr), ("indices", indices), ("edge_bias", edge_bias)):
         if x is not None and x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, q on {q.device}; they must be on one device")
-    return problem._replace(layout="csr", bias=dtype), softmax_scale
+    return problem._replace(layout="csr", bias=dtype), Edges(indptr, indices, edge_bias, terms.softmax_scale)
 
 
 def forward(problem, q, k, v, edges):
-    """(out, lse) of the compiled kernel, which checks the lists."""
+    """(out, lse) of the compiled kernel, which checks the lists (kernel signature of dispatch.Row)."""
     if problem.needs_grad:
-        return _Attention.apply(problem, edges.softmax_scale, q, k, v, edges.bias, edges.indptr, edges.indices)
+        return autograd.differentiable(_forward, problem, q, k, v, edges, (edges.bias,))
     out, lse, _ = _forward(problem, q, k, v, edges)
     return out, lse
 
 
 def _forward(problem, q, k, v, edges):
-    """(out, lse, what `backward` wants saved: out, not rounded to 16 bits, and lse in units of log2 as two numbers)"""
-    b, h, s, d = *q.shape[:3], problem.head_dim_v
-    dtype, lse, out_exact, lse_parts = reference.compute_dtype(q.dtype), None, None, None
-    if q.stride(1) < q.stride(2) and s > 1:  # [batch, seqlen, num_heads, head_dim] memory
-        out = q.new_empty((b, s, h, d)).transpose(1, 2)
-    else:
-        out = q.new_empty((b, h, s, d))
-    if problem.lse:
-        lse = q.new_empty((b, h, s), dtype=dtype)
-    if problem.needs_grad:
-        lse_parts = q.new_empty((b, h, s, 2), dtype=dtype)
-        out_exact = None if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
+    """(out, lse or None, what `backward` wants saved, as of cpu.forward_for_backward: None without needs_grad)"""
+    out, dtype = cpu._empty_out(problem, q), cpu._compute_dtype(problem)
+    lse = q.new_empty(out.shape[:3], dtype=dtype) if problem.lse else None
+    lse_parts = q.new_empty((*out.shape[:3], 2), dtype=dtype) if problem.needs_grad else None
+    out_exact = torch.empty_like(out, dtype=dtype) if problem.needs_grad and out.dtype != dtype else None
     cpu._C.csr_forward(q, k, v, out, lse, lse_parts, *_lists(edges), out_exact, torch.get_num_threads())
     return out, lse, (out if out_exact is None else out_exact, lse_parts)
 
 
 def backward(problem, q, k, v, edges, saved, dout, dlse, wanted):
-    """Gradients of q, k, v, bias of the compiled kernel."""
+    """Gradients of q, k, v, bias of the compiled kernel (backward signature of dispatch.Row)."""
     out, lse_parts = saved
     dq, dk, dv = (torch.empty_like(x) if want else None for x, want in zip((q, k, v), wanted, strict=False))
     dbias = edges.bias.new_zeros(edges.bias.shape, dtype=out.dtype) if wanted[3] else None
@@ -169,57 +161,26 @@ def _with_row(x: torch.Tensor | None) -> torch.Tensor | None:
     return x if x is None else x.unsqueeze(-2)  # broadcastable to [batch, num_heads, 1, edges]
 
 
-class _Attention(torch.autograd.Function):
-    """Saves its inputs, out (in float32 where it has 16 bits), and two numbers a query."""
-
-    @staticmethod
-    def forward(ctx, problem, softmax_scale, q, k, v, bias, indptr, indices):
-        out, lse, saved = _forward(problem, q, k, v, Edges(indptr, indices, bias, softmax_scale))
-        ctx.set_materialize_grads(False)
-        ctx.problem, ctx.softmax_scale = problem, softmax_scale
-        ctx.save_for_backward(q, k, v, indptr, indices, bias, *saved)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx, dout, dlse):
-        if dout is None and dlse is None:
-            return (None,) * 8
-        q, k, v, indptr, indices, bias, *saved = ctx.saved_tensors
-        if dout is None:
-            dout = q.new_zeros(()).expand(saved[0].shape)
-        # Grad mode is on in here for create_graph=True alone: somebody will differentiate this gradient.
-        problem = ctx.problem._replace(direction="backward", needs_grad=torch.is_grad_enabled(), lse=dlse is not None)
-        choice = dispatch.select(problem, None)
-        dispatch.note(choice)
-        edges = Edges(indptr, indices, bias, ctx.softmax_scale)
-        grads = choice.kernel(problem, q, k, v, edges, saved, dout, dlse, ctx.needs_input_grad[2:6])
-        return None, None, *grads, None, None
-
-
 def run_reference(problem, q, k, v, edges):
     """`reference.attention_csr` as a kernel."""
     _check_lists(edges.indptr, edges.indices, problem.seqlen_k)
-    out, lse = reference.attention_csr(
-        q, k, v, edges.indptr, edges.indices, edge_bias=edges.bias, softmax_scale=edges.softmax_scale
-    )
-    if q.stride(1) < q.stride(2) and problem.seqlen_q > 1:  # q's memory order, as every kernel
-        out = out.transpose(1, 2).contiguous().transpose(1, 2)
-    return out, lse if problem.lse else None
+    return reference.as_kernel(problem, q, *_reference(edges)(q, k, v, edges.bias))
 
 
 def run_reference_backward(problem, q, k, v, edges, saved, dout, dlse, wanted):
     """Gradients that can be differentiated again: the forward pass once more."""
-    with torch.enable_grad():
-        # Views, so that a tensor that is passed twice gets two gradients.
-        inputs = [x if x is None else x.view_as(x) for x in (q, k, v, edges.bias)]
-        results = reference.attention_csr(
-            *inputs[:3], edges.indptr, edges.indices, edge_bias=inputs[3], softmax_scale=edges.softmax_scale
+    return reference.backward_by_autograd(problem, _reference(edges), (q, k, v, edges.bias), dout, dlse, wanted)
+
+
+def _reference(edges):
+    """`reference.attention_csr` of these edges as a function of q, k, v and bias."""
+
+    def call(q, k, v, bias):
+        return reference.attention_csr(
+            q, k, v, edges.indptr, edges.indices, edge_bias=bias, softmax_scale=edges.softmax_scale
         )
-        sources = [x for x, want in zip(inputs, wanted, strict=True) if want]
-        pairs = [(y, dy) for y, dy in zip(results, (dout, dlse), strict=True) if dy is not None]
-        ys, dys = zip(*pairs, strict=True)
-        grads = iter(torch.autograd.grad(ys, sources, dys, create_graph=problem.needs_grad, materialize_grads=True))
-    return tuple(next(grads) if want else None for want in wanted)
+
+    return call
 
 
 def _check_lists(indptr: torch.Tensor, indices: torch.Tensor, seqlen_k: int) -> None:

@@ -29,12 +29,12 @@ class UnsupportedError(NotImplementedError):
 class Row(NamedTuple):
     """A kernel: its name "backend.algorithm", its entry point, and what it supports.
 
-    entry      "module:function", imported on first use. The function is called as
-               kernel(problem, q, k, v, softmax_scale, softcap, diagonal_lo, diagonal_hi, k_start, k_end, mask, bias,
-               alibi_slopes, sinks, dropout_p, seed) and returns (out, lse or None), which autograd can go through if
-               problem.needs_grad. That of a backward row takes (out, lse_parts, dout, dlse, wanted) in addition and
-               returns the gradients of q, k, v, bias, alibi_slopes, sinks, None where wanted is False.
-               Of layout "csr": see fastattn/csr.py.
+    entry      "module:function", imported on first use. The function is called as kernel(problem, q, k, v, terms), with
+               `Terms` (`Edges` of fastattn.csr for layout "csr"), and returns (out, lse or None), which autograd can go
+               through if problem.needs_grad.
+               That of a backward row is called as kernel(problem, q, k, v, terms, saved, dout, dlse, wanted), saved
+               being what the forward row keeps, and returns the gradients of q, k, v, bias, alibi_slopes, sinks and
+               softmax_scale (of q, k, v and bias for layout "csr"), None where wanted is False.
     available  "module:function" that returns None, or why the kernel cannot run on this machine; None: always
     supports   Problem field -> plain container of accepted values; a field that is missing accepts anything
     backward   name of the row that computes its gradients and has to accept them too; None: autograd does it
@@ -59,7 +59,6 @@ _CPU = {
     "layout": {"dense"},
     "mask": set(MASK_KINDS),
     "bias": {"none", *FLOATS},
-    "dropout": {False},
     "transformed": {False},
 }
 _CPU_CSR = {field: _CPU[field] for field in ("device", "dtype", "bias", "transformed")} | {"layout": {"csr"}}

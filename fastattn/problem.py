@@ -1,12 +1,18 @@
 """`Problem`: what a kernel needs to know about one attention call, as plain hashable values.
 
 The same value is the dispatch key, the tuning key, the id of a test, the row of a benchmark and the first line of
-an error. If a kernel needs a fact to decide, that fact is a field here; tensors never are.
+an error. If a kernel needs a fact to decide, that fact is a field here; tensors never are: those beside q, k and v are
+in `Terms`.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-MASK_KINDS = ("none", "causal", "window", "interval", "tensor")
+import torch
+
+if TYPE_CHECKING:
+    from .block_mask import BlockMask
+
+MASK_KINDS = ("none", "causal", "window", "interval", "tensor", "block")
 """From special to general; a call's `mask` field is the most general kind that it contains.
 
 none      every query sees every key
@@ -14,6 +20,7 @@ causal    one diagonal bound: query i sees keys up to i + offset
 window    two diagonal bounds, or one that is not causal
 interval  per-row key intervals (padding, documents, prefix-LM), with diagonal bounds or without
 tensor    a bool tensor, with any of the above or without
+block     a BlockMask, with diagonal bounds or without
 """
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -30,6 +37,7 @@ class Problem(NamedTuple):
     mask                 one of MASK_KINDS
     bias                 dtype of the additive bias, or "none"
     alibi softcap sinks  whether that score modification is on
+    learned_scale        softmax_scale is a tensor
     dropout lse          whether dropout is on, whether lse is returned
     direction            "forward" | "backward"
     needs_grad           a gradient will be asked of the result; with direction "backward", one of the gradient
@@ -51,6 +59,7 @@ class Problem(NamedTuple):
     alibi: bool = False
     softcap: bool = False
     sinks: bool = False
+    learned_scale: bool = False
     dropout: bool = False
     lse: bool = False
     direction: str = "forward"
@@ -70,7 +79,36 @@ class Problem(NamedTuple):
         parts += [] if self.layout == "dense" else [self.layout]
         parts += [] if self.mask == "none" else [self.mask]
         parts += [] if self.bias == "none" else [f"bias:{self.bias}"]
-        flags = ("alibi", "softcap", "sinks", "dropout", "lse", "needs_grad", "transformed")
+        flags = ("alibi", "softcap", "sinks", "learned_scale", "dropout", "lse", "needs_grad", "transformed")
         parts += [name for name in flags if getattr(self, name)]
         parts += [] if self.direction == "forward" else [self.direction]
         return " ".join(parts)
+
+
+class Terms(NamedTuple):
+    """What a call adds to q, k and v, as every kernel gets it; its validity and shapes have been checked.
+
+    softmax_scale        a float, or a tensor: one number or [num_heads]
+    softcap              0.0: off
+    diagonal_lo, _hi     query i sees keys j with diagonal_lo <= j - i <= diagonal_hi (masks.UNBOUNDED: no bound)
+    k_start, k_end       int32, broadcastable to [batch, num_heads, seqlen_q]: query i sees k_start <= j < k_end
+    mask, bias           broadcastable to [batch, num_heads, seqlen_q, seqlen_k]
+    block_mask           of batch or 1, num_heads or 1, and these lengths; with it, no k_start, k_end, mask
+    alibi_slopes         [num_heads] or [batch, num_heads]
+    sinks                [num_heads]
+    dropout_p, seed      seed is an int where dropout_p > 0
+    """
+
+    softmax_scale: float | torch.Tensor
+    softcap: float
+    diagonal_lo: int
+    diagonal_hi: int
+    k_start: torch.Tensor | None = None
+    k_end: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    block_mask: "BlockMask | None" = None
+    bias: torch.Tensor | None = None
+    alibi_slopes: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
+    dropout_p: float = 0.0
+    seed: int | None = None

@@ -25,7 +25,7 @@ def attention(
     v: torch.Tensor,
     *,
     visible: torch.Tensor | None = None,
-    softmax_scale: float | None = None,
+    softmax_scale: float | torch.Tensor | None = None,
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
@@ -37,6 +37,7 @@ def attention(
 
     Order: scale, softcap, bias (dense, ALiBi), mask, softmax with sinks in the denominator, dropout.
     visible        bool, broadcastable to [B, H, Sq, Sk], True = attend; a bias of -inf masks as False does
+    softmax_scale  a number, or a tensor with one or with [H]
     alibi_slopes   [H] or [B, H];  bias broadcastable to [B, H, Sq, Sk];  sinks [H]
     out [B, H, Sq, Dv] in q's dtype; lse [B, H, Sq], natural log, float32 (float64 for float64)
 
@@ -86,35 +87,36 @@ def attention_csr(
     return out.to(dtype), (m + torch.log(total)).masked_fill(empty, -math.inf)
 
 
-def run(
-    problem, q, k, v, softmax_scale, softcap, diagonal_lo, diagonal_hi, k_start, k_end, mask, bias, alibi_slopes,
-    sinks, dropout_p, seed,
-):  # fmt: skip
+def run(problem, q, k, v, terms):
     """`attention` behind the kernel signature of dispatch.Row."""
-    visible = _visible(problem, q, diagonal_lo, diagonal_hi, k_start, k_end, mask)
-    out, lse = attention(
-        q, k, v, visible=visible, softmax_scale=softmax_scale, softcap=softcap, alibi_slopes=alibi_slopes, bias=bias,
-        sinks=sinks, dropout_p=dropout_p, seed=seed,
-    )  # fmt: skip
-    if q.stride(1) < q.stride(2) and problem.seqlen_q > 1:  # q's memory order, as every kernel
+    return as_kernel(problem, q, *attention(q, k, v, **_arguments(problem, q, terms)))
+
+
+def run_backward(problem, q, k, v, terms, saved, dout, dlse, wanted):
+    """Gradients that can be differentiated again (backward signature of dispatch.Row): the forward pass once more."""
+    arguments = _arguments(problem, q, terms)
+    names = ("bias", "alibi_slopes", "sinks", "softmax_scale")
+
+    def forward(q, k, v, *rest):
+        return attention(q, k, v, **(arguments | dict(zip(names, rest, strict=True))))
+
+    inputs = [q, k, v, *(arguments[name] for name in names)]
+    return backward_by_autograd(problem, forward, inputs, dout, dlse, wanted)
+
+
+def as_kernel(problem, q, out, lse) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(out, lse) as every kernel returns them: out in q's memory order, lse if it is asked for."""
+    if q.stride(1) < q.stride(2) and problem.seqlen_q > 1:
         out = out.transpose(1, 2).contiguous().transpose(1, 2)
     return out, lse if problem.lse else None
 
 
-def run_backward(
-    problem, q, k, v, softmax_scale, softcap, diagonal_lo, diagonal_hi, k_start, k_end, mask, bias, alibi_slopes,
-    sinks, dropout_p, seed, out, lse_parts, dout, dlse, wanted,
-):  # fmt: skip
-    """Gradients that can be differentiated again (backward signature of dispatch.Row): the forward pass once more."""
-    visible = _visible(problem, q, diagonal_lo, diagonal_hi, k_start, k_end, mask)
+def backward_by_autograd(problem, forward, inputs, dout, dlse, wanted) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of `inputs` for cotangents of forward(*inputs) = (out, lse); a cotangent may be None."""
     with torch.enable_grad():
         # Views, so that a tensor that is passed twice gets two gradients.
-        inputs = [x if x is None else x.view_as(x) for x in (q, k, v, bias, alibi_slopes, sinks)]
-        q, k, v, bias, alibi_slopes, sinks = inputs
-        results = attention(
-            q, k, v, visible=visible, softmax_scale=softmax_scale, softcap=softcap, alibi_slopes=alibi_slopes,
-            bias=bias, sinks=sinks, dropout_p=dropout_p, seed=seed,
-        )  # fmt: skip
+        inputs = [x.view_as(x) if isinstance(x, torch.Tensor) else x for x in inputs]
+        results = forward(*inputs)
         sources = [x for x, want in zip(inputs, wanted, strict=True) if want]
         pairs = [(y, dy) for y, dy in zip(results, (dout, dlse), strict=True) if dy is not None]
         ys, dys = zip(*pairs, strict=True)
@@ -122,10 +124,18 @@ def run_backward(
     return tuple(next(grads) if want else None for want in wanted)
 
 
-def _visible(problem, q, diagonal_lo, diagonal_hi, k_start, k_end, mask) -> torch.Tensor | None:
-    if problem.mask == "none" or (diagonal_lo, diagonal_hi, k_start, k_end) == (-UNBOUNDED, UNBOUNDED, None, None):
+def _arguments(problem, q, terms) -> dict:
+    """`terms` as keyword arguments of `attention`."""
+    names = ("softmax_scale", "softcap", "alibi_slopes", "bias", "sinks", "dropout_p", "seed")
+    return {"visible": _visible(problem, q, terms), **{name: getattr(terms, name) for name in names}}
+
+
+def _visible(problem, q, terms) -> torch.Tensor | None:
+    bounds = (terms.diagonal_lo, terms.diagonal_hi, terms.k_start, terms.k_end)
+    mask = terms.mask if terms.block_mask is None else terms.block_mask.to_dense()
+    if problem.mask == "none" or bounds == (-UNBOUNDED, UNBOUNDED, None, None):
         return mask
-    visible = dense(diagonal_lo, diagonal_hi, k_start, k_end, problem.seqlen_q, problem.seqlen_k, q.device)
+    visible = dense(*bounds, problem.seqlen_q, problem.seqlen_k, q.device)
     return visible if mask is None else visible & mask
 
 
@@ -137,7 +147,7 @@ def backward(
     *,
     dlse: torch.Tensor | None = None,
     visible: torch.Tensor | None = None,
-    softmax_scale: float | None = None,
+    softmax_scale: float | torch.Tensor | None = None,
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
@@ -145,15 +155,18 @@ def backward(
     dropout_p: float = 0.0,
     seed: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """Gradients by name (q, k, v, and bias, alibi_slopes, sinks where given) of `attention` for cotangents dout, dlse.
+    """Gradients by name of `attention` for cotangents dout, dlse: q, k, v, and the other tensors that are given.
 
         P = exp(scores - lse)    dP = dropout(dout V^T)    delta = rowsum(dP * P) - dlse    dscores = P * (dP - delta)
 
     The same arguments as `attention`; each gradient has the shape and dtype of its tensor. Finite inputs only.
     """
-    inputs = {"q": q, "k": k, "v": v, "bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks}
+    inputs = {
+        "q": q, "k": k, "v": v, "bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks,
+        "softmax_scale": softmax_scale,
+    }  # fmt: skip
     q, k, v, dout = _upcast(q, k, v, dout)
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    scale = _scale(q, softmax_scale)
     capped = softcap_scores(scale * _product(q, k), softcap)
     scores, _ = _scores(q, k, visible, softmax_scale, softcap, alibi_slopes, bias)
     p, lse = _softmax(scores, sinks)
@@ -162,7 +175,8 @@ def backward(
     dp = (dout @ _per_query_head(v, q.shape[1]).transpose(-1, -2)) * keep
     delta = (dp * p).sum(-1) - (0.0 if dlse is None else dlse.to(p.dtype))
     dscores = p * (dp - delta[..., None])
-    dproduct = scale * dscores * softcap_derivative(capped, softcap)
+    dscaled = dscores * softcap_derivative(capped, softcap)
+    dproduct = scale * dscaled
 
     grads = {
         "q": dproduct @ _per_query_head(k, q.shape[1]),
@@ -177,6 +191,9 @@ def backward(
     if sinks is not None:
         p_sink = torch.exp(sinks.to(p.dtype)[:, None] - lse)
         grads["sinks"] = -(p_sink * delta).sum((0, 2))
+    if isinstance(softmax_scale, torch.Tensor):
+        by_head = (dscaled * _product(q, k)).sum((0, 2, 3))
+        grads["softmax_scale"] = by_head.sum_to_size(softmax_scale.shape)
     return {name: grad.to(inputs[name].dtype) for name, grad in grads.items()}
 
 
@@ -197,14 +214,19 @@ def _sum_over_group(x: torch.Tensor, num_heads_k: int) -> torch.Tensor:
     return x if x.shape[1] == num_heads_k else x.unflatten(1, (num_heads_k, -1)).sum(2)
 
 
+def _scale(q: torch.Tensor, softmax_scale: float | torch.Tensor | None) -> float | torch.Tensor:
+    if softmax_scale is None:
+        return q.shape[-1] ** -0.5
+    return softmax_scale.to(q.dtype).view(-1, 1, 1) if isinstance(softmax_scale, torch.Tensor) else softmax_scale
+
+
 def _product(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     return q @ _per_query_head(k, q.shape[1]).transpose(-1, -2)
 
 
 def _scores(q, k, visible, softmax_scale, softcap, alibi_slopes, bias):
     """Scores with -inf where a query does not see a key, and the visibility itself (None: everything)."""
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    scores = softcap_scores(scale * _product(q, k), softcap)
+    scores = softcap_scores(_scale(q, softmax_scale) * _product(q, k), softcap)
     if bias is not None:
         bias = _pad_rank(bias, 4).to(scores.dtype)
         unmasked = bias != -math.inf

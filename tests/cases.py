@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastattn import Mask
+from fastattn import BlockMask, Mask
 
 
 class Case(NamedTuple):
@@ -12,9 +12,11 @@ class Case(NamedTuple):
 
     mask    None | "lengths" | "left_padding" | "documents" | "prefix_lm" | "tensor" (a random bool [1, 1, Sq, Sk]) |
             "tensor_per_head" ([B, H, Sq, Sk]) | "key_tensor" ([B, 1, 1, Sk]) | "top_left" |
-            "intervals" (random ones for each [B, H, Sq], empty ones among them)
+            "intervals" (random ones for each [B, H, Sq], empty ones among them) |
+            "blocks" (a random BlockMask for each [B, H], blocks of 32 x 16) | "shared_blocks" ([1, 1], 64 x 64)
     bias    None | "shared" ([1, 1, Sq, Sk]) | "per_head" ([1, H, Sq, Sk]) | "full" ([B, H, Sq, Sk]) |
             "key" ([B, 1, 1, Sk]) | "query" ([1, H, Sq, 1])
+    learned_scale  None | "one" (a tensor with one number) | "per_head" ([num_heads])
     layout  memory order of q, k, v and out: "bhsd" | "bshd"
     """
 
@@ -34,6 +36,8 @@ class Case(NamedTuple):
     softcap: float = 0.0
     sinks: bool = False
     softmax_scale: float | None = None
+    learned_scale: str | None = None
+    dropout_p: float = 0.0
     layout: str = "bhsd"
 
     def __str__(self) -> str:
@@ -42,7 +46,7 @@ class Case(NamedTuple):
         parts = [f"B{self.batch}H{self.num_heads}" + (f"/{self.num_heads_k}" if self.num_heads_k else "")]
         parts += [f"S{self.seqlen_q}" + (f"x{sk}" if sk != self.seqlen_q else "")]
         parts += [f"D{self.head_dim}" + (f"/{self.head_dim_v}" if self.head_dim_v else "")]
-        for field in ("dtype", "mask", "bias", "softcap", "softmax_scale", "layout"):
+        for field in ("dtype", "mask", "bias", "softcap", "softmax_scale", "learned_scale", "dropout_p", "layout"):
             if getattr(self, field) != getattr(default, field) or field == "dtype":
                 value = getattr(self, field)
                 parts.append(value if isinstance(value, str) and field in ("dtype", "layout") else f"{field}:{value}")
@@ -60,7 +64,7 @@ def inputs(case: Case, seed: int = 0) -> tuple[tuple[torch.Tensor, ...], dict]:
     hk, dv = case.num_heads_k or h, case.head_dim_v or case.head_dim
 
     def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     def states(heads, seqlen, dim):
         if case.layout == "bshd":
@@ -87,6 +91,10 @@ def inputs(case: Case, seed: int = 0) -> tuple[tuple[torch.Tensor, ...], dict]:
         kwargs["alibi_slopes"] = 2.0 ** -torch.arange(1, h + 1, dtype=torch.float64).to(torch.float32)
     if case.sinks:
         kwargs["sinks"] = normal(h).to(torch.float32)
+    if case.learned_scale:
+        kwargs["softmax_scale"] = (normal(*([h] if case.learned_scale == "per_head" else [])) * 0.3).to(torch.float32)
+    if case.dropout_p:
+        kwargs |= {"dropout_p": case.dropout_p, "seed": seed}
     return qkv, kwargs
 
 
@@ -107,8 +115,22 @@ def _mask(kind, generator, b, h, sq, sk):
         return Mask.causal("top_left")
     if kind == "intervals":
         return Mask.intervals(integers(-2, sk + 1, (b, h, sq)), integers(0, sk + 3, (b, h, sq)))
+    if kind in BLOCK_SIZES:
+        return _block_mask(generator, *((b, h) if kind == "blocks" else (1, 1)), sq, sk, BLOCK_SIZES[kind])
     shape = {"tensor": (1, 1, sq, sk), "tensor_per_head": (b, h, sq, sk), "key_tensor": (b, 1, 1, sk)}[kind]
     return torch.rand(shape, generator=generator) < 0.7
+
+
+BLOCK_SIZES = {"blocks": (32, 16), "shared_blocks": (64, 64)}
+
+
+def _block_mask(generator, b, h, sq, sk, block_size) -> BlockMask:
+    """Absent, full and partial blocks, and rows that see nothing."""
+    unit_q, unit_k = block_size
+    blocks = torch.rand(b, h, -(-sq // unit_q), -(-sk // unit_k), generator=generator)
+    share = (blocks.repeat_interleave(unit_q, 2).repeat_interleave(unit_k, 3)[:, :, :sq, :sk] * 3.0).floor() / 2.0
+    visible = torch.rand(b, h, sq, sk, generator=generator) < share
+    return BlockMask.from_dense(visible & (torch.rand(b, h, sq, 1, generator=generator) < 0.97), block_size=block_size)
 
 
 def visited_pairs(case: Case) -> int:
@@ -122,8 +144,8 @@ def visited_pairs(case: Case) -> int:
     if case.window_size is not None:
         interval = interval & Mask.window(*case.window_size)
     visible = interval.to_dense(sq, sk)
-    if isinstance(mask, torch.Tensor):
-        visible = visible & mask
+    if isinstance(mask, (torch.Tensor, BlockMask)):
+        visible = visible & (mask if isinstance(mask, torch.Tensor) else mask.to_dense())
     return int(visible.sum()) * (b // visible.shape[0]) * (h // visible.shape[1])
 
 
@@ -144,10 +166,21 @@ def _parity_cases() -> tuple[Case, ...]:
     cases += [small._replace(mask=mask, seqlen_q=s) for mask in masks for s in (45, 77)]
     cases += [small._replace(mask=mask, causal=True, window_size=(20, None)) for mask in masks]
     cases += [small._replace(bias=bias) for bias in biases]
+    blocks = Case(batch=2, num_heads=4, num_heads_k=2, seqlen_q=150, seqlen_k=170, head_dim=24, head_dim_v=40)
+    for mask in BLOCK_SIZES:
+        cases += [blocks._replace(mask=mask), blocks._replace(mask=mask, seqlen_q=170, causal=True, layout="bshd")]
+        cases += [blocks._replace(mask=mask, dtype=dtype) for dtype in ("bfloat16", "float16", "float64")]
+        cases += [blocks._replace(mask=mask, window_size=(90, 20), bias="full", softcap=3.0, alibi=True, sinks=True)]
+    cases += [
+        blocks._replace(mask="blocks", seqlen_q=sq, seqlen_k=sk) for sq, sk in ((3, 500), (500, 3), (0, 40), (40, 0))
+    ]
     cases += [small._replace(softcap=3.0), small._replace(alibi=True), small._replace(sinks=True)]
+    cases += [small._replace(learned_scale=kind) for kind in ("one", "per_head")]
+    cases += [small._replace(dropout_p=p) for p in (0.1, 0.9)] + [small._replace(num_heads_k=4, dropout_p=0.5)]
     everything = small._replace(
-        softcap=5.0, alibi=True, sinks=True, bias="per_head", mask="tensor_per_head", causal=True
-    )
+        softcap=5.0, alibi=True, sinks=True, bias="per_head", mask="tensor_per_head", causal=True, dropout_p=0.2,
+        learned_scale="per_head",
+    )  # fmt: skip
     cases += [everything]
     for dtype in ("bfloat16", "float16", "float64"):
         cases += [Case(dtype=dtype, num_heads=2, seqlen_q=130, causal=True), small._replace(dtype=dtype)]
@@ -159,6 +192,8 @@ def _parity_cases() -> tuple[Case, ...]:
         cases += [case, case._replace(causal=True), case._replace(window_size=(90, 20)), case._replace(bias="key")]
         cases += [case._replace(mask=mask) for mask in ("lengths", "left_padding", "documents", "intervals", "tensor")]
         cases += [case._replace(alibi=True), case._replace(softcap=2.0, bias="query"), case._replace(sinks=True)]
+        cases += [case._replace(dropout_p=0.3), case._replace(dropout_p=0.3, window_size=(90, 20), dtype="bfloat16")]
+        cases += [case._replace(learned_scale="per_head", causal=True)]
         for dtype in ("bfloat16", "float16", "float64"):
             cases += [case._replace(dtype=dtype, mask=mask, causal=True) for mask in ("documents", "tensor")]
     return tuple(dict.fromkeys(cases))

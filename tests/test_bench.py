@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastattn
-from cases import CASES, GRID, Case, inputs, visited_pairs
+from cases import CASES, Case, inputs, visited_pairs
 
 for package in ("rich", "matplotlib"):
     pytest.importorskip(package, reason="the benchmark needs it")
@@ -23,9 +23,11 @@ import run
 import suites
 import targets
 from rows import SCHEMA, Result, Row
-from timing import Contender, Peak, in_turn
+from timing import Contender, Peak, in_turn, peak_by_isa
+from work import FORWARD, SEED, TRAINING, Work, tensors
 
 SMALL = Case(num_heads=2, seqlen_q=32, head_dim=16)
+PASSES = ("forward", "backward", "forward+backward")
 INSTANT = ["--tiny", "--budget", "0", "--peers", "sdpa"]
 TRUTH_CASES = [case for case in CASES if case.dtype == "float32" and case.seqlen_q in (45, 77)]
 
@@ -52,63 +54,127 @@ def one_thread():
     ids=str,
 )
 def test_flops_count_the_visited_pairs(case, pairs):
-    row, _, _ = suites._checked_row("grid", str(case), case, 1)
+    row, _ = suites._checked_row("grid", str(case), Work(case), 1)
     assert row.pairs == pairs and row.flops == 4 * pairs * case.head_dim
     assert visited_pairs(case) == pairs
 
 
-def test_flops_of_a_different_value_size():
-    row, _, _ = suites._checked_row("grid", "", SMALL._replace(head_dim_v=24), 1)
-    assert row.flops == 2 * 2 * 32 * 32 * (16 + 24)
+@pytest.mark.parametrize("passes, products", [("forward", (1, 1)), ("backward", (3, 2)), ("forward+backward", (4, 3))])
+def test_flops_of_a_different_value_size(passes, products):
+    row, _ = suites._checked_row("grid", "", Work(SMALL._replace(head_dim_v=24), passes), 1)
+    assert row.flops == 2 * 2 * 32 * 32 * (16 * products[0] + 24 * products[1])
 
 
+@pytest.mark.parametrize("passes, dropout_p", [("forward", 0.0), ("forward+backward", 0.0), ("forward+backward", 0.3)])
 @pytest.mark.parametrize("case", TRUTH_CASES, ids=str)
-def test_truth_in_chunks_is_the_reference(case, monkeypatch):
+def test_truth_in_chunks_is_the_reference(case, passes, dropout_p, monkeypatch):
     monkeypatch.setattr(oracle, "SCORES_AT_ONCE", 40 * (case.seqlen_k or case.seqlen_q))
     oracle.truth.cache_clear()
-    (q, k, v), kwargs = inputs(case)
-    kwargs |= {name: kwargs[name].double() for name in ("bias", "alibi_slopes", "sinks") if name in kwargs}
-    whole = fastattn.attention(q.double(), k.double(), v.double(), backend="reference", **kwargs)
-    torch.testing.assert_close(oracle.truth(case)[0], whole, rtol=0, atol=1e-13)
+    work = Work(case, passes, dropout_p)
+    leaves, kwargs, dout = tensors(work, torch.float64)
+    whole = fastattn.attention(**leaves, **kwargs, dropout_p=dropout_p, seed=SEED, backend="reference")
+    expected = {"out": whole.detach()}
+    if work.trains:
+        expected |= zip(leaves, torch.autograd.grad(whole, [*leaves.values()], dout), strict=True)
+    torch.testing.assert_close(oracle.truth(work)[0], expected, rtol=1e-12, atol=1e-12)
 
 
+def assert_right_or_refused(peer, work, missing):
+    """`missing`: fields of the case that the peer may refuse."""
+    row = Row("grid", "", 1, "", work.spec)
+    suites._prepared(row, (peer,), work)
+    result = row.results[peer.name]
+    assert (result.refused is None) == (not any(getattr(work.case, name) for name in missing)), result.refused
+    assert result.refused or result.max_error < 1e-5
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("passes", PASSES)
 @pytest.mark.parametrize("case", TRUTH_CASES, ids=str)
-def test_sdpa_computes_the_case_or_refuses_it(case):
-    if peers.SDPA.refuse(case):
-        assert case.softcap or case.sinks
-        return
-    (q, k, v), kwargs = inputs(case)
-    out = peers.SDPA.prepare(case, q, k, v, kwargs)()
-    assert oracle.above_ceiling(oracle.errors(out, oracle.truth(case)[0]), case.dtype) is None
+def test_torch_computes_the_work_or_refuses_it(case, passes, dropout_p):
+    work = Work(case, passes, dropout_p)
+    assert_right_or_refused(peers.SDPA, work, ("softcap", "sinks"))
+    qkv, kwargs = inputs(case)
+    _, lse = fastattn.attention(*qkv, **kwargs, return_lse=True, backend="reference")
+    if lse.isfinite().all():  # a softmax over no key is NaN in plain torch
+        assert_right_or_refused(peers.Eager, work, ())
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_onnxruntime_computes_the_case(causal):
-    case = SMALL._replace(batch=2, causal=causal, softmax_scale=0.3)
-    if reason := peers.OnnxRuntime.refuse(case):
+    work = Work(SMALL._replace(batch=2, causal=causal, softmax_scale=0.3))
+    if reason := peers.OnnxRuntime.refuse(work):
         pytest.skip(reason)
-    (q, k, v), kwargs = inputs(case)
-    out = peers.OnnxRuntime.prepare(case, q, k, v, kwargs)()
-    assert oracle.errors(out, oracle.truth(case)[0]).max < 1e-5
+    assert_right_or_refused(peers.OnnxRuntime, work, ())
 
 
+def test_a_peer_that_drops_nothing_is_not_timed():
+    class Undropped(peers.SDPA):
+        @staticmethod
+        def prepare(work, *arguments):
+            return peers.SDPA.prepare(work._replace(dropout_p=0.0), *arguments)
+
+    row = Row("grid", "", 1, "", {})
+    assert suites._prepared(row, (Undropped,), Work(SMALL, "forward+backward", 0.1)) == {}
+    assert "max error" in row.results["sdpa"].refused
+
+
+def test_what_cannot_train_refuses():
+    work = Work(SMALL, "backward")
+    assert "backward" in peers.Flex.refuse(work) and peers.OnnxRuntime.refuse(work)
+    assert peers.Flex.refuse(Work(SMALL)) is None
+
+
+def test_the_backward_is_timed_alone(monkeypatch):
+    calls, right = [], fastattn.attention
+    monkeypatch.setattr(fastattn, "attention", lambda *args, **kwargs: calls.append(1) or right(*args, **kwargs))
+    row, run = suites._checked_row("grid", "", Work(SMALL._replace(bias="per_head"), "backward"), 1)
+    assert len(calls) == 1 and row.wrong is None
+    run(), run()
+    assert len(calls) == 1
+    assert [x.shape[1:] for x in run()] == [(2, 32, 16)] * 3 + [(2, 32, 32)]
+
+
+@pytest.mark.parametrize("passes", PASSES)
 @pytest.mark.parametrize("damage", [lambda out: out * 1.001, lambda out: out * float("nan")], ids=["scaled", "nan"])
-def test_a_wrong_result_is_not_timed(damage, monkeypatch):
+def test_a_wrong_result_is_not_timed(damage, passes, monkeypatch):
     right = fastattn.attention
     monkeypatch.setattr(fastattn, "attention", lambda *args, **kwargs: damage(right(*args, **kwargs)))
     monkeypatch.setattr(suites, "in_turn", lambda *_: pytest.fail("it was timed"))
-    comparison = suites.Comparison("threads", SMALL, 2, SMALL, 1)
+    work = Work(SMALL, passes)
     for row in (
-        suites.grid_row(SMALL, 1, (peers.SDPA,), 0.0, Peak()),
-        suites.comparison_row(comparison, 0.0, Peak()),
-        suites.overhead_row(SMALL, (peers.SDPA,)),
+        suites.grid_row(work, 1, (peers.SDPA,), 0.0, Peak()),
+        suites.comparison_row(suites.Comparison("threads", work, 2, work, 1), 0.0, Peak()),
+        suites.overhead_row(work, (peers.SDPA,)),
     ):
         assert "max error" in row.wrong and row.ours.ms is None
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v", "bias"])
+def test_one_wrong_gradient_is_a_wrong_result(name, monkeypatch):
+    right = fastattn.attention
+
+    class Damage(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, dx):
+            return dx * 1.001
+
+    def damaged(q, k, v, **kwargs):
+        arguments = kwargs | {"q": q, "k": k, "v": v}
+        return right(**arguments | {name: Damage.apply(arguments[name])})
+
+    monkeypatch.setattr(fastattn, "attention", damaged)
+    row, _ = suites._checked_row("grid", "", Work(SMALL._replace(bias="per_head"), "backward"), 1)
+    assert f"of d{name} exceeds" in row.wrong
+
+
 def test_a_wrong_result_fails_the_run(monkeypatch, tmp_path, capsys):
     right = fastattn.attention
-    monkeypatch.setattr(fastattn, "attention", lambda *args, **kwargs: right(*args, **kwargs) + 0.01)
+    monkeypatch.setattr(fastattn, "attention", lambda *args, **kwargs: right(*args, **kwargs) * 1.01)
     assert run.main([*INSTANT, "--only", "S64-D32-float32", "--out", str(tmp_path)]) == 1
     assert "WRONG" in capsys.readouterr().out
     assert all(row["wrong"] for row in json.loads((tmp_path / "bench.json").read_text())["rows"])
@@ -119,21 +185,21 @@ def test_a_peer_that_fails_or_is_wrong_is_a_refusal_with_its_reason():
         name = "broken"
 
         @staticmethod
-        def refuse(case):
+        def refuse(work):
             return None
 
         @staticmethod
-        def prepare(case, q, k, v, kwargs):
+        def prepare(work, q, k, v, kwargs):
             raise RuntimeError("no such thing\nat line 3")
 
     class Wrong(Broken):
         name = "wrong"
 
         @staticmethod
-        def prepare(case, q, k, v, kwargs):
+        def prepare(work, q, k, v, kwargs):
             return lambda: torch.zeros_like(q)
 
-    row = suites.grid_row(SMALL, 1, (Broken, Wrong), 0.0, Peak())
+    row = suites.grid_row(Work(SMALL), 1, (Broken, Wrong), 0.0, Peak())
     assert row.results["broken"].refused == "RuntimeError: no such thing"
     assert row.results["wrong"].refused.startswith("max error")
     assert row.ours.ms > 0 and row.metrics.keys() <= {"share"}
@@ -144,38 +210,54 @@ def test_json_has_the_documented_schema(tmp_path):
     found = json.loads((tmp_path / "bench.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert found["schema"] == SCHEMA and found.keys() == {"schema", "header", "rows", "targets"}
     assert {"date", "cpu", "cores", "isa", "torch", "fastattn", "load_average", "environment"} <= found["header"].keys()
-    assert {row["suite"] for row in found["rows"]} >= {"grid"}
+    assert {"fma_peak_by_isa", "torch_matmul_gflops", "torch_cpu_capability"} <= found["header"].keys()
+    assert {row["kind"] for row in found["rows"]} >= {"grid"}
+    assert {row["spec"]["passes"] for row in found["rows"]} == {"forward", "backward"}
     for row in found["rows"]:
         assert row.keys() == {field.name for field in fields(Row)}
-        assert Case(**row["spec"] | {"window_size": None}).causal and row["repro"].startswith("python bench/run.py")
+        case = {name: value for name, value in row["spec"].items() if name in Case._fields}
+        assert Case(**case | {"window_size": None}).causal and row["repro"].startswith("python bench/run.py")
         assert all(result.keys() == {field.name for field in fields(Result)} for result in row["results"].values())
     assert len(found["targets"]) == len(targets.TARGETS)
     text = (tmp_path / "bench.md").read_text()
     assert "| B1H2-S64-D64-float32-causal" in text and "not measured" in text
-    assert (tmp_path / "bench.png").stat().st_size > 10_000
+    assert "| backward B1H2-S64-D64-float32-causal" in text
+    assert (tmp_path / "bench.png").stat().st_size > 10_000 < (tmp_path / "backward.png").stat().st_size
 
 
 def test_targets_take_the_worst_row_and_ignore_a_peak_that_is_too_low(monkeypatch):
     def row(seqlen, **metrics):
-        return Row("grid", f"S{seqlen}", 1, "", Case(num_heads=8, seqlen_q=seqlen)._asdict(), metrics=metrics)
+        return Row("grid", f"S{seqlen}", 1, "", Work(Case(num_heads=8, seqlen_q=seqlen)).spec, metrics=metrics)
 
-    first, second, *_ = targets.judge([row(1024, share=0.9, **{"vs sdpa": 1.5}), row(2048, share=0.8)])
+    first, second, *_ = targets.judge([row(1024, share=0.9, **{"vs sdpa": 1.5}), row(2048, share=0.8)], ["forward"])
     assert (first["value"], first["row"], first["met"]) == (0.8, "S2048", False)
     assert (second["value"], second["met"], second["rows"], second["of"]) == (1.5, True, 1, 2)
 
     monkeypatch.setattr("timing.fma_rate", lambda dtype, seconds, threads: 1e6)
-    found = suites.grid_row(SMALL, 1, (), 0.0, Peak())
+    found = suites.grid_row(Work(SMALL), 1, (), 0.0, Peak())
     assert "share" not in found.metrics and "matmul" in found.flags[0]
 
 
+def test_a_peer_above_the_float32_peak_spoils_no_16_bit_share():
+    def shares(dtype, **shares):
+        row = Row("grid", "", 1, "", {}, results={name: Result(share=share) for name, share in shares.items()})
+        suites._judge_shares(row, dtype)
+        return row.metrics.get("share"), bool(row.flags)
+
+    assert shares("float32", fastattn=0.8, eager=0.9) == (0.8, False)
+    assert shares("float32", fastattn=0.8, eager=1.2) == (None, True)
+    assert shares("bfloat16", fastattn=0.8, eager=1.2) == (0.8, True)
+    assert shares("bfloat16", fastattn=1.1, eager=0.9) == (None, True)
+
+
 def test_every_target_has_rows_in_the_plan():
-    rows = [Row("grid", str(case), 1, "", case._asdict()) for case in GRID]
-    rows += [Row(c.kind, c.name, c.threads, "", c.case._asdict()) for c in suites.COMPARISONS]
-    rows += [Row("overhead", "", 1, "", suites.TINY._asdict()), Row("memory", "", 1, "", suites.LONG_MEMORY._asdict())]
-    lost = [
-        judged["what"] for judged in targets.judge(rows) if not judged["of"] and "two threads" not in judged["what"]
-    ]
-    assert not lost
+    rows = [Row("grid", str(work), 1, "", work.spec) for work in FORWARD + TRAINING]
+    rows += [Row(c.kind, c.name, c.threads, "", c.work.spec) for c in suites.COMPARISONS]
+    rows += [Row("overhead", "", 1, "", work.spec) for work in suites.TINY]
+    rows += [Row("memory", "", 1, "", work.spec) for work in suites.MEMORY]
+    judged = targets.judge(rows, ["forward", "backward"])
+    assert len(judged) == len(targets.TARGETS)
+    assert not [target["what"] for target in judged if not target["of"] and "two threads" not in target["what"]]
 
 
 def test_contenders_run_in_turn():
@@ -186,7 +268,22 @@ def test_contenders_run_in_turn():
 
 
 def test_only_an_exact_name_wins(tmp_path):
-    options = run._options(["--only", str(GRID[2])])
-    assert [name for name, _ in run._plan(options, Peak())] == [str(GRID[2])]
+    options = run._options(["--only", str(FORWARD[2])])
+    assert [name for name, _ in run._plan(options, Peak())] == [str(FORWARD[2])]
     assert len(run._plan(run._options(["--only", "S1024"]), Peak())) > 5
     assert run.main(["--only", "no such row", "--out", str(tmp_path)]) == 2
+
+
+def test_a_suite_can_be_run_alone():
+    names = {suite: [name for name, _ in run._plan(run._options(["--suite", suite]), Peak())] for suite in run.PICTURES}
+    assert all("backward" in name for name in names["backward"])
+    assert not any("backward" in name for name in names["forward"])
+    both = [name for name, _ in run._plan(run._options([]), Peak())]
+    assert sorted(both) == sorted(names["forward"] + names["backward"])
+
+
+def test_peak_by_isa_is_of_those_that_run_here():
+    if fastattn.cpu.unavailable():
+        pytest.skip("the CPU kernels are not built")
+    rates = peak_by_isa()
+    assert fastattn.cpu.isa() in rates and all(rate > 0 for rate in rates.values())

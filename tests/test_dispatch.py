@@ -26,6 +26,11 @@ def qkv(**kwargs):
     return [torch.randn(1, 2, 4, 8, **kwargs) for _ in range(3)]
 
 
+def wide_qkv(**kwargs):
+    """What only the reference takes."""
+    return [torch.randn(1, 2, 4, 600, **kwargs) for _ in range(3)]
+
+
 def problem_of(case):
     (q, k, v), kwargs = inputs(case)
     fastattn.attention(q, k, v, **kwargs, backend="reference")
@@ -96,6 +101,8 @@ def test_problem_says_what_was_called():
         ({"mask": fastattn.Mask.lengths(torch.tensor([3])), "causal": True}, "interval"),
         ({"mask": torch.ones(4, 4, dtype=torch.bool), "causal": True}, "tensor"),
         ({"mask": fastattn.Mask()}, "none"),
+        ({"mask": fastattn.patterns.causal(4, block_size=16)}, "block"),
+        ({"mask": fastattn.patterns.causal(4, block_size=16), "causal": True}, "block"),
     ],
 )
 def test_kind_of_mask(kwargs, kind):
@@ -169,8 +176,6 @@ def test_cpu_by_name():
     assert fastattn.last_call().kernel == "cpu.prefill" and fastattn.last_call().isa == cpu.isa()
     fastattn.attention(q.requires_grad_(), k, v, backend="cpu").sum().backward()
     assert fastattn.last_call().kernel == "cpu.backward" and fastattn.last_call().isa == cpu.isa()
-    with pytest.raises(UnsupportedError, match="dropout=True.*with dropout=False"):
-        fastattn.attention(*qkv(), dropout_p=0.1, backend="cpu")
     with pytest.raises(UnsupportedError, match=r"head_dim=513 \(supports 1...512\).*with head_dim=512, head_dim_v=512"):
         fastattn.attention(*(torch.randn(1, 1, 2, 513) for _ in range(3)), backend="cpu")
 
@@ -251,8 +256,8 @@ def test_explain_says_what_attention_does():
 
 
 def test_explain_gives_the_reasons():
-    text = fastattn.explain(*qkv(requires_grad=True), dropout_p=0.5)
-    assert "needs_grad" in text.splitlines()[0] and "dropout=True (supports False)" in text
+    text = fastattn.explain(*wide_qkv(requires_grad=True))
+    assert "needs_grad" in text.splitlines()[0] and "head_dim=600 (supports 1...512)" in text
     text = fastattn.explain(*qkv(), backend="reference")
     assert "cpu.prefill             refused:" in text and "backend='reference' was asked for" in text
 
@@ -290,9 +295,9 @@ def test_record_ends_with_its_block():
 
 
 def test_call_gives_the_reason_of_a_fallback():
-    fastattn.attention(*qkv(), dropout_p=0.5)
+    fastattn.attention(*wide_qkv())
     call = fastattn.last_call()
-    assert call.kernel == "reference" and call.reason.startswith("cpu.prefill: ") and "dropout=True" in call.reason
+    assert call.kernel == "reference" and call.reason.startswith("cpu.prefill: ") and "head_dim=600" in call.reason
 
 
 def test_a_failed_call_is_not_the_last_call():
@@ -330,13 +335,11 @@ def test_threads_have_their_own_last_call_and_use():
 
 def test_fallback_warns_once_a_reason_and_counts(fresh_fallbacks, monkeypatch):
     monkeypatch.delenv("FASTATTN_FALLBACK", raising=False)
-    with pytest.warns(
-        FallbackWarning, match=r"\[cpu float32 B1 H2 S4 D8 dropout\] needs the reference.*dropout"
-    ) as log:
+    with pytest.warns(FallbackWarning, match=r"\[cpu float32 B1 H2 S4 D600\] needs the reference.*head_dim") as log:
         for _ in range(3):
-            fastattn.attention(*qkv(), dropout_p=0.5)
+            fastattn.attention(*wide_qkv())
     assert len(log) == 1 and log[0].filename == __file__
-    with pytest.warns(FallbackWarning, match="head_dim") as log:
+    with pytest.warns(FallbackWarning, match="head_dim=513") as log:
         for seqlen in (4, 5):
             fastattn.attention(*(torch.randn(1, 2, seqlen, 513) for _ in range(3)))
     assert len(log) == 1
@@ -358,7 +361,7 @@ def test_fallback_silent(fresh_fallbacks, monkeypatch):
     monkeypatch.setenv("FASTATTN_FALLBACK", "silent")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fastattn.attention(*qkv(), dropout_p=0.5)
+        fastattn.attention(*wide_qkv())
     assert sum(fresh_fallbacks.values()) == 1
 
 
@@ -369,15 +372,15 @@ def test_fallback_error_comes_before_the_work(fresh_fallbacks, monkeypatch):
     before, computed = fastattn.last_call(), []
     clear_caches()
     monkeypatch.setattr(reference, "run", lambda *arguments: computed.append(arguments))
-    with fastattn.record() as calls, pytest.raises(UnsupportedError, match="dropout.*FASTATTN_FALLBACK=error"):
-        fastattn.attention(*qkv(), dropout_p=0.5)
+    with fastattn.record() as calls, pytest.raises(UnsupportedError, match="head_dim.*FASTATTN_FALLBACK=error"):
+        fastattn.attention(*wide_qkv())
     assert not computed and not calls and fastattn.last_call() is before
 
 
 def test_fallback_policy_is_checked(fresh_fallbacks, monkeypatch):
     monkeypatch.setenv("FASTATTN_FALLBACK", "loud")
     with pytest.raises(ValueError, match="FASTATTN_FALLBACK='loud' must be one of warn, silent, error"):
-        fastattn.attention(*qkv(), dropout_p=0.5)
+        fastattn.attention(*wide_qkv())
 
 
 # --- environment and import ------------------------------------------------------------------------------------------

@@ -2,10 +2,15 @@
 
 import ctypes
 import faulthandler
+import gc
 import math
 import mmap
 import multiprocessing
 import re
+import resource
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,7 +20,9 @@ import fastattn
 from cases import Case, inputs
 from fastattn import Mask, cpu
 from fastattn.masks import UNBOUNDED
+from fastattn.problem import Terms
 from test_prefill import DTYPES, assert_same_bits, dtypes, run
+from test_threads import forked, graph, train
 
 pytestmark = [
     pytest.mark.skipif(cpu.unavailable() is not None, reason="the CPU kernels are not built"),
@@ -27,9 +34,8 @@ PAGE = mmap.PAGESIZE
 def fill(out, lse, q, k, v, causal=False, **kwargs):
     """The kernel into tensors of the caller's, without the allocations of fastattn.attention."""
     hi = k.shape[2] - q.shape[2] if causal else UNBOUNDED
-    names = ("k_start", "k_end", "mask", "bias", "alibi_slopes", "sinks")
-    extras = [kwargs.get(name) for name in names]
-    cpu._C.forward(q, k, v, out, lse, None, q.shape[3] ** -0.5, kwargs.get("softcap", 0.0), -UNBOUNDED, hi, *extras, 1)
+    terms = Terms(q.shape[3] ** -0.5, kwargs.pop("softcap", 0.0), -UNBOUNDED, hi, **kwargs)
+    cpu._C.forward(q, k, v, out, lse, None, None, terms, 1)
     return out, lse
 
 
@@ -214,28 +220,38 @@ WRONG = {  # name of a tensor: what it must not be
     "k_end": (torch.ones(2, 2, 3), torch.ones(2, 2, 3, 1).int(), torch.ones(3, 2, 3).int()),
     "alibi_slopes": (torch.ones(3), torch.ones(2, 2).int(), torch.ones(2, 2, 1)),
     "sinks": (torch.ones(3), torch.ones(2).int(), torch.ones(1, 1, 2)),
+    "softmax_scale": (torch.ones(3), torch.ones(2).int(), torch.ones(1, 1, 2)),
+    "lse_parts": (torch.ones(2, 2, 3), torch.ones(2, 2, 3, 1), torch.ones(2, 2, 3, 2).double()),
+    "out_exact": (torch.ones(2, 2, 3, 4), torch.ones(2, 2, 3, 6).half()),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_the_native_entry_refuses_what_does_not_fit(name):
-    for wrong in (*WRONG[name], torch.ones(2, 2, device="meta"), "text"):
+    for wrong in (*WRONG[name], torch.ones(1, 1, 1, 1, 1), torch.ones(2, device="meta"), "text"):
         tensors = {"q": torch.ones(2, 2, 3, 4), "k": torch.ones(2, 2, 5, 4), "v": torch.ones(2, 2, 5, 6)}
         tensors |= {"out": torch.ones(2, 2, 3, 6), "lse": torch.ones(2, 2, 3), name: wrong}
-        arguments = [tensors.get(n) for n in ("q", "k", "v", "out", "lse", "lse_parts")] + [
-            0.5,
-            0.0,
-            -UNBOUNDED,
-            UNBOUNDED,
-        ]
-        arguments += [tensors.get(n) for n in ("k_start", "k_end", "mask", "bias", "alibi_slopes", "sinks")]
+        arguments = [tensors.pop(n, None) for n in ("q", "k", "v", "out", "lse", "lse_parts", "out_exact")]
+        terms = Terms(**{"softmax_scale": 0.5} | tensors, softcap=0.0, diagonal_lo=-UNBOUNDED, diagonal_hi=UNBOUNDED)
         with pytest.raises((ValueError, TypeError, AttributeError, RuntimeError)):
-            cpu._C.forward(*arguments, 1)
+            cpu._C.forward(*arguments, terms, 1)
+
+
+def test_the_native_entry_refuses_wrong_terms():
+    q, fine = torch.ones(2, 2, 3, 4), Terms(0.5, 0.0, -UNBOUNDED, UNBOUNDED)
+    for wrong in (
+        None, (), tuple(fine)[:-1], fine._replace(softcap=None), fine._replace(diagonal_lo=0.5),
+        fine._replace(dropout_p=1.0), fine._replace(dropout_p=-0.1), fine._replace(dropout_p=math.nan),
+        fine._replace(dropout_p=0.1, seed=None), fine._replace(dropout_p=0.1, seed="x"),
+    ):  # fmt: skip
+        with pytest.raises((ValueError, TypeError)):
+            cpu._C.forward(q, q, q, torch.empty_like(q), None, None, None, wrong, 1)
+    cpu._C.forward(q, q, q, torch.empty_like(q), None, None, None, fine, 1)
 
 
 def test_the_native_entry_refuses_the_wrong_number_of_arguments():
-    for count in (0, 16, 18):
-        with pytest.raises(ValueError, match="17 arguments"):
+    for count in (0, 8, 10):
+        with pytest.raises(ValueError, match="9 arguments"):
             cpu._C.forward(*[None] * count)
 
 
@@ -250,11 +266,38 @@ def status(field: str) -> int:
         pytest.skip("/proc does not tell how much memory a process has")
 
 
-def test_calls_do_not_leak():
+def resident() -> int:
+    """Bytes that this process has now, without what malloc keeps to reuse."""
+    gc.collect()
+    now = status("VmRSS")
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+        now = status("VmRSS")
+    return now
+
+
+def reset_peak() -> int:
+    """Bytes that this process has now; VmHWM counts from here."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pytest.skip("/proc/self/clear_refs cannot reset VmHWM")
+    return status("VmRSS")
+
+
+def small_calls():
+    """Of every dtype, with every kind of argument."""
     case = Case(2, 4, 9, 20, 16, 8, 2, sinks=True)
-    changes = ({}, {"mask": "tensor", "bias": "full"}, {"mask": "lengths", "bias": "key"}, {"layout": "bshd"})
-    made = [inputs(case._replace(dtype=dtype, **change)) for dtype, change in zip(DTYPES, changes, strict=True)]
+    changes = ({"alibi": True}, {"mask": "tensor", "bias": "full"}, {"mask": "lengths", "bias": "key"})
+    changes += ({"layout": "bshd", "bias": "query", "softcap": 2.0},)
+    return [inputs(case._replace(dtype=dtype, **change)) for dtype, change in zip(DTYPES, changes, strict=True)]
+
+
+def test_calls_do_not_leak():
+    made = small_calls()
     negated = torch.randn(1, 2, 5, 8, dtype=torch.complex64).conj().imag  # the one thing that is copied
+
+    terms = Terms(0.5, 0.0, 0, 0)
 
     def call(n):
         for i in range(n):
@@ -263,22 +306,103 @@ def test_calls_do_not_leak():
             if i % 10 == 0:
                 fastattn.attention(negated, negated, negated, backend="cpu")
                 with pytest.raises(ValueError, match="dimensions"):
-                    cpu._C.forward(*[qkv[0][0]] * 5, None, 0.5, 0.0, 0, 0, *[None] * 6, 1)
+                    cpu._C.forward(*[qkv[0][0]] * 5, None, None, terms, 1)
 
     call(400)
-    before = status("VmRSS")
+    before = resident()
     call(10_000)
-    assert status("VmRSS") - before < 2**20
+    assert resident() - before < 2**20
+
+
+def count_tensors() -> int:
+    return sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
+
+
+def test_forward_and_backward_do_not_leak():
+    made = [(qkv, kwargs, torch.randn(*qkv[0].shape[:3], 8).to(qkv[0].dtype)) for qkv, kwargs in small_calls()]
+
+    def call(n):
+        for i in range(n):
+            qkv, kwargs, dout = made[i % len(made)]
+            out, lse, leaves = graph(qkv, kwargs)
+            if i % 3:
+                torch.autograd.grad(out, leaves, dout)
+            elif i % 2:
+                torch.autograd.grad([out, lse], leaves, [dout, torch.zeros_like(lse)])  # else nobody goes through it
+            if i % 50 == 0:
+                with pytest.raises(ValueError, match="dimensions"):
+                    cpu._C.backward(*[qkv[0][0]] * 5, None, 0.5, 0.0, 0, 0, *[None] * 6, dout, *[None] * 7, 1)
+
+    call(800)
+    before, objects, tensors = resident(), sys.getallocatedblocks(), count_tensors()
+    call(10_000)
+    assert resident() - before < 2**20
+    assert sys.getallocatedblocks() - objects < 1000  # not one a call, nor one for each kind of call
+    assert count_tensors() == tensors
+
+
+def test_threads_do_not_leak():
+    """Each thread of Python has OpenMP threads of its own, and all of them scratch memory for as long as they live."""
+    call = inputs(Case(num_heads=4, seqlen_q=300, head_dim=32))
+
+    def work():
+        torch.set_num_threads(2)
+        train(*call)
+
+    def run_threads(n):
+        for _ in range(n):
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+
+    run_threads(20)
+    before = resident()
+    run_threads(100)
+    assert resident() - before < 16 * 2**20  # libc keeps some stacks of ended threads; all scratch memory is 70 MiB
+
+
+def without_memory(out, q, expected) -> None:
+    torch.set_num_threads(2)
+    train(*inputs(Case(num_heads=8, seqlen_q=100)))  # starts the second thread
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + 16 * 2**20, limit[1]))
+    for _ in range(3):
+        with pytest.raises(MemoryError):
+            torch.autograd.grad(out, q, out.detach(), retain_graph=True)
+    resource.setrlimit(resource.RLIMIT_AS, limit)
+    assert_same_bits(torch.autograd.grad(out, q, out.detach()), expected)
+
+
+def without_memory_in_a_thread(*arguments) -> None:
+    with ThreadPoolExecutor(1) as pool:  # the thread that the fork has left has scratch memory, and computes alone
+        pool.submit(without_memory, *arguments).result()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_out_of_memory_is_an_error():
+    """On each OpenMP thread, which can be used again; they need 100 MiB each, for gradients of the keys."""
+    q, kv = torch.randn(1, 8, 16, 64, requires_grad=True), torch.randn(1, 1, 1, 64).expand(1, 8, 200_000, 64)
+    out = fastattn.attention(q, kv, kv, window_size=(64, 0), backend="cpu")
+    forked(without_memory_in_a_thread, out, q, torch.autograd.grad(out, q, out.detach(), retain_graph=True))
 
 
 def test_extra_memory_is_not_quadratic():
     """Less than 64 MiB beyond out, where the scores alone would take 4 GiB."""
     q, k, v = (torch.randn(1, 4, 16384, 64) for _ in range(3))
     bias = torch.randn(16384)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pytest.skip("/proc/self/clear_refs cannot reset VmHWM")
-    before = status("VmRSS")
+    before = reset_peak()
     out = fastattn.attention(q, k, v, causal=True, bias=bias, backend="cpu")
     assert out.nbytes <= status("VmHWM") - before < out.nbytes + 64 * 2**20
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_extra_memory_of_training_is_not_quadratic(threads):
+    """Less than 200 MiB beyond out and the gradients, saved tensors included; a window, as it is sooner done."""
+    torch.set_num_threads(threads)
+    q, k, v = (torch.randn(1, 4, 16384, 64, requires_grad=True) for _ in range(3))
+    bias, dout = torch.randn(16384, requires_grad=True), torch.randn(1, 4, 16384, 64)
+    before = reset_peak()
+    out = fastattn.attention(q, k, v, window_size=(1024, 0), bias=bias, backend="cpu")
+    grads = torch.autograd.grad(out, (q, k, v, bias), dout)
+    results = sum(x.nbytes for x in (out, *grads))
+    assert results <= status("VmHWM") - before < results + 200 * 2**20

@@ -13,13 +13,16 @@ import pytest
 from test_packaging import ROOT, compiler, output, setup, tool
 from test_prefill import supported_isas
 
+MACHINE = setup.machine()
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 CROSS = "aarch64-linux-gnu-g++"
+PANELS = {"": [], "wide": ["-DFASTATTN_WIDE_L1=0"], "narrow": ["-DFASTATTN_WIDE_L1=INT64_MAX"]}
+"""avx512 takes panels of two vectors where the L1 is large, else of one: flags for either, whatever this CPU has."""
+KERNELS = [x for isa in supported_isas() for x in (["avx512 wide", "avx512 narrow"] if isa == "avx512" else [isa])]
 
 
-def build(folder: Path, cxx: str, target: str, *flags: str) -> tuple[Path, dict[str, Path]]:
-    """(native/parity.cpp linked with the kernels of all ISAs of a target, those kernels' objects)"""
-    isas = setup.isa_flags(target)
+def build(folder: Path, cxx: str, isas: dict[str, list[str]], *flags: str) -> tuple[Path, dict[str, Path]]:
+    """(native/parity.cpp linked with the kernels of `isas`, name -> flags; those kernels' objects)"""
     objects = {isa: folder / f"{isa}.o" for isa in isas}
     common = [*flags, "-I", ROOT / "csrc", "-fopenmp"]
     jobs = [[ROOT / f"csrc/isa_{isa}.cpp", "-c", "-o", objects[isa], *isas[isa], *common] for isa in isas]
@@ -37,28 +40,25 @@ def assert_all_pass(isa: str, *command) -> None:
     assert text.startswith(isa) and re.search(r"^[1-9]\d{2,} passed, 0 failed$", text, re.M), text
 
 
-@pytest.fixture(scope="module")
-def sanitized(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("sanitized")
-    return build(folder, compiler(), setup.machine(), "-O1", "-g", *SANITIZE)[0]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", supported_isas())
-def test_sanitizers(sanitized, isa):
-    assert_all_pass(isa, sanitized)
+@pytest.mark.parametrize("flags", [["-O1", "-g", *SANITIZE], []], ids=["sanitized", "as shipped"])
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_parity(tmp_path, kernels, flags):
+    isa, _, panels = kernels.partition(" ")
+    isas = {isa: [*setup.isa_flags(MACHINE)[isa], *PANELS[panels]]}
+    assert_all_pass(isa, build(tmp_path, compiler(), isas, *flags)[0])
 
 
 @pytest.fixture(scope="module")
 def as_shipped(tmp_path_factory) -> Path:
-    return build(tmp_path_factory.mktemp("as_shipped"), compiler(), setup.machine())[0]
+    return build(tmp_path_factory.mktemp("as_shipped"), compiler(), setup.isa_flags(MACHINE))[0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cpu, isa, lacking", [("Nehalem", "scalar", "avx2"), ("Haswell", "avx2", "avx512")])
 def test_emulated_older_x86(as_shipped, cpu, isa, lacking):
     """Nothing outside of an ISA's kernels was compiled for it, and the choice looks at the CPU."""
-    if setup.machine() != "x86_64":
+    if MACHINE != "x86_64":
         pytest.skip("the kernels of x86")
     emulator = [tool("qemu-x86_64"), "-cpu", cpu]
     text = output(*emulator, as_shipped, 30, FASTATTN_CPU_ISA="")
@@ -72,7 +72,7 @@ def test_emulated_older_x86(as_shipped, cpu, isa, lacking):
 def aarch64(tmp_path_factory) -> tuple[Path, dict[str, Path]]:
     tool(CROSS)
     # static: no libraries of the other machine needed at run time
-    return build(tmp_path_factory.mktemp("aarch64"), CROSS, "aarch64", "-static")
+    return build(tmp_path_factory.mktemp("aarch64"), CROSS, setup.isa_flags("aarch64"), "-static")
 
 
 @pytest.mark.slow
@@ -103,7 +103,7 @@ def test_python_under_sanitizers(tmp_path):
     build_environment = {"CFLAGS": flags, "CXXFLAGS": flags, "LDFLAGS": SANITIZE[0], "FASTATTN_BUILD_EXT": "1"}
     output(sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", cwd=tmp_path, **build_environment)
     files = [f"tests/test_{name}.py" for name in ("prefill", "memory", "threads")]
-    # what allocates is slower and larger under the sanitizer; the other ISAs have run in test_sanitizers
+    # what allocates is slower and larger under the sanitizer; the other ISAs have run in test_parity
     selected = "not leak and not extra_memory and not every_isa"
     output(
         *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", selected),

@@ -1,0 +1,91 @@
+"""What a row times, by value: a case, which of its passes, and the tensors that they take."""
+
+from typing import NamedTuple
+
+import torch
+
+from cases import GRID, Case, inputs, visited_pairs
+
+SEED = 3
+"""Of dropout, wherever it has to be repeatable."""
+
+
+class Work(NamedTuple):
+    """Some passes of one attention call; a gradient is asked of every float tensor that goes in.
+
+    passes     "forward" | "backward" (alone, of a graph made outside of the clock) | "forward+backward"
+    dropout_p  of the attention weights
+    """
+
+    case: Case
+    passes: str = "forward"
+    dropout_p: float = 0.0
+
+    @property
+    def trains(self) -> bool:
+        return self.passes != "forward"
+
+    @property
+    def suite(self) -> str:
+        return suite_of(self.passes)
+
+    @property
+    def spec(self) -> dict:
+        """Every fact as plain values: what a row records and targets.py selects by."""
+        return self.case._asdict() | {"passes": self.passes, "dropout_p": self.dropout_p}
+
+    @property
+    def flops_per_pair(self) -> int:
+        """Of the matrix products, two in the forward pass and five in the backward, for each (query, key) pair."""
+        head_dim, head_dim_v = self.case.head_dim, self.case.head_dim_v or self.case.head_dim
+        forward, backward = 2 * (head_dim + head_dim_v), 2 * (3 * head_dim + 2 * head_dim_v)
+        return {"forward": forward, "backward": backward, "forward+backward": forward + backward}[self.passes]
+
+    @property
+    def flops(self) -> int:
+        return visited_pairs(self.case) * self.flops_per_pair
+
+    def __str__(self) -> str:
+        dropout = f"-dropout:{self.dropout_p}" if self.dropout_p else ""
+        return (f"{self.passes} " if self.trains else "") + str(self.case) + dropout
+
+
+def suite_of(passes: str) -> str:
+    """What run.py's --suite selects by: "forward" is inference, "backward" is training."""
+    return "forward" if passes == "forward" else "backward"
+
+
+def tensors(work: Work, dtype: torch.dtype | None = None):
+    """(q, k, v and the score tensors by name, other arguments of `fastattn.attention`, dout), in `dtype` if given.
+
+    The named ones require gradients if the work trains; dout is None if it does not.
+    """
+    (q, k, v), kwargs = inputs(work.case)
+    leaves = {"q": q, "k": k, "v": v}
+    leaves |= {name: kwargs.pop(name) for name in ("bias", "alibi_slopes", "sinks") if name in kwargs}
+    dout = None
+    if work.trains:
+        generator = torch.Generator().manual_seed(1)
+        shape = (*q.shape[:3], v.shape[3])
+        dout = torch.randn(shape, generator=generator, dtype=torch.float64).to(q.dtype).to(dtype)
+    leaves = {name: x.to(dtype).requires_grad_(work.trains) for name, x in leaves.items()}
+    return leaves, kwargs, dout
+
+
+FORWARD = tuple(Work(case) for case in GRID)
+"""What is timed beside the peers in inference."""
+
+
+def _training() -> tuple[Work, ...]:
+    long = [Case(num_heads=8, seqlen_q=s, head_dim=64) for s in (1024, 2048)]
+    wide = [Case(num_heads=8, seqlen_q=1024, head_dim=128), Case(num_heads=4, seqlen_q=2048, head_dim=128)]
+    cases = [Case(batch=8, num_heads=12, seqlen_q=128, head_dim=32), *long, *wide]
+    cases += [case._replace(causal=True) for case in cases]
+    cases += [case._replace(dtype="bfloat16") for case in long]
+    cases += [long[0]._replace(bias="per_head")]
+    whole = Work(long[1], "forward+backward")
+    return (*(Work(case, "backward") for case in cases), whole, whole._replace(dropout_p=0.1))
+
+
+TRAINING = _training()
+"""What is timed beside the peers that can train on a CPU."""
