@@ -9,10 +9,10 @@ EXT := $(VENV)/.ext
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo train test test-all bench lint format wheel clean
+.PHONY: help demo train test test-all bench bench-sparse lint format wheel clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.demo $(EXT)  ## a pretrained text encoder on fastattn, and a table of times
 	$(PY) examples/demo.py $(ARGS)
@@ -28,6 +28,9 @@ test-all: $(VENV)/.test $(EXT)  ## all tests: builds of wheels, sanitizers, larg
 
 bench: $(VENV)/.bench $(EXT)  ## time the kernels beside their peers; ARGS=--help
 	$(PY) bench/run.py $(ARGS)
+
+bench-sparse: $(VENV)/.bench $(EXT)  ## sparse attention beside dense: speed-up against density; ARGS=--help
+	$(PY) bench/dense_vs_sparse.py $(ARGS)
 
 lint: $(VENV)/.lint  ## check the style of Python and C++
 	$(VENV)/bin/ruff check .

@@ -9,7 +9,7 @@ import torch
 
 import fastattn
 from cases import Case
-from fastattn import Mask, reference
+from fastattn import BlockMask, Mask, reference
 from fastattn.masks import dense, diagonal_bounds
 from work import SEED, Work, tensors
 
@@ -121,11 +121,14 @@ def results(work: Work, dtype: torch.dtype, kept: torch.Tensor | None = None) ->
 
 
 def _results(work, dtype, kept) -> Results:
+    if work.case.dropout_p or work.case.learned_scale:
+        raise ValueError(f"[{work.case}] has dropout_p or learned_scale; dropout is a field of Work")
     leaves, kwargs, dout = tensors(work, dtype)
     q, k, v = leaves["q"], leaves["k"], leaves["v"]
     batch, num_heads, seqlen_q = q.shape[:3]
     out = torch.empty(batch, num_heads, seqlen_q, v.shape[3], dtype=dtype)
     rows = max(1, SCORES_AT_ONCE // max(1, k.shape[2]))
+    rows = min(rows, work.block_mask.BLOCK_SIZE[0]) if work.pattern else rows
     for b in range(batch):
         for h in range(num_heads):
             h_k = h // (num_heads // k.shape[1])
@@ -133,6 +136,8 @@ def _results(work, dtype, kept) -> Results:
                 j = min(i + rows, seqlen_q)
                 qkv = q[b : b + 1, h : h + 1, i:j], k[b : b + 1, h_k : h_k + 1], v[b : b + 1, h_k : h_k + 1]
                 options = _options_of(work.case, leaves, kwargs, b, h, i, j)
+                if work.pattern:
+                    qkv, options = _seen(*qkv, options)
                 chunk = _attention(*qkv, options, work.dropout_p, None if kept is None else kept[b, h, i:j])
                 out[b, h, i:j] = chunk.detach()[0, 0]
                 if work.trains:
@@ -151,6 +156,15 @@ def _attention(q, k, v, options, dropout_p, kept) -> torch.Tensor:
     return reference._weighted_sum(p * kept / (1.0 - dropout_p), v, visible)
 
 
+def _seen(q, k, v, options) -> tuple[tuple, dict]:
+    """The same without the keys that none of the queries sees: most of them, under a sparse mask."""
+    visible = options["visible"]
+    if visible is None:
+        return (q, k, v), options
+    seen = visible[0, 0].any(0)
+    return (q, k[:, :, seen], v[:, :, seen]), options | {"visible": visible[..., seen]}
+
+
 def _options_of(case, leaves, kwargs, b, h, i, j) -> dict:
     """Arguments of `reference.attention` for queries i ... j - 1 of one head."""
     batch, num_heads, seqlen_q, _ = leaves["q"].shape
@@ -165,6 +179,8 @@ def _options_of(case, leaves, kwargs, b, h, i, j) -> dict:
     visible = dense(lo + i, hi + i, rows(mask.k_start, ()), rows(mask.k_end, ()), j - i, seqlen_k, "cpu")
     if isinstance(kwargs.get("mask"), torch.Tensor):
         visible = visible & rows(kwargs["mask"], (seqlen_k,))
+    if isinstance(kwargs.get("mask"), BlockMask):
+        visible = visible & kwargs["mask"].mask_mod(b, h, torch.arange(i, j)[:, None], torch.arange(seqlen_k))
     visible = None if visible.all() else visible  # saves the reference two passes
     bias = rows(leaves.get("bias"), (seqlen_k,))
     if case.alibi:

@@ -8,6 +8,7 @@ graph if the work trains.
 
 import importlib.util
 import math
+import os
 from collections.abc import Callable
 from functools import cache
 
@@ -15,10 +16,15 @@ import torch
 import torch.nn.functional as F
 
 from cases import Case
+from fastattn import BlockMask
 from fastattn.masks import UNBOUNDED, diagonal_bounds
 from fastattn.score import alibi_bias, softcap_scores
 from oracle import interval
+from sparsity import PATTERNS
 from work import SEED, Work
+
+MASK_SHARE = 0.25
+"""Of the machine's memory that the dense form of a sparse mask may take."""
 
 
 class SDPA:
@@ -31,6 +37,8 @@ class SDPA:
 
     @staticmethod
     def refuse(work: Work) -> str | None:
+        if work.pattern and (size := _dense_mask_bytes(work)) > MASK_SHARE * _memory():
+            return f"the dense mask takes {size / 2**30:.1f} GiB"
         names = [name for name in ("softcap", "sinks") if getattr(work.case, name)]
         return f"no {' and '.join(names)}" if names else None
 
@@ -113,6 +121,8 @@ class Flex:
             scale=case.softmax_scale, enable_gqa=q.shape[1] != k.shape[1], score_mod=_score_mod(case, kwargs, q, k)
         )
         options["block_mask"] = create_block_mask(mask_mod, *shape, device="cpu") if mask_mod else None
+        if work.pattern:
+            options["block_mask"] = work.block_mask.to_flex(PATTERNS[work.pattern].mask_mod)
         compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
         return lambda: compiled(q, k, v, **options)
 
@@ -198,6 +208,16 @@ def _flex_refuses_gradients() -> str | None:
     return None
 
 
+def _dense_mask_bytes(work: Work) -> int:
+    """As bool, and as the float32 that SDPA makes of it."""
+    seqlen_q, seqlen_k = work.block_mask.seq_lengths
+    return 5 * work.block_mask.shape[1] * seqlen_q * seqlen_k
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def _bias(case: Case, kwargs: dict, q, k) -> torch.Tensor | None:
     """Bias and ALiBi as one tensor in q's dtype; None if there are none."""
     bias = kwargs.get("bias")
@@ -210,6 +230,8 @@ def _bias(case: Case, kwargs: dict, q, k) -> torch.Tensor | None:
 def _visible(case: Case, kwargs: dict, q, k) -> torch.Tensor | None:
     """The whole mask as a bool tensor; None if there is none."""
     mask, tensor = interval(case, kwargs), kwargs.get("mask")
+    if isinstance(tensor, BlockMask):
+        return tensor.to_dense()
     tensor = tensor if isinstance(tensor, torch.Tensor) else None
     if not mask.windows and mask.k_start is None and mask.k_end is None:
         return tensor

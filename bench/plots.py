@@ -1,4 +1,4 @@
-"""The picture of a run: share of the FMA peak, and speed against SDPA, by case."""
+"""The pictures of a run: share of the FMA peak and speed against SDPA by case; speed-up against sparsity."""
 
 from pathlib import Path
 
@@ -50,6 +50,59 @@ def draw(path: Path, rows: list[Row], peers: list[str], title: str) -> bool:
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return True
+
+
+MARKERS = "osD^vPX*p<>"
+
+
+def draw_sparse(path: Path, rows: list[Row], title: str) -> bool:
+    """Write the picture of dense_vs_sparse.py's rows to `path`; False if there is nothing to draw.
+
+    Speed-up over our dense kernel against 1 / density, one panel for each direction: a line for each block size of the
+    random blocks, a point for each other pattern, and the line that all of them would be on if masks cost nothing.
+    """
+    rows = [row for row in rows if row.kind == "sparse" and not row.wrong]
+    passes = list(dict.fromkeys(row.spec["passes"] for row in rows))
+    if not rows:
+        return False
+    figure, axes = plt.subplots(1, len(passes), figsize=(7.2 * len(passes), 6.4), squeeze=False, layout="constrained")
+    families = list(dict.fromkeys((_family(row), row.spec["seqlen_q"]) for row in rows))
+    styles = {family: MARKERS[i % len(MARKERS)] for i, family in enumerate(dict.fromkeys(name for name, _ in families))}
+    colors = {seqlen: f"C{i}" for i, seqlen in enumerate(sorted({seqlen for _, seqlen in families}))}
+    for axis, direction in zip(axes[0], passes, strict=True):
+        mine = [row for row in rows if row.spec["passes"] == direction]
+        for family, seqlen in families:
+            points = [row for row in mine if (_family(row), row.spec["seqlen_q"]) == (family, seqlen)]
+            points = sorted((1.0 / row.metrics["density"], row.metrics["speed-up"]) for row in points)
+            axis.plot(
+                *zip(*points, strict=True), styles[family] + "-", color=colors[seqlen], label=f"{family}, S={seqlen}"
+            )
+        flex = [(1.0 / row.metrics["density"], row.metrics["speed-up"] / row.metrics["vs flex"])
+                for row in mine if "vs flex" in row.metrics]  # fmt: skip
+        if flex:
+            axis.plot(*zip(*flex, strict=True), "x", color="gray", label="compiled FlexAttention, same masks")
+        reach = [1.0, 1.2 * max(1.0 / row.metrics["density"] for row in mine)]
+        axis.plot(reach, reach, color="black", linewidth=0.8, label="ideal: 1 / density")
+        axis.axhline(1.0, color="black", linewidth=0.8, linestyle=":", label="our dense kernel")
+        axis.set(
+            xscale="log", yscale="log", xlabel="1 / density", ylabel="speed-up over our dense kernel", title=direction
+        )
+        for ticks in (axis.xaxis, axis.yaxis):
+            ticks.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ticks.set_minor_locator(NullLocator())
+            ticks.set_major_formatter("{x:g}")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return True
+
+
+def _family(row: Row) -> str:
+    """Patterns of one family make a line."""
+    name = row.spec["pattern"].partition(":")[0]
+    return name.replace("random", "random blocks of ")
 
 
 def _bars(axis, names: list[str], values: list[list[float | None]], label: str, start: float = 0.0) -> None:

@@ -23,12 +23,12 @@ from timing import matmul_rate, peak_by_isa
 ENVIRONMENT = re.compile("(FASTATTN|OMP|GOMP|KMP|MKL|TORCHINDUCTOR|ORT)_")
 
 
-def header(argv: list[str]) -> dict:
+def header(argv: list[str], script: str = "run.py") -> dict:
     """What a reader needs in order to judge or repeat the figures."""
     missing = fastattn.cpu.unavailable()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python", "bench/run.py", *argv]),
+        "command": " ".join(["python", f"bench/{script}", *argv]),
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "isa": None if missing else fastattn.cpu.isa(),
@@ -66,11 +66,33 @@ def tables(head: dict, rows: list[Row], targets: list[dict], peers: dict[str, li
     return [table for table in made if table.row_count]
 
 
-def write(out: Path, head: dict, rows: list[Row], targets: list[dict], made: list[Table]) -> None:
-    """bench.json and bench.md in `out`."""
+def sparse_tables(head: dict, rows: list[Row], targets: list[dict], peers: list[str]) -> list[Table]:
+    """Those of dense_vs_sparse.py."""
+    sparse = [row for row in rows if row.kind == "sparse"]
+    made = [
+        _header_table(head),
+        *(
+            _sparse_table(passes.capitalize(), [row for row in sparse if row.spec["passes"] == passes], peers)
+            for passes in ("forward", "backward")
+        ),
+        _sparse_memory_table([row for row in sparse if any("MiB" in name for name in row.metrics)]),
+        _build_table([row for row in rows if row.kind == "build"]),
+        _select_table([row for row in rows if row.kind == "select"]),
+        _accuracy_table("Error against float64 (of gradients: over the largest entry of any)", sparse, peers),
+        _refusal_table(rows),
+        _target_table(targets, bool(head.get("doubts"))),
+    ]
+    return [table for table in made if table.row_count]
+
+
+def write(
+    out: Path, head: dict, rows: list[Row], targets: list[dict], made: list[Table], name: str = "bench"
+) -> list[str]:
+    """bench.json and bench.md in `out`, or others of that `name`; the names of both files."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "bench.json").write_text(json.dumps(to_json(head, rows, targets), indent=1) + "\n")
-    (out / "bench.md").write_text(markdown(made))
+    (out / f"{name}.json").write_text(json.dumps(to_json(head, rows, targets), indent=1) + "\n")
+    (out / f"{name}.md").write_text(markdown(made))
+    return [f"{name}.json", f"{name}.md"]
 
 
 def markdown(made: list[Table]) -> str:
@@ -130,6 +152,62 @@ def _comparison_table(rows: list[Row]) -> Table:
         metrics = [_ratio(row.metrics.get(name)) for name in ("speed-up", "time", "rate", "peak speed-up")]
         table.add_row(row.name, _kernel(row), _ms(row.ours), _ms(row.results["base"]), *metrics)
     return table
+
+
+def _sparse_table(title: str, rows: list[Row], peers: list[str]) -> Table:
+    title += ": median ms; speed-up over our dense kernel, at best 1 / density; ratio = peer time / ours"
+    peers = _timed(peers, rows)
+    columns = ["case", "kernel", "density", "ms", "dense ms", "speed-up", "at best", "of dense rate", "% of FMA peak"]
+    table = _table(title, *columns, *(name for peer in peers for name in (f"{peer} ms", "ratio")), words=2)
+    for row in rows:
+        cells = [f"{_without_passes(row)}{' (!)' if row.flags else ''}", _kernel(row)]
+        if row.wrong:
+            table.add_row(*cells, "WRONG")
+            continue
+        metrics = row.metrics
+        cells += [_percent(metrics["density"]), _ms(row.ours), _ms(row.results["dense"]), _ratio(metrics["speed-up"])]
+        cells += [_ratio(1.0 / metrics["density"]), f"{100 * metrics['rate']:.0f} %", _share(row.ours)]
+        for peer in peers:
+            result = row.results.get(peer, Result())
+            cells += ["refused" if result.refused else _ms(result), _ratio(result.ratio)]
+        table.add_row(*cells)
+    return table
+
+
+def _sparse_memory_table(rows: list[Row]) -> Table:
+    title = "Extra memory of a call, making its mask and the gradients' workspace included, in MiB"
+    table = _table(title, "case", "ours", "our dense kernel", "sdpa, dense mask", words=1)
+    for row in rows:
+        values = (row.metrics.get(f"{name} MiB") for name in ("fastattn", "dense", "sdpa"))
+        table.add_row(row.name, *("" if value is None else f"{value:.1f}" for value in values))
+    return table
+
+
+def _build_table(rows: list[Row]) -> Table:
+    table = _table("Building a mask", "mask", "ms", "MiB while building", "MiB of the mask", words=1)
+    for row in rows:
+        values = (row.metrics.get(name) for name in ("ms", "MiB", "mask MiB"))
+        cells = ["" if value is None else f"{value:.1f}" for value in values]
+        table.add_row(row.name, *(["WRONG"] if row.wrong else cells))
+    return table
+
+
+def _select_table(rows: list[Row]) -> Table:
+    title = "select_blocks, an eighth of the blocks (of dense: its time / that of the dense forward)"
+    columns = ["selection", "ms", "dense ms", "of dense", "selection + attention ms", "speed-up", "density"]
+    table = _table(title, *columns, words=1)
+    for row in rows:
+        if row.wrong:
+            table.add_row(row.name, "WRONG")
+            continue
+        times = [_ms(row.results[name]) for name in ("fastattn", "dense", "both")]
+        of_dense, speed_up, density = (row.metrics[name] for name in ("time", "whole speed-up", "density"))
+        table.add_row(row.name, *times[:2], f"{100 * of_dense:.1f} %", times[2], _ratio(speed_up), _percent(density))
+    return table
+
+
+def _without_passes(row: Row) -> str:
+    return row.name.removeprefix(row.spec["passes"] + " ")
 
 
 def _single_table(rows: list[Row]) -> Table:
@@ -197,6 +275,10 @@ def _microseconds(result: Result) -> str:
 
 def _share(result: Result) -> str:
     return "" if result.share is None else f"{100 * result.share:.1f}"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.3g} %"
 
 
 def _ratio(value: float | None) -> str:

@@ -47,16 +47,33 @@ def main(argv: list[str] | None = None) -> int:
     if options.isa:
         os.environ["FASTATTN_CPU_ISA"] = options.isa  # read at the extension's first use, which is below
     try:
-        head, rows, peak = report.header(argv), [], Peak()
+        head, peak = report.header(argv), Peak()
     except RuntimeError as error:  # an ISA that this CPU or this build lacks
         console.print(str(error), style="bold red")
         return 2
-    _warn(console, _doubts(head, peak))
+    warn(console, doubts(head, peak))
     plan = _plan(options, peak)
     if not plan:
         names = ", ".join(map(repr, (str(FORWARD[0]), str(TRAINING[0]), COMPARISONS[0].name)))
         console.print(f"nothing matches --only {options.only!r}; names look like {names}")
         return 2
+    rows = measured(console, plan, head, peak)
+    judged = targets.judge(rows, options.suite)
+    made = report.tables(head, rows, judged, options.peers)
+    for table in made:
+        console.print(table)
+    written = report.write(options.out, head, rows, judged, made)
+    for suite, picture in PICTURES.items():
+        title = f"fastattn benchmark, {suite}: {head['cpu']}, {head['isa']}, {head['date'][:10]}"
+        if draw(options.out / picture, [row for row in rows if row.suite == suite], options.peers[suite], title):
+            written.append(picture)
+    console.print(f"written: {options.out}/{', '.join(written)}")
+    return status(console, head, rows)
+
+
+def measured(console: Console, plan: list[tuple[str, Callable[[], Row]]], head: dict, peak: Peak) -> list[Row]:
+    """The rows of `plan`, each printed as it comes; those so far if interrupted. `head` gets the peak and doubts."""
+    rows = []
     try:
         with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as progress:
             task = progress.add_task("measuring", total=len(plan))
@@ -69,19 +86,13 @@ def main(argv: list[str] | None = None) -> int:
         head["interrupted"] = True
         console.print("interrupted: reporting what was measured")
     head["fma_peak_gflops"] = {key: f"{low:.1f}...{high:.1f}" for key, (low, high, _) in peak.spread().items()}
-    head["doubts"] = _doubts(head, peak)
-    judged = targets.judge(rows, options.suite)
-    made = report.tables(head, rows, judged, options.peers)
-    for table in made:
-        console.print(table)
-    report.write(options.out, head, rows, judged, made)
-    written = ["bench.json", "bench.md"]
-    for suite, picture in PICTURES.items():
-        title = f"fastattn benchmark, {suite}: {head['cpu']}, {head['isa']}, {head['date'][:10]}"
-        if draw(options.out / picture, [row for row in rows if row.suite == suite], options.peers[suite], title):
-            written.append(picture)
-    console.print(f"written: {options.out}/{', '.join(written)}")
-    _warn(console, head["doubts"])
+    head["doubts"] = doubts(head, peak)
+    return rows
+
+
+def status(console: Console, head: dict, rows: list[Row]) -> int:
+    """Says what to distrust; 1 if a result was wrong, else 0."""
+    warn(console, head["doubts"])
     wrong = [row.name for row in rows if row.wrong]
     if wrong:
         console.print(f"WRONG results, not timed: {', '.join(wrong)}", style="bold red")
@@ -173,22 +184,23 @@ def _line(row: Row) -> str:
     return f"{row.name}: " + ", ".join(said + row.flags)
 
 
-def _doubts(head: dict, peak: Peak) -> list[str]:
+def doubts(head: dict, peak: Peak) -> list[str]:
     """Why not to trust the figures, from what is known so far."""
-    doubts = []
+    found = []
     if (head["load_average"] or 0.0) > BUSY:
-        doubts.append(f"load average {head['load_average']:.2f} at the start: this machine is busy")
+        found.append(f"load average {head['load_average']:.2f} at the start: this machine is busy")
     if head["kernels_missing"]:
-        doubts.append(f"{head['kernels_missing']}: all of it ran on the slow reference, and there is no FMA peak")
+        found.append(f"{head['kernels_missing']}: all of it ran on the slow reference, and there is no FMA peak")
     for key, (low, high, count) in peak.spread().items():
         if low < STEADY * high:
-            doubts.append(f"the FMA peak ({key}) moved between {low:.0f} and {high:.0f} GFLOP/s in {count} readings")
-    return doubts
+            found.append(f"the FMA peak ({key}) moved between {low:.0f} and {high:.0f} GFLOP/s in {count} readings")
+    return found
 
 
-def _warn(console: Console, doubts: list[str]) -> None:
-    if doubts:
-        console.print(Panel("\n".join(doubts), title="WARNING: do not trust these figures"), style="bold red")
+def warn(console: Console, reasons: list[str]) -> None:
+    """A red panel, if there are any."""
+    if reasons:
+        console.print(Panel("\n".join(reasons), title="WARNING: do not trust these figures"), style="bold red")
 
 
 if __name__ == "__main__":

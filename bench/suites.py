@@ -14,12 +14,15 @@ from typing import NamedTuple
 import torch
 
 import fastattn
-from cases import Case, visited_pairs
+from cases import Case
+from fastattn import BlockMask, Mask
 from oracle import Results, above_ceiling, errors, results, truth, worst, wrong
 from peers import dropout_of_peers
 from rows import Result, Row
 from timing import Contender, Peak, in_turn
 from work import SEED, Work, tensors
+
+SPARSE = "dense_vs_sparse.py"
 
 
 class Comparison(NamedTuple):
@@ -149,19 +152,140 @@ def memory_row(work: Work) -> Row:
     """Extra resident memory of one long call, in a process of its own; refused off Linux or without the kernels."""
     threads = os.cpu_count() or 1
     row = Row("memory", f"memory {work}", threads, _repro(f"memory {work}", None), work.spec)
-    command = [sys.executable, str(Path(__file__).with_name("memory.py"))]
-    command += map(str, (work.case.seqlen_q, work.case.num_heads, work.case.head_dim, work.passes))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    child = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if child.returncode:
-        row.results["fastattn"] = Result(refused=(child.stderr.strip().splitlines() or ["it crashed"])[-1])
+    answer = _measured_memory(*_sizes(work))
+    if isinstance(answer, str):
+        row.results["fastattn"] = Result(refused=answer)
         return row
-    answer = json.loads(child.stdout)
     row.kernel, row.isa, row.metrics["extra MiB"] = answer["kernel"], answer["isa"], answer["extra_mib"]
     return row
 
 
-def _checked_row(kind: str, name: str, work: Work, threads: int) -> tuple[Row, Callable]:
+def sparse_row(work: Work, peers: tuple, budget: float, peak: Peak, memory: bool = False) -> Row:
+    """Ours with a sparse mask beside our own dense kernel without one and `peers` with the same mask, in turn.
+
+    Metrics: "density", "block density" (of the blocks that are visited), "speed-up" (dense time / time), "rate" (per
+    visited pair, ours / dense), "vs sdpa", "vs flex"; with `memory`, "fastattn MiB", "dense MiB", "sdpa MiB".
+    """
+    torch.set_num_threads(1)
+    dense = work._replace(pattern=None)
+    row, ours = _checked_row("sparse", str(work), work, 1, SPARSE)
+    dense_row, run_dense = _checked_row("sparse", str(dense), dense, 1, SPARSE)
+    row.wrong = row.wrong or (dense_row.wrong and f"without a mask: {dense_row.wrong}")
+    if row.wrong:
+        return row
+    row.results["dense"] = dense_row.ours
+    runs = {"fastattn": ours, "dense": run_dense} | _prepared(row, peers, work)
+    times = _in_turn_beside_peak(
+        row, {name: Contender(run, 1) for name, run in runs.items()}, budget, peak, work.case.dtype
+    )
+    for name, seconds in times.items():
+        result = row.results[name]
+        _fill(result, seconds, dense_row.flops if name == "dense" else row.flops, row.peak_gflops)
+        result.ratio = result.ms / row.ours.ms
+        row.metrics["speed-up" if name == "dense" else f"vs {name}"] = result.ratio
+    row.metrics["density"], row.metrics["block density"] = work.block_mask.density, work.block_mask.block_density
+    row.metrics["rate"] = row.ours.gflops / row.results["dense"].gflops
+    _judge_shares(row, work.case.dtype)
+    for name in runs if memory else ():
+        if name != "flex":  # its compiler's memory would count as its own
+            answer = _measured_memory(*_sizes(work), work.pattern, name)
+            if isinstance(answer, str):
+                row.flags.append(f"memory of {name} not measured: {answer}")
+            else:
+                row.metrics[f"{name} MiB"] = answer["extra_mib"]
+    return row
+
+
+WINDOW_BUILT, DOCUMENT = 4096, 3000
+"""Of `built_mask`: keys that a query sees at most, and the mean length of a document."""
+
+
+def built_mask(seqlen: int) -> BlockMask:
+    """A causal window inside packed documents of random lengths."""
+    document = _document_ids(seqlen)[None]
+    mask = Mask.causal() & Mask.window(WINDOW_BUILT - 1, None) & Mask.documents(document)
+    return BlockMask.from_mask(mask, seqlen_q=seqlen)
+
+
+def _document_ids(seqlen: int) -> torch.Tensor:
+    starts = torch.rand(seqlen, generator=torch.Generator().manual_seed(0)) < 1.0 / DOCUMENT
+    return starts.cumsum(0)
+
+
+def build_row(seqlen: int, budget: float) -> Row:
+    """Time and memory of building `built_mask`, in metrics "ms" and "MiB" (its own tensors not counted: "mask MiB")."""
+    torch.set_num_threads(1)
+    name = f"build causal + window + documents S{seqlen}"
+    row = Row("build", name, 1, _repro(name, None, SPARSE), {"passes": "forward", "seqlen_q": seqlen})
+    mask, ids = built_mask(seqlen), _document_ids(seqlen)
+    query, key = torch.randint(seqlen, (64, 1), generator=torch.Generator().manual_seed(1)), torch.arange(seqlen)
+    expected = (key <= query) & (key > query - WINDOW_BUILT) & (ids[query] == ids)
+    if not torch.equal(mask.mask_mod(0, 0, query, key), expected):
+        row.wrong = "the mask is not that of its predicate"
+        return row
+    seconds = in_turn({"fastattn": Contender(partial(built_mask, seqlen), 1)}, budget)["fastattn"]
+    row.results["fastattn"] = Result()
+    _fill(row.ours, seconds, None, None)
+    row.metrics |= {"ms": row.ours.ms, "mask MiB": mask.nbytes / 2**20}
+    answer = _measured_memory("build", seqlen)
+    if isinstance(answer, str):
+        row.flags.append(f"memory not measured: {answer}")
+    else:
+        row.metrics["MiB"] = answer["extra_mib"]
+    return row
+
+
+def select_row(work: Work, method: str, budget: float, peak: Peak) -> Row:
+    """`select_blocks` of an eighth of the blocks, and attention on what it selects, beside the dense forward pass.
+
+    Metrics: "time" (selection / dense), "whole speed-up" (dense / selection and attention), "density".
+    """
+    torch.set_num_threads(1)
+    case = work.case
+    leaves, kwargs, _ = tensors(work)
+    q, k, v = leaves.values()
+    top_k = max(case.seqlen_k or case.seqlen_q, 1024) // 1024
+    select = partial(fastattn.select_blocks, q, k, method=method, top_k=top_k, causal=case.causal)
+    name = f"select {method} {work}"
+    row, dense = _checked_row("select", name, work, 1, SPARSE)
+    row.spec |= {"method": method}
+    mask, rows = select(), torch.arange(-(-case.seqlen_q // 128))
+    expected = (rows + 1).clamp(max=top_k) if case.causal else torch.full_like(rows, top_k)
+    if not torch.equal((mask.kv_num_blocks + mask.full_kv_num_blocks).long(), expected.expand(*mask.shape[:2], -1)):
+        row.wrong = row.wrong or f"a block of queries does not visit top_k={top_k} blocks"
+    if row.wrong:
+        return row
+    row.results["dense"] = row.results.pop("fastattn")
+    row.results |= {"fastattn": Result(), "both": Result()}
+    contenders = {
+        "fastattn": Contender(select, 1),
+        "both": Contender(lambda: fastattn.attention(q, k, v, mask=select()), 1),
+        "dense": Contender(dense, 1),
+    }
+    for name, seconds in _in_turn_beside_peak(row, contenders, budget, peak, case.dtype).items():
+        _fill(row.results[name], seconds, None, None)
+        row.results[name].ratio = row.results[name].ms / row.ours.ms
+    row.metrics["time"] = row.ours.ms / row.results["dense"].ms
+    row.metrics["whole speed-up"] = row.results["dense"].ms / row.results["both"].ms
+    row.metrics["density"] = mask.density
+    return row
+
+
+def _sizes(work: Work) -> tuple:
+    return work.case.seqlen_q, work.case.num_heads, work.case.head_dim, work.passes
+
+
+def _measured_memory(*arguments) -> dict | str:
+    """What memory.py prints, from a process of its own; or why it prints nothing."""
+    command = [sys.executable, str(Path(__file__).with_name("memory.py")), *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    child = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if child.returncode:
+        return (child.stderr.strip().splitlines() or ["it crashed"])[-1]
+    return json.loads(child.stdout)
+
+
+def _checked_row(kind: str, name: str, work: Work, threads: int, script: str = "run.py") -> tuple[Row, Callable]:
     """(row with our errors, kernels and verdict, our call)"""
     leaves, kwargs, dout = tensors(work)
     dropout = {"dropout_p": work.dropout_p, "seed": SEED} if work.dropout_p else {}
@@ -171,9 +295,9 @@ def _checked_row(kind: str, name: str, work: Work, threads: int) -> tuple[Row, C
     with fastattn.record() as calls:
         found = errors(_named(work, leaves, ours()), exact)
     row = Row(
-        kind, name, threads, _repro(name, threads if kind == "grid" else None), work.spec,
+        kind, name, threads, _repro(name, threads if kind == "grid" else None, script), work.spec,
         kernel=" + ".join(dict.fromkeys(call.kernel for call in calls)), isa=calls[-1].isa,
-        wrong=wrong(found, plain, work.case.dtype), pairs=visited_pairs(work.case), flops=work.flops,
+        wrong=wrong(found, plain, work.case.dtype), pairs=work.pairs, flops=work.flops,
     )  # fmt: skip
     row.results["fastattn"] = Result(max_error=worst(found).max, rms_error=worst(found).rms)
     row.results["plain torch"] = Result(refused="not timed", max_error=worst(plain).max, rms_error=worst(plain).rms)
@@ -251,10 +375,10 @@ def _fill(result: Result, seconds: list[float], flops: int | None, peak_gflops: 
         result.share = result.gflops / peak_gflops if peak_gflops else None
 
 
-def _repro(name: str, threads: int | None) -> str:
+def _repro(name: str, threads: int | None, script: str = "run.py") -> str:
     isa = os.environ.get("FASTATTN_CPU_ISA")
     return (
-        f'python bench/run.py --only "{name}"'
+        f'python bench/{script} --only "{name}"'
         + (f" --threads {threads}" if threads else "")
         + (f" --isa {isa}" if isa else "")
     )

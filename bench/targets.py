@@ -102,9 +102,35 @@ TARGETS = (
 )
 
 
-def judge(rows: list[Row], suites: list[str]) -> list[dict]:
+def _sparse(what: str, bound: float, where: dict, quantity: str = "x our dense kernel", metric: str = "speed-up"):
+    return Target(what, quantity, bound, "sparse", where, metric, percent=metric == "rate")
+
+
+BLOCK128, BLOCK64 = ({"seqlen_q": 8192, "pattern": f"random{block_size}:12.5%"} for block_size in (128, 64))
+LONG_WINDOW = FORWARD | VERY_LONG | {"pattern": "window"}
+BUILD = FORWARD | {"seqlen_q": 131072}
+
+SPARSE_TARGETS = (
+    _sparse("blocks of 128, 12.5 % dense, S=8192", 6.5, FORWARD | BLOCK128),
+    _sparse("blocks of 64, 12.5 % dense, S=8192", 6.0, FORWARD | BLOCK64),
+    _sparse("backward, blocks of 128, 12.5 % dense, S=8192", 5.5, BACKWARD | BLOCK128),
+    _sparse("backward, blocks of 64, 12.5 % dense, S=8192", 5.5, BACKWARD | BLOCK64),
+    _sparse("causal window of 512, S=16384", 0.85, LONG_WINDOW, "of our dense rate per pair", "rate"),
+    _sparse("causal window of 512, S=16384", 3.5, LONG_WINDOW, "x FlexAttention", "vs flex"),
+    _sparse("causal window of 512, S=16384", 20.0, LONG_WINDOW, "x SDPA with the mask", "vs sdpa"),
+    Target("causal + window + documents, S=131072", "ms to build", 100.0, "build", BUILD, "ms", at_most=True),
+    Target("causal + window + documents, S=131072", "MiB to build", 16.0, "build", BUILD, "MiB", at_most=True),
+    Target(
+        "select_blocks, S=16384 H8", "of the dense forward", 0.08, "select", FORWARD | VERY_LONG, "time",
+        at_most=True, percent=True,
+    ),
+)  # fmt: skip
+"""Of dense_vs_sparse.py."""
+
+
+def judge(rows: list[Row], suites: list[str], targets: tuple[Target, ...] = TARGETS) -> list[dict]:
     """One dict for each target of `suites`: its words, bound, worst measured value (None: not measured), met or not."""
-    return [_judge_one(target, rows) for target in TARGETS if target.suite in suites]
+    return [_judge_one(target, rows) for target in targets if target.suite in suites]
 
 
 def _judge_one(target: Target, rows: list[Row]) -> dict:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from cases import GRID, Case, inputs, visited_pairs
+from sparsity import block_mask
 
 SEED = 3
 """Of dropout, wherever it has to be repeatable."""
@@ -15,11 +16,13 @@ class Work(NamedTuple):
 
     passes     "forward" | "backward" (alone, of a graph made outside of the clock) | "forward+backward"
     dropout_p  of the attention weights
+    pattern    a name in sparsity.PATTERNS: the mask is its BlockMask
     """
 
     case: Case
     passes: str = "forward"
     dropout_p: float = 0.0
+    pattern: str | None = None
 
     @property
     def trains(self) -> bool:
@@ -32,7 +35,19 @@ class Work(NamedTuple):
     @property
     def spec(self) -> dict:
         """Every fact as plain values: what a row records and targets.py selects by."""
-        return self.case._asdict() | {"passes": self.passes, "dropout_p": self.dropout_p}
+        return self.case._asdict() | {"passes": self.passes, "dropout_p": self.dropout_p, "pattern": self.pattern}
+
+    @property
+    def block_mask(self):
+        """The BlockMask of the pattern; None without one."""
+        return self.pattern and block_mask(self.pattern, self.case.seqlen_q, self.case.num_heads)
+
+    @property
+    def pairs(self) -> int:
+        """Visited (query, key) pairs over batch and query heads."""
+        if self.pattern is None:
+            return visited_pairs(self.case)
+        return self.block_mask.visited_pairs * self.case.batch * (self.case.num_heads // self.block_mask.shape[1])
 
     @property
     def flops_per_pair(self) -> int:
@@ -43,11 +58,16 @@ class Work(NamedTuple):
 
     @property
     def flops(self) -> int:
-        return visited_pairs(self.case) * self.flops_per_pair
+        return self.pairs * self.flops_per_pair
 
     def __str__(self) -> str:
         dropout = f"-dropout:{self.dropout_p}" if self.dropout_p else ""
-        return (f"{self.passes} " if self.trains else "") + str(self.case) + dropout
+        return (
+            (f"{self.passes} " if self.trains else "")
+            + str(self.case)
+            + dropout
+            + (f"-{self.pattern}" if self.pattern else "")
+        )
 
 
 def suite_of(passes: str) -> str:
@@ -61,6 +81,7 @@ def tensors(work: Work, dtype: torch.dtype | None = None):
     The named ones require gradients if the work trains; dout is None if it does not.
     """
     (q, k, v), kwargs = inputs(work.case)
+    kwargs |= {"mask": work.block_mask} if work.pattern else {}
     leaves = {"q": q, "k": k, "v": v}
     leaves |= {name: kwargs.pop(name) for name in ("bias", "alibi_slopes", "sinks") if name in kwargs}
     dout = None

@@ -5,7 +5,7 @@
 Two models that start from the same weights see the same batches, step by step in turn: one calls fastattn, its twin
 what torch offers. The losses have to agree, the times need not. Two rounds:
 
-    causal   learned positions and a causal mask; the twin calls scaled_dot_product_attention
+    causal   rotary positions and a causal mask; the twin calls scaled_dot_product_attention
     alibi    ALiBi, a learned sink for each head, dropout of the attention weights; torch fuses none of it in training
              on a CPU, so the twin spells it out in plain torch
 
@@ -41,7 +41,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (after the choice of a renderer that needs no screen)
 
 OURS, SDPA, EAGER = "fastattn", "torch sdpa", "plain torch"
-DROPOUT = 0.1
+DROPOUT, LEARNING_RATE = 0.1, 3e-3
 
 console = Console()
 
@@ -131,10 +131,24 @@ class SelfAttention(nn.Module):
         # No copies: q, k and v are strided views of one tensor, and the result comes in the memory order of q.
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         more = {}
-        if self.alibi:
+        if not self.alibi:
+            q, k = rotate(q), rotate(k)
+        else:
             dropout_p = DROPOUT if self.training else 0.0
             more = {"alibi_slopes": self.alibi_slopes, "sinks": self.sinks, "dropout_p": dropout_p}
         return self.project(self.attend(q, k, v, **more).transpose(1, 2).flatten(2))
+
+
+def rotate(x):
+    """Rotary positions (RoFormer, arXiv 2104.09864): turns pairs of columns by angles that grow with the position."""
+    turn = rotations(x.shape[2], x.shape[3])
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+
+
+@cache
+def rotations(seqlen: int, head_dim: int) -> torch.Tensor:
+    frequencies = 10000.0 ** -torch.linspace(0.0, 1.0, head_dim // 2)
+    return torch.polar(torch.ones(()), torch.arange(seqlen)[:, None] * frequencies)
 
 
 class Block(nn.Module):
@@ -157,16 +171,12 @@ class CharLM(nn.Module):
     def __init__(self, size: Size, vocabulary: int, attend, alibi: bool):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, size.width)
-        # ALiBi tells the distance in the scores; without it, each position has a vector.
-        self.positions = None if alibi else nn.Parameter(0.02 * torch.randn(size.seqlen, size.width))
         self.blocks = nn.Sequential(*(Block(size, attend, alibi) for _ in range(size.num_layers)))
         self.norm = nn.LayerNorm(size.width)
         self.head = nn.Linear(size.width, vocabulary)
 
     def forward(self, ids):
-        x = self.embedding(ids)
-        x = x if self.positions is None else x + self.positions[: ids.shape[1]]
-        return self.head(self.norm(self.blocks(x)))
+        return self.head(self.norm(self.blocks(self.embedding(ids))))
 
     def loss(self, ids):
         """Mean cross-entropy, in nats, of each character of ids [batch, seqlen + 1] given those before it."""
@@ -225,7 +235,7 @@ class Curves(NamedTuple):
 
 
 def train(models: dict[str, CharLM], corpus: Corpus, size: Size, steps: int, title: str) -> Curves:
-    optimizers = {name: torch.optim.AdamW(model.parameters(), lr=2e-3) for name, model in models.items()}
+    optimizers = {name: torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE) for name, model in models.items()}
     generator = torch.Generator().manual_seed(1)
     curves = Curves({name: [] for name in models}, {name: [] for name in models})
     progress = tqdm(range(steps), desc=f"training, {title}", leave=False, disable=None)
@@ -233,7 +243,7 @@ def train(models: dict[str, CharLM], corpus: Corpus, size: Size, steps: int, tit
         ids = random_batch(corpus.train, size, generator)
         for name, model in models.items():
             optimizer = optimizers[name]
-            optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, (step + 1) / 20)  # warm-up
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 20)  # warm-up
             torch.manual_seed(step)
             start = time.perf_counter()
             loss = model.loss(ids)

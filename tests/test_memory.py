@@ -320,6 +320,7 @@ def count_tensors() -> int:
 
 def test_forward_and_backward_do_not_leak():
     made = [(qkv, kwargs, torch.randn(*qkv[0].shape[:3], 8).to(qkv[0].dtype)) for qkv, kwargs in small_calls()]
+    terms = Terms(0.5, 0.0, 0, 0)
 
     def call(n):
         for i in range(n):
@@ -331,7 +332,7 @@ def test_forward_and_backward_do_not_leak():
                 torch.autograd.grad([out, lse], leaves, [dout, torch.zeros_like(lse)])  # else nobody goes through it
             if i % 50 == 0:
                 with pytest.raises(ValueError, match="dimensions"):
-                    cpu._C.backward(*[qkv[0][0]] * 5, None, 0.5, 0.0, 0, 0, *[None] * 6, dout, *[None] * 7, 1)
+                    cpu._C.backward(*[qkv[0][0]] * 5, terms, dout, *[None] * 8, 1)
 
     call(800)
     before, objects, tensors = resident(), sys.getallocatedblocks(), count_tensors()
