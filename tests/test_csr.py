@@ -3,9 +3,9 @@
 import math
 import os
 import re
-from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 import fastattn
 from fastattn import UnsupportedError, cpu, dispatch
 from test_backward import SLACK, strided
-from test_memory import Guarded, in_child, status
-from test_prefill import DTYPES, INF, NAN, TOLERANCE, max_error, run_tests_on, supported_isas
+from test_memory import Guarded, in_child, reset_peak, status
+from test_prefill import DTYPES, INF, NAN, TOLERANCE, exactly_these, max_error, run_tests_on, supported_isas
 
 pytestmark = [
     pytest.mark.skipif(cpu.unavailable() is not None, reason="the CPU kernels are not built"),
@@ -109,12 +109,60 @@ def assert_same(actual: dict, expected: dict):
 # --- values ----------------------------------------------------------------------------------------------------------
 
 
+def extended_precision(tensors, kwargs, dout) -> dict[str, torch.Tensor]:
+    """`results` of float64 tensors in numpy's longdouble.
+
+    The reference in float64 is no oracle for float64: it adds edge after edge, and rounds more than the kernel where a
+    query has hundreds.
+    """
+    dlse = cotangents(tensors[0], tensors[2])[1]
+    q, k, v, dout, dlse = (x.numpy().astype(np.longdouble) for x in (*tensors[:3], dout, dlse))
+    indptr, keys = (x.numpy() for x in tensors[3:])
+    rows, scale = np.repeat(np.arange(q.shape[2]), np.diff(indptr)), np.longdouble(q.shape[-1] ** -0.5)
+    group_size = q.shape[1] // k.shape[1] if k.shape[1] else 1
+    k_edges, v_edges = (x.repeat(group_size, 1)[:, :, keys] for x in (k, v))
+    q_edges, dout_edges = q[:, :, rows], dout[:, :, rows]
+
+    def sums(edges, places, size):
+        result = np.zeros((*edges.shape[:2], size, *edges.shape[3:]), np.longdouble)
+        np.add.at(result, (slice(None), slice(None), places), edges)
+        return result
+
+    scores = scale * (q_edges * k_edges).sum(-1)
+    if kwargs:
+        scores = scores + kwargs["edge_bias"].numpy()
+    top = np.full(q.shape[:3], -np.inf, np.longdouble)
+    np.maximum.at(top, (slice(None), slice(None), rows), scores)
+    top[top == -np.inf] = 0
+    p = np.exp(scores - top[:, :, rows])
+    total = sums(p, rows, q.shape[2])
+    empty = total == 0
+    total[empty] = 1
+    p /= total[:, :, rows]
+    out = sums(p[..., None] * v_edges, rows, q.shape[2])
+    delta = (dout * out).sum(-1) - dlse
+    ds = p * ((dout_edges * v_edges).sum(-1) - delta[:, :, rows])
+    found = {"out": out, "lse": np.where(empty, -np.inf, top + np.log(total))}
+    found["dq"] = scale * sums(ds[..., None] * k_edges, rows, q.shape[2])
+    by_key = scale * sums(ds[..., None] * q_edges, keys, k.shape[2]), sums(p[..., None] * dout_edges, keys, k.shape[2])
+    for name, x, y in zip(("dk", "dv"), by_key, (k, v), strict=True):
+        found[name] = x.reshape(k.shape[0], k.shape[1], group_size, *y.shape[2:]).sum(2)
+    if kwargs:
+        shape = kwargs["edge_bias"].shape
+        axes = tuple(i for i, size in enumerate((1,) * (3 - len(shape)) + shape[:-1]) if size == 1)
+        found["dedge_bias"] = ds.sum(axes, keepdims=True).reshape(shape)
+    return {name: torch.from_numpy(x.astype(np.float64)) for name, x in found.items()}
+
+
 def assert_parity(tensors, kwargs):
-    """Each error is at most twice that of plain torch in the same dtype, against the reference in float64."""
+    """Each error is at most twice that of plain torch in the same dtype, against the reference in a wider one."""
     dout = cotangents(tensors[0], tensors[2])[0].to(tensors[0].dtype).double()  # the same number for all three
     actual, same_dtype = (results(tensors, kwargs, backend, dout=dout) for backend in ("cpu", "reference"))
-    double = [x.double() if x.is_floating_point() else x for x in tensors]
-    oracle = results(double, {name: x.double() for name, x in kwargs.items()}, "reference", dout=dout)
+    if tensors[0].dtype == torch.float64:
+        oracle = extended_precision(tensors, kwargs, dout)
+    else:
+        double = [x.double() if x.is_floating_point() else x for x in tensors]
+        oracle = results(double, {name: x.double() for name, x in kwargs.items()}, "reference", dout=dout)
     for name, z in oracle.items():
         x, y = actual[name], same_dtype[name]
         assert (x.shape, x.dtype) == (y.shape, y.dtype), name
@@ -129,6 +177,7 @@ def _parity_graphs() -> tuple[Graph, ...]:
     graphs = [plain._replace(head_dim=d, head_dim_v=d) for d in (1, 3, 8, 16, 17, 31, 32, 33, 48, 64, 65, 96, 128)]
     graphs += [plain._replace(head_dim=d, head_dim_v=dv) for d, dv in ((7, 65), (64, 24), (300, 16), (16, 600))]
     graphs += [plain._replace(degree=d, seqlen_q=s) for d, s in ((1, 40), (16, 12), (32, 20), (70, 9), (400, 5))]
+    graphs += [Graph(1, 1, 100, 1, 1, 1, 1, 64, dtype="float64")]  # one key, 200 times
     graphs += [plain._replace(seqlen_q=s, seqlen_k=t) for s, t in ((1, 1), (1, 300), (300, 1), (130, 70))]
     graphs += [small._replace(num_heads_k=h) for h in (1, 4)] + [small._replace(index="int32")]
     graphs += [small._replace(seqlen_q=0), small._replace(seqlen_k=0), small._replace(degree=0)]
@@ -144,7 +193,7 @@ def test_parity(graph):
     assert_parity(*inputs(graph))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(exactly_these, max_examples=60)
 @given(st.data())
 def test_parity_of_any_graph(data):
     draw, num_heads_k = data.draw, data.draw(st.integers(1, 2))
@@ -684,18 +733,18 @@ def test_guard_pages(side, dtype):
 
 
 def test_extra_memory():
-    """Less than 4 MiB forward and 24 MiB backward (16 are lists and dk, dv), where the gathered keys would take 128."""
+    """Beyond the results less than 4 MiB forward and 8 MiB backward, where the gathered keys would take 1 GiB.
+
+    A result is of 32 MiB, or malloc could reuse memory that earlier tests have left resident.
+    """
     n, degree = 16384, 32
-    q, k, v = (torch.randn(1, 1, n, 64).requires_grad_() for _ in range(3))
+    q, k, v = (torch.randn(1, 8, n, 64).requires_grad_() for _ in range(3))
     indptr, indices = torch.arange(0, n * degree + 1, degree), torch.randint(0, n, (n * degree,))
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pytest.skip("/proc/self/clear_refs cannot reset VmHWM")
-    before = status("VmRSS")
+    before = reset_peak()
     out = fastattn.attention_csr(q, k, v, indptr, indices)
     assert out.nbytes <= status("VmHWM") - before < out.nbytes + 4 * 2**20
     dout = torch.randn_like(out)
-    before = status("VmRSS")
-    torch.autograd.grad(out, (q, k, v), dout)
-    assert status("VmHWM") - before < 3 * out.nbytes + 8 * 2**20
+    before = reset_peak()
+    grads = torch.autograd.grad(out, (q, k, v), dout)
+    results = sum(x.nbytes for x in grads)
+    assert results <= status("VmHWM") - before < results + 8 * 2**20
