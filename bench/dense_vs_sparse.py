@@ -8,7 +8,6 @@ process. Masks are built outside of the clock. Writes sparse.json, sparse.md and
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +15,6 @@ from pathlib import Path
 
 sys.path += [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parents[1])]  # last: an installed one wins
 
-from rich.console import Console
 
 import report
 import run
@@ -41,15 +39,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run what the command line asks for; 0, or 1 if a result of ours was wrong."""
     argv = sys.argv[1:] if argv is None else argv
     options = _options(argv)
-    console = Console(width=None if sys.stdout.isatty() else 190, markup=False, emoji=False, highlight=False)
-    if options.isa:
-        os.environ["FASTATTN_CPU_ISA"] = options.isa  # read at the extension's first use, which is below
+    console = run.console_of_tables()
     try:
-        head, peak = report.header(argv, SPARSE), Peak()
-    except RuntimeError as error:  # an ISA that this CPU or this build lacks
-        console.print(str(error), style="bold red")
+        head, peak = run.begin(console, options.isa, argv, SPARSE)
+    except RuntimeError:
         return 2
-    run.warn(console, run.doubts(head, peak))
     plan = _plan(options, peak)
     if not plan:
         names = [name for name, _ in _plan(_options([]), peak)]
@@ -69,15 +63,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _options(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = run.parser_with(__doc__, "five patterns at S=2048, no FlexAttention, no memory, short budgets")
     add = parser.add_argument
-    add("--quick", action="store_true", help="five patterns at S=2048, no FlexAttention, no memory, short budgets")
-    add("--only", metavar="TEXT", help="rows whose name contains TEXT, or just the row whose name is TEXT")
-    add("--isa", help="narrow the kernels to this instruction set (FASTATTN_CPU_ISA)")
     add("--peers", nargs="*", choices=PEER_NAMES, help="default all, with --quick sdpa; none with no name")
     add("--budget", type=float, metavar="SECONDS", help="of timing for each row, default 5, with --quick 0.3")
-    add("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="where the files go, default %(default)s")
-    add("--tiny", action="store_true", help="shrink every case: checks this program, says nothing about speed")
     options = parser.parse_args(argv)
     if options.budget is None:
         options.budget = 0.3 if options.quick else 5.0
@@ -102,10 +91,7 @@ def _plan(options: argparse.Namespace, peak: Peak) -> list[tuple[str, Callable[[
         plan += [
             (f"select {method} {work}", partial(select_row, work, method, options.budget, peak)) for method in METHODS
         ]
-    if options.only is None:
-        return plan
-    exact = [item for item in plan if item[0] == options.only]
-    return exact or [item for item in plan if options.only in item[0]]
+    return run.selected(plan, options.only)
 
 
 def _works(quick: bool, tiny: bool) -> list[Work]:

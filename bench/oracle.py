@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 
 import fastattn
-from cases import Case
+from cases import Case, inputs
 from fastattn import BlockMask, Mask, reference
 from fastattn.masks import dense, diagonal_bounds
-from work import SEED, Work, tensors
+from work import Work, tensors
 
 SCORES_AT_ONCE = 1 << 22
 """Scores that the reference holds at a time: 32 MiB in float64, whatever the sequence length."""
@@ -97,10 +97,10 @@ def interval(case: Case, kwargs: dict) -> Mask:
 def truth(work: Work) -> tuple[Results, dict[str, Errors]]:
     """(float64 results, errors of plain torch in the case's dtype)"""
     kept = None
-    if work.dropout_p:
-        case = work.case
+    case = work.case
+    if case.dropout_p:
         shape = case.batch, case.num_heads, case.seqlen_q, case.seqlen_k or case.seqlen_q
-        kept = fastattn.dropout_mask(*shape, work.dropout_p, SEED)
+        kept = fastattn.dropout_mask(*shape, case.dropout_p, inputs(case)[1]["seed"])
     exact, dtype = results(work, torch.float64, kept), getattr(torch, work.case.dtype)
     plain = results(work, reference.compute_dtype(dtype), kept)
     return exact, errors({name: x.to(dtype) for name, x in plain.items()}, exact)
@@ -121,8 +121,6 @@ def results(work: Work, dtype: torch.dtype, kept: torch.Tensor | None = None) ->
 
 
 def _results(work, dtype, kept) -> Results:
-    if work.case.dropout_p or work.case.learned_scale:
-        raise ValueError(f"[{work.case}] has dropout_p or learned_scale; dropout is a field of Work")
     leaves, kwargs, dout = tensors(work, dtype)
     q, k, v = leaves["q"], leaves["k"], leaves["v"]
     batch, num_heads, seqlen_q = q.shape[:3]
@@ -138,7 +136,7 @@ def _results(work, dtype, kept) -> Results:
                 options = _options_of(work.case, leaves, kwargs, b, h, i, j)
                 if work.pattern:
                     qkv, options = _seen(*qkv, options)
-                chunk = _attention(*qkv, options, work.dropout_p, None if kept is None else kept[b, h, i:j])
+                chunk = _attention(*qkv, options, work.case.dropout_p, None if kept is None else kept[b, h, i:j])
                 out[b, h, i:j] = chunk.detach()[0, 0]
                 if work.trains:
                     chunk[0, 0].backward(dout[b, h, i:j])
@@ -189,5 +187,6 @@ def _options_of(case, leaves, kwargs, b, h, i, j) -> dict:
         alibi = -slope * (query - torch.arange(seqlen_k)).abs()
         bias = alibi if bias is None else bias.double() + alibi
     sinks = leaves["sinks"][h : h + 1] if case.sinks else None
-    options = dict(visible=visible, bias=bias, sinks=sinks)
-    return options | dict(softcap=case.softcap, softmax_scale=case.softmax_scale)
+    scale = leaves.get("softmax_scale", case.softmax_scale)
+    scale = scale[h : h + 1] if case.learned_scale == "per_head" else scale
+    return dict(visible=visible, bias=bias, sinks=sinks, softcap=case.softcap, softmax_scale=scale)

@@ -21,7 +21,10 @@ from fastattn.masks import UNBOUNDED, diagonal_bounds
 from fastattn.score import alibi_bias, softcap_scores
 from oracle import interval
 from sparsity import PATTERNS
-from work import SEED, Work
+from work import Work
+
+SEED = 3
+"""Of torch's generator, where a peer's dropout has to be repeatable."""
 
 MASK_SHARE = 0.25
 """Of the machine's memory that the dense form of a sparse mask may take."""
@@ -39,7 +42,7 @@ class SDPA:
     def refuse(work: Work) -> str | None:
         if work.pattern and (size := _dense_mask_bytes(work)) > MASK_SHARE * _memory():
             return f"the dense mask takes {size / 2**30:.1f} GiB"
-        names = [name for name in ("softcap", "sinks") if getattr(work.case, name)]
+        names = [name for name in ("softcap", "sinks", "learned_scale") if getattr(work.case, name)]
         return f"no {' and '.join(names)}" if names else None
 
     @staticmethod
@@ -55,7 +58,7 @@ class SDPA:
         if case.bias or case.alibi:
             bias = _bias(case, kwargs, q, k)
             attn_mask = bias if attn_mask is None else bias.masked_fill(~attn_mask, -math.inf)
-        options = dict(attn_mask=attn_mask, is_causal=is_causal, scale=case.softmax_scale, dropout_p=work.dropout_p)
+        options = dict(attn_mask=attn_mask, is_causal=is_causal, scale=case.softmax_scale, dropout_p=case.dropout_p)
         options["enable_gqa"] = q.shape[1] != k.shape[1]
         return lambda: F.scaled_dot_product_attention(q, k, v, **options)
 
@@ -72,7 +75,8 @@ class Eager:
     @staticmethod
     def prepare(work: Work, q, k, v, kwargs: dict) -> Callable[[], torch.Tensor]:
         case, group_size = work.case, q.shape[1] // k.shape[1]
-        scale = q.shape[3] ** -0.5 if case.softmax_scale is None else case.softmax_scale
+        scale = kwargs["softmax_scale"].to(q.dtype).view(-1, 1, 1) if case.learned_scale else case.softmax_scale
+        scale = q.shape[3] ** -0.5 if scale is None else scale
         visible, bias = _visible(case, kwargs, q, k), _bias(case, kwargs, q, k)
         hidden = None if visible is None else ~visible
 
@@ -86,7 +90,7 @@ class Eager:
                 p = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
             else:
                 p = scores.softmax(-1)
-            return F.dropout(p, work.dropout_p) @ values
+            return F.dropout(p, case.dropout_p) @ values
 
         return run
 
@@ -101,8 +105,8 @@ class Flex:
         case = work.case
         if work.trains and (refusal := _flex_refuses_gradients()):
             return refusal
-        if work.dropout_p:
-            return "no dropout"
+        if case.dropout_p or case.learned_scale:
+            return "no dropout" if case.dropout_p else "no learned scale"
         if case.dtype == "float64":
             return "no float64"
         return "no sinks" if case.sinks else None
@@ -144,8 +148,8 @@ class OnnxRuntime:
         missing = [name for name in ("onnxruntime", "onnx") if importlib.util.find_spec(name) is None]
         if missing:
             return f"{' and '.join(missing)} not installed"
-        if work.dropout_p:
-            return "no dropout"
+        if case.dropout_p or case.learned_scale:
+            return "no dropout" if case.dropout_p else "no learned scale"
         if case.dtype != "float32":
             return "float32 only"
         if case.num_heads_k or case.head_dim_v:
@@ -188,12 +192,12 @@ PEERS = {
 
 def dropout_of_peers(work: Work) -> torch.Tensor | None:
     """The weights that a torch function keeps right after torch.manual_seed(SEED): bool [B, H, Sq, Sk]; None: all."""
-    if not work.dropout_p:
-        return None
     case = work.case
+    if not case.dropout_p:
+        return None
     shape = case.batch, case.num_heads, case.seqlen_q, case.seqlen_k or case.seqlen_q
     torch.manual_seed(SEED)
-    return F.dropout(torch.ones(shape, dtype=getattr(torch, case.dtype)), work.dropout_p) != 0
+    return F.dropout(torch.ones(shape, dtype=getattr(torch, case.dtype)), case.dropout_p) != 0
 
 
 @cache

@@ -65,7 +65,7 @@ def draw_sparse(path: Path, rows: list[Row], title: str) -> bool:
     passes = list(dict.fromkeys(row.spec["passes"] for row in rows))
     if not rows:
         return False
-    figure, axes = plt.subplots(1, len(passes), figsize=(7.2 * len(passes), 6.4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(passes), figsize=(7.2 * len(passes), 7.2), squeeze=False, layout="constrained")
     families = list(dict.fromkeys((_family(row), row.spec["seqlen_q"]) for row in rows))
     styles = {family: MARKERS[i % len(MARKERS)] for i, family in enumerate(dict.fromkeys(name for name, _ in families))}
     colors = {seqlen: f"C{i}" for i, seqlen in enumerate(sorted({seqlen for _, seqlen in families}))}
@@ -92,7 +92,7 @@ def draw_sparse(path: Path, rows: list[Row], title: str) -> bool:
             ticks.set_minor_locator(NullLocator())
             ticks.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -138,11 +138,13 @@ def _speed_table(title: str, rows: list[Row], peers: list[str]) -> Table:
     for row in rows:
         ours = ["WRONG", "", ""] if row.wrong else [_ms(row.ours), f"{row.ours.gflops:.1f}", _share(row.ours)]
         cells = [f"{row.name}{' (!)' if row.flags else ''}", _kernel(row), str(row.threads), *ours]
-        for peer in peers:
-            result = row.results.get(peer, Result())
-            cells += ["refused" if result.refused else _ms(result), _ratio(result.ratio)]
-        table.add_row(*cells)
+        table.add_row(*cells, *_peer_cells(row, peers))
     return table
+
+
+def _peer_cells(row: Row, peers: list[str]) -> list[str]:
+    results = [row.results.get(peer, Result()) for peer in peers]
+    return [cell for r in results for cell in ("refused" if r.refused else _ms(r), _ratio(r.ratio))]
 
 
 def _comparison_table(rows: list[Row]) -> Table:
@@ -167,10 +169,7 @@ def _sparse_table(title: str, rows: list[Row], peers: list[str]) -> Table:
         metrics = row.metrics
         cells += [_percent(metrics["density"]), _ms(row.ours), _ms(row.results["dense"]), _ratio(metrics["speed-up"])]
         cells += [_ratio(1.0 / metrics["density"]), f"{100 * metrics['rate']:.0f} %", _share(row.ours)]
-        for peer in peers:
-            result = row.results.get(peer, Result())
-            cells += ["refused" if result.refused else _ms(result), _ratio(result.ratio)]
-        table.add_row(*cells)
+        table.add_row(*cells, *_peer_cells(row, peers))
     return table
 
 

@@ -36,7 +36,7 @@ class Row:
 
     kind         "grid" | a kind of comparison (suites.COMPARISONS) | "overhead" | "memory"
     name         what --only selects by; repro is the command that measures this row again
-    spec         fields of the Case and of the Work: passes, dropout_p
+    spec         fields of the Case and of the Work: passes, pattern
     kernel, isa  what ran for ours (fastattn.record)
     wrong        why our result is wrong; nothing was timed then
     flags        what to distrust: "above the measured peak", ...

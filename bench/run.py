@@ -43,15 +43,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run what the command line asks for; 0, or 1 if a result of ours was wrong."""
     argv = sys.argv[1:] if argv is None else argv
     options = _options(argv)
-    console = Console(width=None if sys.stdout.isatty() else 190, markup=False, emoji=False, highlight=False)
-    if options.isa:
-        os.environ["FASTATTN_CPU_ISA"] = options.isa  # read at the extension's first use, which is below
+    console = console_of_tables()
     try:
-        head, peak = report.header(argv), Peak()
-    except RuntimeError as error:  # an ISA that this CPU or this build lacks
-        console.print(str(error), style="bold red")
+        head, peak = begin(console, options.isa, argv)
+    except RuntimeError:
         return 2
-    warn(console, doubts(head, peak))
     plan = _plan(options, peak)
     if not plan:
         names = ", ".join(map(repr, (str(FORWARD[0]), str(TRAINING[0]), COMPARISONS[0].name)))
@@ -69,6 +65,24 @@ def main(argv: list[str] | None = None) -> int:
             written.append(picture)
     console.print(f"written: {options.out}/{', '.join(written)}")
     return status(console, head, rows)
+
+
+def console_of_tables() -> Console:
+    """One that is wide enough for the tables where nobody looks."""
+    return Console(width=None if sys.stdout.isatty() else 190, markup=False, emoji=False, highlight=False)
+
+
+def begin(console: Console, isa: str | None, argv: list[str], *suite: str) -> tuple[dict, Peak]:
+    """(head of the report, first reading of the peak); RuntimeError, printed, for an ISA that is not there."""
+    if isa:
+        os.environ["FASTATTN_CPU_ISA"] = isa  # read at the extension's first use, which is below
+    try:
+        head, peak = report.header(argv, *suite), Peak()
+    except RuntimeError as error:
+        console.print(str(error), style="bold red")
+        raise
+    warn(console, doubts(head, peak))
+    return head, peak
 
 
 def measured(console: Console, plan: list[tuple[str, Callable[[], Row]]], head: dict, peak: Peak) -> list[Row]:
@@ -99,14 +113,31 @@ def status(console: Console, head: dict, rows: list[Row]) -> int:
     return 1 if wrong else 0
 
 
-def _options(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_with(description: str, quick: str) -> argparse.ArgumentParser:
+    """The options that every benchmark has; quick: what --quick does."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--suite", nargs="+", choices=[*PICTURES], default=[*PICTURES], help="default both")
-    add("--quick", action="store_true", help="a subset, short budgets, no FlexAttention: under a minute")
-    add("--threads", type=int, nargs="+", default=[1], help="of the grid, default 1 (thread scaling has its own rows)")
+    add("--quick", action="store_true", help=quick)
     add("--only", metavar="TEXT", help="rows whose name contains TEXT, or just the row whose name is TEXT")
     add("--isa", help="narrow the kernels to this instruction set (FASTATTN_CPU_ISA)")
+    add("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="where the files go, default %(default)s")
+    add("--tiny", action="store_true", help="shrink every case: checks this program, says nothing about speed")
+    return parser
+
+
+def selected(plan: list[tuple[str, Callable]], only: str | None) -> list[tuple[str, Callable]]:
+    """The rows that --only asks for."""
+    if only is None:
+        return plan
+    exact = [item for item in plan if item[0] == only]
+    return exact or [item for item in plan if only in item[0]]
+
+
+def _options(argv: list[str]) -> argparse.Namespace:
+    parser = parser_with(__doc__, "a subset, short budgets, no FlexAttention: under a minute")
+    add = parser.add_argument
+    add("--suite", nargs="+", choices=[*PICTURES], default=[*PICTURES], help="default both")
+    add("--threads", type=int, nargs="+", default=[1], help="of the grid, default 1 (thread scaling has its own rows)")
     add(
         "--peers",
         nargs="*",
@@ -114,8 +145,6 @@ def _options(argv: list[str]) -> argparse.Namespace:
         help="default all; none with no name",
     )
     add("--budget", type=float, metavar="SECONDS", help="of timing for each row, default 3, with --quick 0.6")
-    add("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="where the files go, default %(default)s")
-    add("--tiny", action="store_true", help="shrink every case: checks this program, says nothing about speed")
     options = parser.parse_args(argv)
     if options.budget is None:
         options.budget = 0.6 if options.quick else 3.0
@@ -147,11 +176,7 @@ def _plan(options: argparse.Namespace, peak: Peak) -> list[tuple[str, Callable[[
         sdpa = tuple(peer for peer in peers[work.suite] if peer.name == "sdpa")
         plan.append((f"overhead {work}", work, partial(overhead_row, work, sdpa)))
     plan += [(f"memory {work}", work, partial(memory_row, work)) for work in map(shrink, MEMORY)]
-    plan = [(name, measure) for name, work, measure in plan if work.suite in options.suite]
-    if options.only is None:
-        return plan
-    exact = [item for item in plan if item[0] == options.only]
-    return exact or [item for item in plan if options.only in item[0]]
+    return selected([(name, measure) for name, work, measure in plan if work.suite in options.suite], options.only)
 
 
 def _is_quick(case: Case) -> bool:

@@ -7,21 +7,16 @@ import torch
 from cases import GRID, Case, inputs, visited_pairs
 from sparsity import block_mask
 
-SEED = 3
-"""Of dropout, wherever it has to be repeatable."""
-
 
 class Work(NamedTuple):
     """Some passes of one attention call; a gradient is asked of every float tensor that goes in.
 
     passes     "forward" | "backward" (alone, of a graph made outside of the clock) | "forward+backward"
-    dropout_p  of the attention weights
     pattern    a name in sparsity.PATTERNS: the mask is its BlockMask
     """
 
     case: Case
     passes: str = "forward"
-    dropout_p: float = 0.0
     pattern: str | None = None
 
     @property
@@ -35,7 +30,7 @@ class Work(NamedTuple):
     @property
     def spec(self) -> dict:
         """Every fact as plain values: what a row records and targets.py selects by."""
-        return self.case._asdict() | {"passes": self.passes, "dropout_p": self.dropout_p, "pattern": self.pattern}
+        return self.case._asdict() | {"passes": self.passes, "pattern": self.pattern}
 
     @property
     def block_mask(self):
@@ -61,13 +56,8 @@ class Work(NamedTuple):
         return self.pairs * self.flops_per_pair
 
     def __str__(self) -> str:
-        dropout = f"-dropout:{self.dropout_p}" if self.dropout_p else ""
-        return (
-            (f"{self.passes} " if self.trains else "")
-            + str(self.case)
-            + dropout
-            + (f"-{self.pattern}" if self.pattern else "")
-        )
+        passes, pattern = f"{self.passes} " if self.trains else "", f"-{self.pattern}" if self.pattern else ""
+        return f"{passes}{self.case}{pattern}"
 
 
 def suite_of(passes: str) -> str:
@@ -83,7 +73,8 @@ def tensors(work: Work, dtype: torch.dtype | None = None):
     (q, k, v), kwargs = inputs(work.case)
     kwargs |= {"mask": work.block_mask} if work.pattern else {}
     leaves = {"q": q, "k": k, "v": v}
-    leaves |= {name: kwargs.pop(name) for name in ("bias", "alibi_slopes", "sinks") if name in kwargs}
+    names = ("bias", "alibi_slopes", "sinks", "softmax_scale")
+    leaves |= {name: kwargs.pop(name) for name in names if isinstance(kwargs.get(name), torch.Tensor)}
     dout = None
     if work.trains:
         generator = torch.Generator().manual_seed(1)
@@ -105,7 +96,7 @@ def _training() -> tuple[Work, ...]:
     cases += [case._replace(dtype="bfloat16") for case in long]
     cases += [long[0]._replace(bias="per_head")]
     whole = Work(long[1], "forward+backward")
-    return (*(Work(case, "backward") for case in cases), whole, whole._replace(dropout_p=0.1))
+    return (*(Work(case, "backward") for case in cases), whole, whole._replace(case=long[1]._replace(dropout_p=0.1)))
 
 
 TRAINING = _training()

@@ -52,15 +52,14 @@ FASTATTN_INLINE Range visited_range(const Problem& p, int64_t batch, int64_t hea
   return all.lo < all.hi ? all : Range{0, 0};
 }
 
-// Some keys and, if not all of their block are seen, the bits of the block: rows of block_k from the first key of the
-// block, for the block's first row on.
+// Keys lo ... hi - 1 and, unless their whole block is seen, the bitmap of the block.
 struct KeyTile {
   int64_t lo, hi;
   const uint8_t* bitmap = nullptr;
 };
 
 // Calls visit(KeyTile) for tiles of up to n_block keys within lo ... hi - 1: the one question that a mask has to answer.
-// With blocks: those of list `block` that it visits.
+// With blocks: tiles of those in `list`.
 template <class Call>
 FASTATTN_INLINE void each_key_tile(const BlockLists* blocks, int64_t list, int64_t lo, int64_t hi, int64_t n_block,
                                    const Call& visit) {

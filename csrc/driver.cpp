@@ -194,6 +194,12 @@ class ScoreSums {
   }
 };
 
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+const int64_t l1_bytes = sysconf(_SC_LEVEL1_DCACHE_SIZE);  // when the library is loaded: see kernels()
+#else
+const int64_t l1_bytes = 0;
+#endif
+
 constexpr int64_t max_partial_bytes = 64 << 20;  // a wave of batches whose dq of all splits fit, but one at least
 
 }  // namespace
@@ -204,13 +210,7 @@ const Kernels& kernels() {
   return *chosen.load(std::memory_order_acquire);
 }
 
-int64_t l1_data_bytes() {
-#if defined(_SC_LEVEL1_DCACHE_SIZE)
-  static const int64_t bytes = sysconf(_SC_LEVEL1_DCACHE_SIZE);
-  if (bytes > 0) return bytes;
-#endif
-  return 32 << 10;
-}
+int64_t l1_data_bytes() { return l1_bytes > 0 ? l1_bytes : 32 << 10; }
 
 void forward(const Problem& problem, int threads) {
   Problem p = problem;

@@ -21,9 +21,9 @@ void find_keys(const Problem& p, const Blocking& b, Unit& u) {
   Range seen = visited_range(p, u.batch, u.head, u.row, rows);
   u.k_lo = larger(seen.lo, u.split * b.split_keys);
   u.k_hi = smaller(seen.hi, (u.split + 1) * b.split_keys);
+  if (!p.blocks) return (void)(u.keys = larger<int64_t>(0, u.k_hi - u.k_lo));
   u.keys = 0;
-  const int64_t list = p.blocks ? p.blocks->index(u.batch, u.head, u.row / b.rows) : 0;
-  each_key_tile(p.blocks, list, u.k_lo, u.k_hi, p.blocks ? b.n_block : larger<int64_t>(u.k_hi, 1),
+  each_key_tile(p.blocks, p.blocks->index(u.batch, u.head, u.row / b.rows), u.k_lo, u.k_hi, b.n_block,
                 [&](const KeyTile& tile) { u.keys += tile.hi - tile.lo; });
 }
 

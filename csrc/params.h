@@ -71,8 +71,8 @@ struct Problem {
 
 int64_t l1_data_bytes();  // of this CPU
 
-// How a problem is cut. It follows from the shape and the CPU alone, never from the number of threads or the batch size: the bits of
-// a row depend on it.
+// How a problem is cut. It follows from the shape and the CPU alone, never from the number of threads or the batch size:
+// the bits of a row depend on it.
 struct Blocking {
   int lanes;           // query rows of a panel (NR), a multiple of the vector length
   int rows;            // query rows of a unit, a multiple of lanes
@@ -106,15 +106,15 @@ struct Gradients {
   Tensor dbias, dalibi_slopes, dsinks, dscales;
   // What the units leave for those sums, null if not wanted: dbias by key or by query, dalibi_slopes by split, dsinks and
   // dscales by query.
-  double *key_sums, *query_sums;   // [batch][num_heads][seqlen_k], [batch][num_heads][seqlen_q]
-  double* slope_sums;              // [batch][num_heads][num_splits]
-  double *sink_sums, *scale_sums;  // [batch][num_heads][seqlen_q]
+  double *key_sums = nullptr, *query_sums = nullptr;   // [batch][num_heads][seqlen_k], [batch][num_heads][seqlen_q]
+  double* slope_sums = nullptr;                        // [batch][num_heads][num_splits]
+  double *sink_sums = nullptr, *scale_sums = nullptr;  // [batch][num_heads][seqlen_q]
 
   bool dense_bias() const { return dbias && dbias.stride[2] && dbias.stride[3]; }
   bool needs_dq() const { return dq || scale_sums; }
 };
 
-// How a backward pass is cut, from the shape alone.
+// How a backward pass is cut, from the shape, the CPU and whether a dense dbias is wanted.
 struct BackwardBlocking {
   int lanes;       // query rows of a panel (NR)
   int block_rows;  // query rows of a block, a multiple of lanes

@@ -10,19 +10,18 @@ and draws the result.
 import argparse
 import importlib.util
 import os
-import time
 import warnings
 import zlib
 from collections import Counter
 from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
-from statistics import median
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything comes from installed packages
 
 import torch
 import torch.nn.functional as F
+from in_turn import time_in_turn
 
 import fastattn
 
@@ -104,21 +103,6 @@ def first_call() -> fastattn.dispatch.Call:
 
 def kernel_name(call) -> str:
     return call.kernel + (f" ({call.isa})" if call.isa else "")
-
-
-def time_in_turn(functions: dict, budget: float) -> dict[str, float]:
-    """Median seconds of each function, called in turn (a, b, a, b, ...) for about `budget` seconds."""
-    start = time.perf_counter()
-    for function in functions.values():
-        function()  # the first call is slower: threads start, memory is touched
-    rounds = max(3, min(100, int(budget / (time.perf_counter() - start))))
-    seconds = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: median(values) for name, values in seconds.items()}
 
 
 # A text encoder

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from in_turn import time_in_turn
 from torch import nn
 
 import fastattn
@@ -344,21 +345,6 @@ def time_attention(this: Round, size: Size, budget: float) -> dict[str, float]:
         torch.autograd.grad(attend(q, k, v, **more), leaves, dout)
 
     return time_in_turn({name: partial(step, attend) for name, attend in this.attend.items()}, budget)
-
-
-def time_in_turn(functions: dict, budget: float) -> dict[str, float]:
-    """Median seconds of each function, called in turn (a, b, a, b, ...) for about `budget` seconds."""
-    start = time.perf_counter()
-    for function in functions.values():
-        function()  # the first call is slower: threads start, memory is touched
-    rounds = max(5, min(100, int(budget / (time.perf_counter() - start))))
-    seconds = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: median(values) for name, values in seconds.items()}
 
 
 def plot(this: Round, curves: Curves, found: Agreement, subtitle: str, path: Path) -> None:

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .block_mask import BlockMask, BlockSize, check_block_size, check_int, check_integers
+from .block_checks import BlockSize, check_block_size, check_int, check_integers
+from .block_mask import BlockMask
 from .masks import Mask
 
 

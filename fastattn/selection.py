@@ -5,7 +5,8 @@ import math
 import torch
 
 from .api import attention
-from .block_mask import BlockMask, BlockSize, build, check_block_size, check_int
+from .block_checks import BlockSize, check_block_size, check_int
+from .block_mask import BlockMask, build
 from .blocks import Grid, full_blocks
 from .masks import Mask
 

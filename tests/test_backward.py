@@ -16,16 +16,10 @@ from test_prefill import DTYPES, run_tests_on, supported_isas
 
 INF, NAN = math.inf, math.nan
 SCORE_TENSORS = ("bias", "alibi_slopes", "sinks", "softmax_scale")
-pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="the CPU kernels are not built")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On a busy machine two threads wait for each other longer than they work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.skipif(cpu.unavailable() is not None, reason="the CPU kernels are not built"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 def cotangents(q, v, seed=1):

@@ -12,11 +12,9 @@ import torch
 import fastattn
 from cases import CASES, Case, inputs, visited_pairs
 
-for package in ("rich", "matplotlib"):
-    pytest.importorskip(package, reason="the benchmark needs it")
-
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
+import dense_vs_sparse
 import oracle
 import peers
 import run
@@ -24,25 +22,13 @@ import suites
 import targets
 from rows import SCHEMA, Result, Row
 from timing import Contender, Peak, in_turn, peak_by_isa
-from work import FORWARD, SEED, TRAINING, Work, tensors
+from work import FORWARD, TRAINING, Work, tensors
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = Case(num_heads=2, seqlen_q=32, head_dim=16)
 PASSES = ("forward", "backward", "forward+backward")
 INSTANT = ["--tiny", "--budget", "0", "--peers", "sdpa"]
-# Dropout is a field of Work; nothing that is timed learns its scale.
-TRUTH_CASES = [
-    case
-    for case in CASES
-    if case.dtype == "float32" and case.seqlen_q in (45, 77) and not case.dropout_p and not case.learned_scale
-]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+TRUTH_CASES = [case for case in CASES if case.dtype == "float32" and case.seqlen_q in (45, 77)]
 
 
 @pytest.mark.parametrize(
@@ -75,9 +61,9 @@ def test_flops_of_a_different_value_size(passes, products):
 def test_truth_in_chunks_is_the_reference(case, passes, dropout_p, monkeypatch):
     monkeypatch.setattr(oracle, "SCORES_AT_ONCE", 40 * (case.seqlen_k or case.seqlen_q))
     oracle.truth.cache_clear()
-    work = Work(case, passes, dropout_p)
+    work = Work(case._replace(dropout_p=dropout_p or case.dropout_p), passes)
     leaves, kwargs, dout = tensors(work, torch.float64)
-    whole = fastattn.attention(**leaves, **kwargs, dropout_p=dropout_p, seed=SEED, backend="reference")
+    whole = fastattn.attention(**leaves, **kwargs, backend="reference")
     expected = {"out": whole.detach()}
     if work.trains:
         expected |= zip(leaves, torch.autograd.grad(whole, [*leaves.values()], dout), strict=True)
@@ -97,8 +83,8 @@ def assert_right_or_refused(peer, work, missing):
 @pytest.mark.parametrize("passes", PASSES)
 @pytest.mark.parametrize("case", TRUTH_CASES, ids=str)
 def test_torch_computes_the_work_or_refuses_it(case, passes, dropout_p):
-    work = Work(case, passes, dropout_p)
-    assert_right_or_refused(peers.SDPA, work, ("softcap", "sinks"))
+    work = Work(case._replace(dropout_p=dropout_p or case.dropout_p), passes)
+    assert_right_or_refused(peers.SDPA, work, ("softcap", "sinks", "learned_scale"))
     qkv, kwargs = inputs(case)
     _, lse = fastattn.attention(*qkv, **kwargs, return_lse=True, backend="reference")
     if lse.isfinite().all():  # a softmax over no key is NaN in plain torch
@@ -117,10 +103,10 @@ def test_a_peer_that_drops_nothing_is_not_timed():
     class Undropped(peers.SDPA):
         @staticmethod
         def prepare(work, *arguments):
-            return peers.SDPA.prepare(work._replace(dropout_p=0.0), *arguments)
+            return peers.SDPA.prepare(work._replace(case=work.case._replace(dropout_p=0.0)), *arguments)
 
     row = Row("grid", "", 1, "", {})
-    assert suites._prepared(row, (Undropped,), Work(SMALL, "forward+backward", 0.1)) == {}
+    assert suites._prepared(row, (Undropped,), Work(SMALL._replace(dropout_p=0.1), "forward+backward")) == {}
     assert "max error" in row.results["sdpa"].refused
 
 
@@ -292,3 +278,34 @@ def test_peak_by_isa_is_of_those_that_run_here():
         pytest.skip("the CPU kernels are not built")
     rates = peak_by_isa()
     assert fastattn.cpu.isa() in rates and all(rate > 0 for rate in rates.values())
+
+
+def test_sparse_against_dense_from_end_to_end(tmp_path, capsys):
+    assert dense_vs_sparse.main(["--quick", *INSTANT, "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "sparse.json").read_text())["rows"]
+    assert {row["spec"]["passes"] for row in found} == {"forward", "backward"}
+    assert {row["spec"]["pattern"] for row in found} == set(dense_vs_sparse.QUICK)
+    for row in found:
+        assert row["wrong"] is None and row["metrics"]["speed-up"] > 0 and row["results"]["sdpa"]["refused"] is None
+    assert (tmp_path / "sparse.png").stat().st_size > 10_000 and "speed-up" in (tmp_path / "sparse.md").read_text()
+
+
+def test_a_wrong_sparse_result_is_not_timed(monkeypatch):
+    """Dense attention instead of the pattern's."""
+    work = Work(Case(num_heads=2, seqlen_q=512, head_dim=16), pattern="window")
+    right = fastattn.attention
+    monkeypatch.setattr(fastattn, "attention", lambda *args, mask=None, **kwargs: right(*args, **kwargs))
+    oracle.truth.cache_clear()
+    row = suites.sparse_row(work, (), 0.0, Peak(), False)
+    assert "max error" in row.wrong and row.ours.ms is None
+
+
+@pytest.mark.parametrize("name", ["random128:12.5%", "window", "neighborhood"])
+def test_truth_of_a_pattern_is_the_reference(name):
+    work = Work(Case(num_heads=2, seqlen_q=512, head_dim=16), "forward+backward", pattern=name)
+    leaves, kwargs, dout = tensors(work, torch.float64)
+    out = fastattn.attention(**leaves, **kwargs, backend="reference")
+    expected = {"out": out.detach()} | dict(
+        zip(leaves, torch.autograd.grad(out, [*leaves.values()], dout), strict=True)
+    )
+    torch.testing.assert_close(oracle.truth(work)[0], expected, rtol=1e-12, atol=1e-12)

@@ -9,27 +9,19 @@ import torch
 
 import fastattn
 
-for package in ("matplotlib", "rich", "tqdm"):
-    pytest.importorskip(package, reason="the examples need it")
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.fixture(scope="module")
 def train_char_lm():
+    sys.path.append(str(EXAMPLES))  # as for a script
     spec = importlib.util.spec_from_file_location("train_char_lm", EXAMPLES / "train_char_lm.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    sys.path.remove(str(EXAMPLES))
 
 
 def test_both_models_learn_the_same(train_char_lm, tmp_path, capsys):
