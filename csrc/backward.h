@@ -42,6 +42,7 @@ template <class Real>
 struct GradientPanel : Panel<Real> {
   Real *dout, *dq;  // [head_dim_v][NR], [head_dim][NR]
   Real* slope_sum;  // [NR], of dS times the derivative by ALiBi's slope
+  Range seen;       // keys of this turn's tile that some lane sees
   Softmax<Real> softmax;
 };
 
@@ -72,7 +73,7 @@ BackwardScratch<Real> backward_layout(const Problem& p, const BackwardBlocking& 
   const int64_t keys = b.n_block, range = smaller(b.split_keys, round_up(p.seqlen_k, b.n_block));
   s.panels = arena.take<GradientPanel<Real>>(panels);
   for (int64_t i = 0; i < panels; i++) {
-    GradientPanel<Real> panel{take_panel<Real>(arena, D, NR), nullptr, nullptr, nullptr, {}};
+    GradientPanel<Real> panel{take_panel<Real>(arena, D, NR), nullptr, nullptr, nullptr, {}, {}};
     panel.dout = arena.take<Real>(Dv * NR);
     panel.dq = b.num_splits == 1 ? arena.take<Real>(D * NR) : nullptr;
     panel.slope_sum = arena.take<Real>(NR);
@@ -271,30 +272,30 @@ class KeyRange {
     }
   }
 
-  Range seen_by(const Panel<Real>& panel) const {
-    const Range r{larger(lo, panel.lanes.visited.lo), smaller(lo + keys, panel.lanes.visited.hi)};
-    return r.lo < r.hi ? r : Range{0, 0};
-  }
-
   void visit_block(int64_t query) {
     const int64_t rows = smaller<int64_t>(b.block_rows, p.seqlen_q - query), panels = (rows + NR - 1) / NR;
     GradientPanel<Real>* panel = s.panels + query / NR;
     bool any = false;
-    for (int64_t i = 0; i < panels; i++) any |= visit_panel(panel[i], i * NR);
+    for (int64_t i = 0; i < panels; i++) {
+      panel[i].seen = modifier.seen_by(panel[i].lanes, lo, lo + keys);
+      any |= panel[i].seen.hi != 0;
+    }
+    any_masked |= !any;
     if (!any) return;
+    for (int64_t i = 0; i < panels; i++) visit_panel(panel[i], i * NR);
     const int64_t block = query / b.block_rows, tile = (lo - k_lo) / b.n_block;
     if (g.dv) add_to_keys(panel, panels, rows, s.p, s.dout_rows, Dv, block, tile, s.dv);
     if (g.dk) add_to_keys(panel, panels, rows, s.ds, s.q_rows, D, block, tile, s.dk);
   }
 
-  // P^T and dS^T of one panel against the tile, and its dQ; whether it sees any of the keys.
-  bool visit_panel(const GradientPanel<Real>& panel, int64_t column) {
-    const Range seen = seen_by(panel);
+  // P^T and dS^T of one panel against the tile, and its dQ.
+  void visit_panel(const GradientPanel<Real>& panel, int64_t column) {
+    const Range seen = panel.seen;
     const int64_t n = seen.hi - seen.lo, skipped = n ? seen.lo - lo : keys, stride = s.tile_stride;
     Real *weights = s.p + column, *ds = s.ds + column;
     clear_rows<Real, NV>(weights, stride, skipped), clear_rows<Real, NV>(ds, stride, skipped);
     any_masked |= n < keys;
-    if (!n) return false;
+    if (!n) return;
     const int64_t end = skipped + n;
     clear_rows<Real, NV>(weights + end * stride, stride, keys - end);
     clear_rows<Real, NV>(ds + end * stride, stride, keys - end);
@@ -317,14 +318,13 @@ class KeyRange {
     }
     add_score_sums(panel, ds, seen);
     if (p.softcap > 0.0) scale_rows<Real, NV>(ds, stride, s.slope, n);
-    if (!g.needs_dq()) return true;
+    if (!g.needs_dq()) return;
     if (careful)
       for (int64_t d = 0; d < D; d++) select_column<Real, NV>(k + d, s.k_stride, ds, stride, n, panel.dq + d * NR);
     else
       each_tile<R>(D, [&](int64_t d, auto tile) {
         column_tile<Real, tile, NV>(k + d, s.k_stride, ds, stride, n, panel.dq + d * NR);
       });
-    return true;
   }
 
   // dS of a panel and the keys that it sees, to the gradients of what was added to the scores.
@@ -363,7 +363,7 @@ class KeyRange {
 
   // From the first to the last panel that sees one of the keys from ... to - 1.
   static Range panels_that_see(const GradientPanel<Real>* panel, int64_t panels, int64_t from, int64_t to) {
-    auto sees = [&](int64_t i) { return panel[i].lanes.visited.lo < to && from < panel[i].lanes.visited.hi; };
+    auto sees = [&](int64_t i) { return panel[i].seen.lo < to && from < panel[i].seen.hi; };
     int64_t first = 0, last = panels;
     while (first < last && !sees(first)) first++;
     while (first < last && !sees(last - 1)) last--;

@@ -170,10 +170,9 @@ class ForwardUnit {
 
   // One panel against one tile: its scores now, its output when the next panel's scores are computed.
   void visit(ForwardPanel<Real>& panel, const LoadedTile& tile) {
-    const Range seen = panel.lanes.visited;
-    const int64_t k0 = larger(tile.keys.lo, seen.lo), k1 = smaller(tile.keys.hi, seen.hi);
+    const auto [k0, k1] = modifier.seen_by(panel.lanes, tile.keys.lo, tile.keys.hi);
     const int64_t keys = k1 - k0, skipped = k0 - tile.keys.lo;
-    if (keys <= 0) return;
+    if (!keys) return;
     Real* scores = s.scores[items++ % 2];
     for (int r = 0; r < NR; r++) s.largest[r] = (Real)-__builtin_inf();
     pending.weigher.spread(keys, p.head_dim);
