@@ -1,6 +1,6 @@
 // The backward pass of one unit: a range of keys of one key head, against the query heads that share it.
 //
-//   loop 1  query heads: Q, dout, out packed once, as panels (queries in the lanes) and as rows
+//   loop 1  query heads: Q, dout, out packed when first seen, as panels (queries in the lanes) and rows
 //   loop 2    key tiles of n_block keys, copied to Real
 //   loop 3      blocks of query panels
 //   loop 4        panels: S^T = K Q^T, dP^T = V dout^T; modifications, masks; P^T, dS^T; dQ^T += K^T dS^T
@@ -50,6 +50,7 @@ struct GradientPanel : Panel<Real> {
 template <class Real>
 struct BackwardScratch {
   GradientPanel<Real>* panels;
+  bool* prepared;             // [blocks], of the query head of this turn
   Real *q_rows, *dout_rows;   // [blocks][column panels][block_rows][NR]
   Real *dk, *dv;              // [tiles][column panels][n_block][NR]
   Real *k, *v;                // [n_block][stride]
@@ -80,6 +81,7 @@ BackwardScratch<Real> backward_layout(const Problem& p, const BackwardBlocking& 
     panel.softmax = {arena.take<Real>(NR), arena.take<Real>(NR), arena.take<Real>(NR)};
     if (memory) s.panels[i] = panel;
   }
+  s.prepared = arena.take<bool>(blocks);
   s.q_rows = arena.take<Real>(blocks * b.block_rows * column_panels(D, NR) * NR);
   s.dout_rows = arena.take<Real>(blocks * b.block_rows * column_panels(Dv, NR) * NR);
   s.dk = arena.take<Real>(range * column_panels(D, NR) * NR);
@@ -159,9 +161,9 @@ class KeyRange {
     for (int64_t i = 0; i < group_size && p.seqlen_q; i++) {  // no query: no bias of a query to load
       head = u.head_k * group_size + i;
       if (g.key_sums) clear(s.key_sum, range * L);
-      for (int64_t query = 0; query < p.seqlen_q; query += NR)
-        prepare(query, partial ? (Real*)(partial + i * stride) : nullptr);
+      place_panels(partial ? (Real*)(partial + i * stride) : nullptr);
       for (lo = k_lo; lo < k_hi; lo += b.n_block) visit_tile();
+      prepare_the_rest();
       finish_dq(!partial);
       finish_score_sums();
     }
@@ -175,15 +177,36 @@ class KeyRange {
     for (int64_t i = 0; i < n; i += L) store(x + i, Vec<Real>{});
   }
 
+  void place_panels(Real* partial) {
+    for (int64_t query = 0; query < p.seqlen_q; query += NR) {
+      GradientPanel<Real>& panel = s.panels[query / NR];
+      const int64_t rows = smaller<int64_t>(NR, p.seqlen_q - query);
+      panel.lanes = {u.batch, head, query, rows, visited_range(p, u.batch, head, query, rows), {}};
+      if (partial) panel.dq = partial + query * D;
+      clear(panel.dq, D * NR);
+      clear(panel.slope_sum, NR);
+      s.prepared[query / b.block_rows] = false;
+    }
+  }
+
+  // A block is prepared when some key of the unit is seen from it: few are, if the mask is a narrow window.
+  void prepare_block(int64_t query) {
+    if (s.prepared[query / b.block_rows]) return;
+    s.prepared[query / b.block_rows] = true;
+    for (const int64_t end = smaller(query + b.block_rows, p.seqlen_q); query < end; query += NR) prepare(query);
+  }
+
+  void prepare_the_rest() {
+    if (u.split == 0 && (g.query_sums || g.sink_sums))
+      for (int64_t query = 0; query < p.seqlen_q; query += b.block_rows) prepare_block(query);
+  }
+
   // Rows query ... of the head into the panel and the row copies. Those of q come scaled for dk, those of dout by what
   // dropout gives the weights that it leaves, for dv and dP.
-  void prepare(int64_t query, Real* partial) {
+  void prepare(int64_t query) {
     GradientPanel<Real>& panel = s.panels[query / NR];
     const int64_t rows = smaller<int64_t>(NR, p.seqlen_q - query);
     prepare_panel(p, u.batch, head, query, rows, NR, panel, s.rows);
-    if (partial) panel.dq = partial + query * D;
-    clear(panel.dq, D * NR);
-    clear(panel.slope_sum, NR);
     const Real scale = (Real)scale_of(p, head), keep_factor = (Real)p.keep_factor;
     for (int64_t r = 0; r < NR; r++) {
       Real* dout = s.rows + r * Dv;
@@ -282,6 +305,7 @@ class KeyRange {
     }
     any_masked |= !any;
     if (!any) return;
+    prepare_block(query);
     for (int64_t i = 0; i < panels; i++) visit_panel(panel[i], i * NR);
     const int64_t block = query / b.block_rows, tile = (lo - k_lo) / b.n_block;
     if (g.dv) add_to_keys(panel, panels, rows, s.p, s.dout_rows, Dv, block, tile, s.dv);

@@ -55,8 +55,8 @@ class Modifier {
     Range seen{larger(lo, lanes.visited.lo), smaller(hi, lanes.visited.hi)};
     if (bitmap && seen.lo < seen.hi) {
       const int64_t row = lanes.row % p.blocks->block_q, row_bits = p.blocks->block_k;
-      const Range bits = set_bits(bitmap + row * row_bits / 8, row_bits, first_key + seen.lo - lo, seen.hi - seen.lo,
-                                  lanes.rows);
+      const Range bits =
+          set_bits(bitmap + row * row_bits / 8, row_bits, first_key + seen.lo - lo, seen.hi - seen.lo, lanes.rows);
       seen = {seen.lo + bits.lo, seen.lo + bits.hi};
     }
     return seen.lo < seen.hi ? seen : Range{0, 0};

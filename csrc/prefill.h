@@ -165,7 +165,8 @@ class ForwardUnit {
   // The queries of the unit that follows, some with each tile: a narrow mask leaves no time to wait for them.
   void prefetch_next_queries() {
     constexpr int64_t at_once = 32;
-    const int64_t first = u.row + b.rows + fetched, last = smaller(smaller(first + at_once, u.row + 2 * b.rows), p.seqlen_q);
+    const int64_t first = u.row + b.rows + fetched,
+                  last = smaller(smaller(first + at_once, u.row + 2 * b.rows), p.seqlen_q);
     const int64_t bytes = p.head_dim * bytes_of(p.q.dtype);
     for (int64_t r = first; r < last; r++)
       for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at(p.q, u.batch, u.head, r) + i, 0, 2);
