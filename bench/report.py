@@ -78,6 +78,7 @@ def sparse_tables(head: dict, rows: list[Row], targets: list[dict], peers: list[
         _sparse_memory_table([row for row in sparse if any("MiB" in name for name in row.metrics)]),
         _build_table([row for row in rows if row.kind == "build"]),
         _select_table([row for row in rows if row.kind == "select"]),
+        _edges_table([row for row in rows if row.kind == "edges"]),
         _accuracy_table("Error against float64 (of gradients: over the largest entry of any)", sparse, peers),
         _refusal_table(rows),
         _target_table(targets, bool(head.get("doubts"))),
@@ -202,6 +203,14 @@ def _select_table(rows: list[Row]) -> Table:
         times = [_ms(row.results[name]) for name in ("fastattn", "dense", "both")]
         of_dense, speed_up, density = (row.metrics[name] for name in ("time", "whole speed-up", "density"))
         table.add_row(row.name, *times[:2], f"{100 * of_dense:.1f} %", times[2], _ratio(speed_up), _percent(density))
+    return table
+
+
+def _edges_table(rows: list[Row]) -> Table:
+    table = _table("attention_csr; ratio = time of a gather in eager torch / ours", "edges", "ms", "gather ms", "ratio")
+    for row in rows:
+        ours = ["WRONG"] if row.wrong else [_ms(row.ours), _ms(row.results["gather"]), _ratio(row.metrics["vs gather"])]
+        table.add_row(row.name, *ours)
     return table
 
 

@@ -10,8 +10,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 CHECK = os.environ.get("FASTATTN_CHECK") == "1"
-"""Whether a call checks what its block mask holds, on the host, which waits for the device. Without it, kernels clamp every
-index that they read, so that none leaves its tensor, and a mask that was changed after it was made gives a wrong result."""
+"""Whether a call checks what its block mask holds, on the host, which waits for the device. Without it, kernels clamp
+every index that they read, so that none leaves its tensor, and a mask that was changed after it was made gives a wrong
+result."""
 
 
 def unavailable() -> str | None:
@@ -19,7 +20,7 @@ def unavailable() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     if not INTERPRETED and not torch.cuda.is_available():
-        return "there is no CUDA or ROCm device (with TRITON_INTERPRET=1, Triton's interpreter takes CPU tensors, slowly)"
+        return "there is no CUDA or ROCm device (with TRITON_INTERPRET=1, Triton interprets on CPU tensors, slowly)"
     return None
 
 
