@@ -10,6 +10,7 @@
 #pragma once
 #include "dropout.h"
 #include "gradient_products.h"
+#include "skip.h"
 
 namespace fastattn::FASTATTN_ISA {
 
@@ -43,6 +44,8 @@ struct GradientPanel : Panel<Real> {
   Real *dout, *dq;  // [head_dim_v][NR], [head_dim][NR]
   Real* slope_sum;  // [NR], of dS times the derivative by ALiBi's slope
   Softmax<Real> softmax;
+  Real* reference;  // [NR], of skip.h
+  bool skips;       // the tile of this turn
 };
 
 // The memory of one thread while it computes a unit.
@@ -72,11 +75,12 @@ BackwardScratch<Real> backward_layout(const Problem& p, const BackwardBlocking& 
   const int64_t keys = b.n_block, range = smaller(b.split_keys, round_up(p.seqlen_k, b.n_block));
   s.panels = arena.take<GradientPanel<Real>>(panels);
   for (int64_t i = 0; i < panels; i++) {
-    GradientPanel<Real> panel{take_panel<Real>(arena, D, NR), nullptr, nullptr, nullptr, {}};
+    GradientPanel<Real> panel{take_panel<Real>(arena, D, NR), nullptr, nullptr, nullptr, {}, nullptr, false};
     panel.dout = arena.take<Real>(Dv * NR);
     panel.dq = b.num_splits == 1 ? arena.take<Real>(D * NR) : nullptr;
     panel.slope_sum = arena.take<Real>(NR);
     panel.softmax = {arena.take<Real>(NR), arena.take<Real>(NR), arena.take<Real>(NR)};
+    panel.reference = arena.take<Real>(NR);
     if (memory) s.panels[i] = panel;
   }
   s.q_rows = arena.take<Real>(blocks * b.block_rows * column_panels(D, NR) * NR);
@@ -132,6 +136,8 @@ class KeyRange {
   const int64_t D, Dv, k_lo, k_hi;  // keys of the unit
   int64_t head = 0;                 // the query head of this turn
   int64_t lo = 0, keys = 0;         // the tile of this turn
+  Real key_norm = 0;                // its largest
+  int64_t skipped_pairs = 0;
 
  public:
   // careful: NaN or Inf must not leak from behind a mask.
@@ -166,7 +172,11 @@ class KeyRange {
     }
     finish_keys(g.dk, s.dk, D);
     finish_keys(g.dv, s.dv, Dv);
-    return finite || !any_masked || careful;
+    if (finite || !any_masked || careful) {
+      if (skipped_pairs) __atomic_fetch_add(p.skipped_pairs, skipped_pairs, __ATOMIC_RELAXED);
+      return true;
+    }
+    return false;
   }
 
  private:
@@ -206,7 +216,23 @@ class KeyRange {
     find_delta(panel, query, rows);
     if (p.drops())
       for (int64_t i = 0; i < Dv * NR; i++) panel.dout[i] *= keep_factor;
+    if (p.skips) prepare_skipping(panel);
     if (u.split == 0 && (g.query_sums || g.sink_sums)) row_sums(panel.softmax, query, rows);
+  }
+
+  // A row whose q or dout is not finite gets a norm that is not. Where softcap divides, q may be larger than in the panel.
+  void prepare_skipping(const GradientPanel<Real>& panel) {
+    find_norms<Real, NV>(p, panel);
+    for (int v = 0; v < NV; v++) {
+      const Vec<Real> norm = load(panel.norms + v * L);
+      Vec<Real> poison = norm * (Real)larger(p.softcap, 1.0) * (Real)0;
+      for (int64_t i = v * L; i < Dv * NR; i += NR) poison += load(panel.dout + i) * (Real)0;
+      store(panel.norms + v * L, norm + poison);
+    }
+    for (int r = 0; r < NR; r++) {
+      const bool blind = panel.softmax.log_sum[r] == (Real)__builtin_inf();
+      panel.reference[r] = blind ? (Real)1e30 : panel.softmax.top[r] + panel.softmax.log_sum[r];
+    }
   }
 
   // In the order of the product dP = V dout^T: where a row sees one key and out is its value, dS is exactly 0.
@@ -263,6 +289,7 @@ class KeyRange {
       load_row(at(p.k, u.batch, u.head_k, lo + j), p.k.dtype, p.k.stride[3], D, s.k + j * s.k_stride);
       load_row(at(p.v, u.batch, u.head_k, lo + j), p.v.dtype, p.v.stride[3], Dv, s.v + j * s.v_stride);
     }
+    if (p.skips) key_norm = largest_norm<Real>({s.k, s.k_stride}, keys, D);
     modifier.load_tile(u.batch, head, 0, {lo, lo + keys});
     for (int64_t i = visits.lo; i < visits.hi; i++) {
       const Visit visit = p.blocks ? p.blocks->visits[i] : Visit{(int32_t)i, -1};
@@ -280,21 +307,33 @@ class KeyRange {
     const int64_t rows = smaller<int64_t>(b.block_rows, p.seqlen_q - query), panels = (rows + NR - 1) / NR;
     GradientPanel<Real>* panel = s.panels + query / NR;
     bool any = false;
-    for (int64_t i = 0; i < panels; i++) any |= visit_panel(panel[i], i * NR);
+    for (int64_t i = 0; i < panels; i++) any |= counts(panel[i]);
     if (!any) return;
+    for (int64_t i = 0; i < panels; i++) visit_panel(panel[i], i * NR);
     const int64_t block = query / b.block_rows, tile = (lo - k_lo) / b.n_block;
     if (g.dv) add_to_keys(panel, panels, rows, s.p, s.dout_rows, Dv, block, tile, s.dv);
     if (g.dk) add_to_keys(panel, panels, rows, s.ds, s.q_rows, D, block, tile, s.dk);
   }
 
-  // P^T and dS^T of one panel against the tile, and its dQ; whether it sees any of the keys.
-  bool visit_panel(const GradientPanel<Real>& panel, int64_t column) {
+  // Whether the panel sees any of the keys and gets more than zeros from them. What may be masked is only skipped where
+  // any_masked is no news: the gradients' NaN follow from it.
+  bool counts(GradientPanel<Real>& panel) {
     const Range seen = seen_by(panel);
+    const int64_t n = seen.hi - seen.lo;
+    any_masked |= n < keys;
+    panel.skips = p.skips && n && (any_masked || !modifier.may_mask(panel, seen.lo, seen.hi)) &&
+                  negligible<Real, NV>(p, panel, panel.reference, key_norm, seen.lo, seen.hi);
+    if (panel.skips) skipped_pairs += panel.lanes.rows * n;
+    return n && !panel.skips;
+  }
+
+  // P^T and dS^T of one panel against the tile, and its dQ.
+  void visit_panel(const GradientPanel<Real>& panel, int64_t column) {
+    const Range seen = panel.skips ? Range{} : seen_by(panel);
     const int64_t n = seen.hi - seen.lo, skipped = n ? seen.lo - lo : keys, stride = s.tile_stride;
     Real *weights = s.p + column, *ds = s.ds + column;
     clear_rows<Real, NV>(weights, stride, skipped), clear_rows<Real, NV>(ds, stride, skipped);
-    any_masked |= n < keys;
-    if (!n) return false;
+    if (!n) return;
     const int64_t end = skipped + n;
     clear_rows<Real, NV>(weights + end * stride, stride, keys - end);
     clear_rows<Real, NV>(ds + end * stride, stride, keys - end);
@@ -317,14 +356,13 @@ class KeyRange {
     }
     add_score_sums(panel, ds, seen);
     if (p.softcap > 0.0) scale_rows<Real, NV>(ds, stride, s.slope, n);
-    if (!g.needs_dq()) return true;
+    if (!g.needs_dq()) return;
     if (careful)
       for (int64_t d = 0; d < D; d++) select_column<Real, NV>(k + d, s.k_stride, ds, stride, n, panel.dq + d * NR);
     else
       each_tile<R>(D, [&](int64_t d, auto tile) {
         column_tile<Real, tile, NV>(k + d, s.k_stride, ds, stride, n, panel.dq + d * NR);
       });
-    return true;
   }
 
   // dS of a panel and the keys that it sees, to the gradients of what was added to the scores.
@@ -363,7 +401,9 @@ class KeyRange {
 
   // From the first to the last panel that sees one of the keys from ... to - 1.
   static Range panels_that_see(const GradientPanel<Real>* panel, int64_t panels, int64_t from, int64_t to) {
-    auto sees = [&](int64_t i) { return panel[i].lanes.visited.lo < to && from < panel[i].lanes.visited.hi; };
+    auto sees = [&](int64_t i) {
+      return !panel[i].skips && panel[i].lanes.visited.lo < to && from < panel[i].lanes.visited.hi;
+    };
     int64_t first = 0, last = panels;
     while (first < last && !sees(first)) first++;
     while (first < last && !sees(last - 1)) last--;

@@ -13,6 +13,9 @@ void forward(const Problem& problem, int threads);
 // dq, dk, dv of a forward pass that has filled out and lse_parts.
 void backward(const Problem& problem, const Gradients& gradients, int threads);
 
+// How many (query, key) pairs all calls of this process have left out because their weights are 0 (skip.h).
+int64_t skipped_pairs();
+
 // Peak of independent multiply-adds, FLOP/s summed over `threads`, measured for `seconds`.
 double fma_rate(DType dtype, double seconds, int threads);
 

@@ -50,6 +50,11 @@ class Modifier {
     if (bits) first_key = lo % p.blocks->block_k;
   }
 
+  // Whether `apply` may mask some of the keys k0 ... k1 - 1.
+  bool may_mask(const Panel<Real>& panel, int64_t k0, int64_t k1) const {
+    return has_bias || bitmap || k0 < panel.lanes.common.lo || k1 > panel.lanes.common.hi;
+  }
+
   // The panel's scores [keys][NR] of keys k0 ... k1 - 1, the tile's first `skipped` left out; whether some may be
   // masked. slope: null, or where the derivative of the softcap goes.
   bool apply(const Panel<Real>& panel, int64_t k0, int64_t k1, int64_t skipped, Real* scores, Real* slope = nullptr) {

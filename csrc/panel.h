@@ -23,6 +23,7 @@ struct Panel {
   Lanes lanes;
   Real* q;                                      // [head_dim][NR], scaled
   Real *slopes, *positions;                     // [NR], of ALiBi
+  Real* norms;                                  // [NR], of q, rounded up; for skip.h
   int64_t *lo, *hi;                             // [NR], the keys that a lane sees
   typename VecOf<Real>::word *queries, *heads;  // [NR], of dropout
 };
@@ -32,6 +33,7 @@ Panel<Real> take_panel(Arena& arena, int64_t head_dim, int64_t NR) {
   Panel<Real> panel{};
   panel.q = arena.take<Real>(head_dim * NR);
   panel.slopes = arena.take<Real>(NR), panel.positions = arena.take<Real>(NR);
+  panel.norms = arena.take<Real>(NR);
   panel.lo = arena.take<int64_t>(NR), panel.hi = arena.take<int64_t>(NR);
   panel.queries = arena.take<typename VecOf<Real>::word>(NR);
   panel.heads = arena.take<typename VecOf<Real>::word>(NR);

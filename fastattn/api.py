@@ -35,6 +35,7 @@ def attention(
     sinks: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
+    skip_negligible: bool | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -58,6 +59,7 @@ def attention(
     sinks         [num_heads], any float dtype: one more logit a head in the softmax denominator
     dropout_p     probability in [0, 1) that a weight is dropped (the others grow by 1 / (1 - dropout_p))
     seed          of the dropout mask, 0 ... 2^63 - 1; None draws one from torch's generator
+    skip_negligible  whether keys are looked for whose weights must all be 0 in the compute dtype, and skipped: see below
     return_lse    also return the log of the softmax denominator
     backend       "cpu" or "reference": only its kernels, an error instead of a fallback
 
@@ -96,7 +98,10 @@ def attention(
         raise
     if backend is None:
         backend = _current_backend()
-    settings = (needs_grad, transformed, windows, softmax_scale, softcap, dropout_p, return_lse, extras, backend)
+    settings = (
+        needs_grad, transformed, windows, softmax_scale, softcap, dropout_p, skip_negligible, return_lse, extras,
+        backend,
+    )  # fmt: skip
     try:
         plan = _plans.get((key, settings))
     except TypeError:  # an argument is not hashable: _make_plan says which
@@ -110,7 +115,7 @@ def attention(
         softmax_scale, softcap, lo, hi, *_ = terms
         terms = Terms(
             softmax_scale if scale is None else scale, softcap, lo, hi, k_start, k_end, mask, block_mask, bias,
-            alibi_slopes, sinks, dropout_p, seed,
+            alibi_slopes, sinks, dropout_p, seed, skip_negligible,
         )  # fmt: skip
     _note(choice)
     out, lse = kernel(problem, q, k, v, terms)
@@ -203,7 +208,7 @@ def _make_plan(key, settings, q, k, v) -> _Plan:
 
 def _problem(
     q, k, v, q_dtype, k_dtype, v_dtype, q_device, k_device, v_device, needs_grad, transformed, windows, softmax_scale,
-    softcap, dropout_p, return_lse, extras,
+    softcap, dropout_p, skip_negligible, return_lse, extras,
 ) -> tuple[Problem, Terms]:  # fmt: skip
     """Validate shapes, dtypes and scalars; q, k, v are shapes. The only place that does. The terms lack tensors."""
     for name, shape in (("q", q), ("k", k), ("v", v)):
@@ -246,6 +251,7 @@ def _problem(
         raise ValueError(f"dropout_p={dropout_p!r} must be in [0, 1)")
 
     _check_flag("return_lse", return_lse)
+    _check_flag("skip_negligible", skip_negligible, " (None: where it is known to pay)")
 
     block_mask, mask, k_start, k_end, bias, alibi_slopes, sinks, scale = extras or (None,) * 8
     scores, heads = (batch, num_heads, seqlen_q, seqlen_k), (batch, num_heads)
@@ -301,7 +307,7 @@ def _problem(
         softcap=softcap > 0.0, sinks=sinks is not None, learned_scale=scale is not None, dropout=dropout_p > 0.0,
         lse=bool(return_lse), needs_grad=needs_grad, transformed=transformed,
     )  # fmt: skip
-    return problem, Terms(softmax_scale, float(softcap), lo, hi)
+    return problem, Terms(softmax_scale, float(softcap), lo, hi, skip_negligible=skip_negligible)
 
 
 def _check_real(name: str, value) -> float:

@@ -96,6 +96,8 @@ class Terms(NamedTuple):
     alibi_slopes         [num_heads] or [batch, num_heads]
     sinks                [num_heads]
     dropout_p, seed      seed is an int where dropout_p > 0
+    skip_negligible      whether a kernel may look for keys whose weights are all 0, None: where it knows that this pays;
+                         no result depends on it
     """
 
     softmax_scale: float | torch.Tensor
@@ -111,3 +113,4 @@ class Terms(NamedTuple):
     sinks: torch.Tensor | None = None
     dropout_p: float = 0.0
     seed: int | None = None
+    skip_negligible: bool | None = None
