@@ -16,7 +16,6 @@
 #include <vector>
 
 #include "block_lists.h"
-#include "key_norms.h"
 #include "parallel.h"
 
 namespace fastattn {
@@ -224,10 +223,10 @@ void forward(const Problem& problem, int threads) {
   Call call{p, kernel, kernel.blocking(p), 0, {}, {}, {}, p.q.dtype == DType::float64 ? 8 : 4};
   const Blocking& b = call.blocking;
   call.scratch_bytes = kernel.scratch_bytes(p, b);
-  std::vector<double> norms;
+  std::vector<double> tile_facts;
   if ((p.skips = kernel.skips(p))) {
-    norms = key_norms(p, kernel, b, threads);
-    p.key_norms = norms.data(), p.skipped_pairs = &skipped;
+    tile_facts.assign(p.batch * p.num_heads_k * ((p.seqlen_k + b.n_block - 1) / b.n_block) * 2, -1.0);
+    p.tile_facts = tile_facts.data(), p.skipped_pairs = &skipped;
   }
 
   // A head's row blocks longest first, so that the last units are short ones and the threads end together.

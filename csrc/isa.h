@@ -17,11 +17,6 @@ int64_t scratch_bytes(const Problem& p, const Blocking& b) {
 
 bool skips(const Problem& p) { return skips_tiles(p); }
 
-double norm_of_tile(const Problem& p, const Blocking& b, int64_t batch, int64_t head_k, int64_t tile, char* scratch) {
-  return is_double(p) ? tile_norm<double>(p, b.n_block, batch, head_k, tile, (double*)scratch)
-                      : tile_norm<float>(p, b.n_block, batch, head_k, tile, (float*)scratch);
-}
-
 void find_keys(const Problem& p, const Blocking& b, Unit& u) {
   const int64_t rows = smaller<int64_t>(b.rows, b.heads_per_unit * p.seqlen_q - u.row);
   Range seen = visited_range(p, u.batch, u.head, u.row, rows);
@@ -85,7 +80,7 @@ const Kernels kernels = {FASTATTN_NAME,
                          blocking,
                          scratch_bytes,
                          skips,
-                         norm_of_tile,
+
                          find_keys,
                          run,
                          combine_splits,

@@ -64,11 +64,11 @@ struct Problem {
   int64_t diagonal_lo, diagonal_hi;  // a query sees keys with lo <= key - query <= hi
   double keep_factor = 1.0;          // of the weights that dropout leaves: 1 / (1 - dropout_p)
   uint64_t seed = 0;
-  uint32_t drop_below = 0;   // a weight is dropped if its word is below: dropout_p * 2^32
-  int skip_negligible = -1;  // whether tiles that change nothing are looked for; -1: where that is known to pay
-  bool skips = false;        // what follows from it
-  const double* key_norms = nullptr;  // of a forward pass that skips: [batch][num_heads_k][tiles], see tile_norm
-  int64_t* skipped_pairs = nullptr;   // counts the (query, key) pairs that were skipped
+  uint32_t drop_below = 0;           // a weight is dropped if its word is below: dropout_p * 2^32
+  int skip_negligible = -1;          // whether tiles that change nothing are looked for; -1: where that is known to pay
+  bool skips = false;                // what follows from it
+  double* tile_facts = nullptr;      // of a forward pass that skips: [batch][num_heads_k][tiles][2], -1: not found yet
+  int64_t* skipped_pairs = nullptr;  // counts the (query, key) pairs that were skipped
 
   bool drops() const { return keep_factor != 1.0; }
 };
@@ -139,8 +139,6 @@ struct Kernels {
   Blocking (*blocking)(const Problem&);
   int64_t (*scratch_bytes)(const Problem&, const Blocking&);
   bool (*skips)(const Problem&);
-  // The largest norm of tile `tile` of the keys of a key head; not finite if a key or value is not.
-  double (*tile_norm)(const Problem&, const Blocking&, int64_t batch, int64_t head_k, int64_t tile, char* scratch);
   // Sets unit.k_lo, k_hi and keys.
   void (*find_keys)(const Problem&, const Blocking&, Unit&);
   // Computes a unit into out and lse (num_splits == 1) or into its partial result.

@@ -173,14 +173,25 @@ class ForwardUnit {
  private:
   // Whether some panel gets more than zeros from the tile; the others skip it.
   bool counts(const KeyTile& tile) {
-    const int64_t tiles = (p.seqlen_k + b.n_block - 1) / b.n_block, head_k = u.head / (p.num_heads / p.num_heads_k);
-    const Real norm = (Real)p.key_norms[(u.batch * p.num_heads_k + head_k) * tiles + tile.lo / b.n_block];
+    const int64_t count = (p.seqlen_k + b.n_block - 1) / b.n_block, head_k = u.head / (p.num_heads / p.num_heads_k);
+    const int64_t index = tile.lo / b.n_block, key = index * b.n_block,
+                  keys = smaller<int64_t>(b.n_block, p.seqlen_k - key);
+    double* facts = p.tile_facts + ((u.batch * p.num_heads_k + head_k) * count + index) * 2;
+    const double norm = known(facts, [&] {
+      return largest_norm(tile_rows(p.k, u.batch, head_k, key, keys, p.head_dim, s.k, s.k_stride), keys, p.head_dim);
+    });
+    auto finite = [&] {
+      Real* buffer = s.v[tiles % 2];
+      return rows_finite(tile_rows(p.v, u.batch, head_k, key, keys, p.head_dim_v, buffer, s.v_stride), keys,
+                         p.head_dim_v);
+    };
     bool any = false;
     for (int i = 0; i < panels; i++) {
       ForwardPanel<Real>& panel = s.panels[i];
       const Range seen = panel.lanes.visited;
       const int64_t k0 = larger(tile.lo, seen.lo), k1 = smaller(tile.hi, seen.hi);
-      panel.skips = k0 >= k1 || negligible<Real, NV>(p, panel, panel.run.max, norm, k0, k1);
+      panel.skips = k0 >= k1 || (negligible<Real, NV>(p, panel, panel.run.max, (Real)norm, k0, k1) &&
+                                 known(facts + 1, finite) == 1.0);
       if (k0 < k1 && panel.skips) skipped_pairs += panel.lanes.rows * (k1 - k0);
       any |= !panel.skips;
     }

@@ -95,16 +95,15 @@ bool rows_finite(TileRows<Real> x, int64_t rows, int64_t columns) {
   return last == 0 && !any<Real>(poison[0] + poison[1] != (Real)0);
 }
 
-// largest_norm of a tile of keys; NaN if a value is not finite. memory: a thread's in the forward pass.
-template <class Real>
-double tile_norm(const Problem& p, int64_t n_block, int64_t batch, int64_t head_k, int64_t tile, Real* memory) {
-  const int64_t key = tile * n_block, keys = smaller(n_block, p.seqlen_k - key);
-  const int64_t stride = larger(p.head_dim, p.head_dim_v);
-  const Real norm =
-      largest_norm(tile_rows(p.k, batch, head_k, key, keys, p.head_dim, memory, stride), keys, p.head_dim);
-  const bool finite =
-      rows_finite(tile_rows(p.v, batch, head_k, key, keys, p.head_dim_v, memory, stride), keys, p.head_dim_v);
-  return finite ? norm : __builtin_nan("");
+// What is known of a tile of keys of a key head: the first thread that asks finds it out, any other would find the same.
+template <class Find>
+FASTATTN_INLINE double known(double* fact, const Find& find) {
+  double value;
+  __atomic_load(fact, &value, __ATOMIC_RELAXED);
+  if (value >= 0 || value != value) return value;
+  value = find();
+  __atomic_store(fact, &value, __ATOMIC_RELAXED);
+  return value;
 }
 
 // panel.norms from panel.q.
