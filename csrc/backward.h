@@ -231,7 +231,7 @@ class KeyRange {
     }
     for (int r = 0; r < NR; r++) {
       const bool blind = panel.softmax.log_sum[r] == (Real)__builtin_inf();
-      panel.reference[r] = blind ? (Real)1e30 : panel.softmax.top[r] + panel.softmax.log_sum[r];
+      panel.reference[r] = blind ? (Real)unseen : panel.softmax.top[r] + panel.softmax.log_sum[r];
     }
   }
 

@@ -123,10 +123,10 @@ class ForwardUnit {
     for (int i = 0; i < panels; i++) {
       ForwardPanel<Real>& panel = s.panels[i];
       prepare_panel(p, u.batch, u.head, u.row + i * NR, smaller<int64_t>(NR, rows - i * NR), NR, panel, s.rows);
-      for (int r = 0; r < NR; r++)  // those of no row have weights of 0
-        panel.run.max[r] = r < panel.lanes.rows ? (Real)-__builtin_inf() : (Real)1e30;
+      for (int r = 0; r < NR; r++) panel.run.max[r] = (Real)-__builtin_inf();
       if (looks_ahead(p)) look_ahead<Real, NV>(p, panel, s.rows, s.k, panel.run.max);
       for (int r = 0; r < NR; r++) {
+        if (r >= panel.lanes.rows || panel.lo[r] >= panel.hi[r]) panel.run.max[r] = unseen;
         panel.run.shift[r] = panel.run.max[r] == (Real)-__builtin_inf() ? 0 : panel.run.max[r];
         panel.run.sum[r] = 0;
       }

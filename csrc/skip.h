@@ -6,6 +6,9 @@
 
 namespace fastattn::FASTATTN_ISA {
 
+// The reference point of a lane that sees no key or is no row: whatever the scores, its weights are 0.
+constexpr float unseen = 1e30f;
+
 // Shorter rows of scores are not worth a look ahead.
 constexpr int64_t min_lookahead_keys = 512;
 
@@ -23,7 +26,7 @@ FASTATTN_INLINE bool skips_tiles(const Problem& p) {
     for (int64_t head = 0; head < p.num_heads; head++)
       steepest = larger(steepest,
                         __builtin_fabs(load_scalar<double>(at(p.alibi_slopes, batch, head, 0), p.alibi_slopes.dtype)));
-  return steepest * log2e * larger(p.seqlen_q, p.seqlen_k) > -2 * exp2_zero<float>;
+  return steepest * log2e * larger(p.seqlen_q, p.seqlen_k) > -4 * exp2_zero<float>;
 }
 
 // At least the root of a sum of squares, whatever rounding and underflow did to it.
@@ -156,9 +159,9 @@ FASTATTN_INLINE bool sees(const Problem& p, int64_t batch, Row row, int64_t key)
   return !bits || bits[bit / 8] >> bit % 8 & 1;
 }
 
-// Before the first key: max, the rows' reference points, become lower bounds of their nearest keys' scores, -inf where a
-// row does not see that key. Under ALiBi these are among the highest: far keys, which causal rows visit first, weigh 0 at
-// once. q [NR][head_dim]: the panel's rows, scaled; key_row: room for one.
+// Before the first key: max, the rows' reference points, become lower bounds of their nearest keys' scores, -inf where
+// none of a few is seen. Under ALiBi these are among the highest: far keys, which causal rows visit first, weigh 0 at once.
+// q [NR][head_dim]: the panel's rows, scaled; key_row: room for one.
 template <class Real, int NV>
 void look_ahead(const Problem& p, const Panel<Real>& panel, const Real* q, Real* key_row, Real* max) {
   constexpr int L = VL<Real>;
@@ -171,9 +174,11 @@ void look_ahead(const Problem& p, const Panel<Real>& panel, const Real* q, Real*
     for (int i = 0; i < L; i++) {
       const int64_t r = smaller<int64_t>(first + i, lanes.rows - 1);
       const Row row = stacked_row(p, lanes.head, lanes.row + r);
-      const int64_t key = smaller(larger(row.query + p.seqlen_k - p.seqlen_q, panel.lo[r]), panel.hi[r] - 1);
-      const int64_t head_k = row.head / (p.num_heads / p.num_heads_k);
-      const bool seen = panel.lo[r] < panel.hi[r] && sees(p, lanes.batch, row, key);
+      const int64_t nearest = smaller(larger(row.query + p.seqlen_k - p.seqlen_q, panel.lo[r]), panel.hi[r] - 1);
+      const int64_t head_k = row.head / (p.num_heads / p.num_heads_k), last = larger(panel.lo[r], nearest - 15);
+      int64_t key = nearest;
+      while (key >= last && !sees(p, lanes.batch, row, key)) key--;
+      const bool seen = key >= last && panel.lo[r] < panel.hi[r];
       known[i] = seen, distance[i] = seen ? panel.positions[r] - (Real)key : 0;
       const Real* x = q + r * p.head_dim;
       const Real* y = seen ? tile_rows(p.k, lanes.batch, head_k, key, 1, p.head_dim, key_row, 0).data : x;

@@ -35,6 +35,11 @@ def isa() -> str:
     return _C.isa()
 
 
+def skipped_pairs() -> int:
+    """How many (query, key) pairs the calls of this process have skipped, all weights of their tiles being 0."""
+    return _C.skipped_pairs()
+
+
 def prefill(problem, q, k, v, terms):
     """Forward pass (kernel signature of dispatch.Row)."""
     if problem.needs_grad:
