@@ -59,7 +59,8 @@ def attention(
     sinks         [num_heads], any float dtype: one more logit a head in the softmax denominator
     dropout_p     probability in [0, 1) that a weight is dropped (the others grow by 1 / (1 - dropout_p))
     seed          of the dropout mask, 0 ... 2^63 - 1; None draws one from torch's generator
-    skip_negligible  whether keys are looked for whose weights must all be 0 in the compute dtype, and skipped: see below
+    skip_negligible  leave out keys whose weights must all be 0 (see below); None: where that is known to pay, True:
+                  look for them in any case, False: never
     return_lse    also return the log of the softmax denominator
     backend       "cpu" or "reference": only its kernels, an error instead of a fallback
 
@@ -69,6 +70,13 @@ def attention(
     mask, causal and window_size combine: a key is seen if all allow it. A query that sees no key gives out = 0 and
     lse = -inf (the sink's logit, with sinks). NaN or Inf in a masked key or value never reaches the result. The bits
     of a row do not depend on the number of threads or on what else is in the batch.
+
+    skip_negligible changes the time of a call and none of its results, gradients included (which may only differ in the
+    sign of a zero). Norms bound a tile's scores, |q| |k| plus ALiBi's largest term; where that is so far below the
+    row's largest score so far, or in the backward pass below lse, that every weight underflows to 0, the tile is
+    skipped. It pays with ALiBi at long seqlens (None does it there) and where a few early keys have far higher scores
+    than the rest; on other data it finds nothing. With a bias nothing is skipped, nor where a value that is not finite
+    would show.
 
     Memory is O(seqlen) beyond inputs and outputs, except on the reference (where every kernel refuses, with a
     `FallbackWarning`), which is O(seqlen_q * seqlen_k).

@@ -96,8 +96,8 @@ class Terms(NamedTuple):
     alibi_slopes         [num_heads] or [batch, num_heads]
     sinks                [num_heads]
     dropout_p, seed      seed is an int where dropout_p > 0
-    skip_negligible      whether a kernel may look for keys whose weights are all 0, None: where it knows that this pays;
-                         no result depends on it
+    skip_negligible      whether a kernel looks for keys whose weights are all 0, to skip them; None: where it knows
+                         that this pays. No result depends on it
     """
 
     softmax_scale: float | torch.Tensor
