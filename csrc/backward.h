@@ -132,7 +132,7 @@ class KeyRange {
   BackwardScratch<Real> s;
   Modifier<Real, NV> modifier;
   const bool careful;
-  bool any_masked = false, finite = true;
+  bool any_masked = false, finite = true, skips = false;
   const int64_t D, Dv, k_lo, k_hi;  // keys of the unit
   int64_t head = 0;                 // the query head of this turn
   int64_t lo = 0, keys = 0;         // the tile of this turn
@@ -216,7 +216,8 @@ class KeyRange {
     find_delta(panel, query, rows);
     if (p.drops())
       for (int64_t i = 0; i < Dv * NR; i++) panel.dout[i] *= keep_factor;
-    if (p.skips) prepare_skipping(panel);
+    skips = skips_in_head(p, panel.slopes[0]);
+    if (skips) prepare_skipping(panel);
     if (u.split == 0 && (g.query_sums || g.sink_sums)) row_sums(panel.softmax, query, rows);
   }
 
@@ -289,7 +290,7 @@ class KeyRange {
       load_row(at(p.k, u.batch, u.head_k, lo + j), p.k.dtype, p.k.stride[3], D, s.k + j * s.k_stride);
       load_row(at(p.v, u.batch, u.head_k, lo + j), p.v.dtype, p.v.stride[3], Dv, s.v + j * s.v_stride);
     }
-    if (p.skips) key_norm = largest_norm<Real>({s.k, s.k_stride}, keys, D);
+    if (skips) key_norm = largest_norm<Real>({s.k, s.k_stride}, keys, D);
     modifier.load_tile(u.batch, head, 0, {lo, lo + keys});
     for (int64_t i = visits.lo; i < visits.hi; i++) {
       const Visit visit = p.blocks ? p.blocks->visits[i] : Visit{(int32_t)i, -1};
@@ -321,7 +322,7 @@ class KeyRange {
     const Range seen = seen_by(panel);
     const int64_t n = seen.hi - seen.lo;
     any_masked |= n < keys;
-    panel.skips = p.skips && n && (any_masked || !modifier.may_mask(panel, seen.lo, seen.hi)) &&
+    panel.skips = skips && n && (any_masked || !modifier.may_mask(panel, seen.lo, seen.hi)) &&
                   negligible<Real, NV>(p, panel, panel.reference, key_norm, seen.lo, seen.hi);
     if (panel.skips) skipped_pairs += panel.lanes.rows * n;
     return n && !panel.skips;

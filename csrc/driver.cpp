@@ -224,7 +224,7 @@ void forward(const Problem& problem, int threads) {
   const Blocking& b = call.blocking;
   call.scratch_bytes = kernel.scratch_bytes(p, b);
   std::vector<double> tile_facts;
-  if ((p.skips = kernel.skips(p))) {
+  if (p.may_skip()) {
     tile_facts.assign(p.batch * p.num_heads_k * ((p.seqlen_k + b.n_block - 1) / b.n_block) * 2, -1.0);
     p.tile_facts = tile_facts.data(), p.skipped_pairs = &skipped;
   }
@@ -267,7 +267,7 @@ void backward(const Problem& problem, const Gradients& wanted, int threads) {
   const Kernels& kernel = kernels();
   const int64_t element = p.q.dtype == DType::float64 ? 8 : 4;
   Gradients g = wanted;
-  p.skips = kernel.skips(p), p.skipped_pairs = &skipped;
+  p.skipped_pairs = &skipped;
   BackwardCall call{p, g, kernel, kernel.backward_blocking(p, g), 0, {}, {}, 0, 0};
   const BackwardBlocking& b = call.blocking;
   const ScoreSums sums(p, g, b.num_splits);

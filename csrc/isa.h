@@ -15,8 +15,6 @@ int64_t scratch_bytes(const Problem& p, const Blocking& b) {
   return is_double(p) ? layout<double>(p, b, nullptr).bytes : layout<float>(p, b, nullptr).bytes;
 }
 
-bool skips(const Problem& p) { return skips_tiles(p); }
-
 void find_keys(const Problem& p, const Blocking& b, Unit& u) {
   const int64_t rows = smaller<int64_t>(b.rows, b.heads_per_unit * p.seqlen_q - u.row);
   Range seen = visited_range(p, u.batch, u.head, u.row, rows);
@@ -76,19 +74,8 @@ double multiply_adds_of(DType dtype, int64_t steps) {
 }
 
 extern const Kernels kernels;
-const Kernels kernels = {FASTATTN_NAME,
-                         blocking,
-                         scratch_bytes,
-                         skips,
-
-                         find_keys,
-                         run,
-                         combine_splits,
-                         backward_blocking,
-                         backward_scratch_bytes,
-                         count_pairs,
-                         run_backward,
-                         combine_backward,
-                         multiply_adds_of};
+const Kernels kernels = {FASTATTN_NAME, blocking,       scratch_bytes,     find_keys,
+                         run,           combine_splits, backward_blocking, backward_scratch_bytes,
+                         count_pairs,   run_backward,   combine_backward,  multiply_adds_of};
 
 }  // namespace fastattn::FASTATTN_ISA

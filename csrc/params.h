@@ -66,11 +66,12 @@ struct Problem {
   uint64_t seed = 0;
   uint32_t drop_below = 0;           // a weight is dropped if its word is below: dropout_p * 2^32
   int skip_negligible = -1;          // whether tiles that change nothing are looked for; -1: where that is known to pay
-  bool skips = false;                // what follows from it
   double* tile_facts = nullptr;      // of a forward pass that skips: [batch][num_heads_k][tiles][2], -1: not found yet
   int64_t* skipped_pairs = nullptr;  // counts the (query, key) pairs that were skipped
 
   bool drops() const { return keep_factor != 1.0; }
+  // Whether tiles that change nothing are looked for in some head (skip.h). A bias may be anything.
+  bool may_skip() const { return !bias && (skip_negligible < 0 ? alibi_slopes && seqlen_q >= 128 : skip_negligible); }
 };
 
 int64_t l1_data_bytes();  // of this CPU
@@ -138,7 +139,6 @@ struct Kernels {
   const char* name;
   Blocking (*blocking)(const Problem&);
   int64_t (*scratch_bytes)(const Problem&, const Blocking&);
-  bool (*skips)(const Problem&);
   // Sets unit.k_lo, k_hi and keys.
   void (*find_keys)(const Problem&, const Blocking&, Unit&);
   // Computes a unit into out and lse (num_splits == 1) or into its partial result.

@@ -104,7 +104,7 @@ class ForwardUnit {
   int64_t rows;
   int panels;
   Modifier<Real, NV> modifier;
-  bool any_masked = false;
+  bool any_masked = false, skips = false;
   int tiles = 0, items = 0;
   int64_t skipped_pairs = 0;
   Pending<Real, NV> pending;
@@ -124,13 +124,14 @@ class ForwardUnit {
       ForwardPanel<Real>& panel = s.panels[i];
       prepare_panel(p, u.batch, u.head, u.row + i * NR, smaller<int64_t>(NR, rows - i * NR), NR, panel, s.rows);
       for (int r = 0; r < NR; r++) panel.run.max[r] = (Real)-__builtin_inf();
-      if (looks_ahead(p)) look_ahead<Real, NV>(p, panel, s.rows, s.k, panel.run.max);
+      if (p.alibi_slopes) look_ahead<Real, NV>(p, panel, s.rows, s.k, panel.run.max);
       for (int r = 0; r < NR; r++) {
         if (r >= panel.lanes.rows || panel.lo[r] >= panel.hi[r]) panel.run.max[r] = unseen;
         panel.run.shift[r] = panel.run.max[r] == (Real)-__builtin_inf() ? 0 : panel.run.max[r];
         panel.run.sum[r] = 0;
       }
-      if (p.skips) find_norms<Real, NV>(p, panel);
+      skips = skips_in_head(p, panel.slopes[0]);
+      if (skips) find_norms<Real, NV>(p, panel);
       for (int64_t j = 0; j < p.head_dim_v * NR; j++) panel.out[j] = 0;
     }
   }
@@ -139,7 +140,7 @@ class ForwardUnit {
   bool run() {
     const int64_t list = p.blocks ? p.blocks->index(u.batch, u.head, u.row / b.rows) : 0;
     each_key_tile(p.blocks, list, u.k_lo, u.k_hi, b.n_block, [&](const KeyTile& keys) {
-      if (p.skips && !counts(keys)) return;
+      if (skips && !counts(keys)) return;
       const LoadedTile tile = load_tile(keys);
       const int first = items;
       for (int i = 0; i < panels; i++)

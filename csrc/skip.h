@@ -9,24 +9,16 @@ namespace fastattn::FASTATTN_ISA {
 // The reference point of a lane that sees no key or is no row: whatever the scores, its weights are 0.
 constexpr float unseen = 1e30f;
 
-// Shorter rows of scores are not worth a look ahead.
-constexpr int64_t min_lookahead_keys = 512;
-
-FASTATTN_INLINE bool looks_ahead(const Problem& p) {
-  return p.alibi_slopes && !p.bias && p.seqlen_k >= min_lookahead_keys;
+// ALiBi alone makes some weights of a head 0, its slope in units of log2: worth a look ahead, and the search for tiles.
+template <class Real>
+FASTATTN_INLINE bool is_steep(const Problem& p, Real slope) {
+  return !p.bias && p.seqlen_k >= 512 && __builtin_fabs(slope) * larger(p.seqlen_q, p.seqlen_k) > -2 * exp2_zero<Real>;
 }
 
-// Whether tiles that change nothing are looked for. By itself: with ALiBi, where distance alone makes weights 0.
-FASTATTN_INLINE bool skips_tiles(const Problem& p) {
-  if (p.bias || p.skip_negligible == 0) return false;  // a bias may be anything
-  if (p.skip_negligible > 0) return true;
-  if (!looks_ahead(p) || p.seqlen_q < unit_rows) return false;
-  double steepest = 0;
-  for (int64_t batch = 0; batch < (p.alibi_slopes.stride[0] ? p.batch : 1); batch++)
-    for (int64_t head = 0; head < p.num_heads; head++)
-      steepest = larger(steepest,
-                        __builtin_fabs(load_scalar<double>(at(p.alibi_slopes, batch, head, 0), p.alibi_slopes.dtype)));
-  return steepest * log2e * larger(p.seqlen_q, p.seqlen_k) > -4 * exp2_zero<float>;
+// Whether tiles that change nothing are looked for in a head of this slope.
+template <class Real>
+FASTATTN_INLINE bool skips_in_head(const Problem& p, Real slope) {
+  return p.may_skip() && (p.skip_negligible > 0 || is_steep(p, slope));
 }
 
 // At least the root of a sum of squares, whatever rounding and underflow did to it.
@@ -159,15 +151,18 @@ FASTATTN_INLINE bool sees(const Problem& p, int64_t batch, Row row, int64_t key)
   return !bits || bits[bit / 8] >> bit % 8 & 1;
 }
 
-// Before the first key: max, the rows' reference points, become lower bounds of their nearest keys' scores, -inf where
-// none of a few is seen. Under ALiBi these are among the highest: far keys, which causal rows visit first, weigh 0 at once.
-// q [NR][head_dim]: the panel's rows, scaled; key_row: room for one.
+// Before the first key: max, the rows' reference points, -inf, become lower bounds of their nearest keys' scores where the
+// head is steep and one of a few keys is seen. These are among the highest: far keys, which causal rows visit first, weigh
+// 0 at once. q [NR][head_dim]: the panel's rows, scaled; key_row: room for one.
 template <class Real, int NV>
 void look_ahead(const Problem& p, const Panel<Real>& panel, const Real* q, Real* key_row, Real* max) {
   constexpr int L = VL<Real>;
   constexpr Real slack = (Real)(sizeof(Real) == 8 ? 0x1p-43 : 0x1p-14);  // of two sums of 512 products
   const Real cap = (Real)p.softcap * (Real)log2e, lowest = (Real)-__builtin_inf();
   const Lanes& lanes = panel.lanes;
+  bool any_steep = false;
+  for (int64_t r = 0; r < lanes.rows; r++) any_steep |= is_steep(p, panel.slopes[r]);
+  if (!any_steep) return;
   for (int first = 0; first < smaller<int64_t>(NV * L, lanes.rows); first += L) {
     RowSums<Real> products, sizes;
     Real distance[L], known[L];
@@ -178,7 +173,7 @@ void look_ahead(const Problem& p, const Panel<Real>& panel, const Real* q, Real*
       const int64_t head_k = row.head / (p.num_heads / p.num_heads_k), last = larger(panel.lo[r], nearest - 15);
       int64_t key = nearest;
       while (key >= last && !sees(p, lanes.batch, row, key)) key--;
-      const bool seen = key >= last && panel.lo[r] < panel.hi[r];
+      const bool seen = key >= last && panel.lo[r] < panel.hi[r] && is_steep(p, panel.slopes[r]);
       known[i] = seen, distance[i] = seen ? panel.positions[r] - (Real)key : 0;
       const Real* x = q + r * p.head_dim;
       const Real* y = seen ? tile_rows(p.k, lanes.batch, head_k, key, 1, p.head_dim, key_row, 0).data : x;
