@@ -291,11 +291,12 @@ def print_rows(rows: list[Row], times: Times) -> None:
     console.print(table)
 
 
-NOTES = f"""\
-pairs, blocks: share of the (query, key) pairs that are seen, and of the blocks of 64 x 64 that a kernel visits for
-them; its time follows the blocks. kept: share of the dense softmax on those pairs, in every third layer. one layer:
-its attention alone. x: speed-up over "{DENSE}". cosine: with the features of the dense model, mean of the patches;
-class: of the class token. Patches that are `dilation` apart are put next to each other, which saves blocks."""
+NOTES = (
+    "pairs, blocks: share of the (query, key) pairs that are seen, and of the blocks of 64 x 64 that a kernel visits "
+    "for them; its time follows the blocks. kept: share of the dense softmax on those pairs, mean of every third "
+    f'layer. one layer: its attention alone. x: speed-up over "{DENSE}". cosine: with the features of the dense model, '
+    "mean of the patches; class: of the class token."
+)
 
 
 def components(states: torch.Tensor, basis: torch.Tensor, side: int) -> np.ndarray:
