@@ -2,8 +2,8 @@
 
     python examples/longformer.py --out out            needs: pip install "fastattn[demo]"
 
-transformers computes Longformer's sliding window in overlapping chunks, of which it keeps half. Here the same pattern
-is a `BlockMask`, and one kernel does it. The weights are random and so are the tokens: time, memory and equality do
+transformers computes Longformer's sliding window in overlapping chunks, and keeps all scores. Here the same pattern is
+a `BlockMask`, and one kernel does it. The weights are random and so are the tokens: time, memory and equality do
 not depend on them. First the outputs and gradients of both are compared, with each other and with float64; then both
 are timed in turn, and the memory of each is measured in a process of its own.
 """
@@ -121,14 +121,28 @@ def window_and_global(window: int, tokens: torch.Tensor, chosen: torch.Tensor) -
     return BlockMask.cat([one(*pair) for pair in zip(tokens, chosen, strict=True)], dim=0)
 
 
-def on_fastattn(model: LongformerModel) -> LongformerModel:
-    """A copy of the model, with the same weights, that attends by fastattn."""
-    model = deepcopy(model)
-    for layer in model.encoder.layer:
-        fused = FusedSelfAttention(model.config, layer.attention.self.layer_id)
-        fused.load_state_dict(layer.attention.self.state_dict())
-        layer.attention.self = fused.train(model.training)
-    return model
+class FusedLongformer(LongformerModel):
+    """With FusedSelfAttention, and without the tokens x tokens mask of transformers, of which it uses one row."""
+
+    def __init__(self, config):
+        super().__init__(config, add_pooling_layer=False)
+        for i, layer in enumerate(self.encoder.layer):
+            layer.attention.self = FusedSelfAttention(config, layer_id=i)
+
+    def forward(self, input_ids, attention_mask=None, global_attention_mask=None, output_attentions=False):
+        kinds = torch.zeros(input_ids.shape)  # what the encoder asks for: -1 is padding, 1 a global token
+        if global_attention_mask is not None:
+            kinds[global_attention_mask == 1] = 1.0
+        if attention_mask is not None:
+            kinds[attention_mask == 0] = -1.0
+        return self.encoder(self.embeddings(input_ids), attention_mask=kinds, output_attentions=output_attentions)
+
+
+def on_fastattn(model: LongformerModel) -> FusedLongformer:
+    """The same weights."""
+    ours = FusedLongformer(model.config)
+    ours.load_state_dict(model.state_dict())
+    return ours.train(model.training)
 
 
 def both(size: Size) -> dict[str, LongformerModel]:
@@ -383,7 +397,8 @@ def main(argv: list[str] | None = None) -> Outcome | None:
 
 NOTES = (
     "Batch 1, float32. attention: that of one layer, with its linear layers. forward, training: the whole model; "
-    "training is a forward and a backward pass with dropout. The linear layers are torch's on either side. "
+    "training is a forward and a backward pass with dropout. The linear layers are torch's on either side. The model "
+    f"of {THEIRS} also forms a mask of tokens x tokens, of which it uses one row; {OURS}'s does not. "
     f"{OURS} builds its mask anew in every layer; that is in its times. Times are medians, in turn. Memory is the "
     "highest resident size beyond weights and results, each side in a process of its own."
 )

@@ -303,7 +303,7 @@ def print_rows(rows: list[Row], times: Times) -> None:
         shares = [f"{100 * share:.2g} %" for share in (row.pairs, row.blocks, row.kept)]
         cosines = f"{row.cosine.mean():.3f}", f"{row.class_cosine:.3f}"
         table.add_row(row.neighborhood.window, row.neighborhood.apart, *shares, *cosines)
-    timed = Table("patches", "apart", "attention of a layer", "x dense", "model", "x dense", title="what it takes")
+    timed = Table("patches", "apart", "one layer", "x dense", "model", "x dense", title="what it takes")
     for name in times.model:
         first = (name, "") if isinstance(name, str) else (name.window, name.apart)
         layer, whole = times.attention[name], times.model[name]
@@ -321,7 +321,8 @@ NOTES = (
     "apart: the dilation; two of them alternate from layer to layer. pairs, blocks: share of the (query, key) pairs "
     "that are seen, and of the blocks of 64 x 64 that a kernel visits for them; its time follows the blocks. kept: "
     "share of the dense softmax on those pairs, in every third layer. cosine: of the features with the dense ones, "
-    f"mean of the patches; then of the class token. x dense: how many times as fast as {DENSE}."
+    "mean of the patches; then of the class token. one layer: its attention alone. x dense: how many times as fast as "
+    f"{DENSE}."
 )
 
 
@@ -375,8 +376,9 @@ def plot_trade(panel, rows: list[Row], times: Times) -> None:
     for row in rows:
         place = times.model[row.neighborhood], float(row.cosine.mean())
         panel.plot(*place, "o", color="tab:blue", markersize=4)
+        above = len(row.neighborhood.dilations) == 1
         label = panel.annotate(f"{row.neighborhood.kernel_size}, {row.neighborhood.apart}", place, fontsize=7,
-                               xytext=(4, 3), textcoords="offset points")  # fmt: skip
+                               xytext=(4, 3 if above else -9), textcoords="offset points")  # fmt: skip
         label.set_in_layout(False)
     panel.axvline(times.model[DENSE], color="black", linestyle="--", linewidth=1)
     panel.margins(x=0.2)
