@@ -258,13 +258,13 @@ def cells(size: Size) -> list[tuple[str, int]]:
     ]
 
 
-def measure(models: dict[str, LongformerModel], size: Size, quick: bool, budget: float) -> list[Row]:
+def measure(models: dict[str, LongformerModel], size: Size, budget: float) -> list[Row]:
     rows = []
     with tqdm(total=len(cells(size)) + len(models), leave=False, disable=None) as progress:
         memory = {}
         for name in models:
             progress.set_description(f"memory of {name}")
-            memory[name] = memory_in_child(name, quick)
+            memory[name] = memory_in_child(name, size)
             progress.update()
         for i, (what, seqlen) in enumerate(cells(size)):
             progress.set_description(f"time, {what}, {seqlen} tokens")
@@ -275,11 +275,11 @@ def measure(models: dict[str, LongformerModel], size: Size, quick: bool, budget:
     return rows
 
 
-def memory_in_child(name: str, quick: bool) -> list[float]:
+def memory_in_child(name: str, size: Size) -> list[float]:
     """MiB of each of `cells` beyond the weights and the results, from a process of its own; empty off Linux."""
     if not Path("/proc/self/clear_refs").exists():
         return []
-    command = [sys.executable, __file__, "--child", name, *(["--quick"] if quick else [])]
+    command = [sys.executable, __file__, "--child", name, json.dumps(size)]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory goes back, and is not there before
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)
 
@@ -364,7 +364,7 @@ def main(argv: list[str] | None = None) -> Outcome | None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for longformer.png (default: out)")
     parser.add_argument("--quick", action="store_true", help="a smaller model, up to 4096 tokens")
-    parser.add_argument("--child", choices=(THEIRS, OURS), help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)  # name and size: see memory_in_child
     arguments = parser.parse_args(argv)
     warnings.simplefilter("ignore", fastattn.FallbackWarning)  # said once below, in the example's own words
     logging.set_verbosity_error()
@@ -372,7 +372,7 @@ def main(argv: list[str] | None = None) -> Outcome | None:
     quick = arguments.quick or missing is not None
     size = QUICK if quick else Size()
     if arguments.child:
-        return child(arguments.child, size)
+        return child(arguments.child[0], Size(*json.loads(arguments.child[1])))
 
     console.print(f"[bold]fastattn {fastattn.__version__}[/bold], torch {torch.__version__}, "
                   f"{torch.get_num_threads()} threads", highlight=False)  # fmt: skip
@@ -385,7 +385,7 @@ def main(argv: list[str] | None = None) -> Outcome | None:
     console.print(f"{what}; {millions:.1f} million random weights, random tokens.", highlight=False)
     differences = compare(models, size.checked)
     print_differences(differences, size.checked)
-    rows = measure(models, size, quick, budget=1.0 if quick else 8.0)
+    rows = measure(models, size, budget=1.0 if quick else 8.0)
     print_rows(rows)
     console.print(NOTES, highlight=False)
     arguments.out.mkdir(parents=True, exist_ok=True)
