@@ -340,7 +340,7 @@ def plot(image, dense: torch.Tensor, rows: list[Row], times: Times, title: str, 
     figure, panels = plt.subplots(2, 2 + len(chosen), figsize=(16, 6.6), layout="constrained")
     centred = dense[1:] - dense[1:].mean(0)
     basis = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -3:].flip(1)
-    panels[0, 0].imshow(image)
+    panels[0, 0].imshow(np.array(image))
     panels[0, 0].set_title(f"{side} x {side} patches")
     panels[0, 1].imshow(components(dense, basis, side))
     panels[0, 1].set_title("features, dense")
