@@ -347,7 +347,7 @@ def plot(image, dense: torch.Tensor, rows: list[Row], times: Times, title: str, 
     for column, row in enumerate(chosen, start=2):
         panels[0, column].imshow(components(row.features, basis, side))
         panels[0, column].set_title(f"{row.neighborhood.window}, dilation {row.neighborhood.apart}")
-        cosines = panels[1, column].imshow(row.cosine.view(side, side), vmin=0.0, vmax=1.0, cmap="viridis")
+        cosines = panels[1, column].imshow(row.cosine.view(side, side).numpy(), vmin=0.0, vmax=1.0, cmap="viridis")
         panels[1, column].set_title(f"cosine with dense, mean {row.cosine.mean():.2f}")
     figure.colorbar(cosines, ax=panels[1, -1])
     for panel in (*panels[0], *panels[1, 2:]):
