@@ -376,12 +376,12 @@ def plot_trade(panel, rows: list[Row], times: Times) -> None:
     for row in rows:
         place = times.model[row.neighborhood], float(row.cosine.mean())
         panel.plot(*place, "o", color="tab:blue", markersize=4)
-        above = len(row.neighborhood.dilations) == 1
+        x, side = (4, "left") if len(row.neighborhood.dilations) == 1 else (-4, "right")  # so that few labels meet
         label = panel.annotate(f"{row.neighborhood.kernel_size}, {row.neighborhood.apart}", place, fontsize=7,
-                               xytext=(4, 3 if above else -9), textcoords="offset points")  # fmt: skip
+                               xytext=(x, 3), ha=side, textcoords="offset points")  # fmt: skip
         label.set_in_layout(False)
     panel.axvline(times.model[DENSE], color="black", linestyle="--", linewidth=1)
-    panel.margins(x=0.2)
+    panel.margins(x=0.3)
     panel.set(xlabel="seconds, whole model", ylabel="mean cosine with dense", title="k, dilation", ylim=(None, 1.0))
     panel.grid(alpha=0.3)
 
