@@ -72,9 +72,9 @@ class Neighborhood(NamedTuple):
 ALONE = tuple(Neighborhood(k) for k in (7, 13, 25, 37))
 FULL = (
     *ALONE, Neighborhood(25, (2,)), Neighborhood(13, (4,)), Neighborhood(13, (1, 4)), Neighborhood(7, (1, 8)),
-    Neighborhood(13, (1, None)),
+    Neighborhood(13, (4, None)),
 )  # fmt: skip
-QUICK = (*ALONE[:3], Neighborhood(7, (4,)), Neighborhood(7, (1, 4)), Neighborhood(7, (1, None)))
+QUICK = (*ALONE[:3], Neighborhood(7, (4,)), Neighborhood(7, (1, 4)), Neighborhood(7, (4, None)))
 
 
 def shown(neighborhoods) -> list[Neighborhood]:
