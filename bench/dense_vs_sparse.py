@@ -2,9 +2,10 @@
 
 Every pattern of sparsity.py as a BlockMask, forward and backward, on one thread: ours beside our own dense kernel, SDPA
 with the dense mask (where memory allows it) and compiled FlexAttention with the same blocks (forward only, and where
-its mask_mod is plain arithmetic it gets that). Then building a mask, select_blocks, and skip_negligible. Every result
-is compared with float64 before it is timed; a wrong one is not timed and the exit status is 1. Contenders are measured
-in turn in one process. Masks are built outside of the clock. Writes sparse.json, sparse.md and sparse.png.
+its mask_mod is plain arithmetic it gets that). Then building a mask, select_blocks, skip_negligible, and attention_csr
+beside a gather in eager torch. Every result is compared with float64 before it is timed; a wrong one is not timed, and
+the status is 1. Contenders are measured in turn in one process. Masks are built outside of the clock. Writes
+sparse.json, sparse.md and sparse.png.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from peers import PEERS
 from plots import draw_sparse
 from rows import Row
 from sparsity import PATTERNS
-from suites import SPARSE, build_row, select_row, skip_row, sparse_row
+from suites import SPARSE, build_row, edges_row, select_row, skip_row, sparse_row
 from timing import Peak
 from work import Work
 
@@ -32,6 +33,7 @@ SWEEP, LONG = 8192, 16384
 SHORT = (2048, 4096)
 PEER_NAMES = ("sdpa", "flex")
 QUICK = ("random128:12.5%", "random64:12.5%", "window", "longformer", "bigbird")
+NEIGHBOURS = 32
 METHODS = ("mean_pool", "antidiagonal", "vertical_slash")
 
 
@@ -92,6 +94,9 @@ def _plan(options: argparse.Namespace, peak: Peak) -> list[tuple[str, Callable[[
             (f"select {method} {work}", partial(select_row, work, method, options.budget, peak)) for method in METHODS
         ]
         plan += [(f"skip {work}", partial(skip_row, work, options.budget, peak)) for work in _skipping(options.tiny)]
+        for passes in ("forward", "backward"):
+            row = partial(edges_row, seqlen, NEIGHBOURS, passes, options.budget)
+            plan.append((f"{passes} edges S{seqlen} to {NEIGHBOURS} keys each", row))
     return run.selected(plan, options.only)
 
 

@@ -79,6 +79,7 @@ def sparse_tables(head: dict, rows: list[Row], targets: list[dict], peers: list[
         _build_table([row for row in rows if row.kind == "build"]),
         _select_table([row for row in rows if row.kind == "select"]),
         _skip_table([row for row in rows if row.kind == "skip"]),
+        _edges_table([row for row in rows if row.kind == "edges"]),
         _accuracy_table("Error against float64 (of gradients: over the largest entry of any)", sparse, peers),
         _refusal_table(rows),
         _target_table(targets, bool(head.get("doubts"))),
@@ -212,6 +213,14 @@ def _skip_table(rows: list[Row]) -> Table:
     for row in rows:
         times = [_ms(row.ours), _ms(row.results["without"]), _ratio(row.metrics["speed-up"])] if not row.wrong else []
         table.add_row(row.name, *([_percent(row.metrics["skipped"]), *times] if times else ["WRONG"]))
+    return table
+
+
+def _edges_table(rows: list[Row]) -> Table:
+    table = _table("attention_csr; ratio = time of a gather in eager torch / ours", "edges", "ms", "gather ms", "ratio")
+    for row in rows:
+        ours = ["WRONG"] if row.wrong else [_ms(row.ours), _ms(row.results["gather"]), _ratio(row.metrics["vs gather"])]
+        table.add_row(row.name, *ours)
     return table
 
 

@@ -301,6 +301,46 @@ def skip_row(work: Work, budget: float, peak: Peak) -> Row:
     return row
 
 
+def edges_row(seqlen: int, neighbours: int, passes: str, budget: float) -> Row:
+    """`attention_csr` along edges to random keys, the same number for each query, beside a gather in eager torch."""
+    torch.set_num_threads(1)
+    work = Work(Case(seqlen_q=seqlen, head_dim=64), passes)
+    leaves, _, dout = tensors(work)
+    keys = torch.randint(seqlen, (seqlen, neighbours), generator=torch.Generator().manual_seed(0))
+    indptr = torch.arange(0, keys.numel() + 1, neighbours)
+    name = f"{passes} edges S{seqlen} to {neighbours} keys each"
+    spec = work.spec | {"neighbours": neighbours}
+    row = Row("edges", name, 1, _repro(name, None, SPARSE), spec, flops=keys.numel() * work.flops_per_pair)
+    wide, _, wide_dout = tensors(work, torch.float64)
+    exact = _named(work, wide, _call(work, partial(_gathered, **wide, keys=keys), wide, wide_dout)())
+    exact = {name: x.detach() for name, x in exact.items()}
+    runs = {
+        "fastattn": _call(
+            work, partial(fastattn.attention_csr, **leaves, indptr=indptr, indices=keys.flatten()), leaves, dout
+        ),
+        "gather": _call(work, partial(_gathered, **leaves, keys=keys), leaves, dout),
+    }
+    with fastattn.record() as calls:
+        found = {peer: errors(_named(work, leaves, run()), exact) for peer, run in runs.items()}
+    row.kernel, row.isa = " + ".join(dict.fromkeys(call.kernel for call in calls)), calls[-1].isa
+    row.results = {peer: Result(max_error=worst(x).max, rms_error=worst(x).rms) for peer, x in found.items()}
+    row.wrong = wrong(found["fastattn"], found["gather"], work.case.dtype)
+    if row.wrong:
+        return row
+    times = in_turn({peer: Contender(run, 1) for peer, run in runs.items()}, budget)
+    for peer, seconds in times.items():
+        _fill(row.results[peer], seconds, row.flops, None)
+        row.results[peer].ratio = row.results[peer].ms / row.ours.ms
+    row.metrics["vs gather"] = row.results["gather"].ratio
+    return row
+
+
+def _gathered(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Attention to keys [seqlen_q, neighbours] in eager torch; as batched products, which are faster than sums."""
+    scores = (k[..., keys, :] @ q.unsqueeze(-1)).squeeze(-1) * q.shape[-1] ** -0.5
+    return (scores.softmax(-1).unsqueeze(-2) @ v[..., keys, :]).squeeze(-2)
+
+
 def _sizes(work: Work) -> tuple:
     return work.case.seqlen_q, work.case.num_heads, work.case.head_dim, work.passes
 

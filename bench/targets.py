@@ -108,6 +108,7 @@ def _sparse(what: str, bound: float, where: dict, quantity: str = "x our dense k
 
 BLOCK128, BLOCK64 = ({"seqlen_q": 8192, "pattern": f"random{block_size}:12.5%"} for block_size in (128, 64))
 LONG_WINDOW = FORWARD | VERY_LONG | {"pattern": "window"}
+GATHER, EDGES = "x gather + softmax + sum", {"seqlen_q": 16384, "neighbours": 32}
 BUILD = FORWARD | {"seqlen_q": 131072}
 
 SPARSE_TARGETS = (
@@ -124,6 +125,8 @@ SPARSE_TARGETS = (
         "select_blocks, S=16384 H8", "of the dense forward", 0.08, "select", FORWARD | VERY_LONG, "time",
         at_most=True, percent=True,
     ),
+    Target("attention_csr, 32 keys each, S=16384 D=64", GATHER, 5.0, "edges", FORWARD | EDGES, "vs gather"),
+    Target("backward, attention_csr, 32 keys each, S=16384 D=64", GATHER, 5.0, "edges", BACKWARD | EDGES, "vs gather"),
 )  # fmt: skip
 """Of dense_vs_sparse.py."""
 

@@ -1,6 +1,6 @@
 // The backward pass of one unit: a range of keys of one key head, against the query heads that share it.
 //
-//   loop 1  query heads: Q, dout, out packed once, as panels (queries in the lanes) and as rows
+//   loop 1  query heads: Q, dout, out packed when first seen, as panels (queries in the lanes) and rows
 //   loop 2    key tiles of n_block keys, copied to Real
 //   loop 3      blocks of query panels
 //   loop 4        panels: S^T = K Q^T, dP^T = V dout^T; modifications, masks; P^T, dS^T; dQ^T += K^T dS^T
@@ -43,15 +43,16 @@ template <class Real>
 struct GradientPanel : Panel<Real> {
   Real *dout, *dq;  // [head_dim_v][NR], [head_dim][NR]
   Real* slope_sum;  // [NR], of dS times the derivative by ALiBi's slope
+  Range seen;       // keys of this turn's tile that some lane sees
   Softmax<Real> softmax;
   Real* reference;  // [NR], of skip.h
-  bool skips;       // the tile of this turn
 };
 
 // The memory of one thread while it computes a unit.
 template <class Real>
 struct BackwardScratch {
   GradientPanel<Real>* panels;
+  bool* prepared;             // [blocks], of the query head of this turn
   Real *q_rows, *dout_rows;   // [blocks][column panels][block_rows][NR]
   Real *dk, *dv;              // [tiles][column panels][n_block][NR]
   Real *k, *v;                // [n_block][stride]
@@ -75,7 +76,7 @@ BackwardScratch<Real> backward_layout(const Problem& p, const BackwardBlocking& 
   const int64_t keys = b.n_block, range = smaller(b.split_keys, round_up(p.seqlen_k, b.n_block));
   s.panels = arena.take<GradientPanel<Real>>(panels);
   for (int64_t i = 0; i < panels; i++) {
-    GradientPanel<Real> panel{take_panel<Real>(arena, D, NR), nullptr, nullptr, nullptr, {}, nullptr, false};
+    GradientPanel<Real> panel{take_panel<Real>(arena, D, NR), nullptr, nullptr, nullptr, {}, {}, nullptr};
     panel.dout = arena.take<Real>(Dv * NR);
     panel.dq = b.num_splits == 1 ? arena.take<Real>(D * NR) : nullptr;
     panel.slope_sum = arena.take<Real>(NR);
@@ -83,6 +84,7 @@ BackwardScratch<Real> backward_layout(const Problem& p, const BackwardBlocking& 
     panel.reference = arena.take<Real>(NR);
     if (memory) s.panels[i] = panel;
   }
+  s.prepared = arena.take<bool>(blocks);
   s.q_rows = arena.take<Real>(blocks * b.block_rows * column_panels(D, NR) * NR);
   s.dout_rows = arena.take<Real>(blocks * b.block_rows * column_panels(Dv, NR) * NR);
   s.dk = arena.take<Real>(range * column_panels(D, NR) * NR);
@@ -164,9 +166,9 @@ class KeyRange {
     for (int64_t i = 0; i < group_size && p.seqlen_q; i++) {  // no query: no bias of a query to load
       head = u.head_k * group_size + i;
       if (g.key_sums) clear(s.key_sum, range * L);
-      for (int64_t query = 0; query < p.seqlen_q; query += NR)
-        prepare(query, partial ? (Real*)(partial + i * stride) : nullptr);
+      place_panels(partial ? (Real*)(partial + i * stride) : nullptr);
       for (lo = k_lo; lo < k_hi; lo += b.n_block) visit_tile();
+      prepare_the_rest();
       finish_dq(!partial);
       finish_score_sums();
     }
@@ -184,15 +186,37 @@ class KeyRange {
     for (int64_t i = 0; i < n; i += L) store(x + i, Vec<Real>{});
   }
 
+  void place_panels(Real* partial) {
+    skips = skips_in_head(p, slope_of<Real>(p, u.batch, head));
+    for (int64_t query = 0; query < p.seqlen_q; query += NR) {
+      GradientPanel<Real>& panel = s.panels[query / NR];
+      const int64_t rows = smaller<int64_t>(NR, p.seqlen_q - query);
+      panel.lanes = {u.batch, head, query, rows, visited_range(p, u.batch, head, query, rows), {}};
+      if (partial) panel.dq = partial + query * D;
+      clear(panel.dq, D * NR);
+      clear(panel.slope_sum, NR);
+      s.prepared[query / b.block_rows] = false;
+    }
+  }
+
+  // A block is prepared when some key of the unit is seen from it: few are, if the mask is a narrow window.
+  void prepare_block(int64_t query) {
+    if (s.prepared[query / b.block_rows]) return;
+    s.prepared[query / b.block_rows] = true;
+    for (const int64_t end = smaller(query + b.block_rows, p.seqlen_q); query < end; query += NR) prepare(query);
+  }
+
+  void prepare_the_rest() {
+    if (u.split == 0 && (g.query_sums || g.sink_sums))
+      for (int64_t query = 0; query < p.seqlen_q; query += b.block_rows) prepare_block(query);
+  }
+
   // Rows query ... of the head into the panel and the row copies. Those of q come scaled for dk, those of dout by what
   // dropout gives the weights that it leaves, for dv and dP.
-  void prepare(int64_t query, Real* partial) {
+  void prepare(int64_t query) {
     GradientPanel<Real>& panel = s.panels[query / NR];
     const int64_t rows = smaller<int64_t>(NR, p.seqlen_q - query);
     prepare_panel(p, u.batch, head, query, rows, NR, panel, s.rows);
-    if (partial) panel.dq = partial + query * D;
-    clear(panel.dq, D * NR);
-    clear(panel.slope_sum, NR);
     const Real scale = (Real)scale_of(p, head), keep_factor = (Real)p.keep_factor;
     for (int64_t r = 0; r < NR; r++) {
       Real* dout = s.rows + r * Dv;
@@ -216,7 +240,6 @@ class KeyRange {
     find_delta(panel, query, rows);
     if (p.drops())
       for (int64_t i = 0; i < Dv * NR; i++) panel.dout[i] *= keep_factor;
-    skips = skips_in_head(p, panel.slopes[0]);
     if (skips) prepare_skipping(panel);
     if (u.split == 0 && (g.query_sums || g.sink_sums)) row_sums(panel.softmax, query, rows);
   }
@@ -299,38 +322,43 @@ class KeyRange {
     }
   }
 
-  Range seen_by(const Panel<Real>& panel) const {
-    const Range r{larger(lo, panel.lanes.visited.lo), smaller(lo + keys, panel.lanes.visited.hi)};
-    return r.lo < r.hi ? r : Range{0, 0};
-  }
-
   void visit_block(int64_t query) {
     const int64_t rows = smaller<int64_t>(b.block_rows, p.seqlen_q - query), panels = (rows + NR - 1) / NR;
     GradientPanel<Real>* panel = s.panels + query / NR;
     bool any = false;
-    for (int64_t i = 0; i < panels; i++) any |= counts(panel[i]);
+    for (int64_t i = 0; i < panels; i++) {
+      panel[i].seen = modifier.seen_by(panel[i].lanes, lo, lo + keys);
+      any |= panel[i].seen.hi != 0;
+      any_masked |= panel[i].seen.hi - panel[i].seen.lo < keys;
+    }
     if (!any) return;
+    prepare_block(query);
+    if (skips && !any_counts(panel, panels)) return;
     for (int64_t i = 0; i < panels; i++) visit_panel(panel[i], i * NR);
     const int64_t block = query / b.block_rows, tile = (lo - k_lo) / b.n_block;
     if (g.dv) add_to_keys(panel, panels, rows, s.p, s.dout_rows, Dv, block, tile, s.dv);
     if (g.dk) add_to_keys(panel, panels, rows, s.ds, s.q_rows, D, block, tile, s.dk);
   }
 
-  // Whether the panel sees any of the keys and gets more than zeros from them. What may be masked is only skipped where
-  // any_masked is no news: the gradients' NaN follow from it.
-  bool counts(GradientPanel<Real>& panel) {
-    const Range seen = seen_by(panel);
-    const int64_t n = seen.hi - seen.lo;
-    any_masked |= n < keys;
-    panel.skips = skips && n && (any_masked || !modifier.may_mask(panel, seen.lo, seen.hi)) &&
-                  negligible<Real, NV>(p, panel, panel.reference, key_norm, seen.lo, seen.hi);
-    if (panel.skips) skipped_pairs += panel.lanes.rows * n;
-    return n && !panel.skips;
+  // Takes what a panel gets only zeros from out of what it sees; whether anything is left. What may be masked only goes
+  // where any_masked is no news: the gradients' NaN follow from it.
+  bool any_counts(GradientPanel<Real>* panel, int64_t panels) {
+    bool any = false;
+    for (int64_t i = 0; i < panels; i++) {
+      Range& seen = panel[i].seen;
+      if (seen.hi && (any_masked || !modifier.may_mask(panel[i], seen.lo, seen.hi)) &&
+          negligible<Real, NV>(p, panel[i], panel[i].reference, key_norm, seen.lo, seen.hi)) {
+        skipped_pairs += panel[i].lanes.rows * (seen.hi - seen.lo);
+        seen = {0, 0};
+      }
+      any |= seen.hi != 0;
+    }
+    return any;
   }
 
   // P^T and dS^T of one panel against the tile, and its dQ.
   void visit_panel(const GradientPanel<Real>& panel, int64_t column) {
-    const Range seen = panel.skips ? Range{} : seen_by(panel);
+    const Range seen = panel.seen;
     const int64_t n = seen.hi - seen.lo, skipped = n ? seen.lo - lo : keys, stride = s.tile_stride;
     Real *weights = s.p + column, *ds = s.ds + column;
     clear_rows<Real, NV>(weights, stride, skipped), clear_rows<Real, NV>(ds, stride, skipped);
@@ -402,9 +430,7 @@ class KeyRange {
 
   // From the first to the last panel that sees one of the keys from ... to - 1.
   static Range panels_that_see(const GradientPanel<Real>* panel, int64_t panels, int64_t from, int64_t to) {
-    auto sees = [&](int64_t i) {
-      return !panel[i].skips && panel[i].lanes.visited.lo < to && from < panel[i].lanes.visited.hi;
-    };
+    auto sees = [&](int64_t i) { return panel[i].seen.lo < to && from < panel[i].seen.hi; };
     int64_t first = 0, last = panels;
     while (first < last && !sees(first)) first++;
     while (first < last && !sees(last - 1)) last--;

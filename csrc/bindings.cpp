@@ -9,6 +9,7 @@
 #include "driver.h"
 
 namespace py = pybind11;
+using fastattn::Csr;
 using fastattn::DType;
 using fastattn::Gradients;
 using fastattn::Problem;
@@ -31,6 +32,7 @@ DType dtype_of(const std::string& name) {
   if (name == "bool") return DType::boolean;
   if (name == "uint8") return DType::uint8;
   if (name == "int32") return DType::int32;
+  if (name == "int64") return DType::int64;
   throw std::invalid_argument("dtype " + name + " is not supported by the CPU kernels");
 }
 
@@ -43,6 +45,7 @@ DType dtype_of(dlpack::DataType type) {
   if (type.code == dlpack::kBool && bits == 8) return DType::boolean;
   if (type.code == dlpack::kUInt && bits == 8) return DType::uint8;
   if (type.code == dlpack::kInt && bits == 32) return DType::int32;
+  if (type.code == dlpack::kInt && bits == 64) return DType::int64;
   throw std::invalid_argument("a tensor's dtype is not supported by the CPU kernels");
 }
 
@@ -154,7 +157,9 @@ Tensor reduced(PyObject* object, const char* name, const int64_t (&sizes)[4], Ow
 
 DType real_of(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
 
-bool is_float(DType dtype) { return dtype != DType::boolean && dtype != DType::uint8 && dtype != DType::int32; }
+bool is_index(DType dtype) { return dtype == DType::int32 || dtype == DType::int64; }
+
+bool is_float(DType dtype) { return dtype != DType::boolean && dtype != DType::uint8 && !is_index(dtype); }
 
 double number(PyObject* object) {
   const double x = PyFloat_AsDouble(object);
@@ -238,6 +243,30 @@ fastattn::BlockMask block_mask_of(py::handle mask, const Problem& p, Owned& owne
   return m;
 }
 
+// Everything that native code relies on is checked here, whatever the caller has checked.
+// q, k, v, out; backward: out is in the compute dtype.
+Problem tensors_of(PyObject* const* qkvo, PyObject* lse, PyObject* lse_parts, bool backward, Owned& owned) {
+  const View q = view(qkvo[0], owned), k = view(qkvo[1], owned), v = view(qkvo[2], owned), out = view(qkvo[3], owned);
+  if (q.ndim != 4 || k.ndim != 4 || v.ndim != 4) mismatch("q, k and v", "must have 4 dimensions");
+  if (!is_float(q.dtype)) mismatch("q", "must have a float dtype");
+  Problem p{};
+  p.batch = q.shape[0], p.num_heads = q.shape[1], p.seqlen_q = q.shape[2], p.head_dim = q.shape[3];
+  p.num_heads_k = k.shape[1], p.seqlen_k = k.shape[2], p.head_dim_v = v.shape[3];
+  if (p.num_heads && (!p.num_heads_k || p.num_heads % p.num_heads_k))
+    mismatch("num_heads", "must be a multiple of num_heads_k");
+  const int64_t queries[4] = {p.batch, p.num_heads, p.seqlen_q, p.head_dim};
+  const int64_t keys[4] = {p.batch, p.num_heads_k, p.seqlen_k, p.head_dim};
+  const int64_t values[4] = {p.batch, p.num_heads_k, p.seqlen_k, p.head_dim_v};
+  const int64_t outs[4] = {p.batch, p.num_heads, p.seqlen_q, p.head_dim_v};
+  p.q = exact(q, "q", queries, q.dtype), p.k = exact(k, "k", keys, q.dtype), p.v = exact(v, "v", values, q.dtype);
+  const DType real = real_of(q.dtype);
+  p.out = exact(out, "out", outs, backward ? real : q.dtype);
+  const int64_t rows[4] = {p.batch, p.num_heads, p.seqlen_q, 1}, parts[4] = {p.batch, p.num_heads, p.seqlen_q, 2};
+  p.lse = complete(lse, "lse", rows, real, owned, 1);
+  p.lse_parts = complete(lse_parts, "lse_parts", parts, real, owned);
+  return p;
+}
+
 void read_terms(PyObject* terms, Problem& p, Owned& owned) {
   if (!PyTuple_Check(terms) || PyTuple_GET_SIZE(terms) != kTerms) mismatch("terms", "must be a Terms");
   auto term = [&](Term name) { return PyTuple_GET_ITEM(terms, name); };
@@ -267,27 +296,24 @@ void read_terms(PyObject* terms, Problem& p, Owned& owned) {
   if (term(kSkipNegligible) != Py_None) p.skip_negligible = integer(term(kSkipNegligible)) != 0;
 }
 
-// Everything that native code relies on is checked here, whatever the caller has checked.
-// q, k, v, out; backward: out is in the compute dtype.
-Problem problem_of(PyObject* const* qkvo, PyObject* lse_parts, PyObject* terms, bool backward, Owned& owned) {
-  const View q = view(qkvo[0], owned), k = view(qkvo[1], owned), v = view(qkvo[2], owned), out = view(qkvo[3], owned);
-  if (q.ndim != 4 || k.ndim != 4 || v.ndim != 4) mismatch("q, k and v", "must have 4 dimensions");
-  if (!is_float(q.dtype)) mismatch("q", "must have a float dtype");
-  Problem p{};
-  p.batch = q.shape[0], p.num_heads = q.shape[1], p.seqlen_q = q.shape[2], p.head_dim = q.shape[3];
-  p.num_heads_k = k.shape[1], p.seqlen_k = k.shape[2], p.head_dim_v = v.shape[3];
-  if (p.num_heads && (!p.num_heads_k || p.num_heads % p.num_heads_k))
-    mismatch("num_heads", "must be a multiple of num_heads_k");
+Tensor out_exact_of(PyObject* object, const Problem& p, Owned& owned) {
+  return complete(object, "out_exact", {p.batch, p.num_heads, p.seqlen_q, p.head_dim_v}, real_of(p.q.dtype), owned);
+}
+
+// dout, dlse, dq, dk, dv.
+Gradients gradients_of(const Problem& p, PyObject* const* args, Owned& owned) {
+  if (!p.lse_parts) mismatch("lse_parts", "must be given");
+  const int64_t outs[4] = {p.batch, p.num_heads, p.seqlen_q, p.head_dim_v}, rows[4] = {outs[0], outs[1], outs[2], 1};
   const int64_t queries[4] = {p.batch, p.num_heads, p.seqlen_q, p.head_dim};
   const int64_t keys[4] = {p.batch, p.num_heads_k, p.seqlen_k, p.head_dim};
   const int64_t values[4] = {p.batch, p.num_heads_k, p.seqlen_k, p.head_dim_v};
-  const int64_t outs[4] = {p.batch, p.num_heads, p.seqlen_q, p.head_dim_v};
-  p.q = exact(q, "q", queries, q.dtype), p.k = exact(k, "k", keys, q.dtype), p.v = exact(v, "v", values, q.dtype);
-  p.out = exact(out, "out", outs, backward ? real_of(q.dtype) : q.dtype);
-  const int64_t parts[4] = {p.batch, p.num_heads, p.seqlen_q, 2};
-  p.lse_parts = complete(lse_parts, "lse_parts", parts, real_of(q.dtype), owned);
-  read_terms(terms, p, owned);
-  return p;
+  Gradients g{};
+  g.dout = exact(view(args[0], owned), "dout", outs, p.q.dtype);
+  g.dlse = complete(args[1], "dlse", rows, p.lse_parts.dtype, owned, 1);
+  g.dq = complete(args[2], "dq", queries, p.q.dtype, owned);
+  g.dk = complete(args[3], "dk", keys, p.q.dtype, owned);
+  g.dv = complete(args[4], "dv", values, p.q.dtype, owned);
+  return g;
 }
 
 // Runs `body` of a METH_FASTCALL function, without pybind11's argument conversion: it would cost more than a tiny call.
@@ -335,11 +361,9 @@ PyObject* signature(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return guarded(count, 9, [&] {
     Owned owned;
-    Problem p = problem_of(args, args[5], args[7], false, owned);
-    const int64_t rows[4] = {p.batch, p.num_heads, p.seqlen_q, 1};
-    const int64_t outs[4] = {p.batch, p.num_heads, p.seqlen_q, p.head_dim_v};
-    p.lse = complete(args[4], "lse", rows, real_of(p.q.dtype), owned, 1);
-    p.out_exact = complete(args[6], "out_exact", outs, real_of(p.q.dtype), owned);
+    Problem p = tensors_of(args, args[4], args[5], false, owned);
+    p.out_exact = out_exact_of(args[6], p, owned);
+    read_terms(args[7], p, owned);
     const int threads = (int)integer(args[8]);
     const double pairs = (double)p.batch * p.num_heads * p.seqlen_q * p.seqlen_k;
     if (pairs * (p.head_dim + p.head_dim_v) < tiny_work) {
@@ -354,20 +378,11 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return guarded(count, 16, [&] {
     Owned owned;
-    const Problem p = problem_of(args, args[4], args[5], true, owned);
-    if (!p.lse_parts) mismatch("lse_parts", "must be given");
+    Problem p = tensors_of(args, Py_None, args[4], true, owned);
+    read_terms(args[5], p, owned);
     PyObject* const* more = args + 6;
-    const int64_t outs[4] = {p.batch, p.num_heads, p.seqlen_q, p.head_dim_v}, rows[4] = {outs[0], outs[1], outs[2], 1};
-    const int64_t queries[4] = {p.batch, p.num_heads, p.seqlen_q, p.head_dim};
-    const int64_t keys[4] = {p.batch, p.num_heads_k, p.seqlen_k, p.head_dim};
-    const int64_t values[4] = {p.batch, p.num_heads_k, p.seqlen_k, p.head_dim_v};
     const int64_t scores[4] = {p.batch, p.num_heads, p.seqlen_q, p.seqlen_k};
-    Gradients g{};
-    g.dout = exact(view(more[0], owned), "dout", outs, p.q.dtype);
-    g.dlse = complete(more[1], "dlse", rows, p.lse_parts.dtype, owned, 1);
-    g.dq = complete(more[2], "dq", queries, p.q.dtype, owned);
-    g.dk = complete(more[3], "dk", keys, p.q.dtype, owned);
-    g.dv = complete(more[4], "dv", values, p.q.dtype, owned);
+    Gradients g = gradients_of(p, more, owned);
     g.dbias = reduced(more[5], "dbias", scores, owned);
     g.dalibi_slopes = reduced(more[6], "dalibi_slopes", scores, owned, 2);
     g.dsinks = reduced(more[7], "dsinks", scores, owned, 2);
@@ -384,6 +399,56 @@ PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
+// Entries of one of the lists of edges.
+Tensor list(const View& v, const char* name, int64_t size) {
+  if (v.ndim != 1) mismatch(name, "must have 1 dimension");
+  if (!is_index(v.dtype)) mismatch(name, "must be int32 or int64");
+  if (v.shape[0] != size) mismatch(name, "has a wrong length");
+  return broadcast(v, name, {1, 1, 1, size});
+}
+
+constexpr int num_csr_arguments = 10;
+
+// The first 10 arguments of csr_forward and csr_backward; the entries of the lists are checked later, without the GIL.
+std::pair<Problem, Csr> edges_of(PyObject* const* args, bool backward, Owned& owned) {
+  Problem p = tensors_of(args, args[4], args[5], backward, owned);
+  p.softmax_scale = number(args[6]);
+  Csr lists{};
+  const View indices = view(args[8], owned);
+  lists.num_edges = indices.ndim == 1 ? indices.shape[0] : 0;
+  lists.indptr = list(view(args[7], owned), "indptr", p.seqlen_q + 1);
+  lists.indices = list(indices, "indices", lists.num_edges);
+  p.bias = optional(args[9], "edge_bias", {p.batch, p.num_heads, 1, lists.num_edges}, owned);
+  if (p.bias && !is_float(p.bias.dtype)) mismatch("edge_bias", "must have a float dtype");
+  return {p, lists};
+}
+
+PyObject* csr_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return guarded(count, num_csr_arguments + 2, [&] {
+    Owned owned;
+    auto [p, lists] = edges_of(args, false, owned);
+    p.out_exact = out_exact_of(args[num_csr_arguments], p, owned);
+    const int threads = (int)integer(args[num_csr_arguments + 1]);
+    py::gil_scoped_release release;
+    fastattn::csr_forward(p, lists, threads);
+  });
+}
+
+PyObject* csr_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return guarded(count, num_csr_arguments + 7, [&] {
+    Owned owned;
+    const auto [p, lists] = edges_of(args, true, owned);
+    PyObject* const* more = args + num_csr_arguments;
+    Gradients g = gradients_of(p, more, owned);
+    g.dbias = reduced(more[5], "dedge_bias", {p.batch, p.num_heads, 1, lists.num_edges}, owned);
+    if (g.dbias && (!p.bias || g.dbias.dtype != p.lse_parts.dtype)) mismatch("dedge_bias", "has a wrong dtype");
+    if (g.dbias && lists.num_edges > 1 && !g.dbias.stride[3]) mismatch("dedge_bias", "must have an element an edge");
+    const int threads = (int)integer(more[6]);
+    py::gil_scoped_release release;
+    fastattn::csr_backward(p, g, lists, threads);
+  });
+}
+
 PyMethodDef fast_methods[] = {
     {"signature", (PyCFunction)(void (*)())signature, METH_FASTCALL,
      "signature(q, k, v): their shapes and dtypes as bytes, or None if one is not a plain 4-D CPU tensor."},
@@ -393,6 +458,13 @@ PyMethodDef fast_methods[] = {
     {"backward", (PyCFunction)(void (*)())backward, METH_FASTCALL,
      "backward(q, k, v, out, lse_parts, terms, dout, dlse, dq, dk, dv, dbias, dalibi_slopes, dsinks, "
      "dsoftmax_scale, threads): fills those of dq, dk, dv that are not None, adds to those of the others."},
+    {"csr_forward", (PyCFunction)(void (*)())csr_forward, METH_FASTCALL,
+     "csr_forward(q, k, v, out, lse, lse_parts, softmax_scale, indptr, indices, edge_bias, out_exact, threads): fills "
+     "out, and those of lse, lse_parts and out_exact that are not None. edge_bias broadcasts to [batch, num_heads, 1, "
+     "edges]."},
+    {"csr_backward", (PyCFunction)(void (*)())csr_backward, METH_FASTCALL,
+     "csr_backward(<the first 10 of csr_forward, out in the compute dtype>, dout, dlse, dq, dk, dv, dedge_bias, "
+     "threads): fills those of dq, dk, dv that are not None, adds to dedge_bias."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -3,6 +3,7 @@
 // symbol that the linker may pick for everybody.
 #pragma once
 #include "backward.h"
+#include "csr.h"
 #include "prefill.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -56,6 +57,27 @@ void combine_backward(const Problem& p, const Gradients& g, const BackwardBlocki
                : combine_dq<float>(p, g, b, batch, head, row, partial, scratch);
 }
 
+int64_t csr_scratch_bytes(const Problem& p) {
+  return is_double(p) ? csr_layout<double>(p, nullptr).bytes : csr_layout<float>(p, nullptr).bytes;
+}
+
+void csr_forward(const Problem& p, const Csr& lists, const CsrUnit& u, char* scratch) {
+  is_double(p) ? CsrRows<double>(p, {}, lists, u, p.k, p.v, nullptr, scratch).forward()
+               : CsrRows<float>(p, {}, lists, u, p.k, p.v, nullptr, scratch).forward();
+}
+
+void csr_backward_rows(const Problem& p, const Gradients& g, const Csr& lists, const CsrUnit& u, char* stats,
+                       char* scratch) {
+  is_double(p) ? CsrRows<double>(p, g, lists, u, p.k, p.v, stats, scratch).backward_rows()
+               : CsrRows<float>(p, g, lists, u, p.k, p.v, stats, scratch).backward_rows();
+}
+
+void csr_backward_keys(const Problem& p, const Gradients& g, const Csr& lists, const CsrUnit& u, char* stats,
+                       char* scratch) {
+  is_double(p) ? CsrRows<double>(p, g, lists, u, p.q, g.dout, stats, scratch).backward_keys()
+               : CsrRows<float>(p, g, lists, u, p.q, g.dout, stats, scratch).backward_keys();
+}
+
 // Independent multiply-add chains, enough to fill the pipes, kept opaque to the compiler.
 template <class Real, int... I>
 double multiply_adds(int64_t steps, std::integer_sequence<int, I...>) {
@@ -74,8 +96,9 @@ double multiply_adds_of(DType dtype, int64_t steps) {
 }
 
 extern const Kernels kernels;
-const Kernels kernels = {FASTATTN_NAME, blocking,       scratch_bytes,     find_keys,
-                         run,           combine_splits, backward_blocking, backward_scratch_bytes,
-                         count_pairs,   run_backward,   combine_backward,  multiply_adds_of};
+const Kernels kernels = {FASTATTN_NAME, blocking,          scratch_bytes,     find_keys,
+                         run,           combine_splits,    backward_blocking, backward_scratch_bytes,
+                         count_pairs,   run_backward,      combine_backward,  csr_scratch_bytes,
+                         csr_forward,   csr_backward_rows, csr_backward_keys, multiply_adds_of};
 
 }  // namespace fastattn::FASTATTN_ISA

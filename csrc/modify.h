@@ -55,6 +55,18 @@ class Modifier {
     return has_bias || bitmap || k0 < panel.lanes.common.lo || k1 > panel.lanes.common.hi;
   }
 
+  // From the first to the last key of the tile lo ... hi - 1 that some lane sees; {0, 0} if none is.
+  Range seen_by(const Lanes& lanes, int64_t lo, int64_t hi) const {
+    Range seen{larger(lo, lanes.visited.lo), smaller(hi, lanes.visited.hi)};
+    if (bitmap && seen.lo < seen.hi) {
+      const int64_t row = lanes.row % p.blocks->block_q, row_bits = p.blocks->block_k;
+      const Range bits =
+          set_bits(bitmap + row * row_bits / 8, row_bits, first_key + seen.lo - lo, seen.hi - seen.lo, lanes.rows);
+      seen = {seen.lo + bits.lo, seen.lo + bits.hi};
+    }
+    return seen.lo < seen.hi ? seen : Range{0, 0};
+  }
+
   // The panel's scores [keys][NR] of keys k0 ... k1 - 1, the tile's first `skipped` left out; whether some may be
   // masked. slope: null, or where the derivative of the softcap goes.
   bool apply(const Panel<Real>& panel, int64_t k0, int64_t k1, int64_t skipped, Real* scores, Real* slope = nullptr) {

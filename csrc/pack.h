@@ -133,7 +133,8 @@ void load_row(const char* source, DType dtype, int64_t stride, int64_t n, Real* 
     case DType::float16: return load_narrow_row((const uint16_t*)source, DType::float16, stride, n, row);
     case DType::boolean: return load_narrow_row((const uint8_t*)source, DType::boolean, stride, n, row);
     case DType::uint8:
-    case DType::int32: return;
+    case DType::int32:
+    case DType::int64: return;
   }
 }
 
@@ -181,7 +182,7 @@ void store_row(const Real* row, Real factor, int64_t n, char* target, DType dtyp
 
 FASTATTN_INLINE int64_t bytes_of(DType dtype) {
   return dtype == DType::boolean || dtype == DType::uint8   ? 1
-         : dtype == DType::float64                          ? 8
+         : dtype == DType::float64 || dtype == DType::int64 ? 8
          : dtype == DType::float32 || dtype == DType::int32 ? 4
                                                             : 2;
 }

@@ -4,7 +4,7 @@
 
 namespace fastattn {
 
-enum class DType : int8_t { float32, float64, bfloat16, float16, boolean, uint8, int32 };
+enum class DType : int8_t { float32, float64, bfloat16, float16, boolean, uint8, int32, int64 };
 
 // A tensor seen as [batch, heads, rows, columns]; strides in elements, 0 where it broadcasts. data is null if absent.
 struct Tensor {
@@ -106,7 +106,8 @@ struct Partial {
 struct Gradients {
   Tensor dout, dlse;  // as out, and [batch, num_heads, seqlen_q, 1], absent: zero
   Tensor dq, dk, dv;  // absent: not wanted
-  // Sums over what their tensors broadcast over, from zero; float64, but a dbias with both seqlens in q's compute dtype.
+  // Sums over what their tensors broadcast over, from zero; float64, but a dbias with both seqlens, or of edges, in q's
+  // compute dtype.
   Tensor dbias, dalibi_slopes, dsinks, dscales;
   // What the units leave for those sums, null if not wanted: dbias by key or by query, dalibi_slopes by split, dsinks and
   // dscales by query.
@@ -134,6 +135,19 @@ struct KeyUnit {
   int32_t batches, heads_k;
 };
 
+// Edges as compressed sparse rows; bias of the Problem is [batch, num_heads, 1, num_edges]. Or transposed: row j holds the
+// queries that see key j, ascending, and `edges` says where each edge stands in the bias.
+struct Csr {
+  Tensor indptr, indices;  // int32 or int64, [1, 1, 1, rows + 1] and [1, 1, 1, num_edges]
+  int64_t num_edges;
+  const int64_t* edges;  // null: in the order of indices
+};
+
+// Rows first ... last - 1 of some key heads and batches, one after the other.
+struct CsrUnit {
+  int64_t batch, head_k, batches, heads_k, first, last;
+};
+
 // What an ISA file offers.
 struct Kernels {
   const char* name;
@@ -155,6 +169,14 @@ struct Kernels {
   // dq of rows row ... row + block_rows - 1 of a query head from the partial results of its splits, stride apart.
   void (*combine_dq)(const Problem&, const Gradients&, const BackwardBlocking&, int64_t batch, int64_t head,
                      int64_t row, const char* partial, char* scratch);
+  int64_t (*csr_scratch_bytes)(const Problem&);
+  // out and lse of a unit of queries.
+  void (*csr_forward)(const Problem&, const Csr&, const CsrUnit&, char* scratch);
+  // Of a unit of queries: what csr_backward_keys wants to know of each, [batch][num_heads][seqlen_q] of 3 elements in
+  // `stats`; dq and dbias.
+  void (*csr_backward_rows)(const Problem&, const Gradients&, const Csr&, const CsrUnit&, char* stats, char* scratch);
+  // dk and dv of a unit of keys, by the transposed lists.
+  void (*csr_backward_keys)(const Problem&, const Gradients&, const Csr&, const CsrUnit&, char* stats, char* scratch);
   // `steps` rounds of independent multiply-adds on registers; returns how many FLOPs they were.
   double (*multiply_adds)(DType, int64_t steps);
 };

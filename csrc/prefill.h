@@ -107,6 +107,7 @@ class ForwardUnit {
   bool any_masked = false, skips = false;
   int tiles = 0, items = 0;
   int64_t skipped_pairs = 0;
+  int64_t fetched = 0;
   Pending<Real, NV> pending;
 
  public:
@@ -199,7 +200,19 @@ class ForwardUnit {
     return any;
   }
 
+  // The queries of the unit that follows, some with each tile: a narrow mask leaves no time to wait for them.
+  void prefetch_next_queries() {
+    constexpr int64_t at_once = 32;
+    const int64_t first = u.row + b.rows + fetched,
+                  last = smaller(smaller(first + at_once, u.row + 2 * b.rows), p.seqlen_q);
+    const int64_t bytes = p.head_dim * bytes_of(p.q.dtype);
+    for (int64_t r = first; r < last; r++)
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at(p.q, u.batch, u.head, r) + i, 0, 2);
+    fetched += at_once;
+  }
+
   LoadedTile load_tile(const KeyTile& tile) {
+    prefetch_next_queries();
     const int64_t head_k = u.head / (p.num_heads / p.num_heads_k), keys = tile.hi - tile.lo;
     modifier.load_tile(u.batch, u.head, u.row, tile);
     return {tile, tile_rows(p.k, u.batch, head_k, tile.lo, keys, p.head_dim, s.k, s.k_stride),
@@ -208,10 +221,9 @@ class ForwardUnit {
 
   // One panel against one tile: its scores now, its output when the next panel's scores are computed.
   void visit(ForwardPanel<Real>& panel, const LoadedTile& tile) {
-    const Range seen = panel.lanes.visited;
-    const int64_t k0 = larger(tile.keys.lo, seen.lo), k1 = smaller(tile.keys.hi, seen.hi);
+    const auto [k0, k1] = modifier.seen_by(panel.lanes, tile.keys.lo, tile.keys.hi);
     const int64_t keys = k1 - k0, skipped = k0 - tile.keys.lo;
-    if (keys <= 0) return;
+    if (!keys) return;
     Real* scores = s.scores[items++ % 2];
     for (int r = 0; r < NR; r++) s.largest[r] = (Real)-__builtin_inf();
     pending.weigher.spread(keys, p.head_dim);

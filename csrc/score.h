@@ -146,6 +146,20 @@ FASTATTN_INLINE uint32_t bits_of(const uint8_t* row, int64_t bytes, int64_t from
   return (uint32_t)(word >> from % 8);
 }
 
+// The first to the last of `count` bits from `from` that are 1 in one of `rows` rows of row_bits bits; {0, 0} if none is.
+FASTATTN_INLINE Range set_bits(const uint8_t* bits, int64_t row_bits, int64_t from, int64_t count, int64_t rows) {
+  Range set{0, 0};
+  for (int64_t j = 0; j < count; j += 32) {
+    uint32_t word = 0;
+    for (int64_t r = 0; r < rows; r++) word |= bits_of(bits + r * row_bits / 8, row_bits / 8, from + j);
+    if (count - j < 32) word &= ((uint32_t)1 << (count - j)) - 1;
+    if (!word) continue;
+    if (!set.hi) set.lo = j + __builtin_ctz(word);
+    set.hi = j + 32 - __builtin_clz(word);
+  }
+  return set;
+}
+
 // Masks the pairs whose bit is 0. bits: those of the panel's first row, in rows of row_bits; the keys start at bit `from`.
 template <class Real, int NV>
 void mask_bits(Real* scores, int64_t keys, const uint8_t* bits, int64_t row_bits, int64_t from, int64_t rows) {

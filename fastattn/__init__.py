@@ -4,6 +4,7 @@ from . import patterns
 from .api import attention, explain
 from .block_mask import BlockMask
 from .compat.sdpa import scaled_dot_product_attention
+from .csr import attention_csr
 from .dispatch import FallbackWarning, UnsupportedError, last_call, record, use
 from .dropout import dropout_mask
 from .masks import Mask
@@ -17,6 +18,7 @@ __all__ = [
     "Mask",
     "UnsupportedError",
     "attention",
+    "attention_csr",
     "coverage",
     "dropout_mask",
     "explain",

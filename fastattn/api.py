@@ -147,10 +147,14 @@ class _ProblemFound(BaseException):  # no Exception: nothing on the way may catc
 
 
 def explain(*args, backend: str | None = None, **kwargs) -> Explanation:
-    """Which kernel `attention` with these arguments would run, and why each other one would not. Computes nothing."""
+    """Which kernel `attention`, or with lists of edges `attention_csr`, with these arguments would run, and why each
+    other one would not. Computes nothing."""
+    from .csr import attention_csr
+
+    function = attention_csr if len(args) > 3 or "indptr" in kwargs else attention
     backend = _current_backend() if backend is None else dispatch.check_backend(backend, "backend")
     try:
-        attention(*args, backend=_Explain(backend), **kwargs)
+        function(*args, backend=_Explain(backend), **kwargs)
     except _ProblemFound as found:
         return Explanation(dispatch.explain(found.args[0], backend))
 

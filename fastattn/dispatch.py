@@ -30,10 +30,11 @@ class Row(NamedTuple):
     """A kernel: its name "backend.algorithm", its entry point, and what it supports.
 
     entry      "module:function", imported on first use. The function is called as kernel(problem, q, k, v, terms), with
-               `Terms`, and returns (out, lse or None), which autograd can go through if problem.needs_grad.
+               `Terms` (`Edges` of fastattn.csr for layout "csr"), and returns (out, lse or None), which autograd can go
+               through if problem.needs_grad.
                That of a backward row is called as kernel(problem, q, k, v, terms, saved, dout, dlse, wanted), saved
                being what the forward row keeps, and returns the gradients of q, k, v, bias, alibi_slopes, sinks and
-               softmax_scale, None where wanted is False.
+               softmax_scale (of q, k, v and bias for layout "csr"), None where wanted is False.
     available  "module:function" that returns None, or why the kernel cannot run on this machine; None: always
     supports   Problem field -> plain container of accepted values; a field that is missing accepts anything
     backward   name of the row that computes its gradients and has to accept them too; None: autograd does it
@@ -60,6 +61,7 @@ _CPU = {
     "bias": {"none", *FLOATS},
     "transformed": {False},
 }
+_CPU_CSR = {field: _CPU[field] for field in ("device", "dtype", "bias", "transformed")} | {"layout": {"csr"}}
 
 KERNELS = (
     Row(
@@ -74,6 +76,26 @@ KERNELS = (
         "fastattn.cpu:backward",
         "fastattn.cpu:unavailable",
         {**_CPU, "direction": {"backward"}, "needs_grad": {False}},
+    ),
+    Row(
+        "cpu.csr",
+        "fastattn.csr:forward",
+        "fastattn.cpu:unavailable",
+        {**_CPU_CSR, "direction": {"forward"}},
+        backward="cpu.csr_backward",
+    ),
+    Row(
+        "cpu.csr_backward",
+        "fastattn.csr:backward",
+        "fastattn.cpu:unavailable",
+        {**_CPU_CSR, "direction": {"backward"}, "needs_grad": {False}},
+    ),
+    Row("reference.csr", "fastattn.csr:run_reference", None, {"layout": {"csr"}, "direction": {"forward"}}),
+    Row(
+        "reference.csr_backward",
+        "fastattn.csr:run_reference_backward",
+        None,
+        {"layout": {"csr"}, "direction": {"backward"}},
     ),
     Row(
         "reference.backward", "fastattn.reference:run_backward", None, {"layout": {"dense"}, "direction": {"backward"}}
@@ -106,7 +128,7 @@ class Choice(NamedTuple):
 def select(problem: Problem, backend: str | None) -> Choice:
     """The first row of KERNELS that accepts `problem`, among those of `backend` if one is named."""
     refusals, passed_over = [], []
-    for row in _rows(backend):
+    for row in _rows(backend, problem.layout):
         reasons = refuse(row, problem)
         if not reasons:
             function = _load(row.entry)
@@ -161,12 +183,12 @@ def describe(accepted) -> str:
 
 
 def explain(problem: Problem, backend: str | None) -> str:
-    """Every row of KERNELS with its verdict on `problem`, one a line; computes nothing."""
+    """Every row of KERNELS for the problem's layout with its verdict on `problem`, one a line; computes nothing."""
     lines = [str(problem)]
     problems = [problem, backward_of(problem)] if problem.needs_grad else [problem]
     for of_direction in problems:
         chosen = False
-        for row in KERNELS:
+        for row in _rows(None, problem.layout):
             if not _is_of_direction(row, of_direction):
                 continue
             reasons = refuse(row, of_direction)
@@ -175,7 +197,7 @@ def explain(problem: Problem, backend: str | None) -> str:
             runs = f"runs on {_isa(row)}" if _isa(row) else "runs"
             verdict = "refused: " + ", ".join(reasons) if reasons else "accepted" if chosen else runs
             chosen = chosen or not reasons
-            lines.append(f"  {row.name:<20}{verdict}")
+            lines.append(f"  {row.name:<24}{verdict}")
     return "\n".join(lines)
 
 
@@ -238,8 +260,10 @@ _backend: ContextVar[str | None] = ContextVar("fastattn_backend", default=_envir
 _FALLBACK_POLICIES = ("warn", "silent", "error")
 
 
-def _rows(backend: str | None) -> tuple[Row, ...]:
-    return KERNELS if backend is None else tuple(row for row in KERNELS if row.backend == backend)
+def _rows(backend: str | None, layout: str) -> list[Row]:
+    """Those of `backend` if one is named; those for other layouts, which other functions call, only if none is left."""
+    rows = [row for row in KERNELS if backend in (None, row.backend)]
+    return [row for row in rows if layout in row.supports.get("layout", (layout,))] or rows
 
 
 @cache
@@ -260,7 +284,7 @@ def _isa(row: Row) -> str | None:
 
 
 def _nearest(problem: Problem, backend: str | None) -> str:
-    row = min(_rows(backend), key=lambda row: len(refuse(row, problem)))
+    row = min(_rows(backend, problem.layout), key=lambda row: len(refuse(row, problem)))
     if row.available and _unavailable(row.available):
         return "Nothing but another backend would do"
     changes = [
@@ -274,7 +298,8 @@ def _report_fallback(call: Call) -> None:
     policy = os.environ.get("FASTATTN_FALLBACK", "warn")
     if policy not in _FALLBACK_POLICIES:
         raise ValueError(f"FASTATTN_FALLBACK={policy!r} must be one of {', '.join(_FALLBACK_POLICIES)}")
-    message = f"[{call.problem}] needs the reference, O(n^2) memory: {call.reason}"
+    memory = "O(edges * head_dim)" if call.problem.layout == "csr" else "O(n^2)"
+    message = f"[{call.problem}] needs the reference, {memory} memory: {call.reason}"
     if policy == "error":
         raise UnsupportedError(f"{message} (FASTATTN_FALLBACK=error)")
     fallbacks[call.reason] += 1
@@ -282,14 +307,12 @@ def _report_fallback(call: Call) -> None:
         warnings.warn(message + " (said once per reason; FASTATTN_FALLBACK=silent hides it)", FallbackWarning, 4)
 
 
-def support_matrix() -> str:
-    """What each row of KERNELS supports, as a Markdown table: Problem fields down, kernels across."""
-    fields = list(dict.fromkeys(field for row in KERNELS for field in row.supports))
-    lines = [
-        "| | " + " | ".join(row.name for row in KERNELS) + " |",
-        "|---|" + "---|" * len(KERNELS),
-    ]
+def support_matrix(layout: str = "dense") -> str:
+    """What each row of KERNELS for a layout supports, as a Markdown table: Problem fields down, kernels across."""
+    rows = _rows(None, layout)
+    fields = list(dict.fromkeys(field for row in rows for field in row.supports))
+    lines = ["| | " + " | ".join(row.name for row in rows) + " |", "|---|" + "---|" * len(rows)]
     for field in fields:
-        cells = [describe(row.supports[field]) if field in row.supports else "any" for row in KERNELS]
+        cells = [describe(row.supports[field]) if field in row.supports else "any" for row in rows]
         lines.append(f"| {field} | " + " | ".join(cell.replace(" | ", ", ") for cell in cells) + " |")
     return "\n".join(lines)

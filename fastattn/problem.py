@@ -32,7 +32,8 @@ class Problem(NamedTuple):
     device, dtype        "cpu" | "cuda" | ..., "float32" | "bfloat16" | "float16" | "float64" (of q, k and v)
     batch ... head_dim_v sizes: q [batch, num_heads, seqlen_q, head_dim], k [batch, num_heads_k, seqlen_k, head_dim],
                          v [batch, num_heads_k, seqlen_k, head_dim_v]
-    layout               "dense"; "varlen" and "paged" have their place
+    layout               "dense", or "csr": the keys of each query are listed (`attention_csr`); "varlen" and "paged"
+                         have their place
     mask                 one of MASK_KINDS
     bias                 dtype of the additive bias, or "none"
     alibi softcap sinks  whether that score modification is on

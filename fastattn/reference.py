@@ -52,24 +52,71 @@ def attention(
     return _weighted_sum(p, v, visible).to(dtype), lse
 
 
+def attention_csr(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    indptr: torch.Tensor,
+    indices: torch.Tensor,
+    *,
+    edge_bias: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) as `attention`, where query i sees the keys indices[indptr[i] : indptr[i + 1]]; a key that is listed
+    twice counts twice. edge_bias broadcastable to [B, H, edges]; -inf takes an edge away. O(edges * D) memory.
+    """
+    q, k, v, dtype = *_upcast(q, k, v), q.dtype
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    rows = torch.arange(q.shape[2], device=q.device).repeat_interleave(indptr.diff(), output_size=len(indices))
+    k, v = (_per_query_head(x, q.shape[1])[:, :, indices] for x in (k, v))
+    if edge_bias is not None:
+        edge_bias = edge_bias.to(q.dtype)
+        masked = edge_bias == -math.inf
+        k, v = (x.masked_fill(masked[..., None], 0.0) for x in (k, v))
+    scores = scale * (q[:, :, rows] * k).sum(-1)
+    if edge_bias is not None:
+        scores = (scores + edge_bias).masked_fill(masked, -math.inf)
+    zeros = q.new_zeros(q.shape[:3])
+    m = (zeros - math.inf).scatter_reduce(2, rows.expand_as(scores), scores.detach(), "amax")
+    m = m.masked_fill(m == -math.inf, 0.0)
+    p = torch.exp(scores - m[:, :, rows]).masked_fill(scores == -math.inf, 0.0)
+    total = zeros.index_add(2, rows, p)
+    empty = total == 0.0
+    total = total.masked_fill(empty, 1.0)
+    out = q.new_zeros(*q.shape[:3], v.shape[3]).index_add(2, rows, p[..., None] * v) / total[..., None]
+    return out.to(dtype), (m + torch.log(total)).masked_fill(empty, -math.inf)
+
+
 def run(problem, q, k, v, terms):
     """`attention` behind the kernel signature of dispatch.Row."""
-    out, lse = attention(q, k, v, **_arguments(problem, q, terms))
-    if q.stride(1) < q.stride(2) and problem.seqlen_q > 1:  # q's memory order, as every kernel
-        out = out.transpose(1, 2).contiguous().transpose(1, 2)
-    return out, lse if problem.lse else None
+    return as_kernel(problem, q, *attention(q, k, v, **_arguments(problem, q, terms)))
 
 
 def run_backward(problem, q, k, v, terms, saved, dout, dlse, wanted):
     """Gradients that can be differentiated again (backward signature of dispatch.Row): the forward pass once more."""
     arguments = _arguments(problem, q, terms)
     names = ("bias", "alibi_slopes", "sinks", "softmax_scale")
+
+    def forward(q, k, v, *rest):
+        return attention(q, k, v, **(arguments | dict(zip(names, rest, strict=True))))
+
+    inputs = [q, k, v, *(arguments[name] for name in names)]
+    return backward_by_autograd(problem, forward, inputs, dout, dlse, wanted)
+
+
+def as_kernel(problem, q, out, lse) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(out, lse) as every kernel returns them: out in q's memory order, lse if it is asked for."""
+    if q.stride(1) < q.stride(2) and problem.seqlen_q > 1:
+        out = out.transpose(1, 2).contiguous().transpose(1, 2)
+    return out, lse if problem.lse else None
+
+
+def backward_by_autograd(problem, forward, inputs, dout, dlse, wanted) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of `inputs` for cotangents of forward(*inputs) = (out, lse); a cotangent may be None."""
     with torch.enable_grad():
-        inputs = [q, k, v, *(arguments[name] for name in names)]
         # Views, so that a tensor that is passed twice gets two gradients.
         inputs = [x.view_as(x) if isinstance(x, torch.Tensor) else x for x in inputs]
-        arguments.update(zip(names, inputs[3:], strict=True))
-        results = attention(*inputs[:3], **arguments)
+        results = forward(*inputs)
         sources = [x for x, want in zip(inputs, wanted, strict=True) if want]
         pairs = [(y, dy) for y, dy in zip(results, (dout, dlse), strict=True) if dy is not None]
         ys, dys = zip(*pairs, strict=True)

@@ -333,3 +333,17 @@ def test_truth_of_a_pattern_is_the_reference(name):
         zip(leaves, torch.autograd.grad(out, [*leaves.values()], dout), strict=True)
     )
     torch.testing.assert_close(oracle.truth(work)[0], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_edges_against_a_gather():
+    for passes in ("forward", "backward"):
+        row = suites.edges_row(64, 5, passes, 0.0)
+        assert row.wrong is None and row.metrics["vs gather"] > 0 and row.results["gather"].max_error < 1e-5
+        assert row.kernel.startswith("cpu.csr") and row.flops == 64 * 5 * (256 if passes == "forward" else 640)
+
+
+def test_wrong_edges_are_not_timed(monkeypatch):
+    right = fastattn.attention_csr
+    monkeypatch.setattr(fastattn, "attention_csr", lambda q, *args, **kwargs: right(2 * q, *args, **kwargs))
+    row = suites.edges_row(64, 5, "forward", 0.0)
+    assert "max error" in row.wrong and row.ours.ms is None

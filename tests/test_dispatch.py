@@ -47,6 +47,7 @@ BACKWARD_PROBLEMS = [dispatch.backward_of(problem) for problem in PROBLEMS]
 @pytest.mark.parametrize("row", KERNELS, ids=lambda row: row.name)
 def test_each_row_accepts_some_case(row):
     problems = PROBLEMS + BACKWARD_PROBLEMS
+    problems += [problem._replace(layout="csr") for problem in problems]
     assert any(not refuse(row._replace(available=None), problem) for problem in problems)
 
 
@@ -227,11 +228,15 @@ def test_use_reaches_scaled_dot_product_attention():
 # --- explain ---------------------------------------------------------------------------------------------------------
 
 
-def test_explain_lists_every_row():
+def test_explain_lists_every_row_of_the_layout():
     text = fastattn.explain(*qkv())
     lines = text.splitlines()
     of_direction = {
-        direction: [row.name for row in KERNELS if row.supports["direction"] == {direction}]
+        direction: [
+            row.name
+            for row in KERNELS
+            if row.supports["direction"] == {direction} and "dense" in row.supports["layout"]
+        ]
         for direction in ("forward", "backward")
     }
     assert lines[0] == "cpu float32 B1 H2 S4 D8"
@@ -254,7 +259,7 @@ def test_explain_gives_the_reasons():
     text = fastattn.explain(*wide_qkv(requires_grad=True))
     assert "needs_grad" in text.splitlines()[0] and "head_dim=600 (supports 1...512)" in text
     text = fastattn.explain(*qkv(), backend="reference")
-    assert "cpu.prefill         refused:" in text and "backend='reference' was asked for" in text
+    assert "cpu.prefill             refused:" in text and "backend='reference' was asked for" in text
 
 
 def test_explain_computes_and_counts_nothing(fresh_fallbacks):

@@ -12,8 +12,9 @@ README = (ROOT / "README.md").read_text()
 PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
-def test_support_matrix_is_the_table_of_kernels():
-    assert dispatch.support_matrix() in README, "paste the output of fastattn.dispatch.support_matrix() into README.md"
+@pytest.mark.parametrize("layout", ["dense", "csr"])
+def test_support_matrix_is_the_table_of_kernels(layout):
+    assert dispatch.support_matrix(layout) in README, f"paste dispatch.support_matrix({layout!r}) into README.md"
 
 
 @pytest.mark.parametrize("block", PYTHON_BLOCKS, ids=[block.splitlines()[0][:40] for block in PYTHON_BLOCKS])

@@ -1,0 +1,750 @@
+"""`attention_csr`: against the reference in float64 and against dense attention with the same edges as a bool mask."""
+
+import math
+import os
+import re
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
+
+import fastattn
+from fastattn import UnsupportedError, cpu, dispatch
+from test_backward import SLACK, strided
+from test_memory import Guarded, in_child, reset_peak, status
+from test_prefill import DTYPES, INF, NAN, TOLERANCE, exactly_these, max_error, run_tests_on, supported_isas
+
+pytestmark = [
+    pytest.mark.skipif(cpu.unavailable() is not None, reason="the CPU kernels are not built"),
+    pytest.mark.usefixtures("one_thread"),
+]
+BIASES = (None, "edge", "head", "full", "batch")
+
+
+class Graph(NamedTuple):
+    """One call by value. Query i has between 0 and 2 * degree edges to random keys, some of them twice.
+
+    bias    None | "edge" ([edges]) | "head" ([num_heads, edges]) | "full" ([batch, num_heads, edges]) |
+            "batch" ([batch, 1, edges]); some entries are -inf
+    """
+
+    seqlen_q: int = 37
+    seqlen_k: int = 53
+    degree: int = 6
+    batch: int = 2
+    num_heads: int = 4
+    num_heads_k: int = 2
+    head_dim: int = 16
+    head_dim_v: int = 16
+    dtype: str = "float32"
+    bias: str | None = None
+    index: str = "int64"
+
+    def __str__(self) -> str:
+        return "-".join(str(x) for x in self)
+
+
+def inputs(graph: Graph, seed: int = 0) -> tuple[list[torch.Tensor], dict]:
+    """((q, k, v, indptr, indices), keyword arguments)"""
+    g, generator = graph, torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    counts = torch.randint(0, 2 * g.degree + 1, (g.seqlen_q,), generator=generator)
+    counts = counts * (torch.rand(g.seqlen_q, generator=generator) < 0.8) * (g.seqlen_k > 0)
+    indptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    edges = int(indptr[-1])
+    indices = torch.randint(0, max(g.seqlen_k, 1), (edges,), generator=generator)
+    shapes = {"edge": (edges,), "head": (g.num_heads, edges), "batch": (g.batch, 1, edges)}
+    shapes |= {"full": (g.batch, g.num_heads, edges)}
+    kwargs = {}
+    if g.bias:
+        bias = normal(*shapes[g.bias])
+        kwargs["edge_bias"] = bias.masked_fill(torch.rand(bias.shape, generator=generator) < 0.1, -INF)
+    sizes = (g.num_heads, g.seqlen_q, g.head_dim), (g.num_heads_k, g.seqlen_k, g.head_dim)
+    qkv = [normal(g.batch, *size) for size in (*sizes, (g.num_heads_k, g.seqlen_k, g.head_dim_v))]
+    dtype, index = getattr(torch, g.dtype), getattr(torch, g.index)
+    lists = [indptr.to(index), indices.to(index)]
+    return [x.to(dtype) for x in qkv] + lists, {name: x.to(dtype) for name, x in kwargs.items()}
+
+
+def run(*tensors, backend="cpu", **kwargs):
+    result = fastattn.attention_csr(*tensors, **kwargs, return_lse=True, backend=backend)
+    assert fastattn.last_call().kernel == f"{backend}.csr"
+    return result
+
+
+def cotangents(q, v):
+    generator = torch.Generator().manual_seed(1)
+    shape = (*q.shape[:3], v.shape[3])
+    return tuple(torch.randn(s, generator=generator, dtype=torch.float64) for s in (shape, shape[:3]))
+
+
+def results(tensors, kwargs, backend="cpu", dout=None, dlse=None) -> dict[str, torch.Tensor]:
+    """out, lse and the gradients of q, k, v, edge_bias; an lse of -inf takes no cotangent."""
+    leaves = dict(zip("qkv", tensors, strict=False)) | kwargs
+    leaves = {name: x.detach().requires_grad_() for name, x in leaves.items()}
+    options = {name: leaves[name] for name in kwargs}
+    out, lse = run(*(leaves[name] for name in "qkv"), *tensors[3:], **options, backend=backend)
+    both = cotangents(*(tensors[i] for i in (0, 2)))
+    weights = [(both[0] if dout is None else dout).to(out.dtype), (both[1] if dlse is None else dlse).to(lse.dtype)]
+    grads = torch.autograd.grad([out, lse.masked_fill(lse == -INF, 0.0)], list(leaves.values()), weights)
+    if backend == "cpu":
+        assert fastattn.last_call().kernel == "cpu.csr_backward"
+    return {"out": out.detach(), "lse": lse.detach()} | {f"d{name}": x for name, x in zip(leaves, grads, strict=True)}
+
+
+def assert_same(actual: dict, expected: dict):
+    for name, x in expected.items():
+        y = actual[name]
+        assert (y.shape, y.dtype) == (x.shape, x.dtype) and torch.equal(x, y), name
+
+
+# --- values ----------------------------------------------------------------------------------------------------------
+
+
+def extended_precision(tensors, kwargs, dout) -> dict[str, torch.Tensor]:
+    """`results` of float64 tensors in numpy's longdouble.
+
+    The reference in float64 is no oracle for float64: it adds edge after edge, and rounds more than the kernel where a
+    query has hundreds.
+    """
+    dlse = cotangents(tensors[0], tensors[2])[1]
+    q, k, v, dout, dlse = (x.numpy().astype(np.longdouble) for x in (*tensors[:3], dout, dlse))
+    indptr, keys = (x.numpy() for x in tensors[3:])
+    rows, scale = np.repeat(np.arange(q.shape[2]), np.diff(indptr)), np.longdouble(q.shape[-1] ** -0.5)
+    group_size = q.shape[1] // k.shape[1] if k.shape[1] else 1
+    k_edges, v_edges = (x.repeat(group_size, 1)[:, :, keys] for x in (k, v))
+    q_edges, dout_edges = q[:, :, rows], dout[:, :, rows]
+
+    def sums(edges, places, size):
+        result = np.zeros((*edges.shape[:2], size, *edges.shape[3:]), np.longdouble)
+        np.add.at(result, (slice(None), slice(None), places), edges)
+        return result
+
+    scores = scale * (q_edges * k_edges).sum(-1)
+    if kwargs:
+        scores = scores + kwargs["edge_bias"].numpy()
+    top = np.full(q.shape[:3], -np.inf, np.longdouble)
+    np.maximum.at(top, (slice(None), slice(None), rows), scores)
+    top[top == -np.inf] = 0
+    p = np.exp(scores - top[:, :, rows])
+    total = sums(p, rows, q.shape[2])
+    empty = total == 0
+    total[empty] = 1
+    p /= total[:, :, rows]
+    out = sums(p[..., None] * v_edges, rows, q.shape[2])
+    delta = (dout * out).sum(-1) - dlse
+    ds = p * ((dout_edges * v_edges).sum(-1) - delta[:, :, rows])
+    found = {"out": out, "lse": np.where(empty, -np.inf, top + np.log(total))}
+    found["dq"] = scale * sums(ds[..., None] * k_edges, rows, q.shape[2])
+    by_key = scale * sums(ds[..., None] * q_edges, keys, k.shape[2]), sums(p[..., None] * dout_edges, keys, k.shape[2])
+    for name, x, y in zip(("dk", "dv"), by_key, (k, v), strict=True):
+        found[name] = x.reshape(k.shape[0], k.shape[1], group_size, *y.shape[2:]).sum(2)
+    if kwargs:
+        shape = kwargs["edge_bias"].shape
+        axes = tuple(i for i, size in enumerate((1,) * (3 - len(shape)) + shape[:-1]) if size == 1)
+        found["dedge_bias"] = ds.sum(axes, keepdims=True).reshape(shape)
+    return {name: torch.from_numpy(x.astype(np.float64)) for name, x in found.items()}
+
+
+def assert_parity(tensors, kwargs):
+    """Each error is at most twice that of plain torch in the same dtype, against the reference in a wider one."""
+    dout = cotangents(tensors[0], tensors[2])[0].to(tensors[0].dtype).double()  # the same number for all three
+    actual, same_dtype = (results(tensors, kwargs, backend, dout=dout) for backend in ("cpu", "reference"))
+    if tensors[0].dtype == torch.float64:
+        oracle = extended_precision(tensors, kwargs, dout)
+    else:
+        double = [x.double() if x.is_floating_point() else x for x in tensors]
+        oracle = results(double, {name: x.double() for name, x in kwargs.items()}, "reference", dout=dout)
+    for name, z in oracle.items():
+        x, y = actual[name], same_dtype[name]
+        assert (x.shape, x.dtype) == (y.shape, y.dtype), name
+        dtype = str(x.dtype).removeprefix("torch.")
+        slack, limit = TOLERANCE[dtype] if name in ("out", "lse") else (SLACK[dtype], INF)
+        error, bound = max_error(x, z), min(2.0 * max_error(y, z) + slack, limit)
+        assert error <= bound, f"{name}: error {error:.3g}, allowed {bound:.3g}"
+
+
+def _parity_graphs() -> tuple[Graph, ...]:
+    small, plain = Graph(), Graph(batch=1, num_heads=2)
+    graphs = [plain._replace(head_dim=d, head_dim_v=d) for d in (1, 3, 8, 16, 17, 31, 32, 33, 48, 64, 65, 96, 128)]
+    graphs += [plain._replace(head_dim=d, head_dim_v=dv) for d, dv in ((7, 65), (64, 24), (300, 16), (16, 600))]
+    graphs += [plain._replace(degree=d, seqlen_q=s) for d, s in ((1, 40), (16, 12), (32, 20), (70, 9), (400, 5))]
+    graphs += [Graph(1, 1, 100, 1, 1, 1, 1, 64, dtype="float64")]  # one key, 200 times
+    graphs += [plain._replace(seqlen_q=s, seqlen_k=t) for s, t in ((1, 1), (1, 300), (300, 1), (130, 70))]
+    graphs += [small._replace(num_heads_k=h) for h in (1, 4)] + [small._replace(index="int32")]
+    graphs += [small._replace(seqlen_q=0), small._replace(seqlen_k=0), small._replace(degree=0)]
+    graphs += [small._replace(batch=0), small._replace(num_heads=0, num_heads_k=0)]
+    for dtype in DTYPES:
+        graphs += [small._replace(dtype=dtype, bias=bias) for bias in BIASES]
+        graphs += [small._replace(dtype=dtype, head_dim=64, head_dim_v=40, degree=50, bias=b) for b in (None, "head")]
+    return tuple(dict.fromkeys(graphs))
+
+
+@pytest.mark.parametrize("graph", _parity_graphs(), ids=str)
+def test_parity(graph):
+    assert_parity(*inputs(graph))
+
+
+@settings(exactly_these, max_examples=60)
+@given(st.data())
+def test_parity_of_any_graph(data):
+    draw, num_heads_k = data.draw, data.draw(st.integers(1, 2))
+    sizes = st.integers(1, 40) | st.sampled_from((64, 65, 128))
+    graph = Graph(
+        seqlen_q=draw(st.integers(0, 70)),
+        seqlen_k=draw(st.integers(0, 70)),
+        degree=draw(st.sampled_from((0, 1, 5, 30, 60, 100))),
+        batch=draw(st.integers(1, 2)),
+        num_heads=num_heads_k * draw(st.integers(1, 3)),
+        num_heads_k=num_heads_k,
+        head_dim=draw(sizes),
+        head_dim_v=draw(sizes),
+        dtype=draw(st.sampled_from(DTYPES)),
+        bias=draw(st.sampled_from(BIASES)),
+        index=draw(st.sampled_from(("int32", "int64"))),
+    )
+    assert_parity(*inputs(graph, seed=draw(st.integers(0, 3))))
+
+
+@pytest.mark.skipif("FASTATTN_CPU_ISA" in os.environ, reason="the suite runs on one ISA already")
+@pytest.mark.parametrize("isa", supported_isas())
+def test_every_isa(isa):
+    if isa == cpu.isa():
+        return  # this process runs on it
+    run_tests_on(isa, "tests/test_csr.py", "-k", "parity or guard or strides or threads")
+
+
+def without_duplicates(indptr, indices):
+    """(indptr, indices, bool mask [seqlen_q, 53]) of the distinct edges, in the order of their first appearance."""
+    rows = torch.arange(len(indptr) - 1).repeat_interleave(indptr.diff())
+    pairs = list(dict.fromkeys(zip(rows.tolist(), indices.tolist(), strict=True)))
+    mask = torch.zeros(len(indptr) - 1, 53, dtype=torch.bool)
+    for i, j in pairs:
+        mask[i, j] = True
+    return torch.nn.functional.pad(mask.sum(-1).cumsum(0), (1, 0)), torch.tensor([j for _, j in pairs]), mask
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equals_dense_attention_with_a_bool_mask(dtype, backend):
+    (q, k, v, indptr, indices), _ = inputs(Graph(dtype=dtype))
+    indptr, indices, mask = without_duplicates(indptr, indices)
+    rows = torch.arange(len(indptr) - 1).repeat_interleave(indptr.diff())
+    bias = torch.randn(2, 4, len(rows), dtype=torch.float64).to(q.dtype)
+    dense_bias = torch.zeros(2, 4, *mask.shape, dtype=q.dtype)
+    dense_bias[:, :, rows, indices] = bias
+    actual = results([q, k, v, indptr, indices], {"edge_bias": bias}, backend)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, dense_bias)]
+    out, lse = fastattn.attention(*leaves[:3], bias=leaves[3], mask=mask, return_lse=True)
+    weights = [x.to(y.dtype) for x, y in zip(cotangents(q, v), (out, lse), strict=True)]
+    grads = torch.autograd.grad([out, lse.masked_fill(lse == -INF, 0.0)], leaves, weights)
+    expected = dict(zip(("out", "lse", "dq", "dk", "dv", "dedge_bias"), (out, lse, *grads), strict=True))
+    expected["dedge_bias"] = expected["dedge_bias"][:, :, rows, indices]
+    tolerance = {"float64": 1e-13, "float32": 3e-6, "float16": 1e-2, "bfloat16": 6e-2}[dtype]
+    for name, x in expected.items():
+        torch.testing.assert_close(actual[name], x.detach(), atol=tolerance, rtol=tolerance)
+
+
+def test_softmax_scale():
+    (q, k, v, indptr, indices), _ = inputs(Graph(dtype="float64"))
+    for scale in (0.0, -0.7, 3):
+        actual = run(q, k, v, indptr, indices, softmax_scale=scale)
+        expected = run(q, k, v, indptr, indices, softmax_scale=scale, backend="reference")
+        torch.testing.assert_close(actual, expected, atol=1e-13, rtol=1e-13)
+
+
+def test_a_key_that_is_listed_twice_weighs_twice():
+    q, k, v = (torch.randn(1, 1, n, 16, dtype=torch.float64) for n in (1, 3, 3))
+    twice = run(q, k, v, torch.tensor([0, 4]), torch.tensor([2, 0, 2, 1]))
+    bias = torch.tensor([math.log(2.0), 0.0, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(twice, run(q, k, v, torch.tensor([0, 3]), torch.tensor([2, 0, 1]), edge_bias=bias))
+
+
+def test_the_recipes_of_the_docstring():
+    """Node features, an edge_index, nearest neighbours, and graphs of their own for each item."""
+    x, edge_index = torch.randn(20, 4, 16), torch.randint(0, 20, (2, 70))
+    bias = torch.randn(4, 70)
+    order = edge_index[1].argsort(stable=True)
+    indptr = torch.nn.functional.pad(edge_index[1].bincount(minlength=20).cumsum(0), (1, 0))
+    h = x.transpose(0, 1)[None]
+    out = run(h, h, h, indptr, edge_index[0][order], edge_bias=bias[..., order])[0]
+    assert out[0].transpose(0, 1).is_contiguous()
+    mask = torch.full((4, 20, 20), -INF)
+    for e, (source, target) in enumerate(edge_index.T.tolist()):
+        mask[:, target, source] = torch.logaddexp(mask[:, target, source], bias[:, e])
+    torch.testing.assert_close(out, fastattn.attention(h, h, h, bias=mask), atol=1e-5, rtol=1e-5)
+
+    q, k, v = (torch.randn(3, 4, 20, 16) for _ in range(3))
+    neighbours = torch.randint(0, 20, (3, 20, 5))
+    joined = [x.transpose(0, 1).flatten(1, 2)[None] for x in (q, k, v)]
+    indices = (neighbours + torch.arange(3)[:, None, None] * 20).flatten()
+    together = run(*joined, torch.arange(0, 3 * 20 * 5 + 1, 5), indices)[0][0].unflatten(1, (3, 20))
+    for b in range(3):
+        alone = [x[b : b + 1] for x in (q, k, v)]
+        alone = run(*alone, torch.arange(0, 20 * 5 + 1, 5), neighbours[b].flatten())[0]
+        assert torch.equal(together[:, b], alone[0])
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", BIASES)
+def test_gradcheck(bias):
+    """Through the kernel in float64, out and lse; the second derivative through the reference, which is recorded."""
+    graph = Graph(7, 5, 2, head_dim=3, head_dim_v=5, dtype="float64", bias=bias)
+    (q, k, v, indptr, indices), kwargs = inputs(graph)
+    leaves = [x.requires_grad_() for x in (q, k, v, *kwargs.values())]
+
+    def call(q, k, v, *biases):
+        names = dict(zip(kwargs, biases, strict=True))
+        if names:  # the finite differences must not move an edge from and to -inf
+            names["edge_bias"] = names["edge_bias"].masked_fill(kwargs["edge_bias"] == -INF, -INF)
+        out, lse = fastattn.attention_csr(q, k, v, indptr, indices, **names, return_lse=True)
+        return out, lse.masked_fill(lse == -INF, 0.0)
+
+    if kwargs:
+        leaves[3] = torch.where(leaves[3] == -INF, 0.0, leaves[3]).detach().requires_grad_()
+    with fastattn.record() as calls:
+        assert gradcheck(call, leaves, fast_mode=False)
+    assert {c.kernel for c in calls} == {"cpu.csr", "cpu.csr_backward"}
+    assert gradgradcheck(call, leaves, fast_mode=True)
+    torch.autograd.grad(call(*leaves)[0].sum(), q, create_graph=True)
+    assert fastattn.last_call().kernel == "reference.csr_backward"
+
+
+def test_double_backward_of_one_tensor_thrice():
+    x = torch.randn(1, 2, 4, 3, dtype=torch.float64).requires_grad_()
+    lists = torch.tensor([0, 2, 2, 5, 6]), torch.tensor([1, 3, 0, 2, 3, 2])
+    (grad,) = torch.autograd.grad(fastattn.attention_csr(x, x, x, *lists).sum(), x)
+    (again,) = torch.autograd.grad(fastattn.attention_csr(x, x, x, *lists).sum(), x, create_graph=True)
+    torch.testing.assert_close(grad, again)
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (4, 1), (2, 4, 1), (2, 1, 1), (1, 4, 1)])
+def test_bias_gradient_has_the_shape_of_the_bias(shape):
+    """Broadcast over batch and heads, by its own shape or by expand."""
+    (q, k, v, indptr, indices), _ = inputs(Graph())
+    bias = torch.randn(*shape[:-1], len(indices)).requires_grad_()
+    grads = [
+        torch.autograd.grad(fastattn.attention_csr(q, k, v, indptr, indices, edge_bias=x).square().sum(), bias)[0]
+        for x in (bias, bias.expand(2, 4, len(indices)))
+    ]
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+@pytest.mark.parametrize("wanted", ["q", "k", "v", "edge_bias", "qk", "qv", "kv"])
+def test_only_what_is_asked_for(wanted):
+    tensors, kwargs = inputs(Graph(bias="head"))
+    expected = results(tensors, kwargs, dlse=torch.zeros(2, 4, 37))
+    names = [wanted] if wanted == "edge_bias" else list(wanted)
+    leaves = {
+        n: x.clone().requires_grad_(n in names) for n, x in (dict(zip("qkv", tensors, strict=False)) | kwargs).items()
+    }
+    out = fastattn.attention_csr(*(leaves[n] for n in "qkv"), *tensors[3:], edge_bias=leaves["edge_bias"])
+    out.backward(cotangents(tensors[0], tensors[2])[0].float())
+    for name, x in leaves.items():
+        assert torch.equal(x.grad, expected[f"d{name}"]) if name in names else x.grad is None
+
+
+@pytest.mark.parametrize("result", ["out", "lse"])
+def test_each_result_alone(result):
+    tensors, kwargs = inputs(Graph(dtype="float64", bias="full"))
+    grads = []
+    for backend in ("cpu", "reference"):
+        leaves = [x.detach().requires_grad_() for x in (*tensors[:3], kwargs["edge_bias"])]
+        out, lse = run(*leaves[:3], *tensors[3:], edge_bias=leaves[3], backend=backend)
+        loss = out.square().sum() if result == "out" else lse.masked_fill(lse == -INF, 0.0).square().sum()
+        grads.append(torch.autograd.grad(loss, leaves, materialize_grads=True))
+    for x, y in zip(*grads, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-13, rtol=1e-13)
+
+
+@pytest.mark.parametrize("dims", [(3,), (2,), (0, 1, 2, 3)])
+def test_expanded_dout(dims):
+    """What `out.sum().backward()` gives: one number with strides of 0."""
+    tensors, kwargs = inputs(Graph())
+    shape = (2, 4, 37, 16)
+    dout = torch.randn([1 if d in dims else size for d, size in enumerate(shape)]).expand(shape)
+    assert_same(results(tensors, kwargs, dout=dout), results(tensors, kwargs, dout=dout.contiguous()))
+
+
+def test_lists_that_change_before_the_backward_pass_are_an_error():
+    (q, k, v, indptr, indices), _ = inputs(Graph())
+    out = fastattn.attention_csr(q.requires_grad_(), k, v, indptr, indices)
+    indices[0] = 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+# --- strides ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("how", ["transposed", "sliced", "every second", "columns first"])
+def test_strides_change_nothing(how, dtype):
+    tensors, kwargs = inputs(Graph(dtype=dtype, bias="full"))
+    dout = cotangents(tensors[0], tensors[2])[0].to(tensors[0].dtype)
+    expected = results(tensors, kwargs, dout=dout)
+    tensors = [strided(x, how) for x in tensors[:3]] + [torch.stack([x, x], -1)[:, 0] for x in tensors[3:]]
+    kwargs = {"edge_bias": kwargs["edge_bias"].transpose(0, 2).contiguous().transpose(0, 2)}
+    actual = results(tensors, kwargs, dout=strided(dout, how))
+    assert_same(actual, expected)
+    if how == "transposed":
+        assert actual["out"].stride() == tensors[0].stride() == actual["dq"].stride()
+
+
+def test_int32_and_int64_lists_may_be_mixed():
+    (q, k, v, indptr, indices), _ = inputs(Graph())
+    expected = results([q, k, v, indptr, indices], {})
+    assert_same(results([q, k, v, indptr.int(), indices], {}), expected)
+    assert_same(results([q, k, v, indptr, indices.int()], {}), expected)
+
+
+# --- bits ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", BIASES)
+def test_bits_do_not_depend_on_threads_or_run(bias, dtype):
+    tensors, kwargs = inputs(Graph(400, 300, 20, head_dim=24, dtype=dtype, bias=bias))
+    expected = results(tensors, kwargs)
+    for threads in (1, 2, 3, 7, 2):
+        torch.set_num_threads(threads)
+        assert_same(results(tensors, kwargs), expected)
+
+
+def test_bits_do_not_depend_on_the_batch_or_the_other_rows():
+    (q, k, v, indptr, indices), kwargs = inputs(Graph(batch=3, bias="full"))
+    together = results([q, k, v, indptr, indices], kwargs)
+    for b in range(3):
+        alone = [x[b : b + 1] for x in (q, k, v)]
+        dout, dlse = (x[b : b + 1] for x in cotangents(q, v))
+        alone = results([*alone, indptr, indices], {"edge_bias": kwargs["edge_bias"][b : b + 1]}, dout=dout, dlse=dlse)
+        assert_same({name: x[b : b + 1] for name, x in together.items()}, alone)
+    out = run(q, k, v, indptr, indices, **kwargs)[0]
+    lo, hi = indptr[10], indptr[20]
+    some = run(q[:, :, 10:20], k, v, indptr[10:21] - lo, indices[lo:hi], edge_bias=kwargs["edge_bias"][..., lo:hi])[0]
+    assert torch.equal(out[:, :, 10:20], some)
+
+
+# --- rules -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("bias", [None, "edge"])
+def test_queries_without_edges(bias, backend):
+    tensors, kwargs = inputs(Graph(degree=2, bias=bias))
+    indptr = tensors[3]
+    empty = indptr.diff() == 0
+    if bias:
+        kwargs["edge_bias"][indptr[5] : indptr[9]] = -INF
+        kept = [(row > -INF).any().item() for row in kwargs["edge_bias"].tensor_split(indptr[1:-1])]
+        assert not any(kept[5:9]) and not empty[5:9].all()
+        empty = ~torch.tensor(kept)
+    actual = results(tensors, kwargs, backend)
+    assert 2 < empty.sum() < 37
+    assert (actual["out"][:, :, empty] == 0).all() and (actual["lse"][:, :, empty] == -INF).all()
+    assert (actual["dq"][:, :, empty] == 0).all() and torch.isfinite(actual["lse"][:, :, ~empty]).all()
+    for name, x in actual.items():
+        assert name == "lse" or torch.isfinite(x).all(), name
+    if bias:
+        assert (actual["dedge_bias"][kwargs["edge_bias"] == -INF] == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_graphs_without_edges_and_of_one_node(backend):
+    q, k, v = (torch.randn(1, 2, 5, 16) for _ in range(3))
+    none = torch.zeros(6, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+    for kwargs in ({}, {"edge_bias": torch.zeros(2, 0)}):
+        actual = results([q, k, v, *none], kwargs, backend)
+        assert (actual.pop("lse") == -INF).all() and all((x == 0).all() for x in actual.values())
+    one = [x[:, :, :1] for x in (q, k, v)]
+    actual = results([*one, torch.tensor([0, 1]), torch.tensor([0])], {}, backend, dlse=torch.zeros(1, 2, 1))
+    torch.testing.assert_close(actual["out"], one[2])
+    torch.testing.assert_close(actual["lse"], (one[0] * one[1]).sum(-1) / 4)
+    torch.testing.assert_close(actual["dv"], cotangents(one[0], one[2])[0].float())
+    assert (actual["dq"].abs() < 1e-6).all() and (actual["dk"].abs() < 1e-6).all()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("poison", [NAN, INF, -INF])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_leaks_from_keys_that_nobody_lists(dtype, poison, backend):
+    """Nor from keys whose edges a bias of -inf takes away, nor from queries without edges."""
+    tensors, kwargs = inputs(Graph(degree=2, dtype=dtype, bias="edge"))
+    q, k, v, indptr, indices = tensors
+    kwargs["edge_bias"] = kwargs["edge_bias"].masked_fill((indices == 7) | (indices == 11), -INF)
+    expected = results(tensors, kwargs, backend)
+    unseen = torch.ones(53, dtype=torch.bool)
+    unseen[indices[kwargs["edge_bias"] > -INF]] = False
+    blind = expected["lse"][0, 0] == -INF
+    assert unseen[7] and unseen[11] and unseen.sum() > 2 and blind.any()
+    q, k, v = q.clone(), k.clone(), v.clone()
+    q[:, :, blind], k[:, :, unseen], v[:, :, unseen] = poison, poison, poison
+    actual = results([q, k, v, indptr, indices], kwargs, backend)
+    assert_same(actual, expected)
+    assert (actual["dk"][:, :, unseen] == 0).all() and (actual["dv"][:, :, unseen] == 0).all()
+
+
+@pytest.mark.parametrize("head_dim", [16, 7])
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_nan_reaches_the_queries_that_list_it_and_no_others(name, head_dim):
+    (q, k, v, indptr, indices), _ = inputs(Graph(head_dim=head_dim, head_dim_v=head_dim))
+    expected = run(q, k, v, indptr, indices)[0]
+    {"k": k, "v": v}[name][:, :, 9] = NAN
+    rows = torch.arange(37).repeat_interleave(indptr.diff())
+    hit = torch.zeros(37, dtype=torch.bool)
+    hit[rows[indices == 9]] = True
+    actual = run(q, k, v, indptr, indices)[0]
+    assert hit.any() and actual[:, :, hit].isnan().all() and torch.equal(actual[:, :, ~hit], expected[:, :, ~hit])
+
+
+def test_large_bias_keeps_its_weights():
+    """Beside -1e38, lse alone could not tell two equal weights from two factors."""
+    tensors, _ = inputs(Graph())
+    kwargs = {"edge_bias": torch.full((len(tensors[4]),), torch.finfo(torch.float32).min)}
+    actual, expected = (results(tensors, kwargs, backend) for backend in ("cpu", "reference"))
+    for name in ("out", "dq", "dk", "dv"):
+        torch.testing.assert_close(actual[name], expected[name], atol=2e-6, rtol=1e-5)
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+MALFORMED = {
+    "from 1": ([1, 2, 2, 3], [0, 1, 2], "indptr[0]=1 must be 0"),
+    "from -1": ([-1, 2, 2, 3], [0, 1, 2], "indptr[0]=-1 must be 0"),
+    "decreasing": (
+        [0, 3, 2, 3],
+        [0, 1, 2],
+        "indptr[2]=2 is below indptr[1]=3; the starts of the rows must not decrease",
+    ),
+    "negative": ([0, -5, 2, 3], [0, 1, 2], "indptr[1]=-5 is below indptr[0]=0"),
+    "too few": ([0, 1, 2, 2], [0, 1, 2], "indptr[3]=2 must be the number of indices, 3"),
+    "too many": ([0, 1, 2, 4], [0, 1, 2], "indptr[3]=4 must be the number of indices, 3"),
+    "huge": ([0, 1, 2, 2**31 - 1], [0, 1, 2], "indptr[3]=2147483647 must be the number of indices, 3"),
+    "past the end": ([0, 1, 2, 3], [0, 5, 2], "indices[1]=5 must be a key, 0 <= index < seqlen_k=5"),
+    "below 0": ([0, 1, 2, 3], [0, 1, -1], "indices[2]=-1 must be a key, 0 <= index < seqlen_k=5"),
+    "no keys": ([0, 0, 0, 1], [0], "indices[0]=0 must be a key, 0 <= index < seqlen_k=0"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_lists(name, backend, dtype):
+    indptr, indices, message = MALFORMED[name]
+    q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 0 if name == "no keys" else 5, 8)
+    lists = torch.tensor(indptr, dtype=dtype), torch.tensor(indices, dtype=dtype)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run(q, k, k, *lists, backend=backend)
+    with pytest.raises(ValueError, match=re.escape(message)):  # also where there is nothing to compute
+        run(q[:0], k[:0], k[:0], *lists, backend=backend)
+
+
+def test_an_index_beyond_32_bits():
+    q = torch.randn(1, 1, 1, 8)
+    with pytest.raises(ValueError, match=r"indices\[0\]=4294967296 must be a key"):
+        run(q, q, q, torch.tensor([0, 1]), torch.tensor([2**32]))
+
+
+def test_the_backward_pass_checks_the_lists_too():
+    """It may be handed other ones, by saved-tensor hooks for instance."""
+    q, k, v = (torch.randn(1, 1, 2, 8).requires_grad_() for _ in range(3))
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x if x.is_floating_point() else x + 1)
+    with hooks:
+        out = fastattn.attention_csr(q, k, v, torch.tensor([0, 1, 2]), torch.tensor([0, 0]))
+    with pytest.raises(ValueError, match=r"indptr\[0\]=1 must be 0"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"indptr": [0, 1]}, TypeError, "indptr must be a torch.Tensor, got list"),
+        ({"indices": None}, TypeError, "indices must be a torch.Tensor, got NoneType"),
+        ({"indptr": torch.zeros(4)}, TypeError, "indptr has dtype torch.float32; it must be int32 or int64"),
+        ({"indices": torch.zeros(3, dtype=torch.int16)}, TypeError, "indices has dtype torch.int16"),
+        ({"indptr": torch.zeros(3, dtype=torch.int64)}, ValueError, "indptr has 3 entries; it must have seqlen_q + 1"),
+        ({"indices": torch.zeros(1, 3, dtype=torch.int64)}, ValueError, "indices has shape (1, 3); it must have one"),
+        ({"indptr": torch.zeros((), dtype=torch.int64)}, ValueError, "indptr has shape (); it must have one dimension"),
+        ({"edge_bias": torch.zeros(4)}, ValueError, "edge_bias has shape (4,); it must be broadcastable"),
+        ({"edge_bias": torch.zeros(3, 3)}, ValueError, "edge_bias has shape (3, 3); it must be broadcastable"),
+        ({"edge_bias": torch.zeros(2, 1)}, ValueError, "edge_bias has shape (2, 1); its last size must be edges=3"),
+        ({"edge_bias": torch.zeros(())}, ValueError, "edge_bias has shape (); its last size must be edges=3"),
+        ({"edge_bias": torch.zeros(1, 1, 2, 3)}, ValueError, "edge_bias has shape (1, 1, 2, 3); it must be"),
+        ({"edge_bias": torch.zeros(3).int()}, TypeError, "edge_bias has dtype torch.int32; supported are float16, "),
+        ({"edge_bias": 0.5}, TypeError, "edge_bias must be a torch.Tensor, got float"),
+        ({"edge_bias": torch.zeros(3, device="meta")}, ValueError, "edge_bias is on meta, q on cpu"),
+        ({"indices": torch.zeros(3, dtype=torch.int64, device="meta")}, ValueError, "indices is on meta, q on cpu"),
+        ({"q": None}, TypeError, "q must be a torch.Tensor, got NoneType"),
+        ({"q": torch.zeros(3, 8)}, ValueError, "q has shape (3, 8); it must be [batch, num_heads, seqlen, head_dim]"),
+        ({"k": torch.zeros(1, 2, 5, 8).double()}, TypeError, "q, k, v have dtypes"),
+        ({"softmax_scale": "1"}, TypeError, "softmax_scale"),
+        ({"backend": "gpu"}, ValueError, "backend='gpu' is not a backend"),
+        ({"causal": True}, TypeError, "unexpected keyword argument 'causal'"),
+    ],
+    ids=lambda x: str(x)[:30] if isinstance(x, str) else None,
+)  # fmt: skip
+def test_wrong_arguments(changes, error, message):
+    arguments = dict(zip("qkv", (torch.zeros(1, 2, n, 8) for n in (3, 5, 5)), strict=True))
+    arguments |= {"indptr": torch.tensor([0, 1, 2, 3]), "indices": torch.tensor([0, 1, 2])}
+    fastattn.attention_csr(**arguments)
+    with pytest.raises(error, match=re.escape(message)):
+        fastattn.attention_csr(**(arguments | changes))
+
+
+NATIVE = {  # place in csr_forward: what it must not be
+    3: (torch.ones(1, 2, 3, 7), torch.ones(1, 2, 3, 8).half()),
+    4: (torch.ones(1, 2, 4), torch.ones(1, 2, 3).double()),
+    7: (torch.zeros(4), torch.zeros(3).long(), torch.zeros(2, 4).long(), None),
+    8: (torch.zeros(3), torch.zeros(1, 3).long(), 5),
+    9: (torch.zeros(4), torch.zeros(3).int(), torch.zeros(3, 1, 3)),
+    10: (torch.ones(1, 2, 3, 8).half(),),
+}
+
+
+@pytest.mark.parametrize("place", NATIVE)
+def test_the_native_entry_refuses_what_does_not_fit(place):
+    q = torch.ones(1, 2, 3, 8)
+    lists = torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 2])
+    good = [q, q, q, torch.empty_like(q), None, None, 0.5, *lists, None, None, 1]
+    cpu._C.csr_forward(*good)
+    for wrong in NATIVE[place]:
+        with pytest.raises((ValueError, TypeError, AttributeError)):
+            cpu._C.csr_forward(*good[:place], wrong, *good[place + 1 :])
+    with pytest.raises(ValueError, match="12 arguments"):
+        cpu._C.csr_forward(*good[:-1])
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def test_record_and_explain(fresh_fallbacks):
+    (q, k, v, indptr, indices), kwargs = inputs(Graph(bias="head"))
+    with fastattn.record() as calls:
+        fastattn.attention_csr(q.requires_grad_(), k, v, indptr, indices, **kwargs).sum().backward()
+    assert [(c.kernel, c.isa, c.reason) for c in calls] == [
+        (name, cpu.isa(), "") for name in ("cpu.csr", "cpu.csr_backward")
+    ]
+    problem = calls[0].problem
+    assert str(problem) == "cpu float32 B2 H4/2 S37x53 D16 csr bias:float32 needs_grad"
+    text = fastattn.explain(q, k, v, indptr, indices, **kwargs)
+    names = ["cpu.csr", "reference.csr", "cpu.csr_backward", "reference.csr_backward"]
+    assert text.splitlines()[0] == str(problem) and [line.split()[0] for line in text.splitlines()[1:]] == names
+    assert text == fastattn.explain(q, k, v, indptr=indptr, indices=indices, **kwargs)
+    assert "csr" not in fastattn.explain(q, k, v)
+    assert not fresh_fallbacks
+
+
+def test_backends(fresh_fallbacks):
+    (q, k, v, indptr, indices), _ = inputs(Graph())
+    with fastattn.use("reference"):
+        fastattn.attention_csr(q, k, v, indptr, indices)
+    assert fastattn.last_call().kernel == "reference.csr" and not fresh_fallbacks
+    with pytest.warns(fastattn.FallbackWarning, match=r"needs the reference, O\(edges \* head_dim\) memory"):
+        torch.func.grad(lambda q: fastattn.attention_csr(q, k, v, indptr, indices).sum())(q)
+    assert fastattn.last_call().kernel == "reference.csr"
+    with pytest.raises(UnsupportedError, match="cpu.csr: transformed=True"):
+        torch.func.grad(lambda q: fastattn.attention_csr(q, k, v, indptr, indices, backend="cpu").sum())(q)
+
+
+@pytest.mark.parametrize("row", [row for row in dispatch.KERNELS if "csr" in row.name], ids=lambda row: row.name)
+def test_each_row_accepts_some_call(row):
+    (q, k, v, indptr, indices), kwargs = inputs(Graph(bias="edge"))
+    run(q.requires_grad_(), k, v, indptr, indices, **kwargs)
+    problem = fastattn.last_call().problem
+    problems = problem._replace(needs_grad=False), dispatch.backward_of(problem)
+    assert [not dispatch.refuse(row, p) for p in problems] == ["backward" not in row.name, "backward" in row.name]
+
+
+# --- torch's machinery -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::fastattn.FallbackWarning")
+def test_functorch_and_forward_mode():
+    (q, k, v, indptr, indices), kwargs = inputs(Graph(dtype="float64", bias="edge"))
+
+    def call(q):
+        return fastattn.attention_csr(q, k, v, indptr, indices, **kwargs)
+
+    batched = torch.func.vmap(call)(torch.stack([q, 2 * q]))
+    torch.testing.assert_close(batched, torch.stack([call(q), call(2 * q)]))
+    tangent = torch.randn_like(q)
+    _, derivative = torch.func.jvp(call, (q,), (tangent,))
+    dout = torch.randn_like(derivative)
+    grad = torch.autograd.grad(call(x := q.detach().requires_grad_()), x, dout)[0]
+    torch.testing.assert_close((derivative * dout).sum(), (grad * tangent).sum())
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint(use_reentrant):
+    (q, k, v, indptr, indices), _ = inputs(Graph())
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def call(q, k, v):
+        return fastattn.attention_csr(q, k, v, indptr, indices)
+
+    expected = torch.autograd.grad(call(*leaves).square().sum(), leaves)
+    checkpoint(call, *leaves, use_reentrant=use_reentrant).square().sum().backward()
+    assert all(torch.equal(x.grad, grad) for x, grad in zip(leaves, expected, strict=True))
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def guarded_calls(say, dtype, side):
+    """Both passes between pages that kill the process when touched."""
+    torch.use_deterministic_algorithms(False)
+    for d, dv in ((1, 1), (7, 16), (16, 33), (64, 8)):
+        for bias in (None, "full"):
+            say((d, dv, bias))
+            (q, k, v, indptr, indices), kwargs = inputs(Graph(head_dim=d, head_dim_v=dv, dtype=dtype, bias=bias))
+            indices[-1], indices[0] = 52, 0
+            bias = kwargs["edge_bias"].unsqueeze(-2) if bias else None
+            real = torch.float64 if dtype == "float64" else torch.float32
+            dout = torch.randn(2, 4, 37, dv).to(q.dtype)
+            out, lse, parts = torch.empty_like(dout), *(torch.empty(2, 4, 37, *s, dtype=real) for s in ((), (2,)))
+            exact = torch.empty_like(out, dtype=real)
+            grads = [torch.empty_like(x) for x in (q, k, v)] + [bias if bias is None else bias.to(real) * 0]
+            placed = [x if x is None else Guarded(x, side) for x in (q, k, v, indptr, indices, bias, dout)]
+            written = [x if x is None else Guarded(x, side) for x in (out, lse, parts, exact, *grads)]
+            q, k, v, indptr, indices, bias, dout = (x and x.tensor for x in placed)
+            out, lse, parts, exact, *grads = (x and x.tensor for x in written)
+            lists = 0.3, indptr, indices, bias
+            cpu._C.csr_forward(q, k, v, out, lse, parts, *lists, exact, 1)
+            cpu._C.csr_backward(q, k, v, exact, None, parts, *lists, dout, None, *grads, 1)
+            for x in written:
+                assert x is None or x.assert_untouched_outside() is None
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("side", ["end", "start"])
+def test_guard_pages(side, dtype):
+    in_child(guarded_calls, dtype, side)
+
+
+def test_extra_memory():
+    """Beyond the results less than 4 MiB forward and 8 MiB backward, where the gathered keys would take 1 GiB.
+
+    A result is of 32 MiB, or malloc could reuse memory that earlier tests have left resident.
+    """
+    n, degree = 16384, 32
+    q, k, v = (torch.randn(1, 8, n, 64).requires_grad_() for _ in range(3))
+    indptr, indices = torch.arange(0, n * degree + 1, degree), torch.randint(0, n, (n * degree,))
+    before = reset_peak()
+    out = fastattn.attention_csr(q, k, v, indptr, indices)
+    assert out.nbytes <= status("VmHWM") - before < out.nbytes + 4 * 2**20
+    dout = torch.randn_like(out)
+    before = reset_peak()
+    grads = torch.autograd.grad(out, (q, k, v), dout)
+    results = sum(x.nbytes for x in grads)
+    assert results <= status("VmHWM") - before < results + 8 * 2**20
