@@ -107,7 +107,7 @@ def attention(
     if backend is None:
         backend = _current_backend()
     settings = (
-        needs_grad, transformed, windows, softmax_scale, softcap, dropout_p, skip_negligible, return_lse, extras,
+        needs_grad, transformed, windows, softmax_scale, softcap, dropout_p, return_lse, extras, skip_negligible,
         backend,
     )  # fmt: skip
     try:
@@ -220,7 +220,7 @@ def _make_plan(key, settings, q, k, v) -> _Plan:
 
 def _problem(
     q, k, v, q_dtype, k_dtype, v_dtype, q_device, k_device, v_device, needs_grad, transformed, windows, softmax_scale,
-    softcap, dropout_p, skip_negligible, return_lse, extras,
+    softcap, dropout_p, return_lse, extras, skip_negligible=None,
 ) -> tuple[Problem, Terms]:  # fmt: skip
     """Validate shapes, dtypes and scalars; q, k, v are shapes. The only place that does. The terms lack tensors."""
     for name, shape in (("q", q), ("k", k), ("v", v)):
