@@ -262,6 +262,8 @@ def test_only_an_exact_name_wins(tmp_path):
     options = run._options(["--only", str(FORWARD[2])])
     assert [name for name, _ in run._plan(options, Peak())] == [str(FORWARD[2])]
     assert len(run._plan(run._options(["--only", "S1024"]), Peak())) > 5
+    both = [str(FORWARD[2]), str(FORWARD[0])]
+    assert [name for name, _ in run._plan(run._options(["--only", *both]), Peak())] == both[::-1]
     assert run.main(["--only", "no such row", "--out", str(tmp_path)]) == 2
 
 
