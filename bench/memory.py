@@ -38,7 +38,7 @@ def main(seqlen: int, num_heads: int, head_dim: int, passes: str) -> None:
     bias, dout = torch.randn(1, 1, 1, seqlen), torch.randn(1, num_heads, seqlen, head_dim)
     run(64)  # starts the threads
     with fastattn.record() as calls:
-        extra = _extra_mib(lambda: run(seqlen))
+        extra = extra_mib(lambda: run(seqlen))
     kernels = " + ".join(dict.fromkeys(call.kernel for call in calls))
     print(json.dumps({"extra_mib": extra, "kernel": kernels, "isa": calls[-1].isa}))
 
@@ -67,7 +67,7 @@ def sparse(seqlen: int, num_heads: int, head_dim: int, passes: str, pattern: str
     tensors = [torch.randn(1, num_heads, seqlen, head_dim) for _ in range(4)]
     leaves = [x.requires_grad_(trains) for x in tensors[:3]]
     fastattn.attention(*(x[..., :64, :] for x in leaves))
-    print(json.dumps({"extra_mib": _extra_mib(lambda: run(*leaves, tensors[3]))}))
+    print(json.dumps({"extra_mib": extra_mib(lambda: run(*leaves, tensors[3]))}))
 
 
 def build(seqlen: int) -> None:
@@ -75,10 +75,10 @@ def build(seqlen: int) -> None:
     from suites import built_mask
 
     built_mask(1024)
-    print(json.dumps({"extra_mib": _extra_mib(lambda: built_mask(seqlen).tensors().values())}))
+    print(json.dumps({"extra_mib": extra_mib(lambda: built_mask(seqlen).tensors().values())}))
 
 
-def _extra_mib(run: Callable) -> float:
+def extra_mib(run: Callable) -> float:
     """The highest resident size during `run`, minus that before it, minus the tensors that it returns."""
     before = resident("VmRSS")
     results = run()

@@ -78,6 +78,7 @@ def sparse_tables(head: dict, rows: list[Row], targets: list[dict], peers: list[
         _sparse_memory_table([row for row in sparse if any("MiB" in name for name in row.metrics)]),
         _build_table([row for row in rows if row.kind == "build"]),
         _select_table([row for row in rows if row.kind == "select"]),
+        _skip_table([row for row in rows if row.kind == "skip"]),
         _edges_table([row for row in rows if row.kind == "edges"]),
         _accuracy_table("Error against float64 (of gradients: over the largest entry of any)", sparse, peers),
         _refusal_table(rows),
@@ -203,6 +204,15 @@ def _select_table(rows: list[Row]) -> Table:
         times = [_ms(row.results[name]) for name in ("fastattn", "dense", "both")]
         of_dense, speed_up, density = (row.metrics[name] for name in ("time", "whole speed-up", "density"))
         table.add_row(row.name, *times[:2], f"{100 * of_dense:.1f} %", times[2], _ratio(speed_up), _percent(density))
+    return table
+
+
+def _skip_table(rows: list[Row]) -> Table:
+    title = "skip_negligible: keys whose weights are all 0 (random data without ALiBi: what the search costs)"
+    table = _table(title, "case", "skipped", "ms", "ms without", "speed-up", words=1)
+    for row in rows:
+        times = [_ms(row.ours), _ms(row.results["without"]), _ratio(row.metrics["speed-up"])] if not row.wrong else []
+        table.add_row(row.name, *([_percent(row.metrics["skipped"]), *times] if times else ["WRONG"]))
     return table
 
 

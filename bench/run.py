@@ -118,19 +118,19 @@ def parser_with(description: str, quick: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--quick", action="store_true", help=quick)
-    add("--only", metavar="TEXT", help="rows whose name contains TEXT, or just the row whose name is TEXT")
+    add("--only", nargs="+", metavar="TEXT", help="rows whose name contains a TEXT, or just the row whose name is TEXT")
     add("--isa", help="narrow the kernels to this instruction set (FASTATTN_CPU_ISA)")
     add("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="where the files go, default %(default)s")
     add("--tiny", action="store_true", help="shrink every case: checks this program, says nothing about speed")
     return parser
 
 
-def selected(plan: list[tuple[str, Callable]], only: str | None) -> list[tuple[str, Callable]]:
-    """The rows that --only asks for."""
+def selected(plan: list[tuple[str, Callable]], only: list[str] | None) -> list[tuple[str, Callable]]:
+    """The rows that --only asks for, in the order of the plan."""
     if only is None:
         return plan
-    exact = [item for item in plan if item[0] == only]
-    return exact or [item for item in plan if only in item[0]]
+    names = {name for name, _ in plan}
+    return [item for item in plan if any(item[0] == text or (text not in names and text in item[0]) for text in only)]
 
 
 def _options(argv: list[str]) -> argparse.Namespace:

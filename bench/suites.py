@@ -271,6 +271,36 @@ def select_row(work: Work, method: str, budget: float, peak: Peak) -> Row:
     return row
 
 
+def skip_row(work: Work, budget: float, peak: Peak) -> Row:
+    """Ours with and without skip_negligible, in turn; results that are not equal are wrong.
+
+    Metrics: "speed-up" (time without / with), "skipped" (share of the visited pairs).
+    """
+    torch.set_num_threads(1)
+    row, _ = _checked_row("skip", f"skip {work}", work, 1, SPARSE)
+    leaves, kwargs, dout = tensors(work)
+    qkv, others = list(leaves.values())[:3], dict(list(leaves.items())[3:])
+
+    def prepared(skip: bool) -> Callable:
+        return _call(work, partial(fastattn.attention, *qkv, **others, **kwargs, skip_negligible=skip), leaves, dout)
+
+    runs = {"fastattn": prepared(True), "without": prepared(False)}
+    before = fastattn.cpu.skipped_pairs()
+    found = _named(work, leaves, runs["fastattn"]())
+    row.metrics["skipped"] = (fastattn.cpu.skipped_pairs() - before) / work.pairs
+    if not all(torch.equal(found[name], x) for name, x in _named(work, leaves, runs["without"]()).items()):
+        row.wrong = row.wrong or "skipping changed the result"
+    if row.wrong:
+        return row
+    row.results["without"] = Result()
+    contenders = {name: Contender(run, 1) for name, run in runs.items()}
+    for name, seconds in _in_turn_beside_peak(row, contenders, budget, peak, work.case.dtype).items():
+        _fill(row.results[name], seconds, None, None)
+        row.results[name].ratio = row.results[name].ms / row.ours.ms
+    row.metrics["speed-up"] = row.results["without"].ratio
+    return row
+
+
 def edges_row(seqlen: int, neighbours: int, passes: str, budget: float) -> Row:
     """`attention_csr` along edges to random keys, the same number for each query, beside a gather in eager torch."""
     torch.set_num_threads(1)

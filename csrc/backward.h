@@ -10,6 +10,7 @@
 #pragma once
 #include "dropout.h"
 #include "gradient_products.h"
+#include "skip.h"
 
 namespace fastattn::FASTATTN_ISA {
 
@@ -44,6 +45,7 @@ struct GradientPanel : Panel<Real> {
   Real* slope_sum;  // [NR], of dS times the derivative by ALiBi's slope
   Range seen;       // keys of this turn's tile that some lane sees
   Softmax<Real> softmax;
+  Real* reference;  // [NR], of skip.h
 };
 
 // The memory of one thread while it computes a unit.
@@ -74,11 +76,12 @@ BackwardScratch<Real> backward_layout(const Problem& p, const BackwardBlocking& 
   const int64_t keys = b.n_block, range = smaller(b.split_keys, round_up(p.seqlen_k, b.n_block));
   s.panels = arena.take<GradientPanel<Real>>(panels);
   for (int64_t i = 0; i < panels; i++) {
-    GradientPanel<Real> panel{take_panel<Real>(arena, D, NR), nullptr, nullptr, nullptr, {}, {}};
+    GradientPanel<Real> panel{take_panel<Real>(arena, D, NR), nullptr, nullptr, nullptr, {}, {}, nullptr};
     panel.dout = arena.take<Real>(Dv * NR);
     panel.dq = b.num_splits == 1 ? arena.take<Real>(D * NR) : nullptr;
     panel.slope_sum = arena.take<Real>(NR);
     panel.softmax = {arena.take<Real>(NR), arena.take<Real>(NR), arena.take<Real>(NR)};
+    panel.reference = arena.take<Real>(NR);
     if (memory) s.panels[i] = panel;
   }
   s.prepared = arena.take<bool>(blocks);
@@ -131,10 +134,12 @@ class KeyRange {
   BackwardScratch<Real> s;
   Modifier<Real, NV> modifier;
   const bool careful;
-  bool any_masked = false, finite = true;
+  bool any_masked = false, finite = true, skips = false;
   const int64_t D, Dv, k_lo, k_hi;  // keys of the unit
   int64_t head = 0;                 // the query head of this turn
   int64_t lo = 0, keys = 0;         // the tile of this turn
+  Real key_norm = 0;                // its largest
+  int64_t skipped_pairs = 0;
 
  public:
   // careful: NaN or Inf must not leak from behind a mask.
@@ -169,7 +174,11 @@ class KeyRange {
     }
     finish_keys(g.dk, s.dk, D);
     finish_keys(g.dv, s.dv, Dv);
-    return finite || !any_masked || careful;
+    if (finite || !any_masked || careful) {
+      if (skipped_pairs) __atomic_fetch_add(p.skipped_pairs, skipped_pairs, __ATOMIC_RELAXED);
+      return true;
+    }
+    return false;
   }
 
  private:
@@ -178,6 +187,7 @@ class KeyRange {
   }
 
   void place_panels(Real* partial) {
+    skips = skips_in_head(p, slope_of<Real>(p, u.batch, head));
     for (int64_t query = 0; query < p.seqlen_q; query += NR) {
       GradientPanel<Real>& panel = s.panels[query / NR];
       const int64_t rows = smaller<int64_t>(NR, p.seqlen_q - query);
@@ -230,7 +240,23 @@ class KeyRange {
     find_delta(panel, query, rows);
     if (p.drops())
       for (int64_t i = 0; i < Dv * NR; i++) panel.dout[i] *= keep_factor;
+    if (skips) prepare_skipping(panel);
     if (u.split == 0 && (g.query_sums || g.sink_sums)) row_sums(panel.softmax, query, rows);
+  }
+
+  // A row whose q or dout is not finite gets a norm that is not. Where softcap divides, q may be larger than in the panel.
+  void prepare_skipping(const GradientPanel<Real>& panel) {
+    find_norms<Real, NV>(p, panel);
+    for (int v = 0; v < NV; v++) {
+      const Vec<Real> norm = load(panel.norms + v * L);
+      Vec<Real> poison = norm * (Real)larger(p.softcap, 1.0) * (Real)0;
+      for (int64_t i = v * L; i < Dv * NR; i += NR) poison += load(panel.dout + i) * (Real)0;
+      store(panel.norms + v * L, norm + poison);
+    }
+    for (int r = 0; r < NR; r++) {
+      const bool blind = panel.softmax.log_sum[r] == (Real)__builtin_inf();
+      panel.reference[r] = blind ? (Real)unseen : panel.softmax.top[r] + panel.softmax.log_sum[r];
+    }
   }
 
   // In the order of the product dP = V dout^T: where a row sees one key and out is its value, dS is exactly 0.
@@ -287,6 +313,7 @@ class KeyRange {
       load_row(at(p.k, u.batch, u.head_k, lo + j), p.k.dtype, p.k.stride[3], D, s.k + j * s.k_stride);
       load_row(at(p.v, u.batch, u.head_k, lo + j), p.v.dtype, p.v.stride[3], Dv, s.v + j * s.v_stride);
     }
+    if (skips) key_norm = largest_norm<Real>({s.k, s.k_stride}, keys, D);
     modifier.load_tile(u.batch, head, 0, {lo, lo + keys});
     for (int64_t i = visits.lo; i < visits.hi; i++) {
       const Visit visit = p.blocks ? p.blocks->visits[i] : Visit{(int32_t)i, -1};
@@ -302,14 +329,31 @@ class KeyRange {
     for (int64_t i = 0; i < panels; i++) {
       panel[i].seen = modifier.seen_by(panel[i].lanes, lo, lo + keys);
       any |= panel[i].seen.hi != 0;
+      any_masked |= panel[i].seen.hi - panel[i].seen.lo < keys;
     }
-    any_masked |= !any;
     if (!any) return;
     prepare_block(query);
+    if (skips && !any_counts(panel, panels)) return;
     for (int64_t i = 0; i < panels; i++) visit_panel(panel[i], i * NR);
     const int64_t block = query / b.block_rows, tile = (lo - k_lo) / b.n_block;
     if (g.dv) add_to_keys(panel, panels, rows, s.p, s.dout_rows, Dv, block, tile, s.dv);
     if (g.dk) add_to_keys(panel, panels, rows, s.ds, s.q_rows, D, block, tile, s.dk);
+  }
+
+  // Takes what a panel gets only zeros from out of what it sees; whether anything is left. What may be masked only goes
+  // where any_masked is no news: the gradients' NaN follow from it.
+  bool any_counts(GradientPanel<Real>* panel, int64_t panels) {
+    bool any = false;
+    for (int64_t i = 0; i < panels; i++) {
+      Range& seen = panel[i].seen;
+      if (seen.hi && (any_masked || !modifier.may_mask(panel[i], seen.lo, seen.hi)) &&
+          negligible<Real, NV>(p, panel[i], panel[i].reference, key_norm, seen.lo, seen.hi)) {
+        skipped_pairs += panel[i].lanes.rows * (seen.hi - seen.lo);
+        seen = {0, 0};
+      }
+      any |= seen.hi != 0;
+    }
+    return any;
   }
 
   // P^T and dS^T of one panel against the tile, and its dQ.
@@ -318,7 +362,6 @@ class KeyRange {
     const int64_t n = seen.hi - seen.lo, skipped = n ? seen.lo - lo : keys, stride = s.tile_stride;
     Real *weights = s.p + column, *ds = s.ds + column;
     clear_rows<Real, NV>(weights, stride, skipped), clear_rows<Real, NV>(ds, stride, skipped);
-    any_masked |= n < keys;
     if (!n) return;
     const int64_t end = skipped + n;
     clear_rows<Real, NV>(weights + end * stride, stride, keys - end);

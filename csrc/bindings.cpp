@@ -190,6 +190,7 @@ enum Term {
   kSinks,
   kDropoutP,
   kSeed,
+  kSkipNegligible,
   kTerms
 };
 
@@ -292,6 +293,7 @@ void read_terms(PyObject* terms, Problem& p, Owned& owned) {
   p.keep_factor = 1.0 / (1.0 - dropout_p);
   p.drop_below = (uint32_t)(dropout_p * 4294967296.0);
   if (dropout_p > 0.0) p.seed = (uint64_t)integer(term(kSeed));
+  if (term(kSkipNegligible) != Py_None) p.skip_negligible = integer(term(kSkipNegligible)) != 0;
 }
 
 Tensor out_exact_of(PyObject* object, const Problem& p, Owned& owned) {
@@ -471,6 +473,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "fastattn's compiled CPU kernels.";
   PyModule_AddFunctions(m.ptr(), fast_methods);
   m.def("isa", [] { return fastattn::kernels().name; }, "The instruction set that the kernels run on.");
+  m.def("skipped_pairs", fastattn::skipped_pairs,
+        "How many (query, key) pairs the calls of this process have skipped because their weights are 0.");
   m.def(
       "fma_rate",
       [](const std::string& dtype, double seconds, int threads) {

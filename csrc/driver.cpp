@@ -200,6 +200,8 @@ const int64_t l1_bytes = sysconf(_SC_LEVEL1_DCACHE_SIZE);  // when the library i
 const int64_t l1_bytes = 0;
 #endif
 
+int64_t skipped = 0;  // pairs, over all calls; atomic, but kernels know no std
+
 constexpr int64_t max_partial_bytes = 64 << 20;  // a wave of batches whose dq of all splits fit, but one at least
 
 }  // namespace
@@ -221,6 +223,11 @@ void forward(const Problem& problem, int threads) {
   Call call{p, kernel, kernel.blocking(p), 0, {}, {}, {}, p.q.dtype == DType::float64 ? 8 : 4};
   const Blocking& b = call.blocking;
   call.scratch_bytes = kernel.scratch_bytes(p, b);
+  std::vector<double> tile_facts;
+  if (p.may_skip()) {
+    tile_facts.assign(p.batch * p.num_heads_k * ((p.seqlen_k + b.n_block - 1) / b.n_block) * 2, -1.0);
+    p.tile_facts = tile_facts.data(), p.skipped_pairs = &skipped;
+  }
 
   // A head's row blocks longest first, so that the last units are short ones and the threads end together.
   const int64_t stacked = b.heads_per_unit * p.seqlen_q, blocks = (stacked + b.rows - 1) / b.rows;
@@ -260,6 +267,7 @@ void backward(const Problem& problem, const Gradients& wanted, int threads) {
   const Kernels& kernel = kernels();
   const int64_t element = p.q.dtype == DType::float64 ? 8 : 4;
   Gradients g = wanted;
+  p.skipped_pairs = &skipped;
   BackwardCall call{p, g, kernel, kernel.backward_blocking(p, g), 0, {}, {}, 0, 0};
   const BackwardBlocking& b = call.blocking;
   const ScoreSums sums(p, g, b.num_splits);
@@ -295,6 +303,8 @@ void backward(const Problem& problem, const Gradients& wanted, int threads) {
   }
   sums.add_to(g);
 }
+
+int64_t skipped_pairs() { return __atomic_load_n(&skipped, __ATOMIC_RELAXED); }
 
 double fma_rate(DType dtype, double seconds, int threads) {
   using clock = std::chrono::steady_clock;

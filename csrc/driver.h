@@ -13,6 +13,9 @@ void forward(const Problem& problem, int threads);
 // dq, dk, dv of a forward pass that has filled out and lse_parts.
 void backward(const Problem& problem, const Gradients& gradients, int threads);
 
+// How many (query, key) pairs all calls of this process have left out because their weights are 0 (skip.h).
+int64_t skipped_pairs();
+
 // Attention along edges and its gradients (csr.cpp). std::invalid_argument, before anything is computed, if an entry of
 // the lists is out of range.
 void csr_forward(const Problem& problem, const Csr& lists, int threads);

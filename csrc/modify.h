@@ -50,6 +50,11 @@ class Modifier {
     if (bits) first_key = lo % p.blocks->block_k;
   }
 
+  // Whether `apply` may mask some of the keys k0 ... k1 - 1.
+  bool may_mask(const Panel<Real>& panel, int64_t k0, int64_t k1) const {
+    return has_bias || bitmap || k0 < panel.lanes.common.lo || k1 > panel.lanes.common.hi;
+  }
+
   // From the first to the last key of the tile lo ... hi - 1 that some lane sees; {0, 0} if none is.
   Range seen_by(const Lanes& lanes, int64_t lo, int64_t hi) const {
     Range seen{larger(lo, lanes.visited.lo), smaller(hi, lanes.visited.hi)};

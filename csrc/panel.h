@@ -23,6 +23,7 @@ struct Panel {
   Lanes lanes;
   Real* q;                                      // [head_dim][NR], scaled
   Real *slopes, *positions;                     // [NR], of ALiBi
+  Real* norms;                                  // [NR], of q, rounded up; for skip.h
   int64_t *lo, *hi;                             // [NR], the keys that a lane sees
   typename VecOf<Real>::word *queries, *heads;  // [NR], of dropout
 };
@@ -32,6 +33,7 @@ Panel<Real> take_panel(Arena& arena, int64_t head_dim, int64_t NR) {
   Panel<Real> panel{};
   panel.q = arena.take<Real>(head_dim * NR);
   panel.slopes = arena.take<Real>(NR), panel.positions = arena.take<Real>(NR);
+  panel.norms = arena.take<Real>(NR);
   panel.lo = arena.take<int64_t>(NR), panel.hi = arena.take<int64_t>(NR);
   panel.queries = arena.take<typename VecOf<Real>::word>(NR);
   panel.heads = arena.take<typename VecOf<Real>::word>(NR);
@@ -59,6 +61,13 @@ FASTATTN_INLINE double scale_of(const Problem& p, int64_t head) {
   return p.scales ? load_scalar<double>(at(p.scales, 0, head, 0), p.scales.dtype) : p.softmax_scale;
 }
 
+// ALiBi's, in units of log2.
+template <class Real>
+FASTATTN_INLINE Real slope_of(const Problem& p, int64_t batch, int64_t head) {
+  if (!p.alibi_slopes) return 0;
+  return load_scalar<Real>(at(p.alibi_slopes, batch, head, 0), p.alibi_slopes.dtype) * (Real)log2e;
+}
+
 // Stacked rows first ... first + rows - 1 from `head` into the panel's lanes; tmp: [NR][head_dim].
 template <class Real>
 void prepare_panel(const Problem& p, int64_t batch, int64_t head, int64_t first, int64_t rows, int NR,
@@ -82,7 +91,7 @@ void prepare_panel(const Problem& p, int64_t batch, int64_t head, int64_t first,
     panel.queries[r] = s.query, panel.heads[r] = s.head;
     lanes.common = {larger(lanes.common.lo, range.lo), smaller(lanes.common.hi, range.hi)};
     if (p.alibi_slopes) {
-      panel.slopes[r] = load_scalar<Real>(at(p.alibi_slopes, batch, s.head, 0), p.alibi_slopes.dtype) * (Real)log2e;
+      panel.slopes[r] = slope_of<Real>(p, batch, s.head);
       panel.positions[r] = (Real)(s.query + p.seqlen_k - p.seqlen_q);
     }
   }

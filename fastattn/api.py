@@ -35,6 +35,7 @@ def attention(
     sinks: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
+    skip_negligible: bool | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -58,6 +59,8 @@ def attention(
     sinks         [num_heads], any float dtype: one more logit a head in the softmax denominator
     dropout_p     probability in [0, 1) that a weight is dropped (the others grow by 1 / (1 - dropout_p))
     seed          of the dropout mask, 0 ... 2^63 - 1; None draws one from torch's generator
+    skip_negligible  leave out keys whose weights must all be 0 (see below); None: where that is known to pay, True:
+                  look for them in any case, False: never
     return_lse    also return the log of the softmax denominator
     backend       "cpu", "triton" or "reference": only its kernels, an error instead of a fallback
 
@@ -67,6 +70,13 @@ def attention(
     mask, causal and window_size combine: a key is seen if all allow it. A query that sees no key gives out = 0 and
     lse = -inf (the sink's logit, with sinks). NaN or Inf in a masked key or value never reaches the result. The bits
     of a row do not depend on the number of threads or on what else is in the batch.
+
+    skip_negligible changes the time of a call and none of its results, gradients included (which may only differ in the
+    sign of a zero). Norms bound a tile's scores, |q| |k| plus ALiBi's largest term; where that is so far below the
+    row's largest score so far, or in the backward pass below lse, that every weight underflows to 0, the tile is
+    skipped. It pays with ALiBi at long seqlens (None does it there) and where a few early keys have far higher scores
+    than the rest; on other data it finds nothing. With a bias nothing is skipped, nor where a value that is not finite
+    would show.
 
     Memory is O(seqlen) beyond inputs and outputs, except on the reference (where every kernel refuses, with a
     `FallbackWarning`), which is O(seqlen_q * seqlen_k).
@@ -96,7 +106,10 @@ def attention(
         raise
     if backend is None:
         backend = _current_backend()
-    settings = (needs_grad, transformed, windows, softmax_scale, softcap, dropout_p, return_lse, extras, backend)
+    settings = (
+        needs_grad, transformed, windows, softmax_scale, softcap, dropout_p, return_lse, extras, skip_negligible,
+        backend,
+    )  # fmt: skip
     try:
         plan = _plans.get((key, settings))
     except TypeError:  # an argument is not hashable: _make_plan says which
@@ -110,7 +123,7 @@ def attention(
         softmax_scale, softcap, lo, hi, *_ = terms
         terms = Terms(
             softmax_scale if scale is None else scale, softcap, lo, hi, k_start, k_end, mask, block_mask, bias,
-            alibi_slopes, sinks, dropout_p, seed,
+            alibi_slopes, sinks, dropout_p, seed, skip_negligible,
         )  # fmt: skip
     _note(choice)
     out, lse = kernel(problem, q, k, v, terms)
@@ -207,7 +220,7 @@ def _make_plan(key, settings, q, k, v) -> _Plan:
 
 def _problem(
     q, k, v, q_dtype, k_dtype, v_dtype, q_device, k_device, v_device, needs_grad, transformed, windows, softmax_scale,
-    softcap, dropout_p, return_lse, extras,
+    softcap, dropout_p, return_lse, extras, skip_negligible=None,
 ) -> tuple[Problem, Terms]:  # fmt: skip
     """Validate shapes, dtypes and scalars; q, k, v are shapes. The only place that does. The terms lack tensors."""
     for name, shape in (("q", q), ("k", k), ("v", v)):
@@ -250,6 +263,7 @@ def _problem(
         raise ValueError(f"dropout_p={dropout_p!r} must be in [0, 1)")
 
     _check_flag("return_lse", return_lse)
+    _check_flag("skip_negligible", skip_negligible, " (None: where it is known to pay)")
 
     block_mask, mask, k_start, k_end, bias, alibi_slopes, sinks, scale = extras or (None,) * 8
     scores, heads = (batch, num_heads, seqlen_q, seqlen_k), (batch, num_heads)
@@ -305,7 +319,7 @@ def _problem(
         softcap=softcap > 0.0, sinks=sinks is not None, learned_scale=scale is not None, dropout=dropout_p > 0.0,
         lse=bool(return_lse), needs_grad=needs_grad, transformed=transformed,
     )  # fmt: skip
-    return problem, Terms(softmax_scale, float(softcap), lo, hi)
+    return problem, Terms(softmax_scale, float(softcap), lo, hi, skip_negligible=skip_negligible)
 
 
 def _check_real(name: str, value) -> float:

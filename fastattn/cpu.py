@@ -35,6 +35,11 @@ def isa() -> str:
     return _C.isa()
 
 
+def skipped_pairs() -> int:
+    """How many (query, key) pairs the calls of this process have skipped, all weights of their tiles being 0."""
+    return _C.skipped_pairs() if _C is not None else 0
+
+
 def prefill(problem, q, k, v, terms):
     """Forward pass (kernel signature of dispatch.Row)."""
     if problem.needs_grad:
@@ -81,7 +86,8 @@ def _empty_out(problem, q) -> torch.Tensor:
     b, h, s, d = problem.batch, problem.num_heads, problem.seqlen_q, problem.head_dim_v
     strides = q.stride()
     if strides[1] < strides[2] and s > 1:  # [batch, seqlen, num_heads, head_dim] memory
-        return q.new_empty((b, s, h, d)).transpose(1, 2)
+        # no view: autograd forbids to change a function's result in place if it is one
+        return q.new_empty_strided((b, h, s, d), (s * h * d, d, h * d, 1))
     return q.new_empty((b, h, s, d))
 
 

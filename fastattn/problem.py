@@ -97,6 +97,8 @@ class Terms(NamedTuple):
     alibi_slopes         [num_heads] or [batch, num_heads]
     sinks                [num_heads]
     dropout_p, seed      seed is an int where dropout_p > 0
+    skip_negligible      whether a kernel looks for keys whose weights are all 0, to skip them; None: where it knows
+                         that this pays. No result depends on it
     """
 
     softmax_scale: float | torch.Tensor
@@ -112,3 +114,4 @@ class Terms(NamedTuple):
     sinks: torch.Tensor | None = None
     dropout_p: float = 0.0
     seed: int | None = None
+    skip_negligible: bool | None = None

@@ -448,6 +448,22 @@ def test_changed_input_is_an_error():
         out.sum().backward()
 
 
+def test_result_changed_in_place():
+    """As with torch's function: fine where the backward pass saves another tensor, which 16 bits do, else an error."""
+    for dtype in (torch.bfloat16, torch.float32):
+        memory = torch.randn(3, 1, 5, 2, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+        leaves = [x.transpose(1, 2).requires_grad_() for x in memory]
+        expected = torch.autograd.grad(2.0 * fastattn.attention(*leaves).sum(), leaves)
+        out = fastattn.attention(*leaves)
+        out.mul_(2.0)
+        if dtype == torch.float32:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                out.sum().backward()
+        else:
+            for x, y in zip(torch.autograd.grad(out.sum(), leaves), expected, strict=True):
+                assert torch.equal(x, y)
+
+
 def test_backward_twice():
     leaves, kwargs = leaves_of(Case(seqlen_q=4))
     out = fastattn.attention(*leaves, **kwargs)

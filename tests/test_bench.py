@@ -262,6 +262,8 @@ def test_only_an_exact_name_wins(tmp_path):
     options = run._options(["--only", str(FORWARD[2])])
     assert [name for name, _ in run._plan(options, Peak())] == [str(FORWARD[2])]
     assert len(run._plan(run._options(["--only", "S1024"]), Peak())) > 5
+    both = [str(FORWARD[2]), str(FORWARD[0])]
+    assert [name for name, _ in run._plan(run._options(["--only", *both]), Peak())] == both[::-1]
     assert run.main(["--only", "no such row", "--out", str(tmp_path)]) == 2
 
 
@@ -298,6 +300,30 @@ def test_a_wrong_sparse_result_is_not_timed(monkeypatch):
     oracle.truth.cache_clear()
     row = suites.sparse_row(work, (), 0.0, Peak(), False)
     assert "max error" in row.wrong and row.ours.ms is None
+
+
+def test_skipping_from_end_to_end(tmp_path, capsys):
+    assert dense_vs_sparse.main([*INSTANT, "--only", "skip ", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "sparse.json").read_text())["rows"]
+    assert {(row["spec"]["alibi"], row["spec"]["causal"], row["spec"]["passes"]) for row in found} == {
+        (alibi, causal, passes) for alibi in (True, False) for causal in (True, False) for passes in PASSES[:2]
+    }
+    built = fastattn.cpu.unavailable() is None
+    for row in found:
+        assert row["wrong"] is None and row["metrics"]["speed-up"] > 0
+        assert (row["metrics"]["skipped"] > 0) == (row["spec"]["alibi"] and built)
+    assert "skip_negligible" in (tmp_path / "sparse.md").read_text()
+
+
+def test_skipping_that_changes_a_bit_is_not_timed(monkeypatch):
+    right = fastattn.attention
+    monkeypatch.setattr(
+        fastattn,
+        "attention",
+        lambda *args, **kwargs: right(*args, **kwargs) * (1 + 1e-7 * bool(kwargs.get("skip_negligible"))),
+    )
+    row = suites.skip_row(Work(Case(num_heads=2, seqlen_q=64, head_dim=16)), 0.0, Peak())
+    assert row.wrong == "skipping changed the result" and row.ours.ms is None
 
 
 @pytest.mark.parametrize("name", ["random128:12.5%", "window", "neighborhood"])
