@@ -124,7 +124,7 @@ def _forward(problem, q, k, v, terms, for_backward: bool):
         extras = (terms.k_start, terms.k_end, terms.mask, terms.bias, terms.alibi_slopes, terms.softmax_scale)
         of_blocks = of_mask.tensors if of_mask else lists.NOTHING
         tensors = (q, k, v, out, out_exact, lse, lse_parts, *extras, terms.seed or 0, *of_blocks, terms.sinks)
-        key = ("prefill", for_backward, of_mask and of_mask.key, *launch.call_key(problem, q, k, v, terms))
+        key = (for_backward, of_mask and of_mask.key, *launch.call_key(problem, q, k, v, terms))
 
         def plan():
             device = launch.device_facts(q.get_device())
@@ -134,7 +134,7 @@ def _forward(problem, q, k, v, terms, for_backward: bool):
 
             return launch.choose("prefill", problem, device, tensors, plan_with, of_mask and of_mask.block_size)
 
-        launch.run(key, tensors, plan)
+        launch.run(launch.of(key), "prefill", tensors, plan)
     return out, lse, out if out_exact is None else out_exact, lse_parts
 
 
