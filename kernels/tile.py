@@ -2,7 +2,7 @@
 
 Scores are in units of log2: log2(e) is folded into the softmax scale, so that exp2 does. `rows` and `cols` are
 positions of queries and keys, shaped so that they broadcast to the tile: [M, 1] and [1, N], or [1, M] and [N, 1] in a
-transposed tile. A head_dim that is no power of two is held as two tiles of columns, or padded (`config.split_head_dim`).
+transposed tile. A head_dim that is no power of two is held as two tiles of columns or padded (`config.split_head_dim`).
 """
 
 import triton
