@@ -1,8 +1,9 @@
 """Backward pass without atomics: the same bits in every run.
 
     P = exp2(scores - lse)   dP = dropout(dout V^T)   delta = rowsum(dout * out) - dlse   dS = P * (dP - delta)
-    dV = P^T dout            dQ = scale * dS K        dK = scale * dS^T Q                 (FlashAttention-2, arXiv 2307.08691)
+    dV = P^T dout            dQ = scale * dS K        dK = scale * dS^T Q
 
+as in FlashAttention-2 (Dao, arXiv 2307.08691).
 The kernels, in the order in which they run: backward_delta.py (delta, and which keys each block of queries sees),
 backward_key_value.py, backward_query.py, backward_bias.py. Each gradient is summed by one program, in a fixed order.
 """
@@ -32,19 +33,17 @@ def backward(problem, q, k, v, terms, saved, dout, dlse, wanted):
     delta, dslopes, dsinks, dscale = row_sums(True), row_sums(want_slopes), row_sums(want_sinks), row_sums(want_scale)
     dbias = _empty_dbias(problem, terms.bias) if want_bias else None
     if out.numel():
-        device = launch.device_facts(q.get_device())
-        call = _Call(problem, q, k, v, dout, terms, lse_parts, device)
-        exact = row_sums(any(wanted[3:]))  # out was summed in 16 bits, which these gradients would show
+        call = _Call(problem, q, k, v, out, dout, dlse, terms, lse_parts, wanted)
+        exact = row_sums(any(wanted[3:]))  # weights were rounded to 16 bits in out, which these gradients would show
         if exact is not None:
-            call.launch_query(None, None, exact, None, None)
-        block_m = call.tiles("key_value").BLOCK_M  # tuning leaves it alone
-        blocks = triton.cdiv(problem.seqlen_q, block_m)
-        bounds = torch.empty((*rows[:2], blocks, 4), dtype=torch.int32, device=q.device)
-        _launch_delta(problem, terms, out, lse_parts, dout, dlse, exact, delta, dsinks, bounds, block_m)
+            call.launch_query("totals", None, None, exact, None, None)
+        num_m = -(-problem.seqlen_q // call.block_m)
+        bounds = torch.empty((*rows[:2], num_m, 4), dtype=torch.int32, device=q.device)
+        call.launch_delta(out, dlse, exact, delta, dsinks, bounds)
         if (want_k or want_v) and problem.seqlen_k:
             call.launch_key_value(delta, bounds, dk, dv)
         if want_q or want_slopes or want_scale:
-            call.launch_query(delta, dq, None, dslopes, dscale)
+            call.launch_query("query", delta, dq, None, dslopes, dscale)
         if want_bias and dbias.numel():
             call.launch_bias(delta, dbias)
     else:
@@ -73,63 +72,68 @@ def _empty_dbias(problem, bias) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.float32, device=bias.device)
 
 
-def _launch_delta(problem, terms, out, lse_parts, dout, dlse, exact, delta, dsinks, bounds, block_m) -> None:
-    extras = (dlse, None if dsinks is None else terms.sinks, terms.k_start, terms.k_end)
-    key = (
-        "delta", problem, block_m, exact is None, dsinks is None, out.get_device(), out.stride(), out.dtype,
-        dout.stride(), launch.alignment(out, dout, *extras), launch.describe(*extras), terms.diagonal_lo,
-        terms.diagonal_hi,
-    )  # fmt: skip
-    tensors = (out, dout, exact, dlse, lse_parts, *extras[1:], delta, dsinks, bounds)
-
-    def plan():
-        lo, hi = launch.clamp_diagonal(terms)
-        arguments = (
-            out.stride(), dout.stride(), launch.strides(dlse, 3), launch.strides(terms.k_start, 3),
-            launch.strides(terms.k_end, 3), *launch.strides(terms.sinks, 1), lo, hi, problem.num_heads,
-            problem.seqlen_q, problem.seqlen_k,
-        )  # fmt: skip
-        constexprs = {
-            "HEAD_DIM_V": problem.head_dim_v, "BLOCK_D": triton.next_power_of_2(problem.head_dim_v), "BLOCK_M": block_m,
-            "WIDE": launch.is_wide(*arguments[:2]), **launch.diagonal_flags(lo, hi),
-        }  # fmt: skip
-        options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
-        return launch.Plan(delta_kernel, bounds.numel() // 4, arguments, constexprs, options)
-
-    launch.run(key, tensors, plan)
-
-
 class _Call:
-    """What the three kernels of products have in common."""
+    """What the launches of one backward pass have in common."""
 
-    def __init__(self, problem, q, k, v, dout, terms, lse_parts, device):
-        self.problem, self.inputs, self.terms, self.device = problem, (q, k, v, dout), terms, device
-        self.lse_parts, self.lists = lse_parts, block_lists.of(terms.block_mask)
-        self.extras = (terms.k_start, terms.k_end, terms.mask, terms.bias, terms.alibi_slopes)
-        self.key = (
-            problem, q.get_device(), *(x.stride() for x in self.inputs), launch.alignment(*self.inputs, *self.extras),
-            launch.describe(*self.extras), terms.softcap, terms.diagonal_lo, terms.diagonal_hi, terms.dropout_p,
-            launch.describe_scale(terms.softmax_scale), launch.precision(problem),
+    def __init__(self, problem, q, k, v, out, dout, dlse, terms, lse_parts, wanted):
+        self.problem, self.inputs, self.terms, self.lse_parts = problem, (q, k, v, dout), terms, lse_parts
+        self.lists, self.transposed = block_lists.of(terms.block_mask), None
+        if self.lists:
+            self.transposed = block_lists.of(terms.block_mask.transpose())
+        self.launches = launch.of((
+            "backward", wanted, dout.stride(), out.stride(), launch.alignment(out, dout, dlse), launch.describe(dlse),
+            self.lists and (self.lists.key, self.transposed.key), *launch.call_key(problem, q, k, v, terms),
+        ))  # fmt: skip
+        if "block_m" not in self.launches:
+            self.launches["block_m"] = self._block_m()
+        self.block_m = self.launches["block_m"]
+
+    def _device(self) -> config.Device:
+        return launch.device_facts(self.lse_parts.get_device())
+
+    def _block_m(self) -> int:
+        """Queries of a block in key_value_kernel, of which delta_kernel notes what it sees; tuning leaves it alone."""
+        tiles = tuning.tiles("key_value", self.problem, self._device())
+        return (config.within(tiles, self.lists.block_size) if self.lists else tiles).BLOCK_M
+
+    def launch_delta(self, out, dlse, exact, delta, dsinks, bounds) -> None:
+        problem, terms, dout = self.problem, self.terms, self.inputs[3]
+        sinks = None if dsinks is None else terms.sinks
+        tensors = (
+            out, dout, exact, dlse, self.lse_parts, sinks, terms.k_start, terms.k_end, delta, dsinks, bounds
         )  # fmt: skip
+
+        def plan():
+            lo, hi = launch.clamp_diagonal(terms)
+            arguments = (
+                out.stride(), dout.stride(), launch.strides(dlse, 3), launch.strides(terms.k_start, 3),
+                launch.strides(terms.k_end, 3), *launch.strides(sinks, 1), lo, hi, problem.num_heads, problem.seqlen_q,
+                problem.seqlen_k,
+            )  # fmt: skip
+            constexprs = {
+                "HEAD_DIM_V": problem.head_dim_v, "BLOCK_D": triton.next_power_of_2(problem.head_dim_v),
+                "BLOCK_M": self.block_m, "WIDE": launch.is_wide(*arguments[:2]), **launch.diagonal_flags(lo, hi),
+            }  # fmt: skip
+            options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+            return launch.Plan(delta_kernel, bounds.numel() // 4, arguments, constexprs, options)
+
+        launch.run(self.launches, "delta", tensors, plan)
 
     def launch_key_value(self, delta, bounds, dk, dv) -> None:
-        problem, block_mask = self.problem, self.terms.block_mask
-        transposed = None if block_mask is None else block_lists.of(block_mask.transpose())
+        problem = self.problem
 
         def count_programs(tiles):
             return triton.cdiv(problem.seqlen_k, tiles.BLOCK_N) * problem.num_heads_k * problem.batch
 
-        strides = (launch.strides(dk, 4), launch.strides(dv, 4))
-        self._launch("key_value", key_value_kernel, count_programs, (delta, bounds, dk, dv), strides, transposed)
+        self._launch("key_value", key_value_kernel, count_programs, (delta, bounds, dk, dv), (dk, dv), self.transposed)
 
-    def launch_query(self, delta, dq, totals, dslopes, dscale) -> None:
+    def launch_query(self, name, delta, dq, totals, dslopes, dscale) -> None:
         problem = self.problem
 
         def count_programs(tiles):
             return triton.cdiv(problem.seqlen_q, tiles.BLOCK_M) * problem.num_heads * problem.batch
 
-        results = (delta, dq, totals, dslopes, dscale)
-        self._launch("query", query_kernel, count_programs, results, (launch.strides(dq, 4),), self.lists)
+        self._launch(name, query_kernel, count_programs, (delta, dq, totals, dslopes, dscale), (dq,), self.lists)
 
     def launch_bias(self, delta, dbias) -> None:
         problem = self.problem
@@ -143,28 +147,31 @@ class _Call:
 
         counts = (problem.batch // b, problem.num_heads // h)
         flags = {"ROWS_SUMMED": rows_summed, "COLS_SUMMED": cols_summed}
-        self._launch(
-            "bias", bias_kernel, count_programs, (delta, dbias), (dbias.stride(),), self.lists, counts, flags
-        )
+        self._launch("bias", bias_kernel, count_programs, (delta, dbias), (dbias,), self.lists, counts, flags)
 
-    def tiles(self, kernel: str) -> config.Config:
-        tiles = tuning.tiles(kernel, self.problem, self.device)
-        return config.within(tiles, self.lists.block_size) if self.lists else tiles
-
-    def _launch(self, name, kernel, count_programs, results, strides, lists, counts=(), flags=None) -> None:
-        """results: what the kernel takes between lse_parts and k_start; strides: of those that are not contiguous;
+    def _launch(self, name, kernel, count_programs, results, strided, lists, counts=(), flags=None) -> None:
+        """results: what the kernel takes between lse_parts and k_start; strided: those of them that have strides;
         counts: what it takes behind all other arguments."""
         problem, terms = self.problem, self.terms
-        key = (name, tuple([x is None for x in results]), strides, lists and lists.key, counts, *self.key)
-        extras = (*self.extras, terms.softmax_scale, terms.seed or 0, *(lists.tensors if lists else block_lists.NOTHING))
-        tensors = (*self.inputs, self.lse_parts, *results, *extras)
+        of_blocks = lists.tensors if lists else block_lists.NOTHING
+        tensors = (
+            *self.inputs, self.lse_parts, *results, terms.k_start, terms.k_end, terms.mask, terms.bias,
+            terms.alibi_slopes, terms.softmax_scale, terms.seed or 0, *of_blocks,
+        )  # fmt: skip
 
-        def plan_with(tiles):
-            arguments, constexprs = launch.score_arguments(problem, *self.inputs, terms)
-            constexprs |= block_lists.constexprs(self.lists, tiles) | (flags or {})
-            constexprs["EXACT"] = problem.dtype == "float32"
-            arguments = (lists and lists.strides, lists.num_bitmaps if lists else 0, *strides, *arguments, *counts)
-            return launch.Plan(kernel, count_programs(tiles), arguments, constexprs, tiles.options(self.device))
+        def plan():
+            device = self._device()
+            of_lists = (lists.strides, lists.num_bitmaps) if lists else (None, 0)
 
-        block_size = self.lists and self.lists.block_size
-        launch.run(key, tensors, lambda: launch.choose(name, problem, self.device, tensors, plan_with, block_size))
+            def plan_with(tiles):
+                arguments, constexprs = launch.score_arguments(problem, *self.inputs, terms)
+                constexprs |= block_lists.constexprs(self.lists, tiles) | (flags or {})
+                constexprs["EXACT"] = problem.dtype == "float32"
+                arguments = (*of_lists, *[launch.strides(x, 4) for x in strided], *arguments, *counts)
+                return launch.Plan(kernel, count_programs(tiles), arguments, constexprs, tiles.options(device))
+
+            table = "query" if name == "totals" else name
+            block_size = self.lists and self.lists.block_size
+            return launch.choose(table, problem, device, tensors, plan_with, block_size)
+
+        launch.run(self.launches, name, tensors, plan)

@@ -1,6 +1,7 @@
 """Forward pass: a program takes BLOCK_M queries of one head through the keys that they see, or that a block mask lists.
 
-FlashAttention-2 (Dao, arXiv 2307.08691), with masks as ranges of keys or lists of blocks: what no query sees is not visited.
+FlashAttention-2 (Dao, arXiv 2307.08691), with masks as ranges of keys or lists of blocks:
+what no query sees is not visited.
 """
 
 import triton
@@ -86,8 +87,9 @@ def forward_kernel(
         )
     else:
         visits = open_lists(
-            (counts, indices, bitmap_ids, full_counts, full_indices, bitmaps), list_strides, num_bitmaps, b, h, row, seqlen_k, BLOCK_Q, BLOCK_K, EVERYWHERE or BOUNDED
-        )
+            (counts, indices, bitmap_ids, full_counts, full_indices, bitmaps), list_strides, num_bitmaps, b, h, row,
+            seqlen_k, BLOCK_Q, BLOCK_K, EVERYWHERE or BOUNDED,
+        )  # fmt: skip
         state = attend_lists(
             q0, q1, keys, place, bounds, scores, numbers, visits, BLOCK_Q, BLOCK_K, TILE, DIMS, FLAGS,
             EVERYWHERE or BOUNDED,
@@ -124,7 +126,7 @@ def _forward(problem, q, k, v, terms, for_backward: bool):
         extras = (terms.k_start, terms.k_end, terms.mask, terms.bias, terms.alibi_slopes, terms.softmax_scale)
         of_blocks = of_mask.tensors if of_mask else lists.NOTHING
         tensors = (q, k, v, out, out_exact, lse, lse_parts, *extras, terms.seed or 0, *of_blocks, terms.sinks)
-        key = ("prefill", for_backward, of_mask and of_mask.key, *launch.call_key(problem, q, k, v, terms))
+        key = (for_backward, of_mask and of_mask.key, *launch.call_key(problem, q, k, v, terms))
 
         def plan():
             device = launch.device_facts(q.get_device())
@@ -134,7 +136,7 @@ def _forward(problem, q, k, v, terms, for_backward: bool):
 
             return launch.choose("prefill", problem, device, tensors, plan_with, of_mask and of_mask.block_size)
 
-        launch.run(key, tensors, plan)
+        launch.run(launch.of(key), "prefill", tensors, plan)
     return out, lse, out if out_exact is None else out_exact, lse_parts
 
 

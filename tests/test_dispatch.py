@@ -423,7 +423,7 @@ def test_environment_with_an_unknown_backend():
     [
         (False, False, "Triton is not installed (pip install triton)"),
         (False, True, "Triton is not installed (pip install triton)"),
-        (True, False, "there is no CUDA or ROCm device (with TRITON_INTERPRET=1, Triton interprets"),
+        (True, False, "there is no CUDA or ROCm device (with TRITON_INTERPRET=1, Triton interprets calls"),
         (True, True, None),
     ],
 )  # fmt: skip
