@@ -4,6 +4,7 @@ Only Triton's driver is replaced, so that specialization, compilation, the check
 take the path that they take on a device.
 """
 
+import itertools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,11 +54,14 @@ def target_of(arch: int | str) -> GPUTarget:
     return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
 
 
+_numbers = itertools.count()  # what Triton keeps in memory launches on the driver that it was compiled for
+
+
 class FakeDriver:
     """Triton's driver interface for a device that is not there."""
 
     def __init__(self, arch: int | str):
-        self.target = target_of(arch)
+        self.target, self.number = target_of(arch), next(_numbers)
         self.launches: list[Launch] = []
         self.binaries: dict[int, Binary] = {}
         properties = {"max_shared_mem": SHARED_MEMORY[arch], "multiprocessor_count": 100, "warpSize": 32}
@@ -82,7 +86,7 @@ class FakeDriver:
         return self.target
 
     def get_current_device(self) -> tuple:
-        return self.target.backend, self.target.arch  # the key of Triton's caches: one for each architecture
+        return self.target.backend, self.target.arch, self.number  # the key of Triton's caches
 
     def get_current_stream(self, device=None) -> int:
         return 0

@@ -96,6 +96,21 @@ def compiling_for(arch: int | str) -> Iterator[list]:
         clear()
 
 
+def without_device(mask):
+    """A BlockMask whose tensors, and its transpose's, are shapes alone: its constructor looks at values."""
+    import torch
+
+    def moved(mask):
+        copy = object.__new__(type(mask))
+        fields = {name: torch.empty_like(x, device="meta") for name, x in mask.tensors().items()}
+        copy.__dict__.update(mask.__dict__ | fields | {"_cache": {}})
+        return copy
+
+    forward, transposed = moved(mask), moved(mask.transpose())
+    forward._cache["transpose"], transposed._cache["transpose"] = transposed, forward
+    return forward
+
+
 def attend(spec: Spec) -> None:
     """The call that `spec` describes, on meta tensors."""
     import torch
