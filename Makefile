@@ -9,7 +9,7 @@ EXT := $(VENV)/.ext
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo train test test-all test-triton test-triton-versions test-gpu kernel-report bench bench-gpu bench-sparse
+.PHONY: help demo train test test-all test-triton test-triton-versions test-gpu kernel-report bench bench-gpu bench-launch bench-sparse
 .PHONY: lint format wheel clean triton-interpreted triton-compiled triton-sanitized
 
 help:  ## list the targets
@@ -64,6 +64,9 @@ bench: $(VENV)/.bench $(EXT)  ## time the kernels beside their peers; ARGS=--hel
 
 bench-gpu: $(VENV)/.bench $(EXT)  ## time them beside torch's and flash-attn's; ARGS=--help
 	$(PY) bench/gpu.py $(ARGS)
+
+bench-launch: $(VENV)/.test $(TRITON_PATH)  ## Python time of a call of a Triton kernel, without a GPU
+	$(TRITON_PY) bench/launch.py $(ARGS)
 
 bench-sparse: $(VENV)/.bench $(EXT)  ## sparse attention beside dense: speed-up against density; ARGS=--help
 	$(PY) bench/dense_vs_sparse.py $(ARGS)

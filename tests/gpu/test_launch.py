@@ -17,6 +17,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 import fastattn  # noqa: E402
+import launch as bench_launch  # noqa: E402
 from fastattn import BlockMask, Mask  # noqa: E402
 from fastattn.kernels import launch, tuning  # noqa: E402
 from kernel_report import compiling_for, without_device  # noqa: E402
@@ -244,3 +245,10 @@ def test_another_device_is_current(launches, monkeypatch):
     monkeypatch.setattr(launch, "current_device", lambda: 7)
     call()
     assert entered == [-1] and len(launches) == 3
+
+
+def test_the_benchmark_runs(capsys):
+    figures = bench_launch.main(["--calls", "2", "--rounds", "1"])
+    assert figures.keys() == {"prefill", "decode", "block_sparse"}
+    assert all(len(row) == 3 and min(row) > 0.0 for row in figures.values())
+    assert "from the entry" in capsys.readouterr().out
