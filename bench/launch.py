@@ -11,8 +11,7 @@ import timeit
 from collections.abc import Callable
 from pathlib import Path
 
-_ROOT = Path(__file__).parents[1]
-sys.path += [str(_ROOT / "tests" / "gpu"), str(_ROOT / "tests"), str(_ROOT)]  # last: an installed one wins
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("tests/gpu", "tests", "")]
 
 import pytest
 import torch
