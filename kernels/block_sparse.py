@@ -20,6 +20,7 @@ def forward_kernel(
     k,             # [batch, num_heads_k, seqlen_k, head_dim]
     v,             # [batch, num_heads_k, seqlen_k, head_dim_v]
     out,           # [batch, num_heads, seqlen_q, head_dim_v]
+    out_exact,     # likewise, float32 and contiguous, or None: out before it was rounded to 16 bits
     lse,           # [batch, num_heads, seqlen_q], contiguous, or None
     lse_parts,     # [batch, num_heads, seqlen_q, 2], contiguous, or None
     counts, indices, bitmap_ids, full_counts, full_indices, bitmaps,  # of the block mask (`lists.of`)
@@ -122,8 +123,8 @@ def forward_kernel(
     out += b * out_strides[0] + h * out_strides[1] + m * out_strides[2]
     statistics = (b * num_heads + h) * seqlen_q + rows
     store_rows(
-        state, sink, out, widen(out_strides, WIDE), lse, lse_parts, statistics, rows < seqlen_q, rows_left, keep_factor,
-        BLOCK_M, DIMS, DROPOUT,
+        state, sink, out, widen(out_strides, WIDE), out_exact, lse, lse_parts, statistics, rows < seqlen_q, rows_left,
+        keep_factor, BLOCK_M, DIMS, DROPOUT,
     )  # fmt: skip
 
 
@@ -134,19 +135,19 @@ def forward(problem, q, k, v, terms):
 
 def forward_for_backward(problem, q, k, v, terms):
     """(out, lse or None, saved for the backward pass), as in prefill.py."""
-    out, lse, lse_parts = _forward(problem, q, k, v, terms, True)
-    return out, lse, (out, lse_parts)
+    out, lse, *saved = _forward(problem, q, k, v, terms, True)
+    return out, lse, saved
 
 
 def _forward(problem, q, k, v, terms, for_backward: bool):
-    out, lse, lse_parts = launch.empty_results(problem, q, for_backward)
+    out, lse, out_exact, lse_parts = launch.empty_results(problem, q, for_backward)
     if out.numel():
         of_mask = lists.of(terms.block_mask)
         extras = (terms.k_start, terms.k_end, terms.alibi_slopes, terms.softmax_scale, terms.seed or 0, terms.sinks)
-        tensors = (q, k, v, out, lse, lse_parts, *of_mask.tensors, *extras)
+        tensors = (q, k, v, out, out_exact, lse, lse_parts, *of_mask.tensors, *extras)
         key = ("block_sparse", for_backward, *lists.key(of_mask), *launch.call_key(problem, q, k, v, terms))
         launch.run(key, tensors, lambda: _plan(problem, q, k, v, out, terms, of_mask))
-    return out, lse, lse_parts
+    return out, lse, out if out_exact is None else out_exact, lse_parts
 
 
 def _plan(problem, q, k, v, out, terms, of_mask) -> launch.Plan:

@@ -143,7 +143,7 @@ def decode_kernel(
             sink = tl.load(sinks + h * sink_stride).to(tl.float32) * LOG2E
         out += (b * out_strides[0] + h * out_strides[1] + m * out_strides[2])[:, None]
         store_rows(
-            state, sink, out, (0, out_strides[3] + wide), lse, None, statistics, inside, rows_left, keep_factor,
+            state, sink, out, (0, out_strides[3] + wide), None, lse, None, statistics, inside, rows_left, keep_factor,
             BLOCK_M, DIMS, DROPOUT,
         )  # fmt: skip
 
@@ -192,7 +192,7 @@ def combine_kernel(
 
 def forward(problem, q, k, v, terms):
     """Forward pass of few queries, without gradients (kernel signature of dispatch.Row)."""
-    out, lse, _ = launch.empty_results(problem, q, False)
+    out, lse, *_ = launch.empty_results(problem, q, False)
     if not out.numel():
         return out, lse
     device = launch.device_facts(q.get_device())

@@ -184,11 +184,17 @@ def call_key(problem, q, k, v, terms) -> tuple:
 
 
 def empty_results(problem, q: torch.Tensor, for_backward: bool) -> tuple[torch.Tensor, ...]:
-    """(out, lse, lse_parts) to write to; None where not needed."""
+    """(out, lse, out_exact, lse_parts) to write to; None where not needed.
+
+    for_backward: out_exact too, where out has 16 bits, because delta would be off by what rounding takes from out.
+    """
     shape = (problem.batch, problem.num_heads, problem.seqlen_q)
     lse = q.new_empty(shape, dtype=torch.float32) if problem.lse else None
-    lse_parts = q.new_empty((*shape, 2), dtype=torch.float32) if for_backward else None
-    return empty_out(problem, q), lse, lse_parts
+    if not for_backward:
+        return empty_out(problem, q), lse, None, None
+    rounds, lse_parts = problem.dtype != "float32", q.new_empty((*shape, 2), dtype=torch.float32)
+    out_exact = q.new_empty((*shape, problem.head_dim_v), dtype=torch.float32) if rounds else None
+    return empty_out(problem, q), lse, out_exact, lse_parts
 
 
 def empty_out(problem, q: torch.Tensor) -> torch.Tensor:

@@ -47,8 +47,9 @@ def masked_block(index, opened, unmasked, num_blocks, num_bitmaps, BITS: tl.cons
     partial blocks, and then the full ones that the other loop left."""
     count, indices, bitmap_ids, _, full_indices = opened
     whole = index >= count
-    block = tl.load(indices + index, mask=index < count, other=0)
-    block += tl.load(full_indices + unmasked + index - count, mask=whole, other=0)
+    partial = tl.load(indices + index, mask=index < count, other=0)
+    full = tl.load(full_indices + unmasked + index - count, mask=whole, other=0)
+    block = tl.where(whole, full, partial)
     number = tl.load(bitmap_ids + index, mask=index < count, other=0)
     block, number = tl.minimum(tl.maximum(block, 0), num_blocks - 1), tl.minimum(tl.maximum(number, 0), num_bitmaps - 1)
     return block, number.to(tl.int64), tl.where(whole, 0, BITS)

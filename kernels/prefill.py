@@ -183,10 +183,10 @@ def add_poison(acc0, acc1, keys, place, bounds, scores, lo, hi, DIMS: tl.constex
 
 @triton.jit
 def store_rows(
-    state, sink, out, out_strides, lse, lse_parts, statistics, inside, rows_left, keep_factor, BLOCK_M: tl.constexpr,
-    DIMS: tl.constexpr, DROPOUT: tl.constexpr,
+    state, sink, out, out_strides, out_exact, lse, lse_parts, statistics, inside, rows_left, keep_factor,
+    BLOCK_M: tl.constexpr, DIMS: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """Normalizes and stores a tile: `out` points to its first row, `statistics` numbers the rows of lse."""
+    """Normalizes and stores a tile: `out` points to its first row, `statistics` numbers the rows of what is contiguous."""
     acc0, acc1, l_i, m_i = state
     HEAD_DIM_V: tl.constexpr = DIMS[3]
     E0: tl.constexpr = DIMS[4]
@@ -199,9 +199,16 @@ def store_rows(
     if lse_parts is not None:
         tl.store(lse_parts + 2 * statistics, top, mask=inside)
         tl.store(lse_parts + 2 * statistics + 1, log2_total, mask=inside)
-    store_columns(out, out_strides, acc0 * factor[:, None], rows_left, BLOCK_M, 0, E0, HEAD_DIM_V)
+    acc0 *= factor[:, None]
+    store_columns(out, out_strides, acc0, rows_left, BLOCK_M, 0, E0, HEAD_DIM_V)
     if E1 > 0:
-        store_columns(out, out_strides, acc1 * factor[:, None], rows_left, BLOCK_M, E0, E1, HEAD_DIM_V)
+        acc1 *= factor[:, None]
+        store_columns(out, out_strides, acc1, rows_left, BLOCK_M, E0, E1, HEAD_DIM_V)
+    if out_exact is not None:
+        out_exact += statistics[:, None] * HEAD_DIM_V
+        store_columns(out_exact, (0, 1), acc0, rows_left, BLOCK_M, 0, E0, HEAD_DIM_V)
+        if E1 > 0:
+            store_columns(out_exact, (0, 1), acc1, rows_left, BLOCK_M, E0, E1, HEAD_DIM_V)
 
 
 @triton.jit
@@ -220,6 +227,7 @@ def forward_kernel(
     k,             # [batch, num_heads_k, seqlen_k, head_dim]
     v,             # [batch, num_heads_k, seqlen_k, head_dim_v]
     out,           # [batch, num_heads, seqlen_q, head_dim_v]
+    out_exact,     # likewise, float32 and contiguous, or None: out before it was rounded to 16 bits
     lse,           # [batch, num_heads, seqlen_q], contiguous, or None
     lse_parts,     # [batch, num_heads, seqlen_q, 2], contiguous, or None: top, log2_total (`tile.normalizer`)
     k_start,       # [batch, num_heads, seqlen_q] by strides, or None
@@ -324,8 +332,8 @@ def forward_kernel(
     out += b * out_strides[0] + h * out_strides[1] + m * out_strides[2]
     statistics = (b * num_heads + h) * seqlen_q + rows
     store_rows(
-        state, sink, out, widen(out_strides, WIDE), lse, lse_parts, statistics, rows < seqlen_q, rows_left, keep_factor,
-        BLOCK_M, DIMS, DROPOUT,
+        state, sink, out, widen(out_strides, WIDE), out_exact, lse, lse_parts, statistics, rows < seqlen_q, rows_left,
+        keep_factor, BLOCK_M, DIMS, DROPOUT,
     )  # fmt: skip
 
 
@@ -335,17 +343,17 @@ def forward(problem, q, k, v, terms):
 
 
 def forward_for_backward(problem, q, k, v, terms):
-    """(out, lse or None, saved): saved is what `backward.backward` wants, out and lse_parts (see `forward_kernel`)."""
-    out, lse, lse_parts = _forward(problem, q, k, v, terms, True)
-    return out, lse, (out, lse_parts)
+    """(out, lse or None, saved): saved is what `backward.backward` wants, out in float32 and lse_parts."""
+    out, lse, *saved = _forward(problem, q, k, v, terms, True)
+    return out, lse, saved
 
 
 def _forward(problem, q, k, v, terms, for_backward: bool):
-    """(out, lse, lse_parts), None where not needed; `out` follows q's memory order."""
-    out, lse, lse_parts = launch.empty_results(problem, q, for_backward)
+    """(out, lse or None, out in float32, lse_parts), the last two for a backward pass."""
+    out, lse, out_exact, lse_parts = launch.empty_results(problem, q, for_backward)
     if out.numel():
         extras = (terms.k_start, terms.k_end, terms.mask, terms.bias, terms.alibi_slopes)
-        tensors = (q, k, v, out, lse, lse_parts, *extras, terms.softmax_scale, terms.seed or 0, terms.sinks)
+        tensors = (q, k, v, out, out_exact, lse, lse_parts, *extras, terms.softmax_scale, terms.seed or 0, terms.sinks)
         key = ("prefill", for_backward, *launch.call_key(problem, q, k, v, terms))
 
         def plan():
@@ -353,7 +361,7 @@ def _forward(problem, q, k, v, terms, for_backward: bool):
             return launch.choose("prefill", problem, device, tensors, lambda t: _plan(problem, q, k, v, out, terms, t))
 
         launch.run(key, tensors, plan)
-    return out, lse, lse_parts
+    return out, lse, out if out_exact is None else out_exact, lse_parts
 
 
 def _plan(problem, q, k, v, out, terms, tiles) -> launch.Plan:
