@@ -141,8 +141,12 @@ def compile_spec(arch: int | str, spec: Spec) -> dict[str, dict]:
     """Kernel name -> what its code consists of."""
     with compiling_for(arch) as launches:
         attend(spec)
-    binaries = {launch.binary.name: launch.binary for launch in launches}
-    return {name: describe(binary) for name, binary in binaries.items()}
+    names: dict[str, Binary] = {}
+    for binary in (launch.binary for launch in launches):
+        of_name = [known for name, known in names.items() if name.split()[0] == binary.name]
+        if binary not in of_name:  # a kernel that is launched for two things has a binary for each
+            names[binary.name + (f" {len(of_name) + 1}" if of_name else "")] = binary
+    return {name: describe(binary) for name, binary in names.items()}
 
 
 def describe(binary) -> dict:
@@ -222,11 +226,23 @@ def document_with(text: str) -> str:
 
 
 def read_golden() -> dict:
-    return json.loads(GOLDEN.read_text())
+    golden = json.loads(GOLDEN.read_text())
+    kernels: dict = {}
+    for arch, spec, name, kernel in golden["kernels"]:
+        kernels.setdefault(arch, {}).setdefault(spec, {})[name] = kernel
+    return golden | {"kernels": kernels}
 
 
 def write_golden(golden: dict) -> None:
-    GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
+    """A line for each kernel, so that a difference says whose it is."""
+    rows = [
+        json.dumps([arch, spec, name, kernel])
+        for arch, specs in golden["kernels"].items()
+        for spec, kernels in specs.items()
+        for name, kernel in kernels.items()
+    ]
+    text = ",\n".join(rows)
+    GOLDEN.write_text(f'{{"triton": "{golden["triton"]}", "kernels": [\n{text}\n]}}\n')
 
 
 def main() -> None:
