@@ -16,6 +16,7 @@ import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
 KIB = 1024
 
@@ -106,3 +107,34 @@ def fake_gpu(arch: int | str) -> Iterator[list[Launch]]:
     finally:
         knobs.runtime.kernel_load_end_hook.remove(fake.note_load)
         driver._active = before
+
+
+class Specialized(NamedTuple):
+    """In place of a compiled kernel: what Triton would compile for. Launches are listed as (name, key, grid, args)."""
+
+    name: str
+    key: str
+    launched: list[tuple]
+
+    def __getitem__(self, grid):
+        return lambda *args, stream: self.launched.append((self.name, self.key, grid, args))
+
+
+@contextmanager
+def nothing_compiled() -> Iterator[list[tuple]]:
+    """Inside `fake_gpu`, kernels are specialized and launched but not compiled, in no time; yields the launches."""
+    launched, keys, warmup, hook = [], [], JITFunction.warmup, knobs.runtime.jit_cache_hook
+
+    def note(*, key, **others) -> bool:
+        keys.append(str(key))
+        return True  # as good as compiled
+
+    def specialize(kernel, *args, **kwargs):
+        assert warmup(kernel, *args, **kwargs) is None
+        return Specialized(kernel.__name__, keys.pop(), launched)
+
+    knobs.runtime.jit_cache_hook, JITFunction.warmup = note, specialize
+    try:
+        yield launched
+    finally:
+        knobs.runtime.jit_cache_hook, JITFunction.warmup = hook, warmup

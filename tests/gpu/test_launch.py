@@ -4,7 +4,6 @@ How long that takes is a measurement: `python bench/launch.py`.
 """
 
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import process
 
@@ -12,12 +11,12 @@ process.require(interpreted=False)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from triton import knobs  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 import fastattn  # noqa: E402
 import launch as bench_launch  # noqa: E402
+from fake_device import nothing_compiled  # noqa: E402
 from fastattn import BlockMask, Mask  # noqa: E402
 from fastattn.kernels import launch, tuning  # noqa: E402
 from kernel_report import compiling_for, without_device  # noqa: E402
@@ -121,33 +120,11 @@ def _describe(argument):
 # --- the key of the cache --------------------------------------------------------------------------------------------
 
 
-class Specialized(NamedTuple):
-    """In place of a compiled kernel: what Triton would compile for."""
-
-    name: str
-    key: str
-    launched: list
-
-    def __getitem__(self, grid):
-        return lambda *args, stream: self.launched.append((self.name, self.key, grid, tuple(map(_describe, args))))
-
-
 @pytest.fixture
-def launched(launches, monkeypatch) -> list[tuple]:
-    """Launches by value of kernels that nobody compiles."""
-    found, keys, warmup = [], [], JITFunction.warmup
-
-    def note(*, key, **others) -> bool:
-        keys.append(str(key))
-        return True  # it is as good as compiled
-
-    def specialize(kernel, *args, **kwargs):
-        assert warmup(kernel, *args, **kwargs) is None
-        return Specialized(kernel.__name__, keys.pop(), found)
-
-    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", note)
-    monkeypatch.setattr(JITFunction, "warmup", specialize)
-    return found
+def launched(launches):
+    """Launches of kernels that nobody compiles."""
+    with nothing_compiled() as launched:
+        yield launched
 
 
 def variants(seqlen_q: int, seqlen_k: int) -> dict[str, dict]:
@@ -206,7 +183,7 @@ def test_a_cached_launch_is_that_of_this_call(launched, seqlen_q, seqlen_k, back
     def launches_of(variant) -> list[tuple]:
         launched.clear()
         call(**{"seqlen_q": seqlen_q, "seqlen_k": seqlen_k, **variant}, backward=backward)
-        return list(launched)
+        return [(*launch, tuple(map(_describe, args))) for *launch, args in launched]
 
     calls, fresh = variants(seqlen_q, seqlen_k), {}
     for name, variant in calls.items():
