@@ -59,7 +59,7 @@ def attention(
     dropout_p     probability in [0, 1) that a weight is dropped (the others grow by 1 / (1 - dropout_p))
     seed          of the dropout mask, 0 ... 2^63 - 1; None draws one from torch's generator
     return_lse    also return the log of the softmax denominator
-    backend       "cpu" or "reference": only its kernels, an error instead of a fallback
+    backend       "cpu", "triton" or "reference": only its kernels, an error instead of a fallback
 
     Returns out [batch, num_heads, seqlen_q, head_dim_v] in q's dtype and memory order, or (out, lse) with lse
     [batch, num_heads, seqlen_q], natural log, float32 (float64 for float64 inputs).

@@ -121,6 +121,8 @@ def gradients_of_scores(
     slope_of_cap = 1.0
     if SOFTCAP:
         s, slope_of_cap = softcap_scores(s, scale, softcap)
+    elif EXACT:
+        s = s * scale * LOG2E
     elif ALIBI or bias is not None or EXACT:
         s = s * (scale * LOG2E)
     if bias is not None:
@@ -846,7 +848,7 @@ class _Call:
 
         def plan(tiles):
             arguments, constexprs = launch.score_arguments(problem, *self.inputs, terms)
-            constexprs["EXACT"] = problem.dtype == "float32" or problem.bias != "none"
+            constexprs["EXACT"] = problem.dtype == "float32" or problem.bias != "none" or problem.learned_scale
             if kernel is bias_kernel:
                 constexprs |= {"BLOCK_M": tiles.BLOCK_M, "BLOCK_N": tiles.BLOCK_N, **flags}
                 before = strides

@@ -44,7 +44,7 @@ def forward_kernel(
     BOUNDED: tl.constexpr = HAS_FIRST or HAS_HI or k_end is not None
     TILE: tl.constexpr = (BLOCK_M, BLOCK_N)
     DIMS: tl.constexpr = (HEAD_DIM, D0, D1, HEAD_DIM_V, E0, E1)
-    FLAGS: tl.constexpr = (HAS_FIRST, SOFTCAP, alibi_slopes is not None, DROPOUT, False, PRECISION)
+    FLAGS: tl.constexpr = (HAS_FIRST, SOFTCAP, alibi_slopes is not None, DROPOUT, LEARNED_SCALE, PRECISION)
     STEPS: tl.constexpr = BLOCK_K // BLOCK_N
     num_m, num_blocks = tl.cdiv(seqlen_q, BLOCK_M), tl.cdiv(seqlen_k, BLOCK_K)
     row = tl.program_id(0) % num_m * BLOCK_M

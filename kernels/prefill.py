@@ -60,9 +60,9 @@ def attend(
     SOFTCAP: tl.constexpr = FLAGS[1]
     ALIBI: tl.constexpr = FLAGS[2]
     DROPOUT: tl.constexpr = FLAGS[3]
-    SCALE_OF_ROWS: tl.constexpr = FLAGS[4]
+    LEARNED_SCALE: tl.constexpr = FLAGS[4]
     PRECISION: tl.constexpr = FLAGS[5]
-    MODIFIED: tl.constexpr = SOFTCAP or ALIBI or SCALE_OF_ROWS or bias is not None
+    MODIFIED: tl.constexpr = SOFTCAP or ALIBI or LEARNED_SCALE or bias is not None
     keys_left, n = seqlen_k - col, tl.cast(col, tl.int64)
     local_cols = tl.arange(0, BLOCK_N)[None, :]
 
@@ -86,6 +86,8 @@ def attend(
     if MODIFIED:
         if SOFTCAP:
             s, _ = softcap_scores(s, scale, softcap)
+        elif LEARNED_SCALE:
+            s = s * scale * LOG2E
         else:
             s = s * factor
         factor = 1.0
@@ -258,7 +260,7 @@ def forward_kernel(
     HIDES: tl.constexpr = EVERYWHERE or BOUNDED
     TILE: tl.constexpr = (BLOCK_M, BLOCK_N)
     DIMS: tl.constexpr = (HEAD_DIM, D0, D1, HEAD_DIM_V, E0, E1)
-    FLAGS: tl.constexpr = (HAS_FIRST, SOFTCAP, alibi_slopes is not None, DROPOUT, False, PRECISION)
+    FLAGS: tl.constexpr = (HAS_FIRST, SOFTCAP, alibi_slopes is not None, DROPOUT, LEARNED_SCALE, PRECISION)
     num_m = tl.cdiv(seqlen_q, BLOCK_M)
     m_block = tl.program_id(0) % num_m
     if HAS_HI:

@@ -1,5 +1,6 @@
 """Which kernel runs, who may choose it, and how a user finds out."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 
 import fastattn
 from cases import CASES, inputs
-from fastattn import FallbackWarning, UnsupportedError, cpu, dispatch, reference
+from fastattn import FallbackWarning, UnsupportedError, cpu, dispatch, gpu, reference
 from fastattn.dispatch import KERNELS, Row, describe, refuse, select
 from fastattn.problem import MASK_KINDS, Problem
 
@@ -46,7 +47,8 @@ BACKWARD_PROBLEMS = [dispatch.backward_of(problem) for problem in PROBLEMS]
 
 @pytest.mark.parametrize("row", KERNELS, ids=lambda row: row.name)
 def test_each_row_accepts_some_case(row):
-    problems = PROBLEMS + BACKWARD_PROBLEMS
+    device = min(row.supports.get("device", {"cpu"}))
+    problems = [problem._replace(device=device) for problem in PROBLEMS + BACKWARD_PROBLEMS]
     assert any(not refuse(row._replace(available=None), problem) for problem in problems)
 
 
@@ -213,7 +215,7 @@ def test_use_nests_and_argument_wins():
 
 
 def test_use_refuses_an_unknown_backend():
-    with pytest.raises(ValueError, match="backend='gpu' is not a backend; choose one of cpu, reference"):
+    with pytest.raises(ValueError, match="backend='gpu' is not a backend; choose one of cpu, triton, reference"):
         with fastattn.use("gpu"):
             pass
 
@@ -408,7 +410,59 @@ thread.join()
 def test_environment_with_an_unknown_backend():
     result = python("import fastattn", FASTATTN_BACKEND="tpu")
     assert result.returncode == 1
-    assert "ValueError: FASTATTN_BACKEND='tpu' is not a backend; choose one of cpu, reference" in result.stderr
+    assert "ValueError: FASTATTN_BACKEND='tpu' is not a backend; choose one of cpu, triton, reference" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "installed, cuda, reason",
+    [
+        (False, False, "Triton is not installed (pip install triton)"),
+        (False, True, "Triton is not installed (pip install triton)"),
+        (True, False, "there is no CUDA or ROCm device (with TRITON_INTERPRET=1, Triton's interpreter takes CPU tensors"),
+        (True, True, None),
+    ],
+)  # fmt: skip
+def test_the_triton_rows_say_what_is_missing(installed, cuda, reason, monkeypatch):
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(gpu, "INTERPRETED", False)
+    dispatch._unavailable.cache_clear()
+    try:
+        rows = [row for row in KERNELS if row.backend == "triton"]
+        refusals = {row.name: refuse(row, PROBLEM._replace(device="cuda"))[:1] for row in rows}
+    finally:
+        dispatch._unavailable.cache_clear()
+    if reason is None:
+        assert gpu.unavailable() is None and refusals["triton.prefill"] == []
+    else:
+        assert rows and all(reason in refusal[0] for refusal in refusals.values())
+
+
+@pytest.mark.skipif(gpu.unavailable() is None, reason="the Triton kernels can run here")
+def test_a_backend_that_cannot_run_says_why():
+    with pytest.raises(UnsupportedError) as caught:
+        fastattn.attention(*qkv(), backend="triton")
+    assert gpu.unavailable() in str(caught.value)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_the_interpreter_takes_cpu_tensors():
+    """For people who debug kernels; triton is imported by the first call, not with the package."""
+    code = """
+import sys, torch, fastattn
+print("triton" in sys.modules)
+q, k, v = (torch.randn(1, 2, 20, 16, requires_grad=True) for _ in range(3))
+out = fastattn.attention(q, k, v, causal=True)
+print(fastattn.last_call().kernel)
+dq, = torch.autograd.grad(out.sum(), q)
+print(fastattn.last_call().kernel)
+expected = fastattn.attention(q, k, v, causal=True, backend="reference")
+torch.testing.assert_close(out, expected)
+torch.testing.assert_close(dq, torch.autograd.grad(expected.sum(), q)[0])
+print("triton" in sys.modules)
+"""
+    result = python(code, FASTATTN_BACKEND="triton", TRITON_INTERPRET="1")
+    assert result.stdout.split() == ["False", "triton.prefill", "triton.backward", "True"], result.stderr
 
 
 def test_import_stays_light():
