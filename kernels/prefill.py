@@ -66,6 +66,19 @@ def attend(
     keys_left, n = seqlen_k - col, tl.cast(col, tl.int64)
     local_cols = tl.arange(0, BLOCK_N)[None, :]
 
+    # loads before the product: of two layouts the compiler keeps the later one for the running maximum and sum
+    if MASKED:
+        seen = visible(col + local_cols, bounds[0][:, None], bounds[1][:, None], HAS_FIRST)
+        if mask is not None:
+            tile = mask + n * mask_strides[1]
+            seen = seen & (load_scores(tile, mask_strides, local_rows, local_cols, rows_left, keys_left) != 0)
+        if bitmap is not None:
+            seen = seen & bits(bitmap, local_rows, local_cols)
+        if bias is not None:
+            tile = bias + n * bias_strides[1]
+            added = load_scores(tile, bias_strides, local_rows, local_cols, rows_left, keys_left)
+            seen = seen & (added.to(tl.float32) != float("-inf"))
+
     if k_descriptor is not None:
         k0 = k_descriptor.load([batch, head_k, tl.cast(col, tl.int32), 0]).reshape([BLOCK_N, D0])
     else:
@@ -76,13 +89,6 @@ def attend(
         s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
 
     factor = scale * LOG2E
-    if MASKED:
-        seen = visible(col + local_cols, bounds[0][:, None], bounds[1][:, None], HAS_FIRST)
-        if mask is not None:
-            tile = mask + n * mask_strides[1]
-            seen = seen & (load_scores(tile, mask_strides, local_rows, local_cols, rows_left, keys_left) != 0)
-        if bitmap is not None:
-            seen = seen & bits(bitmap, local_rows, local_cols)
     if MODIFIED:
         if SOFTCAP:
             s, _ = softcap_scores(s, scale, softcap)
@@ -90,9 +96,6 @@ def attend(
             s = s * factor
         factor = 1.0
         if bias is not None:
-            tile = bias + n * bias_strides[1]
-            added = load_scores(tile, bias_strides, local_rows, local_cols, rows_left, keys_left)
-            seen = seen & (added.to(tl.float32) != float("-inf"))
             s += bias_log2(added)
         if ALIBI:
             s -= slope * tl.abs(rows + (seqlen_k - seqlen_q) - (col + local_cols)).to(tl.float32)
