@@ -293,22 +293,28 @@ def forward_kernel(
     slope = load_slope(alibi_slopes, slope_strides, b, h)
     numbers = (seqlen_q, seqlen_k, scale, softcap, slope, threshold, seed)
 
-    # 3. loops: without masks, with masks; both once more if a NaN that a mask hides got in
+    # 3. loops: with masks, without masks (in this order they take fewer registers); both once more if a NaN that a mask
+    # hides got in
     blocks_before = tl.cdiv(common_lo - lo, BLOCK_N)
     blocks = blocks_before + tl.cdiv(hi - common_hi, BLOCK_N)
     state = fresh_state(BLOCK_M, DIMS)
     clean, again = False, True
     while again:
+        if HIDES:
+            for block in tl.range(0, blocks):
+                col = tl.where(block < blocks_before, lo + block * BLOCK_N, common_hi + (block - blocks_before) * BLOCK_N)
+                state = attend(
+                    state, q0, q1, keys, place, bounds, scores, numbers, col, clean, TILE, DIMS, FLAGS, True, True
+                )
+        elif common_hi < hi:  # the last keys, fewer than BLOCK_N
+            state = attend(
+                state, q0, q1, keys, place, bounds, scores, numbers, common_hi, clean, TILE, DIMS, FLAGS, True, False
+            )
         if not EVERYWHERE:
             for col in tl.range(common_lo, common_hi, BLOCK_N):
                 state = attend(
                     state, q0, q1, keys, place, bounds, scores, numbers, col, clean, TILE, DIMS, FLAGS, False, False
                 )
-        for block in tl.range(0, blocks):
-            col = tl.where(block < blocks_before, lo + block * BLOCK_N, common_hi + (block - blocks_before) * BLOCK_N)
-            state = attend(
-                state, q0, q1, keys, place, bounds, scores, numbers, col, clean, TILE, DIMS, FLAGS, True, HIDES
-            )
         again = False
         if HIDES:
             again = is_spoiled(state[0], state[1], E1) & (clean == 0)
