@@ -66,6 +66,19 @@ def attend(
     keys_left, n = seqlen_k - col, tl.cast(col, tl.int64)
     local_cols = tl.arange(0, BLOCK_N)[None, :]
 
+    # loads before the product: of two layouts the compiler keeps the later one for the running maximum and sum
+    if MASKED:
+        seen = visible(col + local_cols, bounds[0][:, None], bounds[1][:, None], HAS_FIRST)
+        if mask is not None:
+            tile = mask + n * mask_strides[1]
+            seen = seen & (load_scores(tile, mask_strides, local_rows, local_cols, rows_left, keys_left) != 0)
+        if bitmap is not None:
+            seen = seen & bits(bitmap, local_rows, local_cols)
+        if bias is not None:
+            tile = bias + n * bias_strides[1]
+            added = load_scores(tile, bias_strides, local_rows, local_cols, rows_left, keys_left)
+            seen = seen & (added.to(tl.float32) != float("-inf"))
+
     if k_descriptor is not None:
         k0 = k_descriptor.load([batch, head_k, tl.cast(col, tl.int32), 0]).reshape([BLOCK_N, D0])
     else:
@@ -76,13 +89,6 @@ def attend(
         s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
 
     factor = scale * LOG2E
-    if MASKED:
-        seen = visible(col + local_cols, bounds[0][:, None], bounds[1][:, None], HAS_FIRST)
-        if mask is not None:
-            tile = mask + n * mask_strides[1]
-            seen = seen & (load_scores(tile, mask_strides, local_rows, local_cols, rows_left, keys_left) != 0)
-        if bitmap is not None:
-            seen = seen & bits(bitmap, local_rows, local_cols)
     if MODIFIED:
         if SOFTCAP:
             s, _ = softcap_scores(s, scale, softcap)
@@ -92,9 +98,6 @@ def attend(
             s = s * factor
         factor = 1.0
         if bias is not None:
-            tile = bias + n * bias_strides[1]
-            added = load_scores(tile, bias_strides, local_rows, local_cols, rows_left, keys_left)
-            seen = seen & (added.to(tl.float32) != float("-inf"))
             s += bias_log2(added)
         if ALIBI:
             s -= slope * tl.abs(rows + (seqlen_k - seqlen_q) - (col + local_cols)).to(tl.float32)
@@ -300,22 +303,28 @@ def forward_kernel(
     slope = load_slope(alibi_slopes, slope_strides, b, h)
     numbers = (seqlen_q, seqlen_k, scale, softcap, slope, threshold, seed)
 
-    # 3. loops: without masks, with masks; both once more if a NaN that a mask hides got in
+    # 3. loops: with masks, without masks (in this order they take fewer registers); both once more if a NaN that a mask
+    # hides got in
     blocks_before = tl.cdiv(common_lo - lo, BLOCK_N)
     blocks = blocks_before + tl.cdiv(hi - common_hi, BLOCK_N)
     state = fresh_state(BLOCK_M, DIMS)
     clean, again = False, True
     while again:
+        if HIDES:
+            for block in tl.range(0, blocks):
+                col = tl.where(block < blocks_before, lo + block * BLOCK_N, common_hi + (block - blocks_before) * BLOCK_N)
+                state = attend(
+                    state, q0, q1, keys, place, bounds, scores, numbers, col, clean, TILE, DIMS, FLAGS, True, True
+                )
+        elif common_hi < hi:  # the last keys, fewer than BLOCK_N
+            state = attend(
+                state, q0, q1, keys, place, bounds, scores, numbers, common_hi, clean, TILE, DIMS, FLAGS, True, False
+            )
         if not EVERYWHERE:
             for col in tl.range(common_lo, common_hi, BLOCK_N):
                 state = attend(
                     state, q0, q1, keys, place, bounds, scores, numbers, col, clean, TILE, DIMS, FLAGS, False, False
                 )
-        for block in tl.range(0, blocks):
-            col = tl.where(block < blocks_before, lo + block * BLOCK_N, common_hi + (block - blocks_before) * BLOCK_N)
-            state = attend(
-                state, q0, q1, keys, place, bounds, scores, numbers, col, clean, TILE, DIMS, FLAGS, True, HIDES
-            )
         again = False
         if HIDES:
             again = is_spoiled(state[0], state[1], E1) & (clean == 0)
