@@ -178,3 +178,14 @@ def test_mistake_is_caught(direction, mistake, dtype):
     case = CANARY._replace(dtype=dtype)
     with canaries.planted(mistake) as row, pytest.raises(AssertionError, match="error .*, allowed"):
         assert_forward(row, case) if direction == "forward" else assert_backward(case)
+
+
+@pytest.mark.skipif(not process.INTERPRETED, reason="a GPU does not notice")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fault, violation", list(zip(canaries.FAULTS, ("OutOfBounds", "Race"), strict=True)))
+def test_fault_is_caught(fault, violation, dtype):
+    import strict_interpreter
+
+    (q, k, v), kwargs = inputs(CANARY._replace(dtype=dtype, causal=False))
+    with canaries.planted(fault), pytest.raises(getattr(strict_interpreter, violation)):
+        fastattn.attention(q, k, v, **kwargs, backend="triton")

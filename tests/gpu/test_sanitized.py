@@ -133,6 +133,17 @@ def test_mistake_is_caught(mistake):
         assert_accuracy(actual, q, k, v, **kwargs)
 
 
+@pytest.mark.parametrize(
+    "fault, message",
+    list(zip(canaries.FAULTS, ("past the end of the tensor passed as `k`", "both touch"), strict=True)),
+)
+def test_fault_is_caught(fault, message):
+    """With head_dim 80, whose keys come by pointers: a tensor descriptor (TMA) knows where they end."""
+    (q, k, v), kwargs = inputs(SMALL._replace(dtype="bfloat16", head_dim=80, num_heads_k=2))
+    with canaries.planted(fault), pytest.raises(sanitize.KernelFault, match=message):
+        attention(q, k, v, **kwargs, backend="triton")
+
+
 def test_out_of_bounds_is_caught():
     copy[(4,)](torch.randn(128), torch.empty(128), 128, 32)
     with pytest.raises(sanitize.KernelFault, match="reads 28 element.* past the end of the tensor passed as `x`"):
