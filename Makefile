@@ -26,7 +26,7 @@ test: $(VENV)/.test $(EXT)  ## the tests, without the slow ones
 
 test-all: $(VENV)/.test $(EXT)  ## all tests: builds of wheels, sanitizers, large sizes, Triton
 	$(PY) -m pytest -q -m "" tests $(ARGS)
-	$(MAKE) test-triton test-triton-versions
+	$(MAKE) test-triton test-triton-versions ARGS='-m "" $(ARGS)'
 
 # Triton lies beside the environment and not in it: a torch for CUDA brings its own. It decides when it is imported
 # whether it interprets or compiles: a process for each, of one thread, two at once.
@@ -34,7 +34,8 @@ TRITON ?= 3.9.0
 TRITON_PATH := $(VENV)/triton-$(TRITON)
 TRITON_PY = PYTHONPATH=$(TRITON_PATH):$(VENV)/ttsem OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PY)
 TRITON_PYTEST = $(TRITON_PY) -m pytest -q -p no:cacheprovider
-INTERPRETED := tests/gpu/test_strict_interpreter.py tests/gpu/test_parity.py tests/gpu/test_agreement.py
+INTERPRETED := $(addprefix tests/gpu/test_,strict_interpreter.py parity.py agreement.py)
+COMPILED := $(addprefix tests/gpu/test_,compiled.py launch.py warmup.py)
 
 test-triton: $(VENV)/.test $(EXT) $(TRITON_PATH) $(VENV)/ttsem  ## the Triton kernels without a GPU
 	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync triton-interpreted triton-compiled triton-sanitized
@@ -43,7 +44,7 @@ triton-interpreted:
 	TRITON_INTERPRET=1 $(TRITON_PYTEST) $(INTERPRETED) $(ARGS)
 
 triton-compiled:
-	$(TRITON_PYTEST) tests/gpu/test_compiled.py tests/gpu/test_launch.py $(ARGS)
+	$(TRITON_PYTEST) $(COMPILED) $(ARGS)
 
 triton-sanitized:
 	$(TRITON_PYTEST) tests/gpu/test_sanitized.py $(ARGS)

@@ -14,7 +14,9 @@ def unavailable() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     if not INTERPRETED and not torch.cuda.is_available():
-        return "there is no CUDA or ROCm device (with TRITON_INTERPRET=1, Triton's interpreter takes CPU tensors, slowly)"
+        return (
+            "there is no CUDA or ROCm device (with TRITON_INTERPRET=1, Triton's interpreter takes CPU tensors, slowly)"
+        )
     return None
 
 
