@@ -11,6 +11,7 @@ from . import launch
 from .tile import (
     LOG2E,
     bias_log2,
+    bit,
     bits,
     dropout_keep,
     finite_or,
@@ -73,7 +74,7 @@ def attend(
             tile = mask + n * mask_strides[1]
             seen = seen & (load_scores(tile, mask_strides, local_rows, local_cols, rows_left, keys_left) != 0)
         if bitmap is not None:
-            seen = seen & bits(bitmap, local_rows, local_cols)
+            seen = seen & bits(bitmap, local_rows, BLOCK_N)
         if bias is not None:
             tile = bias + n * bias_strides[1]
             added = load_scores(tile, bias_strides, local_rows, local_cols, rows_left, keys_left)
@@ -179,7 +180,7 @@ def add_poison(acc0, acc1, keys, place, bounds, scores, lo, hi, DIMS: tl.constex
                 added = load_scores(tile, bias_strides, local_rows, 0, rows_left, 1)
                 seen = seen & (added.to(tl.float32) != float("-inf"))
             if bitmap is not None:
-                seen = seen & bits(bitmap, local_rows, col - lo)
+                seen = seen & bit(bitmap, local_rows, col - lo)
             acc0 = tl.where(seen & bad0, acc0 + v0, acc0)
             if E1 > 0:
                 acc1 = tl.where(seen & bad1, acc1 + v1, acc1)
