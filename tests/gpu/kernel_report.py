@@ -37,7 +37,7 @@ class Spec(NamedTuple):
 
 SPECS = (
     *(Spec("prefill", head_dim) for head_dim in (64, 128, 192, 256)),
-    *(Spec("prefill causal", head_dim, causal=True) for head_dim in (64, 128)),
+    *(Spec("prefill causal", head_dim, causal=True) for head_dim in (64, 128, 192, 256)),
     *(Spec("prefill", head_dim, "float32") for head_dim in (64, 128, 256)),
     Spec("prefill", 128, "float16"),
     *(Spec("prefill everything", head_dim, everything=True) for head_dim in (64, 128, 256)),
@@ -46,9 +46,9 @@ SPECS = (
     Spec("block_sparse", blocks=True),
     Spec("block_sparse backward", blocks=True, backward=True),
     *(Spec("backward", head_dim, backward=True) for head_dim in (64, 128, 256)),
-    Spec("backward causal", causal=True, backward=True),
+    *(Spec("backward causal", head_dim, causal=True, backward=True) for head_dim in (64, 128, 256)),
     *(Spec("backward", head_dim, "float32", backward=True) for head_dim in (64, 128, 256)),
-    *(Spec("backward everything", head_dim, everything=True, backward=True) for head_dim in (64, 128)),
+    *(Spec("backward everything", head_dim, everything=True, backward=True) for head_dim in (64, 128, 256)),
 )
 FEW = tuple(spec for spec in SPECS if str(spec) in ("prefill D128 bfloat16", "backward D128 bfloat16"))
 ARCHS = {

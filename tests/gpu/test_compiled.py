@@ -223,22 +223,23 @@ def test_the_limits_are_those_of_the_kernels():
     }
 
 
+TABLES = {name: getattr(config, f"_{name.upper()}") for name in tuning.TABLES}
+
+
 def test_every_architecture_of_a_table_is_compiled_for():
-    kernels = (config._PREFILL, config._DECODE, config._KEY_VALUE, config._QUERY, config._BIAS)
-    named = {name for tables in kernels for table in tables.values() for name in table} | set(config.SMEM)
+    named = {name for tables in TABLES.values() for table in tables.values() for name in table} | set(config.SMEM)
     same = {"sm_87", "sm_110", "sm_121"}  # built as sm_80, sm_100 and sm_120 are
     assert named - same - {"other"} <= set(map(arch_name, ARCHS))
 
 
 def test_every_entry_of_a_table_is_compiled(monkeypatch):
     """Some spec takes it: no tiles that nobody has seen compiled."""
-    tables = {name: table for name, table in vars(config).items() if isinstance(table, dict) and "interpreter" in table}
     entries = {
-        id(tiles): f"config.{name}, {arch}, head_dim {head_dim}"
-        for name, table in tables.items()
+        id(tiles): f"{kernel} {kind}, {arch}, head_dim {head_dim}"
+        for kernel, tables in TABLES.items()
+        for kind, table in tables.items()
         for arch, rows in table.items()
         for head_dim, tiles in rows
-        if arch != "interpreter"
     }
     look_up, taken = config._look_up, set()
 
