@@ -49,6 +49,7 @@ SPECS = (
     *(Spec("backward causal", head_dim, causal=True, backward=True) for head_dim in (64, 128, 256)),
     *(Spec("backward", head_dim, "float32", backward=True) for head_dim in (64, 128, 256)),
     *(Spec("backward everything", head_dim, everything=True, backward=True) for head_dim in (64, 128, 256)),
+    *(Spec("backward everything", head_dim, "float32", everything=True, backward=True) for head_dim in (64, 128)),
 )
 FEW = tuple(spec for spec in SPECS if str(spec) in ("prefill D128 bfloat16", "backward D128 bfloat16"))
 ARCHS = {
