@@ -70,7 +70,7 @@ _TRITON = {
     "head_dim": range(1, 257),
     "head_dim_v": range(1, 257),
     "layout": {"dense"},
-    "mask": {"none", "causal", "window", "interval", "tensor"},
+    "mask": set(MASK_KINDS),
     "bias": {"none", *FLOATS},
     "transformed": {False},
 }
@@ -93,7 +93,13 @@ KERNELS = (
         "triton.decode",
         "fastattn.gpu:decode",
         "fastattn.gpu:unavailable",
-        {**_TRITON, "seqlen_q": range(0, 17), "direction": {"forward"}, "needs_grad": {False}},
+        {
+            **_TRITON,
+            "seqlen_q": range(0, 17),
+            "mask": set(MASK_KINDS) - {"block"},
+            "direction": {"forward"},
+            "needs_grad": {False},
+        },
     ),
     Row(
         "triton.prefill",
@@ -103,17 +109,10 @@ KERNELS = (
         backward="triton.backward",
     ),
     Row(
-        "triton.block_sparse",
-        "fastattn.gpu:block_sparse",
-        "fastattn.gpu:unavailable",
-        {**_TRITON, "mask": {"block"}, "bias": {"none"}, "direction": {"forward"}},
-        backward="triton.backward",
-    ),
-    Row(
         "triton.backward",
         "fastattn.gpu:backward",
         "fastattn.gpu:unavailable",
-        {**_TRITON, "mask": {*_TRITON["mask"], "block"}, "direction": {"backward"}, "needs_grad": {False}},
+        {**_TRITON, "direction": {"backward"}, "needs_grad": {False}},
     ),
     Row(
         "reference.backward", "fastattn.reference:run_backward", None, {"layout": {"dense"}, "direction": {"backward"}}

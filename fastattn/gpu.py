@@ -9,6 +9,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton will run CPU tensors in its interpreter: for debugging kernels, slowly."""
 
 
+CHECK = os.environ.get("FASTATTN_CHECK") == "1"
+"""Whether a call checks what its block mask holds, on the host, which waits for the device. Without it, kernels clamp every
+index that they read, so that none leaves its tensor, and a mask that was changed after it was made gives a wrong result."""
+
+
 def unavailable() -> str | None:
     """None if Triton kernels can run here, else why not."""
     if importlib.util.find_spec("triton") is None:
@@ -31,17 +36,8 @@ def prefill(problem, q, k, v, terms):
     """Forward pass (kernel signature of dispatch.Row)."""
     from .kernels import prefill as kernel
 
-    return _run(kernel, problem, q, k, v, terms)
-
-
-def block_sparse(problem, q, k, v, terms):
-    """Forward pass over the lists of a block mask (kernel signature of dispatch.Row)."""
-    from .kernels import block_sparse as kernel
-
-    return _run(kernel, problem, q, k, v, terms)
-
-
-def _run(kernel, problem, q, k, v, terms):
+    if CHECK:
+        _check(terms.block_mask)
     if problem.needs_grad:
         from . import autograd
 
@@ -53,4 +49,14 @@ def backward(problem, q, k, v, terms, saved, dout, dlse, wanted):
     """Gradients (backward signature of dispatch.Row)."""
     from .kernels import backward as kernel
 
+    if CHECK and terms.block_mask is not None:
+        _check(terms.block_mask.transpose())
     return kernel.backward(problem, q, k, v, terms, saved, dout, dlse, wanted)
+
+
+def _check(block_mask) -> None:
+    """Raise ValueError that names the list and the entry if `block_mask` no longer is what it was built as."""
+    if block_mask is not None:
+        from .block_checks import check_mask
+
+        check_mask(block_mask)

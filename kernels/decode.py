@@ -5,15 +5,13 @@ the keys are split and `combine_kernel` puts the parts together (Flash-Decoding;
 splits follows from heads, lengths and the device, never from the batch.
 """
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 
 from . import launch, tuning
-from .prefill import add_poison, attend, fresh_state, is_spoiled, positive_scale, store_rows
-from .tile import LOG2E, key_range, load_columns, load_scale, load_slope, natural_lse, normalizer, row_bounds
+from .attend import attend_range, positive_scale, store_rows
+from .tile import LOG2E, key_range, limits_of, load_columns, load_scale, load_slope, natural_lse, normalizer, row_bounds
 
 
 @triton.jit(do_not_specialize=[*launch.SIZES, "keys_per_split", "num_splits", "batch_size"])
@@ -21,10 +19,8 @@ def decode_kernel(
     q,             # [batch, num_heads, seqlen_q, head_dim]
     k,             # [batch, num_heads_k, seqlen_k, head_dim]
     v,             # [batch, num_heads_k, seqlen_k, head_dim_v]
-    out,           # [batch, num_heads, seqlen_q, head_dim_v]; SPLIT: float32 [num_splits, ...] contiguous, not normalized
+    out,           # [batch, num_heads, seqlen_q, head_dim_v]; SPLIT: the parts that `combine_kernel` reads
     lse,           # [batch, num_heads, seqlen_q], contiguous, or None
-    maximum,       # SPLIT: [num_splits, batch, num_heads, seqlen_q], contiguous; else None
-    total,         # likewise
     k_start, k_end, mask, bias, alibi_slopes, softmax_scale,  # as in prefill.forward_kernel
     seed: tl.int64,
     sinks,         # [num_heads], or None
@@ -44,7 +40,6 @@ def decode_kernel(
     HAS_FIRST: tl.constexpr = HAS_LO or k_start is not None
     BOUNDED: tl.constexpr = HAS_FIRST or HAS_HI or k_end is not None
     EVERYWHERE: tl.constexpr = mask is not None or bias is not None
-    HIDES: tl.constexpr = EVERYWHERE or BOUNDED
     TILE: tl.constexpr = (BLOCK_M, BLOCK_N)
     DIMS: tl.constexpr = (HEAD_DIM, D0, D1, HEAD_DIM_V, E0, E1)
     FLAGS: tl.constexpr = (HAS_FIRST, SOFTCAP, alibi_slopes is not None, DROPOUT, LEARNED_SCALE, PRECISION)
@@ -58,14 +53,8 @@ def decode_kernel(
     packed = tl.minimum(row + local_rows, num_rows - 1)
     heads, rows = head_k * group_size + packed // seqlen_q, packed % seqlen_q
     h, m = heads.to(tl.int64), rows.to(tl.int64)
-    if k_start is not None:
-        k_start += b * start_strides[0] + h * start_strides[1]
-    if k_end is not None:
-        k_end += b * end_strides[0] + h * end_strides[1]
-    bounds = row_bounds(
-        rows, k_start, start_strides[2], k_end, end_strides[2], seqlen_q, seqlen_k, diagonal_lo, diagonal_hi,
-        HAS_LO, HAS_HI,
-    )  # fmt: skip
+    limits = limits_of(k_start, start_strides, k_end, end_strides, diagonal_lo, diagonal_hi, b, h)
+    bounds = row_bounds(rows, limits, seqlen_q, seqlen_k, HAS_LO, HAS_HI)
     lo, hi, common_lo, common_hi = key_range(bounds, seqlen_k, BLOCK_N, HAS_FIRST, BOUNDED, EVERYWHERE)
     lo, hi = tl.maximum(lo, split * keys_per_split), tl.minimum(hi, (split + 1) * keys_per_split)
     hi = tl.maximum(lo, hi)
@@ -83,7 +72,7 @@ def decode_kernel(
         mask += (b * mask_strides[0] + h * mask_strides[1] + m * mask_strides[2])[:, None]
     if bias is not None:
         bias += (b * bias_strides[0] + h * bias_strides[1] + m * bias_strides[2])[:, None]
-    scores = (mask, (0, mask_strides[3] + wide), bias, (0, bias_strides[3] + wide), None)
+    scores = (mask, (0, mask_strides[3] + wide), bias, (0, bias_strides[3] + wide))
     q0 = load_columns(q, (0, q_strides[3] + wide), rows_left, BLOCK_M, 0, D0, HEAD_DIM, True)
     q1 = 0.0
     if D1 > 0:
@@ -97,38 +86,20 @@ def decode_kernel(
     slope = load_slope(alibi_slopes, slope_strides, b, h[:, None])
     numbers = (seqlen_q, seqlen_k, scale, softcap, slope, threshold, seed)
 
-    # 3. loops, as in prefill.forward_kernel
-    blocks_before = tl.cdiv(common_lo - lo, BLOCK_N)
-    blocks = blocks_before + tl.cdiv(hi - common_hi, BLOCK_N)
-    state = fresh_state(BLOCK_M, DIMS)
-    clean, again = False, True
-    while again:
-        if not EVERYWHERE:
-            for col in tl.range(common_lo, common_hi, BLOCK_N):
-                state = attend(
-                    state, q0, q1, keys, place, bounds, scores, numbers, col, clean, TILE, DIMS, FLAGS, False, False
-                )
-        for block in tl.range(0, blocks):
-            col = tl.where(block < blocks_before, lo + block * BLOCK_N, common_hi + (block - blocks_before) * BLOCK_N)
-            state = attend(
-                state, q0, q1, keys, place, bounds, scores, numbers, col, clean, TILE, DIMS, FLAGS, True, HIDES
-            )
-        again = False
-        if HIDES:
-            again = is_spoiled(state[0], state[1], E1) & (clean == 0)
-            if again:
-                clean = True
-                state = fresh_state(BLOCK_M, DIMS)
-    if HIDES:
-        if clean:
-            acc0, acc1 = add_poison(state[0], state[1], keys, place, bounds, scores, lo, hi, DIMS, HAS_FIRST)
-            state = (acc0, acc1, state[2], state[3])
+    # 3. loops
+    visited = (lo, hi, common_lo, common_hi)
+    state = attend_range(
+        q0, q1, keys, place, bounds, scores, numbers, visited, TILE, DIMS, FLAGS, EVERYWHERE, EVERYWHERE or BOUNDED
+    )
 
     # 4. epilogue
     inside = row + local_rows < num_rows
     statistics = (b * num_heads + h) * seqlen_q + m
     if SPLIT:
-        statistics += tl.cast(split, tl.int64) * batch_size * num_heads * seqlen_q
+        rows_of_split = tl.cast(batch_size, tl.int64) * num_heads * seqlen_q
+        maximum = out + rows_of_split * num_splits * HEAD_DIM_V
+        total = maximum + rows_of_split * num_splits
+        statistics += split * rows_of_split
         tl.store(maximum + statistics, state[3], mask=inside)
         tl.store(total + statistics, state[2], mask=inside)
         out += statistics[:, None] * HEAD_DIM_V
@@ -150,12 +121,11 @@ def decode_kernel(
 
 @triton.jit(do_not_specialize=["num_splits", "num_rows", "num_heads", "seqlen_q"])
 def combine_kernel(
-    parts,    # [num_splits, batch, num_heads, seqlen_q, head_dim_v], contiguous
-    maximum,  # [num_splits, batch, num_heads, seqlen_q], contiguous, of scores in log2 units
-    total,    # likewise, of 2^(score - maximum)
-    sinks,    # [num_heads], or None
-    out,      # [batch, num_heads, seqlen_q, head_dim_v]
-    lse,      # [batch, num_heads, seqlen_q], contiguous, or None
+    parts,  # one after another: float32 [num_splits, batch, num_heads, seqlen_q, head_dim_v], not normalized; the maximum
+            # of the scores in log2 units and the sum of 2^(score - maximum), [num_splits, batch, num_heads, seqlen_q]
+    sinks,  # [num_heads], or None
+    out,    # [batch, num_heads, seqlen_q, head_dim_v]
+    lse,    # [batch, num_heads, seqlen_q], contiguous, or None
     sink_stride, out_strides, keep_factor, num_splits, num_rows, num_heads, seqlen_q,
     HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -163,6 +133,8 @@ def combine_kernel(
     r = tl.program_id(0).to(tl.int64)
     row, h, b = r % seqlen_q, r // seqlen_q % num_heads, r // seqlen_q // num_heads
     cols = tl.arange(0, BLOCK_D)
+    maximum = parts + tl.cast(num_rows, tl.int64) * num_splits * HEAD_DIM_V
+    total = maximum + tl.cast(num_rows, tl.int64) * num_splits
     m_i, l_i, acc = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32), tl.zeros([BLOCK_D], tl.float32)
     for start in range(0, num_splits, CHUNK):
         splits = start + tl.arange(0, CHUNK)
@@ -195,60 +167,60 @@ def forward(problem, q, k, v, terms):
     out, lse, *_ = launch.empty_results(problem, q, False)
     if not out.numel():
         return out, lse
-    device = launch.device_facts(q.get_device())
-    tiles = tuning.tiles("decode", problem, device)
-    keys_per_split, num_splits = split_keys(problem, tiles, device)
-    parts = maximum = total = None
+    launches = launch.of(("decode", *launch.call_key(problem, q, k, v, terms)))
+    if "splits" not in launches:
+        launches["splits"] = split_keys(problem, launch.device_facts(q.get_device()))
+    keys_per_split, num_splits = launches["splits"]
+    parts = None
     if num_splits > 1:
-        rows = (num_splits, problem.batch, problem.num_heads, problem.seqlen_q)
-        parts = torch.empty((*rows, problem.head_dim_v), dtype=torch.float32, device=q.device)
-        maximum, total = (torch.empty(rows, dtype=torch.float32, device=q.device) for _ in range(2))
-    extras = (terms.k_start, terms.k_end, terms.mask, terms.bias, terms.alibi_slopes)
-    tensors = (
-        q, k, v, out if parts is None else parts, lse, maximum, total, *extras, terms.softmax_scale, terms.seed or 0,
-        terms.sinks,
-    )  # fmt: skip
-    key = ("decode", *launch.call_key(problem, q, k, v, terms))
+        size = num_splits * problem.batch * problem.num_heads * problem.seqlen_q * (problem.head_dim_v + 2)
+        parts = q.new_empty(size, dtype=torch.float32)
+    extras = (terms.k_start, terms.k_end, terms.mask, terms.bias, terms.alibi_slopes, terms.softmax_scale)
+    tensors = (q, k, v, out if parts is None else parts, lse, *extras, terms.seed or 0, terms.sinks)
 
-    def plan(tiles):
-        arguments, constexprs = launch.score_arguments(problem, q, k, v, out, terms)
-        constexprs |= {"BLOCK_M": tiles.BLOCK_M, "BLOCK_N": tiles.BLOCK_N, "SPLIT": num_splits > 1}
-        constexprs["MOVE_SIGN"] = not problem.learned_scale and terms.softmax_scale <= 0.0
-        arguments = (keys_per_split, num_splits, problem.batch, *launch.strides(terms.sinks, 1), *arguments)
-        programs = num_splits * row_blocks(problem, tiles) * problem.num_heads_k * problem.batch
-        return launch.Plan(decode_kernel, programs, arguments, constexprs, tiles.options(device))
+    def plan():
+        device = launch.device_facts(q.get_device())
 
-    launch.run(key, tensors, lambda: launch.choose("decode", problem, device, tensors, plan))
+        def plan_with(tiles):
+            return _plan(problem, q, k, v, out, terms, keys_per_split, num_splits, device, tiles)
+
+        return launch.choose("decode", problem, device, tensors, plan_with)
+
+    launch.run(launches, "decode", tensors, plan)
     if num_splits > 1:
-        _combine(problem, parts, maximum, total, terms, out, lse)
+        of_parts = (parts, terms.sinks, out, lse)
+        launch.run(launches, "combine", of_parts, lambda: _plan_to_combine(problem, out, terms, num_splits))
     return out, lse
 
 
-def _combine(problem, parts, maximum, total, terms, out, lse) -> None:
-    def plan():
-        num_splits, *rows = maximum.shape
-        arguments = (
-            *launch.strides(terms.sinks, 1), out.stride(), 1.0 / (1.0 - terms.dropout_p), num_splits,
-            rows[0] * rows[1] * rows[2], problem.num_heads, problem.seqlen_q,
-        )  # fmt: skip
-        constexprs = {"HEAD_DIM_V": problem.head_dim_v, "BLOCK_D": triton.next_power_of_2(problem.head_dim_v), "CHUNK": 16}
-        options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
-        return launch.Plan(combine_kernel, out.numel() // problem.head_dim_v, arguments, constexprs, options)
+def _plan(problem, q, k, v, out, terms, keys_per_split, num_splits, device, tiles) -> launch.Plan:
+    arguments, constexprs = launch.score_arguments(problem, q, k, v, out, terms)
+    constexprs |= {"BLOCK_M": tiles.BLOCK_M, "BLOCK_N": tiles.BLOCK_N, "SPLIT": num_splits > 1}
+    constexprs["MOVE_SIGN"] = not problem.learned_scale and terms.softmax_scale <= 0.0
+    arguments = (keys_per_split, num_splits, problem.batch, *launch.strides(terms.sinks, 1), *arguments)
+    programs = num_splits * row_blocks(problem, tiles) * problem.num_heads_k * problem.batch
+    return launch.Plan(decode_kernel, programs, arguments, constexprs, tiles.options(device))
 
-    key = (
-        "combine", problem, out.get_device(), out.stride(), terms.dropout_p, maximum.shape[0],
-        launch.alignment(terms.sinks), launch.describe(terms.sinks),
+
+def _plan_to_combine(problem, out, terms, num_splits) -> launch.Plan:
+    num_rows = problem.batch * problem.num_heads * problem.seqlen_q
+    arguments = (
+        *launch.strides(terms.sinks, 1), out.stride(), 1.0 / (1.0 - terms.dropout_p), num_splits, num_rows,
+        problem.num_heads, problem.seqlen_q,
     )  # fmt: skip
-    launch.run(key, (parts, maximum, total, terms.sinks, out, lse), plan)
+    width = triton.next_power_of_2(problem.head_dim_v)
+    constexprs = {"HEAD_DIM_V": problem.head_dim_v, "BLOCK_D": width, "CHUNK": 16}
+    options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+    return launch.Plan(combine_kernel, num_rows, arguments, constexprs, options)
 
 
 def row_blocks(problem, tiles) -> int:
     return triton.cdiv(problem.group_size * problem.seqlen_q, tiles.BLOCK_M)
 
 
-@lru_cache(maxsize=4096)
-def split_keys(problem, tiles, device) -> tuple[int, int]:
+def split_keys(problem, device) -> tuple[int, int]:
     """(keys in a split, number of splits): two programs a multiprocessor for one sequence, splits of 256 keys at least."""
+    tiles = tuning.tiles("decode", problem, device)
     programs = row_blocks(problem, tiles) * problem.num_heads_k
     wanted = max(1, 2 * device.num_sms // programs)
     keys = max(256, triton.cdiv(problem.seqlen_k, wanted))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+from triton import knobs
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -47,7 +48,7 @@ def device_facts(index: int) -> Device:
 
 
 current_device = torch.cuda.current_device
-_launches: dict[tuple, Callable] = {}
+_launches: dict[tuple, dict[str, Callable]] = {}
 _MAX_LAUNCHES = 4096
 
 
@@ -63,19 +64,35 @@ class Plan(NamedTuple):
     describe: Callable | None = None
 
 
-def run(key: tuple, tensors: tuple, make_plan: Callable[[], Plan]) -> None:
-    """Launch what make_plan() says; `key` has to determine that, and dtypes, strides and alignment of `tensors`."""
-    launch = _launches.get(key)
-    if launch is None:
+def of(key: tuple) -> dict[str, Callable]:
+    """The kernels of a call by name, for `run`; `key` has to determine their plans, and dtypes, strides and alignment of the
+    tensors that they get."""
+    launches = _launches.get(key)
+    if launches is None:
         if len(_launches) >= _MAX_LAUNCHES:
             _launches.clear()
-        launch = _launches[key] = _prepare(tensors, make_plan())
+        launches = _launches[key] = {}
+    return launches
+
+
+def run(launches: dict[str, Callable], name: str, tensors: tuple, make_plan: Callable[[], Plan]) -> None:
+    """Launch a kernel as make_plan() says."""
+    launch = launches.get(name)
+    if launch is None:
+        launch = launches[name] = _prepare(tensors, make_plan())
     launch(tensors)
 
 
-def choose(kernel: str, problem, device: Device, tensors: tuple, plan_with: Callable[[config.Config], Plan]) -> Plan:
-    """plan_with(tiles) for the tiles of the table, or measured ones, or ones that are measured now."""
+def choose(
+    kernel: str, problem, device: Device, tensors: tuple, plan_with: Callable[[config.Config], Plan], block_size=None
+) -> Plan:
+    """plan_with(tiles) for the tiles of the table, or measured ones, or ones that are measured now.
+
+    block_size: of a block mask, which the tiles have to divide; nothing is measured then.
+    """
     tiles = tuning.tiles(kernel, problem, device)
+    if block_size:
+        return plan_with(config.within(tiles, block_size))
     if tuning.is_wanted(kernel, problem, device) and not interpreted():
 
         def launch_with(candidate):
@@ -93,7 +110,8 @@ def _prepare(tensors, plan: Plan) -> Callable:
     if interpreted():
         return lambda tensors: kernel[(programs,)](*tensors, *described, *arguments, **constexprs)
     compiled = kernel.warmup(*tensors, *described, *arguments, grid=(programs,), **constexprs, **options)
-    start, get_stream = compiled[programs, 1, 1], driver.active.get_current_stream
+    start_with_hooks, start, hooks = compiled[programs, 1, 1], compiled.run, knobs.runtime  # loads it
+    function, metadata, get_stream = compiled.function, compiled.packed_metadata, driver.active.get_current_stream
     tail = (*arguments, *[constexprs[name] for name in kernel.arg_names if name in constexprs])
 
     def launch(tensors):
@@ -102,7 +120,10 @@ def _prepare(tensors, plan: Plan) -> Callable:
                 return launch(tensors)
         if describe is not None:
             tensors += describe(*tensors[1:3])
-        start(*tensors, *tail, stream=get_stream(device))
+        if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:  # somebody profiles
+            start_with_hooks(*tensors, *tail, stream=get_stream(device))
+        else:
+            start(programs, 1, 1, get_stream(device), function, metadata, None, None, None, *tensors, *tail)
 
     return launch
 
@@ -136,7 +157,11 @@ def _descriptor(x: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
 
 def alignment(*tensors: torch.Tensor | None) -> int | tuple:
     """0 if all tensors start at a multiple of 16 bytes, else which do not."""
-    if not sum([x.data_ptr() % 16 for x in tensors if x is not None]):
+    bits = 0
+    for x in tensors:
+        if x is not None:
+            bits |= x.data_ptr()
+    if not bits % 16:
         return 0
     return tuple(x is not None and x.data_ptr() % 16 != 0 for x in tensors)
 
@@ -160,10 +185,8 @@ def precision(problem) -> str:
     return "ieee" if exact else "tf32"
 
 
-def describe(*extras: torch.Tensor | None) -> tuple | None:
-    """What a launch depends on of the optional tensors; None without any."""
-    if not any([x is not None for x in extras]):
-        return None
+def describe(*extras: torch.Tensor | None) -> tuple:
+    """What a launch depends on of the optional tensors."""
     return tuple([None if x is None else (x.shape, x.stride(), x.dtype) for x in extras])
 
 
@@ -175,11 +198,15 @@ def describe_scale(softmax_scale: float | torch.Tensor) -> tuple | bool:
 
 def call_key(problem, q, k, v, terms) -> tuple:
     """What decides about the launch of a forward kernel."""
-    extras = (terms.k_start, terms.k_end, terms.mask, terms.bias, terms.alibi_slopes, terms.sinks)
+    scale, softcap, lo, hi, k_start, k_end, mask, _, bias, alibi_slopes, sinks, dropout_p, _ = terms
+    if k_start is k_end is mask is bias is alibi_slopes is sinks is None:
+        described, aligned = None, alignment(q, k, v)
+    else:
+        extras = (k_start, k_end, mask, bias, alibi_slopes, sinks)
+        described, aligned = describe(*extras), alignment(q, k, v, *extras)
     return (
-        problem, q.get_device(), q.stride(), k.stride(), v.stride(), alignment(q, k, v, *extras), describe(*extras),
-        terms.softcap, terms.diagonal_lo, terms.diagonal_hi, terms.dropout_p, describe_scale(terms.softmax_scale),
-        precision(problem),
+        problem, q.get_device(), q.stride(), k.stride(), v.stride(), aligned, described, softcap, lo, hi, dropout_p,
+        describe_scale(scale), precision(problem),
     )  # fmt: skip
 
 

@@ -1,10 +1,12 @@
 """The lists of a `BlockMask` inside a kernel, and how they get there. Whatever they hold, no kernel reads out of bounds.
 
-For the gradients of k and v the lists are those of `BlockMask.transpose()`: "line" is a block of keys then, and the entries are
-blocks of queries.
+A "line" is a block of queries, whose lists name blocks of keys. For the gradients of k and v the lists are those of
+`BlockMask.transpose()`: lines are blocks of keys then, and the lists name blocks of queries. ACROSS and ALONG are the sizes of a
+block in the direction of a line's own positions and of those that its lists name.
 """
 
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import triton
 import triton.language as tl
@@ -13,46 +15,82 @@ from . import launch
 
 
 @triton.jit
-def open_lists(lists, strides, batch, head, line):
-    """(partial count, indices, bitmap numbers, full count, indices) of one line of blocks."""
-    counts, indices, bitmap_ids, full_counts, full_indices = lists
+def open_lists(
+    lists, strides, num_bitmaps, batch, head, start, length, ACROSS: tl.constexpr, ALONG: tl.constexpr,
+    EVERYWHERE: tl.constexpr,
+):  # fmt: skip
+    """The visits of the tile that begins at `start`: (lists of its line, how many of the full blocks need no mask, how many
+    other blocks there are, how many blocks of `length` are whole, bitmaps of the tile's first row, how many).
+
+    The last block needs a mask if it reaches past `length`, and with EVERYWHERE each does.
+    """
+    counts, indices, bitmap_ids, full_counts, full_indices, bitmaps = lists
     partial_strides, full_strides, longest, full_longest = strides
+    line = start // ACROSS
     offset = batch * partial_strides[0] + head * partial_strides[1] + line * partial_strides[2]
     full_offset = batch * full_strides[0] + head * full_strides[1] + line * full_strides[2]
-    count, full_count = tl.load(counts + offset), tl.load(full_counts + full_offset)
-    return (
-        tl.minimum(tl.maximum(count, 0), longest), indices + offset * longest, bitmap_ids + offset * longest,
-        tl.minimum(tl.maximum(full_count, 0), full_longest), full_indices + full_offset * full_longest,
-    )  # fmt: skip
+    count = tl.minimum(tl.maximum(tl.load(counts + offset), 0), longest)
+    full_count = tl.minimum(tl.maximum(tl.load(full_counts + full_offset), 0), full_longest)
+    indices += offset * longest
+    bitmap_ids += offset * longest
+    full_indices += full_offset * full_longest
+    whole, unmasked = length // ALONG, 0
+    if not EVERYWHERE:
+        last = tl.load(full_indices + full_count - 1, mask=full_count > 0, other=-1)
+        unmasked = tl.where(whole == 0, 0, full_count - tl.where(last >= whole, 1, 0))
+    bitmaps += start % ACROSS * (ALONG // 8)
+    opened = (count, indices, bitmap_ids, full_count, full_indices)
+    return opened, unmasked, count + full_count - unmasked, (whole, tl.cdiv(length, ALONG)), bitmaps, num_bitmaps
 
 
 @triton.jit
-def unmasked_count(opened, num_blocks, is_ragged, BOUNDED: tl.constexpr):
-    """How many of the full blocks need no mask at all: not the last one if it reaches past the end."""
-    if BOUNDED:
-        return 0
-    else:
-        last = tl.load(opened[4] + opened[3] - 1, mask=opened[3] > 0, other=-1)
-        return opened[3] - tl.where(is_ragged & (last >= num_blocks - 1), 1, 0)
+def unmasked_tile(step, visits, ALONG: tl.constexpr, BLOCK: tl.constexpr):
+    """First position of a tile of BLOCK in the loop without masks, in which a block takes ALONG / BLOCK steps."""
+    STEPS: tl.constexpr = ALONG // BLOCK
+    block = tl.load(visits[0][4] + step // STEPS)
+    return tl.minimum(tl.maximum(block, 0), visits[3][0] - 1) * ALONG + step % STEPS * BLOCK
 
 
 @triton.jit
-def unmasked_block(index, opened, num_blocks):
-    return tl.minimum(tl.maximum(tl.load(opened[4] + index), 0), num_blocks - 1)
-
-
-@triton.jit
-def masked_block(index, opened, unmasked, num_blocks, num_bitmaps, BITS: tl.constexpr):
-    """(block, number of its bitmap, bits to read in a row of it: 0 if it is full) of entry `index` of the loop with masks:
-    partial blocks, and then the full ones that the other loop left."""
+def masked_tile(step, visits, ACROSS: tl.constexpr, ALONG: tl.constexpr, BLOCK: tl.constexpr):
+    """(first position, bitmap for `tile.bits`) of a tile in the loop with masks: partial blocks, then the full ones that the
+    other loop left, whose bitmap is not read."""
+    opened, unmasked, _, num_blocks, _, _ = visits
     count, indices, bitmap_ids, _, full_indices = opened
-    whole = index >= count
+    STEPS: tl.constexpr = ALONG // BLOCK
+    index, offset = step // STEPS, step % STEPS * BLOCK
+    is_full = index >= count
     partial = tl.load(indices + index, mask=index < count, other=0)
-    full = tl.load(full_indices + unmasked + index - count, mask=whole, other=0)
-    block = tl.where(whole, full, partial)
+    full = tl.load(full_indices + unmasked + index - count, mask=is_full, other=0)
+    block = tl.minimum(tl.maximum(tl.where(is_full, full, partial), 0), num_blocks[1] - 1)
     number = tl.load(bitmap_ids + index, mask=index < count, other=0)
-    block, number = tl.minimum(tl.maximum(block, 0), num_blocks - 1), tl.minimum(tl.maximum(number, 0), num_bitmaps - 1)
-    return block, number.to(tl.int64), tl.where(whole, 0, BITS)
+    return block * ALONG + offset, bitmap_of(number, is_full, offset, visits, ACROSS, ALONG)
+
+
+@triton.jit
+def bitmap_of(number, is_full, offset, visits, ACROSS: tl.constexpr, ALONG: tl.constexpr):
+    """For `tile.bits`: bitmap `number` from the tile's row and `offset` on; of a full block, nothing is read."""
+    bitmaps, num_bitmaps = visits[4], visits[5]
+    number = tl.minimum(tl.maximum(number, 0), num_bitmaps - 1).to(tl.int64)
+    start = bitmaps + number * (ACROSS * ALONG // 8) + offset // 8
+    return start, ALONG // 8, tl.where(is_full | (num_bitmaps == 0), 0, ALONG)
+
+
+@triton.jit
+def find_tile(start, visits, ACROSS: tl.constexpr, ALONG: tl.constexpr, CHUNK: tl.constexpr):
+    """(whether the lists name the block of the tile from position `start` on, its bitmap for `tile.bits`)"""
+    count, indices, bitmap_ids, full_count, full_indices = visits[0]
+    block, place, is_full = start // ALONG, -1, False
+    for first in range(0, count, CHUNK):
+        at = first + tl.arange(0, CHUNK)
+        found = tl.load(indices + at, mask=at < count, other=-1) == block
+        place = tl.maximum(place, tl.max(tl.where(found, at, -1)))
+    for first in range(0, full_count, CHUNK):
+        at = first + tl.arange(0, CHUNK)
+        found = tl.load(full_indices + at, mask=at < full_count, other=-1) == block
+        is_full = is_full | (tl.max(found.to(tl.int32)) > 0)
+    number = tl.load(bitmap_ids + place, mask=place >= 0, other=0)
+    return is_full | (place >= 0), bitmap_of(number, is_full, start % ALONG, visits, ACROSS, ALONG)
 
 
 class Lists(NamedTuple):
@@ -63,23 +101,33 @@ class Lists(NamedTuple):
     num_bitmaps: int
     block_size: tuple[int, int]
 
-
-def of(block_mask) -> Lists:
-    """The lists as a kernel takes them; one line in a list is contiguous."""
-    partial = (block_mask.kv_num_blocks, block_mask.kv_indices, block_mask.kv_bitmaps)
-    full = (block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
-    tensors = tuple(x.contiguous() for x in (*partial, *full, block_mask.bitmaps))
-    strides = (
-        launch.strides(tensors[0], 3), launch.strides(tensors[3], 3), tensors[1].shape[-1], tensors[4].shape[-1]
-    )  # fmt: skip
-    return Lists(tensors, strides, len(block_mask.bitmaps), tuple(block_mask.BLOCK_SIZE))
+    @property
+    def key(self) -> tuple:
+        """What a launch depends on."""
+        return self.strides, self.num_bitmaps, self.block_size, launch.alignment(*self.tensors)
 
 
-def key(lists: Lists) -> tuple:
-    """What a launch depends on of the lists."""
-    return lists.strides, lists.num_bitmaps, lists.block_size, launch.alignment(*lists.tensors)
+_known: WeakKeyDictionary = WeakKeyDictionary()
+NOTHING = (None,) * 6
+"""In place of the tensors, where there is no block mask."""
+
+
+def of(block_mask) -> Lists | None:
+    """The lists as a kernel takes them, made once for a mask; None of None."""
+    if block_mask is None:
+        return None
+    found = _known.get(block_mask)
+    if found is None:
+        partial = (block_mask.kv_num_blocks, block_mask.kv_indices, block_mask.kv_bitmaps)
+        full = (block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
+        tensors = (*partial, *full, block_mask.bitmaps)  # contiguous: BlockMask sees to it
+        counts = (launch.strides(tensors[0], 3), launch.strides(tensors[3], 3))
+        strides = (*counts, tensors[1].shape[-1], tensors[4].shape[-1])
+        found = _known[block_mask] = Lists(tensors, strides, len(block_mask.bitmaps), tuple(block_mask.BLOCK_SIZE))
+    return found
 
 
 def constexprs(lists: Lists | None, tiles) -> dict:
+    """Sizes of tiles and blocks."""
     block_q, block_k = lists.block_size if lists else (tiles.BLOCK_M, tiles.BLOCK_N)
     return {"BLOCK_M": tiles.BLOCK_M, "BLOCK_N": tiles.BLOCK_N, "BLOCK_Q": block_q, "BLOCK_K": block_k}

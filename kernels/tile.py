@@ -86,14 +86,22 @@ def bias_log2(bias):
 
 
 @triton.jit
-def row_bounds(
-    rows, k_start, start_stride, k_end, end_stride, seqlen_q, seqlen_k, diagonal_lo, diagonal_hi,
-    HAS_LO: tl.constexpr, HAS_HI: tl.constexpr,
-):  # fmt: skip
+def limits_of(k_start, start_strides, k_end, end_strides, diagonal_lo, diagonal_hi, batch, head):
+    """What bounds the keys of a head's queries, for `row_bounds`; k_start, k_end may be None."""
+    if k_start is not None:
+        k_start += batch * start_strides[0] + head * start_strides[1]
+    if k_end is not None:
+        k_end += batch * end_strides[0] + head * end_strides[1]
+    return k_start, start_strides[2], k_end, end_strides[2], diagonal_lo, diagonal_hi
+
+
+@triton.jit
+def row_bounds(rows, limits, seqlen_q, seqlen_k, HAS_LO: tl.constexpr, HAS_HI: tl.constexpr):
     """(first key, one past the last) that each row sees; (INT_MAX, 0) where that is none. Rows past the last one repeat it.
 
-    k_start, k_end: pointers to int32 for each row of the head, or None. Whatever they hold, the bounds are in 0 ... seqlen_k.
+    Whatever k_start and k_end hold, the bounds are in 0 ... seqlen_k.
     """
+    k_start, start_stride, k_end, end_stride, diagonal_lo, diagonal_hi = limits
     rows = tl.minimum(rows, seqlen_q - 1)
     first, last = tl.zeros_like(rows), tl.zeros_like(rows) + seqlen_k
     if HAS_LO:
@@ -106,6 +114,16 @@ def row_bounds(
         last = tl.minimum(last, tl.load(k_end + rows.to(tl.int64) * end_stride))
     empty = first >= last
     return tl.where(empty, INT_MAX, first), tl.where(empty, 0, last)
+
+
+@triton.jit
+def scores_of(mask, mask_strides, bias, bias_strides, batch, head, row, WIDE: tl.constexpr):
+    """(mask, bias) of a head's queries from `row` on, with the strides of queries and keys; mask, bias may be None."""
+    if mask is not None:
+        mask += batch * mask_strides[0] + head * mask_strides[1] + row * mask_strides[2]
+    if bias is not None:
+        bias += batch * bias_strides[0] + head * bias_strides[1] + row * bias_strides[2]
+    return mask, widen(mask_strides, WIDE), bias, widen(bias_strides, WIDE)
 
 
 @triton.jit

@@ -1,5 +1,6 @@
 """What `attention` takes and what it refuses: one line that names the argument, its value, the rule, the fix."""
 
+import dataclasses
 import inspect
 import math
 import subprocess
@@ -17,9 +18,12 @@ BACKENDS = ["reference"] + (["cpu"] if cpu.unavailable() is None else [])
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
+SHAPES = (2, 4, 3, 8), (2, 2, 5, 8), (2, 2, 5, 6)
+
+
 def call(function=fastattn.attention, **changes):
     """A valid call with some arguments replaced: B2 H4/2 S3x5 D8/6."""
-    arguments = {"q": torch.randn(2, 4, 3, 8), "k": torch.randn(2, 2, 5, 8), "v": torch.randn(2, 2, 5, 6), **changes}
+    arguments = {name: torch.randn(shape) for name, shape in zip("qkv", SHAPES, strict=True)} | changes
     return function(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
 
 
@@ -164,6 +168,23 @@ def test_bad_input(name, with_grad):
                     call(function, **changes)
                 assert "\n" not in str(caught.value), "one line"
                 assert len(str(caught.value)) < 300
+
+
+def to_meta(x):
+    if isinstance(x, Mask):
+        bounds = {name: getattr(x, name) for name in ("k_start", "k_end")}
+        return dataclasses.replace(x, **{name: to_meta(bound) for name, bound in bounds.items()})
+    return x.to("meta") if isinstance(x, torch.Tensor) else x
+
+
+@pytest.mark.parametrize("name", [name for name in BAD_INPUT if "device" not in name])
+def test_bad_input_on_a_device(name):
+    """The same errors, and no value is read from a tensor to find them: those on "meta" have none."""
+    changes, error, pattern = BAD_INPUT[name]
+    arguments = {n: torch.empty(shape, device="meta") for n, shape in zip("qkv", SHAPES, strict=True)}
+    arguments |= {name: to_meta(x) for name, x in changes.items()}
+    with pytest.raises(error, match=pattern):
+        call(**{"backend": "triton"} | arguments)
 
 
 def test_a_refusal_leaves_the_call_usable():
