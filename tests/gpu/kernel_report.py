@@ -203,7 +203,10 @@ def compile_all(cases: list[tuple[int | str, Spec]]) -> dict:
 
 COLUMNS = "| | kernel | warps | stages | registers | spilled | in loops | shared | programs | loop | in it | bound |"
 SHOWN = {
-    *(f"{name} bfloat16" for name in ("prefill D64", "prefill D128", "prefill D256", "decode D128", "block_sparse D128")),
+    *(
+        f"{name} bfloat16"
+        for name in ("prefill D64", "prefill D128", "prefill D256", "decode D128", "block_sparse D128")
+    ),
     *(f"{name} bfloat16" for name in ("prefill causal D64", "prefill causal D128", "block_sparse backward D128")),
     *(f"{name} bfloat16" for name in ("backward D64", "backward D128", "backward D256", "backward causal D128")),
     *("prefill D64 float32", "backward D64 float32"),

@@ -27,12 +27,12 @@ BLOCKS, SMALL_BLOCKS = (
 KINDS = {
     # Keyword arguments of `call`; the kernels that it launches, with the most arguments that the C launcher may have to
     # look at one by one: constants included, strides a tuple each.
-    "prefill": ({}, {"forward_kernel": 52}),
+    "prefill": ({}, {"forward_kernel": 63}),
     "decode": ({"seqlen_q": 1, "seqlen_k": 4096}, {"decode_kernel": 55, "combine_kernel": 16}),
-    "block_sparse": ({"mask": BLOCKS}, {"forward_kernel": 60}),
+    "block_sparse": ({"mask": BLOCKS}, {"forward_kernel": 63}),
     "backward": (
         {"backward": True},
-        {"forward_kernel": 52, "prepare_kernel": 28, "key_value_kernel": 63, "query_kernel": 63},
+        {"forward_kernel": 63, "delta_kernel": 28, "key_value_kernel": 63, "query_kernel": 63},
     ),
 }
 

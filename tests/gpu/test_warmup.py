@@ -24,7 +24,7 @@ from kernel_report import compiling_for  # noqa: E402
 
 ROOT = Path(fastattn.__file__).parents[1]
 SHAPE = "1,4,2,64,96,32"
-BACKWARD = ["forward_kernel", "prepare_kernel", "key_value_kernel", "query_kernel"]
+BACKWARD = ["forward_kernel", "delta_kernel", "key_value_kernel", "query_kernel"]
 
 
 @pytest.fixture
