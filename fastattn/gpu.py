@@ -2,16 +2,17 @@
 
 import importlib.util
 import os
+from functools import cache
+from types import ModuleType
 
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton will run CPU tensors in its interpreter: for debugging kernels, slowly."""
 
-
 CHECK = os.environ.get("FASTATTN_CHECK") == "1"
-"""Whether a call checks what its block mask holds, on the host, which waits for the device. Without it, kernels clamp every
-index that they read, so that none leaves its tensor, and a mask that was changed after it was made gives a wrong result."""
+"""Whether a call checks what its block mask holds, on the host, which waits for the device. Without it, kernels clamp
+every index that they read, so that none leaves its tensor; a mask that was changed since it was made gives nonsense."""
 
 
 def unavailable() -> str | None:
@@ -19,39 +20,36 @@ def unavailable() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     if not INTERPRETED and not torch.cuda.is_available():
-        return (
-            "there is no CUDA or ROCm device (with TRITON_INTERPRET=1, Triton's interpreter takes CPU tensors, slowly)"
-        )
+        return "there is no CUDA or ROCm device (with TRITON_INTERPRET=1, Triton interprets calls on CPU tensors)"
     return None
+
+
+@cache
+def _kernel(name: str) -> ModuleType:
+    return importlib.import_module(f"fastattn.kernels.{name}")
 
 
 def decode(problem, q, k, v, terms):
     """Forward pass of few queries (kernel signature of dispatch.Row)."""
-    from .kernels import decode as kernel
-
-    return kernel.forward(problem, q, k, v, terms)
+    return _kernel("decode").forward(problem, q, k, v, terms)
 
 
 def prefill(problem, q, k, v, terms):
     """Forward pass (kernel signature of dispatch.Row)."""
-    from .kernels import prefill as kernel
-
     if CHECK:
         _check(terms.block_mask)
     if problem.needs_grad:
         from . import autograd
 
-        return autograd.attention(problem, q, k, v, terms, kernel.forward_for_backward, "triton")
-    return kernel.forward(problem, q, k, v, terms)
+        return autograd.attention(problem, q, k, v, terms, _kernel("prefill").forward_for_backward, "triton")
+    return _kernel("prefill").forward(problem, q, k, v, terms)
 
 
 def backward(problem, q, k, v, terms, saved, dout, dlse, wanted):
     """Gradients (backward signature of dispatch.Row)."""
-    from .kernels import backward as kernel
-
     if CHECK and terms.block_mask is not None:
         _check(terms.block_mask.transpose())
-    return kernel.backward(problem, q, k, v, terms, saved, dout, dlse, wanted)
+    return _kernel("backward").backward(problem, q, k, v, terms, saved, dout, dlse, wanted)
 
 
 def _check(block_mask) -> None:

@@ -1,7 +1,7 @@
 """What the forward kernels share: the online softmax over tiles of keys, and how its result is stored.
 
-Online softmax (Milakov and Gimelshein, arXiv 1805.02867), tiled as in FlashAttention-2 (Dao, arXiv 2307.08691). Key blocks
-in which every query sees every key run a loop without masks; the others run a second one.
+Online softmax (Milakov and Gimelshein, arXiv 1805.02867), tiled as in FlashAttention-2 (Dao, arXiv 2307.08691).
+Blocks in which every query sees every key run a loop without masks; the others run a second one.
 """
 
 import triton
@@ -199,7 +199,9 @@ def attend_range(
     while again:  # once more if a NaN that a mask hides got in; with masks first, which takes fewer registers
         if HIDES:
             for block in tl.range(0, blocks):
-                col = tl.where(block < blocks_before, lo + block * BLOCK_N, common_hi + (block - blocks_before) * BLOCK_N)
+                col = tl.where(
+                    block < blocks_before, lo + block * BLOCK_N, common_hi + (block - blocks_before) * BLOCK_N
+                )
                 state = attend(
                     state, q0, q1, keys, place, bounds, scores, None, numbers, col, clean, TILE, DIMS, FLAGS, True, True
                 )
@@ -210,8 +212,9 @@ def attend_range(
         if not EVERYWHERE:
             for col in tl.range(common_lo, common_hi, BLOCK_N):
                 state = attend(
-                    state, q0, q1, keys, place, bounds, scores, None, numbers, col, clean, TILE, DIMS, FLAGS, False, False
-                )
+                    state, q0, q1, keys, place, bounds, scores, None, numbers, col, clean, TILE, DIMS, FLAGS, False,
+                    False,
+                )  # fmt: skip
         again = False
         if HIDES:
             again = is_spoiled(state[0], state[1], DIMS[5]) & (clean == 0)
@@ -241,8 +244,9 @@ def attend_lists(
             for step in tl.range(0, unmasked * STEPS):
                 col = unmasked_tile(step, visits, BLOCK_K, BLOCK_N)
                 state = attend(
-                    state, q0, q1, keys, place, bounds, scores, None, numbers, col, clean, TILE, DIMS, FLAGS, False, False
-                )
+                    state, q0, q1, keys, place, bounds, scores, None, numbers, col, clean, TILE, DIMS, FLAGS, False,
+                    False,
+                )  # fmt: skip
         for step in tl.range(0, masked * STEPS):
             col, bitmap = masked_tile(step, visits, BLOCK_Q, BLOCK_K, BLOCK_N)
             state = attend(
@@ -267,7 +271,7 @@ def store_rows(
     state, sink, out, out_strides, out_exact, lse, lse_parts, statistics, inside, rows_left, keep_factor,
     BLOCK_M: tl.constexpr, DIMS: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """Normalizes and stores a tile: `out` points to its first row, `statistics` numbers the rows of what is contiguous."""
+    """Normalizes and stores a tile: `out` points to its first row, `statistics` numbers rows of what is contiguous."""
     acc0, acc1, l_i, m_i = state
     HEAD_DIM_V: tl.constexpr = DIMS[3]
     E0: tl.constexpr = DIMS[4]

@@ -1,8 +1,9 @@
 """Backward pass without atomics: the same bits in every run.
 
     P = exp2(scores - lse)   dP = dropout(dout V^T)   delta = rowsum(dout * out) - dlse   dS = P * (dP - delta)
-    dV = P^T dout            dQ = scale * dS K        dK = scale * dS^T Q                 (FlashAttention-2, arXiv 2307.08691)
+    dV = P^T dout            dQ = scale * dS K        dK = scale * dS^T Q
 
+as in FlashAttention-2 (Dao, arXiv 2307.08691).
 The kernels, in the order in which they run: backward_delta.py (delta, and which keys each block of queries sees),
 backward_key_value.py, backward_query.py, backward_bias.py. Each gradient is summed by one program, in a fixed order.
 """
@@ -36,8 +37,8 @@ def backward(problem, q, k, v, terms, saved, dout, dlse, wanted):
         exact = row_sums(any(wanted[3:]))  # weights were rounded to 16 bits in out, which these gradients would show
         if exact is not None:
             call.launch_query("totals", None, None, exact, None, None)
-        blocks = triton.cdiv(problem.seqlen_q, call.block_m)
-        bounds = torch.empty((*rows[:2], blocks, 4), dtype=torch.int32, device=q.device)
+        num_m = -(-problem.seqlen_q // call.block_m)
+        bounds = torch.empty((*rows[:2], num_m, 4), dtype=torch.int32, device=q.device)
         call.launch_delta(out, dlse, exact, delta, dsinks, bounds)
         if (want_k or want_v) and problem.seqlen_k:
             call.launch_key_value(delta, bounds, dk, dv)
@@ -152,9 +153,10 @@ class _Call:
         """results: what the kernel takes between lse_parts and k_start; strided: those of them that have strides;
         counts: what it takes behind all other arguments."""
         problem, terms = self.problem, self.terms
+        of_blocks = lists.tensors if lists else block_lists.NOTHING
         tensors = (
             *self.inputs, self.lse_parts, *results, terms.k_start, terms.k_end, terms.mask, terms.bias,
-            terms.alibi_slopes, terms.softmax_scale, terms.seed or 0, *(lists.tensors if lists else block_lists.NOTHING),
+            terms.alibi_slopes, terms.softmax_scale, terms.seed or 0, *of_blocks,
         )  # fmt: skip
 
         def plan():

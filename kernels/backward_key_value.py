@@ -65,8 +65,8 @@ def key_value_step(
 
 @triton.jit
 def visiting_blocks(block_bounds, num_m, col, col_last, CHUNK: tl.constexpr):
-    """(lo, hi, full_lo, full_hi): the blocks of queries that see a key of col ... col_last, and those of which every row
-    sees all of them (one range of those; empty if they are not adjacent)."""
+    """(lo, hi, full_lo, full_hi): the blocks of queries that see a key of col ... col_last, and those of which every
+    row sees all of them (one range of those; empty if they are not adjacent)."""
     lo, hi, full_lo, full_hi, count = num_m, 0, num_m, 0, 0
     for start in range(0, num_m, CHUNK):
         blocks = start + tl.arange(0, CHUNK)
@@ -102,7 +102,7 @@ def key_value_kernel(
     dv,            # like v, or None
     k_start, k_end, mask, bias, alibi_slopes, softmax_scale,  # as in prefill.forward_kernel
     seed: tl.int64,
-    counts, indices, bitmap_ids, full_counts, full_indices, bitmaps,  # of the transposed block mask (`lists.of`), or None
+    counts, indices, bitmap_ids, full_counts, full_indices, bitmaps,  # of the transposed block mask, or None
     list_strides, num_bitmaps, dk_strides, dv_strides,
     q_strides, k_strides, v_strides, dout_strides, start_strides, end_strides, mask_strides, bias_strides,
     slope_strides, scale_stride,

@@ -1,5 +1,7 @@
-"""Gradient of q, and what the gradients of alibi_slopes, softmax_scale and delta take from each row: a program keeps a block of
-queries and goes through the keys that they see."""
+"""Gradient of q: a program keeps a block of queries and goes through the keys that they see.
+
+Also the sums of each row that delta and the gradients of alibi_slopes and softmax_scale consist of.
+"""
 
 import triton
 import triton.language as tl

@@ -1,8 +1,8 @@
 """Forward pass of few queries: a program takes a range of keys and all queries of the heads that share them.
 
-The rows of a tile are the queries of a whole group of heads, so that a key is read once. Where that makes too few programs,
-the keys are split and `combine_kernel` puts the parts together (Flash-Decoding; Dao, Haziza, Massa, Sizov, 2023). How many
-splits follows from heads, lengths and the device, never from the batch.
+The rows of a tile are the queries of a whole group of heads, so that a key is read once. Where that makes too few
+programs, the keys are split and `combine_kernel` puts the parts together (Flash-Decoding; Dao, Haziza, Massa, Sizov,
+2023). How many splits follows from heads, lengths and the device, never from the batch.
 """
 
 import torch
@@ -121,8 +121,8 @@ def decode_kernel(
 
 @triton.jit(do_not_specialize=["num_splits", "num_rows", "num_heads", "seqlen_q"])
 def combine_kernel(
-    parts,  # one after another: float32 [num_splits, batch, num_heads, seqlen_q, head_dim_v], not normalized; the maximum
-            # of the scores in log2 units and the sum of 2^(score - maximum), [num_splits, batch, num_heads, seqlen_q]
+    parts,  # float32, one after another: [num_splits, batch, num_heads, seqlen_q, head_dim_v], not normalized; then
+            # the largest score in log2 units and the sum of 2^(score - it), [num_splits, batch, num_heads, seqlen_q]
     sinks,  # [num_heads], or None
     out,    # [batch, num_heads, seqlen_q, head_dim_v]
     lse,    # [batch, num_heads, seqlen_q], contiguous, or None
@@ -141,7 +141,7 @@ def combine_kernel(
         inside = splits < num_splits
         index = splits.to(tl.int64) * num_rows + r
         m = tl.load(maximum + index, mask=inside, other=float("-inf"))
-        l = tl.load(total + index, mask=inside, other=0.0)
+        sums = tl.load(total + index, mask=inside, other=0.0)
         part = tl.load(
             parts + index[:, None] * HEAD_DIM_V + cols[None, :], mask=inside[:, None] & (cols < HEAD_DIM_V)[None, :],
             other=0.0,
@@ -149,7 +149,7 @@ def combine_kernel(
         m_new = tl.maximum(m_i, tl.max(m))
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)
         weight, alpha = tl.exp2(m - shift), tl.exp2(m_i - shift)
-        l_i = l_i * alpha + tl.sum(l * weight)
+        l_i = l_i * alpha + tl.sum(sums * weight)
         acc = acc * alpha + tl.sum(part * weight[:, None], 0)
         m_i = m_new
     sink = float("-inf")
@@ -219,7 +219,7 @@ def row_blocks(problem, tiles) -> int:
 
 
 def split_keys(problem, device) -> tuple[int, int]:
-    """(keys in a split, number of splits): two programs a multiprocessor for one sequence, splits of 256 keys at least."""
+    """(keys in a split, number of splits): two programs a multiprocessor for one sequence, of 256 keys at least."""
     tiles = tuning.tiles("decode", problem, device)
     programs = row_blocks(problem, tiles) * problem.num_heads_k
     wanted = max(1, 2 * device.num_sms // programs)

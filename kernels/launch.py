@@ -48,13 +48,13 @@ def device_facts(index: int) -> Device:
 
 
 current_device = torch.cuda.current_device
-_launches: dict[tuple, dict[str, Callable]] = {}
+_launches: dict[tuple, dict] = {}
 _MAX_LAUNCHES = 4096
 
 
 class Plan(NamedTuple):
-    """How to launch a kernel: on `programs` programs, with `arguments` behind the tensors, constexprs by name, options of
-    the compiler. describe(second tensor, third tensor): arguments between the tensors and `arguments`."""
+    """How to launch a kernel: on `programs` programs, with `arguments` behind the tensors, constexprs by name, options
+    of the compiler. describe(second tensor, third tensor): arguments between the tensors and `arguments`."""
 
     kernel: Callable
     programs: int
@@ -64,9 +64,11 @@ class Plan(NamedTuple):
     describe: Callable | None = None
 
 
-def of(key: tuple) -> dict[str, Callable]:
-    """The kernels of a call by name, for `run`; `key` has to determine their plans, and dtypes, strides and alignment of the
-    tensors that they get."""
+def of(key: tuple) -> dict:
+    """The kernels of a call by name, for `run`, and what else it remembers.
+
+    `key` has to determine their plans, and dtypes, strides and alignment of the tensors that they get.
+    """
     launches = _launches.get(key)
     if launches is None:
         if len(_launches) >= _MAX_LAUNCHES:
@@ -75,7 +77,7 @@ def of(key: tuple) -> dict[str, Callable]:
     return launches
 
 
-def run(launches: dict[str, Callable], name: str, tensors: tuple, make_plan: Callable[[], Plan]) -> None:
+def run(launches: dict, name: str, tensors: tuple, make_plan: Callable[[], Plan]) -> None:
     """Launch a kernel as make_plan() says."""
     launch = launches.get(name)
     if launch is None:
@@ -145,8 +147,8 @@ def descriptors(device: Device, k, v, rows: int, constexprs: dict) -> Callable:
 
 
 def _allows_descriptor(x: torch.Tensor) -> bool:
-    size = x.element_size()
-    aligned = all(stride * size % 16 == 0 and stride > 0 for n, stride in zip(x.shape[:3], x.stride()[:3]) if n > 1)
+    size, outer = x.element_size(), x.stride()[:3]
+    aligned = all(stride * size % 16 == 0 and stride > 0 for n, stride in zip(x.shape[:3], outer, strict=True) if n > 1)
     return aligned and x.stride(3) == 1 and x.numel() > 0 and x.data_ptr() % 16 == 0
 
 

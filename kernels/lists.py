@@ -1,8 +1,8 @@
-"""The lists of a `BlockMask` inside a kernel, and how they get there. Whatever they hold, no kernel reads out of bounds.
+"""The lists of a `BlockMask` inside a kernel, and how they get there. Whatever they hold, no kernel leaves its tensors.
 
 A "line" is a block of queries, whose lists name blocks of keys. For the gradients of k and v the lists are those of
-`BlockMask.transpose()`: lines are blocks of keys then, and the lists name blocks of queries. ACROSS and ALONG are the sizes of a
-block in the direction of a line's own positions and of those that its lists name.
+`BlockMask.transpose()`: lines are blocks of keys then, and the lists name blocks of queries. ACROSS and ALONG are the
+sizes of a block in the direction of a line's own positions and of those that its lists name.
 """
 
 from typing import NamedTuple
@@ -19,8 +19,8 @@ def open_lists(
     lists, strides, num_bitmaps, batch, head, start, length, ACROSS: tl.constexpr, ALONG: tl.constexpr,
     EVERYWHERE: tl.constexpr,
 ):  # fmt: skip
-    """The visits of the tile that begins at `start`: (lists of its line, how many of the full blocks need no mask, how many
-    other blocks there are, how many blocks of `length` are whole, bitmaps of the tile's first row, how many).
+    """The visits of the tile that begins at `start`: (lists of its line, how many full blocks need no mask, how many
+    other blocks it visits, (whole blocks, blocks) that there are, bitmaps of its first row, how many bitmaps).
 
     The last block needs a mask if it reaches past `length`, and with EVERYWHERE each does.
     """
@@ -53,8 +53,8 @@ def unmasked_tile(step, visits, ALONG: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def masked_tile(step, visits, ACROSS: tl.constexpr, ALONG: tl.constexpr, BLOCK: tl.constexpr):
-    """(first position, bitmap for `tile.bits`) of a tile in the loop with masks: partial blocks, then the full ones that the
-    other loop left, whose bitmap is not read."""
+    """(first position, bitmap for `tile.bits`) of a tile in the loop with masks: partial blocks, then the full ones
+    that the other loop left, whose bitmap is not read."""
     opened, unmasked, _, num_blocks, _, _ = visits
     count, indices, bitmap_ids, _, full_indices = opened
     STEPS: tl.constexpr = ALONG // BLOCK

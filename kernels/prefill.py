@@ -1,6 +1,7 @@
 """Forward pass: a program takes BLOCK_M queries of one head through the keys that they see, or that a block mask lists.
 
-FlashAttention-2 (Dao, arXiv 2307.08691), with masks as ranges of keys or lists of blocks: what no query sees is not visited.
+FlashAttention-2 (Dao, arXiv 2307.08691), with masks as ranges of keys or lists of blocks:
+what no query sees is not visited.
 """
 
 import triton
@@ -86,8 +87,9 @@ def forward_kernel(
         )
     else:
         visits = open_lists(
-            (counts, indices, bitmap_ids, full_counts, full_indices, bitmaps), list_strides, num_bitmaps, b, h, row, seqlen_k, BLOCK_Q, BLOCK_K, EVERYWHERE or BOUNDED
-        )
+            (counts, indices, bitmap_ids, full_counts, full_indices, bitmaps), list_strides, num_bitmaps, b, h, row,
+            seqlen_k, BLOCK_Q, BLOCK_K, EVERYWHERE or BOUNDED,
+        )  # fmt: skip
         state = attend_lists(
             q0, q1, keys, place, bounds, scores, numbers, visits, BLOCK_Q, BLOCK_K, TILE, DIMS, FLAGS,
             EVERYWHERE or BOUNDED,

@@ -1,8 +1,8 @@
 """What every kernel does to a tile: load it, modify its scores, mask them, drop weights.
 
-Scores are in units of log2: log2(e) is folded into the softmax scale, so that exp2 does. `rows` and `cols` are positions of
-queries and keys, shaped so that they broadcast to the tile: [M, 1] and [1, N], or [1, M] and [N, 1] in a transposed tile.
-A head_dim that is no power of two is held as two tiles of columns, or padded (see `config.split_head_dim`).
+Scores are in units of log2: log2(e) is folded into the softmax scale, so that exp2 does. `rows` and `cols` are
+positions of queries and keys, shaped so that they broadcast to the tile: [M, 1] and [1, N], or [1, M] and [N, 1] in a
+transposed tile. A head_dim that is no power of two is held as two tiles of columns or padded (`config.split_head_dim`).
 """
 
 import triton
@@ -97,7 +97,7 @@ def limits_of(k_start, start_strides, k_end, end_strides, diagonal_lo, diagonal_
 
 @triton.jit
 def row_bounds(rows, limits, seqlen_q, seqlen_k, HAS_LO: tl.constexpr, HAS_HI: tl.constexpr):
-    """(first key, one past the last) that each row sees; (INT_MAX, 0) where that is none. Rows past the last one repeat it.
+    """(first key, one past the last) that each row sees; (INT_MAX, 0) for none. Rows past the end repeat the last one.
 
     Whatever k_start and k_end hold, the bounds are in 0 ... seqlen_k.
     """
@@ -130,8 +130,8 @@ def scores_of(mask, mask_strides, bias, bias_strides, batch, head, row, WIDE: tl
 def key_range(
     bounds, seqlen_k, BLOCK_N: tl.constexpr, HAS_FIRST: tl.constexpr, BOUNDED: tl.constexpr, EVERYWHERE: tl.constexpr
 ):
-    """(lo, hi, common_lo, common_hi) of a block of queries with these bounds: the keys lo ... hi - 1 are visited; the blocks
-    from common_lo to common_hi need no mask. Both begin blocks, or are hi. EVERYWHERE: any key may need one."""
+    """(lo, hi, common_lo, common_hi) of a block of queries with these bounds: the keys lo ... hi - 1 are visited; the
+    blocks from common_lo to common_hi need no mask. Both begin blocks, or are hi. EVERYWHERE: any key may need one."""
     lo, hi, common_lo, common_hi = 0, seqlen_k, 0, seqlen_k
     if HAS_FIRST:
         lo, common_lo = tl.min(bounds[0]), tl.max(bounds[0])
@@ -149,7 +149,7 @@ def key_range(
 
 @triton.jit
 def visible(cols, first, last, HAS_FIRST: tl.constexpr):
-    """Which keys the bounds of the rows leave; first, last shaped as rows. Without HAS_FIRST, rows see keys from 0 on."""
+    """Which keys the bounds of the rows leave; first, last shaped as rows. Without HAS_FIRST, first is 0."""
     seen = cols < last
     if HAS_FIRST:
         seen = seen & (cols >= first)
@@ -165,8 +165,9 @@ def load_scores(ptr, strides, rows, cols, rows_left, cols_left):
 
 @triton.jit
 def bits(bitmap, rows, N: tl.constexpr):
-    """The first N bits of each row (bit j % 8 of byte j // 8 is j), as a bool [M, N]: a byte is loaded once. rows [M, 1].
-    bitmap: (pointer, bytes of a row, bits to read of a row); what is not read is True."""
+    """The first N bits of each row (bit j % 8 of byte j // 8 is j), as a bool [M, N]: a byte is loaded once.
+
+    rows: [M, 1]. bitmap: (pointer, bytes of a row, bits to read of a row); what is not read is True."""
     ptr, stride, limit = bitmap
     octets = tl.arange(0, N // 8)[None, :]
     byte = tl.load(ptr + rows * stride + octets, mask=rows * 0 + octets * 8 < limit, other=255).to(tl.int32)

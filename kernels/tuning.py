@@ -1,7 +1,7 @@
 """Tiles that were measured: read from tuned/<device>.json, written there with FASTATTN_AUTOTUNE=1.
 
-A measurement stands for all calls with the same kernel, dtype, head dims and kind of scores; lengths are no part of it, so
-tune with lengths that matter to you (`python -m fastattn warmup`). Without a file, `config` decides.
+A measurement stands for all calls with the same kernel, dtype, head dims and kind of scores; lengths are no part of it,
+so tune with lengths that matter to you (`python -m fastattn warmup`). Without a file, `config` decides.
 """
 
 import json

@@ -418,7 +418,7 @@ def test_environment_with_an_unknown_backend():
     [
         (False, False, "Triton is not installed (pip install triton)"),
         (False, True, "Triton is not installed (pip install triton)"),
-        (True, False, "there is no CUDA or ROCm device (with TRITON_INTERPRET=1, Triton's interpreter takes CPU tensors"),
+        (True, False, "there is no CUDA or ROCm device (with TRITON_INTERPRET=1, Triton interprets calls"),
         (True, True, None),
     ],
 )  # fmt: skip
