@@ -307,9 +307,10 @@ def forward_kernel(
                 state = attend(
                     state, q0, q1, keys, place, bounds, scores, numbers, col, clean, TILE, DIMS, FLAGS, True, True
                 )
-        elif common_hi < hi:  # the last keys, fewer than BLOCK_N
+        elif blocks > 0:  # the last keys, fewer than BLOCK_N
+            last = hi // BLOCK_N * BLOCK_N
             state = attend(
-                state, q0, q1, keys, place, bounds, scores, numbers, common_hi, clean, TILE, DIMS, FLAGS, True, False
+                state, q0, q1, keys, place, bounds, scores, numbers, last, clean, TILE, DIMS, FLAGS, True, False
             )
         if not EVERYWHERE:
             for col in tl.range(common_lo, common_hi, BLOCK_N):
