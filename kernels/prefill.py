@@ -303,7 +303,9 @@ def forward_kernel(
     while again:
         if HIDES:
             for block in tl.range(0, blocks):
-                col = tl.where(block < blocks_before, lo + block * BLOCK_N, common_hi + (block - blocks_before) * BLOCK_N)
+                col = tl.where(
+                    block < blocks_before, lo + block * BLOCK_N, common_hi + (block - blocks_before) * BLOCK_N
+                )
                 state = attend(
                     state, q0, q1, keys, place, bounds, scores, numbers, col, clean, TILE, DIMS, FLAGS, True, True
                 )

@@ -147,8 +147,8 @@ def load_scores(ptr, strides, rows, cols, rows_left, cols_left):
 
 @triton.jit
 def bits(bitmap, rows, N: tl.constexpr):
-    """The first N bits of each row (bit j % 8 of byte j // 8 is j), as a bool [M, N]: a byte is loaded once. rows [M, 1].
-    bitmap: (pointer, bytes of a row, bits to read of a row); what is not read is True."""
+    """The first N bits of each row (bit j % 8 of byte j // 8 is j), as a bool [M, N]. A byte is loaded once.
+    rows: [M, 1]. bitmap: (pointer, bytes of a row, bits to read of a row); what is not read is True."""
     ptr, stride, limit = bitmap
     octets = tl.arange(0, N // 8)[None, :]
     byte = tl.load(ptr + rows * stride + octets, mask=rows * 0 + octets * 8 < limit, other=255).to(tl.int32)

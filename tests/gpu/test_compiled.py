@@ -55,17 +55,6 @@ def test_golden(kernels, arch, spec):
 
 
 SPILLING = {  # tiles still to be found: an entry that spills no more fails here until it is taken off
-    "backward D64 float32": (80, 86, 90, 100, 120),
-    "backward everything D128 bfloat16": (80, 86, 90, 100, 120),
-    "backward causal D128 bfloat16": (86, 120),
-    "prefill D64 float32": (90, 100, 120),
-    "prefill D128 float32": (90, 100, 120),
-    "backward D256 bfloat16": (90, 100, 120),
-    "prefill D256 bfloat16": (100,),
-    "prefill causal D64 bfloat16": (100,),
-    "prefill D192 bfloat16": (120,),
-    "prefill causal D128 bfloat16": (120,),
-    "backward D64 bfloat16": (120,),
     "backward D128 bfloat16": ("gfx1100",),
 }
 DOES_SPILL = pytest.mark.xfail(reason="spills in a loop (docs/triton.md)", strict=True)
@@ -112,13 +101,7 @@ BARS = {  # least static tensor-core bound
 }
 
 
-MISSES = pytest.mark.xfail(reason="65.3 % so far", strict=True)
-
-
-@pytest.mark.parametrize(
-    "arch, spec",
-    [pytest.param(*case, marks=MISSES if case == (80, "prefill D128 bfloat16") else ()) for case in BARS],
-)
+@pytest.mark.parametrize("arch, spec", BARS)
 def test_static_bound(kernels, arch, spec):
     (kernel,) = [kernel for kernel in kernels.values() if kernel["loops"]]
     assert round(kernel["bound"], 2) >= BARS[arch, spec]
