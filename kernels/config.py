@@ -62,8 +62,8 @@ def split_head_dim(head_dim: int, dtype: str = "bfloat16") -> tuple[int, int]:
 #   masked    with bounds or a block mask; an architecture that is not in it has the plain one
 #   heavy     a bias, a bool mask, ALiBi, softcap or dropout, which take registers
 #   float32   multiplied without tensor cores
-# A row is (largest head_dim of either kind, config), ascending; the last one serves any. Chosen by compiling: tiles whose
-# loops do not spill, and of several those with the best static tensor-core bound (docs/triton.md).
+# A row is (largest head_dim of either kind, config), ascending; the last one serves any. Chosen by compiling: tiles
+# whose loops do not spill, and of several those with the best static tensor-core bound (docs/triton.md).
 _PREFILL = {
     "plain": {
         "sm_80": [
