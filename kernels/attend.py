@@ -195,7 +195,6 @@ def attend_range(
     blocks = blocks_before + tl.cdiv(hi - common_hi, BLOCK_N)
     state = fresh_state(TILE[0], DIMS)
     clean, again = False, True
-    last = hi // BLOCK_N * BLOCK_N
     while again:  # once more if a NaN that a mask hides got in; with masks first, which takes fewer registers
         if HIDES:
             for block in tl.range(0, blocks):
@@ -205,7 +204,8 @@ def attend_range(
                 state = attend(
                     state, q0, q1, keys, place, bounds, scores, None, numbers, col, clean, TILE, DIMS, FLAGS, True, True
                 )
-        elif last < hi:  # fewer than BLOCK_N keys
+        elif blocks > 0:  # the last keys, fewer than BLOCK_N
+            last = hi // BLOCK_N * BLOCK_N
             state = attend(
                 state, q0, q1, keys, place, bounds, scores, None, numbers, last, clean, TILE, DIMS, FLAGS, True, False
             )

@@ -47,8 +47,8 @@ SMEM = {
 def split_head_dim(head_dim: int, dtype: str = "bfloat16") -> tuple[int, int]:
     """Widths of the one or two tiles of columns (powers of two, at least 16) that hold head_dim columns.
 
-    64 -> (64, 0); 80 -> (64, 16); 96 -> (64, 32); 192 -> (128, 64); 250 -> (256, 0): a second tile where it saves work, and in
-    float32 from 65 columns on, since a thread that multiplies without matrix units holds whole rows of a tile.
+    64 -> (64, 0); 80 -> (64, 16); 96 -> (64, 32); 192 -> (128, 64); 250 -> (256, 0): a second tile where it saves work,
+    and in float32 from 65 columns on, since a thread that multiplies without matrix units holds whole rows of a tile.
     """
     whole = max(16, 1 << (head_dim - 1).bit_length())
     half = whole // 2
@@ -62,24 +62,35 @@ def split_head_dim(head_dim: int, dtype: str = "bfloat16") -> tuple[int, int]:
 #   masked    with bounds or a block mask; an architecture that is not in it has the plain one
 #   heavy     a bias, a bool mask, ALiBi, softcap or dropout, which take registers
 #   float32   multiplied without tensor cores
-# A row is (largest head_dim of either kind, config), ascending; the last one serves any. Checked by compiling: no entry spills
-# in a loop, and of the ones that do not, it has the best static tensor-core bound.
+# A row is (largest head_dim of either kind, config), ascending; the last one serves any. Chosen by compiling: tiles
+# whose loops do not spill, and of several those with the best static tensor-core bound (docs/triton.md).
 _PREFILL = {
     "plain": {
         "sm_80": [
             (64, Config(128, 128, 8, 2)), (128, Config(128, 64, 8, 2)), (192, Config(128, 32, 8, 2)),
-            (256, Config(64, 64, 8, 2)),
+            (256, Config(32, 32, 4, 2)),
         ],
-        "sm_86": [(64, Config(128, 64, 4, 3)), (128, Config(128, 64, 8, 2)), (256, Config(64, 32, 8, 2))],
+        "sm_86": [
+            (64, Config(128, 64, 4, 3)), (128, Config(128, 64, 8, 2)), (192, Config(64, 32, 8, 2)),
+            (256, Config(32, 32, 4, 2)),
+        ],
         "sm_90": [(64, Config(128, 128, 8, 3)), (128, Config(128, 128, 8, 2)), (256, Config(128, 64, 8, 2))],
         "sm_100": [(64, Config(128, 128, 8, 2)), (128, Config(128, 64, 8, 3)), (256, Config(64, 64, 8, 2))],
-        "sm_120": [(64, Config(128, 64, 8, 2)), (128, Config(128, 64, 8, 2)), (256, Config(32, 32, 4, 2))],
+        "sm_120": [(128, Config(128, 64, 8, 2)), (192, Config(32, 32, 4, 2)), (256, Config(64, 32, 8, 2))],
         "gfx90a": [(64, Config(128, 64, 4, 1, 2)), (128, Config(128, 64, 4, 1)), (256, Config(64, 32, 4, 1))],
         "gfx942": [(64, Config(128, 64, 4, 1, 2)), (128, Config(128, 64, 4, 2)), (256, Config(64, 32, 4, 1))],
         "gfx950": [(64, Config(128, 64, 4, 1, 2)), (128, Config(128, 64, 4, 1, 2)), (256, Config(64, 64, 4, 1))],
-        "other": [(64, Config(64, 32, 4, 1)), (256, Config(32, 32, 4, 1))],
+        "other": [(64, Config(64, 32, 4, 1)), (256, Config(32, 32, 8, 1))],
     },
     "masked": {
+        "sm_80": [
+            (64, Config(128, 128, 8, 2)), (128, Config(128, 64, 8, 2)), (192, Config(128, 32, 8, 2)),
+            (256, Config(64, 64, 8, 2)),
+        ],
+        "sm_86": [
+            (64, Config(128, 64, 8, 2)), (128, Config(128, 32, 8, 3)), (192, Config(32, 32, 4, 2)),
+            (256, Config(64, 32, 8, 2)),
+        ],
         "sm_120": [
             (64, Config(128, 64, 8, 2)), (128, Config(128, 32, 8, 3)), (192, Config(32, 32, 4, 2)),
             (256, Config(64, 32, 8, 2)),
@@ -98,6 +109,7 @@ _DECODE = {  # BLOCK_M: at most
     "plain": {
         "sm_80": [(128, Config(64, 64, 4, 3)), (256, Config(32, 32, 4, 3))],
         "sm_86": [(128, Config(64, 64, 4, 2)), (256, Config(32, 32, 4, 2))],
+        "sm_120": [(64, Config(64, 64, 4, 3)), (128, Config(32, 64, 4, 2)), (256, Config(32, 32, 4, 2))],
         "other": [(128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
     },
     "heavy": {
@@ -113,7 +125,10 @@ _KEY_VALUE = {
         "sm_90": [(64, Config(64, 64, 4, 2)), (128, Config(32, 64, 4, 2)), (256, Config(32, 32, 8, 1))],
         "sm_100": [(64, Config(64, 64, 4, 2)), (128, Config(32, 64, 4, 2)), (256, Config(32, 32, 8, 1))],
         "sm_120": [(64, Config(32, 64, 4, 2)), (128, Config(32, 32, 4, 2)), (256, Config(32, 32, 8, 1))],
-        "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+        "gfx90a": [(128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+        "gfx942": [(128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+        "gfx950": [(128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+        "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 8, 1))],
     },
     "masked": {
         "sm_80": [(64, Config(64, 32, 4, 2)), (128, Config(32, 64, 4, 2)), (256, Config(32, 32, 8, 1))],
@@ -133,6 +148,9 @@ _QUERY = {
         "sm_80": [(128, Config(64, 32, 4, 2)), (256, Config(32, 32, 8, 1))],
         "sm_90": [(128, Config(64, 64, 4, 2)), (256, Config(32, 32, 8, 1))],
         "sm_100": [(64, Config(64, 64, 4, 2)), (128, Config(64, 32, 4, 2)), (256, Config(32, 32, 8, 1))],
+        "gfx90a": [(128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+        "gfx942": [(128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+        "gfx950": [(128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
         "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
     },
     "masked": {
@@ -144,7 +162,7 @@ _QUERY = {
         "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
     },
     "float32": {
-        "sm_80": [(64, Config(16, 32, 8, 1)), (256, Config(16, 16, 8, 1))],
+        "sm_80": [(256, Config(16, 16, 8, 1))],
         "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
     },
 }
