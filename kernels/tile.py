@@ -72,7 +72,7 @@ def tanh(x):
 @triton.jit
 def softcap_scores(s, scale, softcap):
     """(softcap * tanh(scale * s / softcap) in log2 units, its derivative by the scaled s)"""
-    t = tanh(s * scale / softcap)
+    t = tanh(s * (scale / softcap))
     return t * softcap * LOG2E, 1.0 - t * t
 
 
