@@ -34,8 +34,10 @@ TRITON ?= 3.9.0
 TRITON_PATH := $(VENV)/triton-$(TRITON)
 TRITON_PY = PYTHONPATH=$(TRITON_PATH):$(VENV)/ttsem OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PY)
 TRITON_PYTEST = $(TRITON_PY) -m pytest -q -p no:cacheprovider
-INTERPRETED := $(addprefix tests/gpu/test_,strict_interpreter.py parity.py agreement.py)
 COMPILED := $(addprefix tests/gpu/test_,compiled.py launch.py warmup.py)
+SANITIZED := tests/gpu/test_sanitized.py
+NEITHER := tests/gpu/test_bench_gpu.py tests/gpu/test_device.py
+INTERPRETED := $(filter-out $(COMPILED) $(SANITIZED) $(NEITHER),$(sort $(wildcard tests/gpu/test_*.py)))
 
 test-triton: $(VENV)/.test $(EXT) $(TRITON_PATH) $(VENV)/ttsem  ## the Triton kernels without a GPU
 	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync triton-interpreted triton-compiled triton-sanitized
@@ -47,7 +49,7 @@ triton-compiled:
 	$(TRITON_PYTEST) $(COMPILED) $(ARGS)
 
 triton-sanitized:
-	$(TRITON_PYTEST) tests/gpu/test_sanitized.py $(ARGS)
+	$(TRITON_PYTEST) $(SANITIZED) $(ARGS)
 
 # What a kernel may rely on changes from version to version.
 test-triton-versions: $(VENV)/.test $(EXT) $(VENV)/triton-3.7.1 $(VENV)/triton-3.8.0
@@ -58,7 +60,7 @@ kernel-report: $(VENV)/.test $(TRITON_PATH)  ## what Triton compiles: tests/gpu/
 	$(TRITON_PY) tests/gpu/kernel_report.py
 
 test-gpu: $(VENV)/.test $(EXT)  ## the Triton kernels on this machine's GPU, with the triton that came with torch
-	$(PY) -m pytest -q tests/gpu/test_parity.py tests/gpu/test_device.py $(ARGS)
+	$(PY) -m pytest -q -m "" tests/gpu/test_parity.py tests/gpu/test_kernels_lists.py tests/gpu/test_device.py $(ARGS)
 
 bench: $(VENV)/.bench $(EXT)  ## time the kernels beside their peers; ARGS=--help
 	$(PY) bench/run.py $(ARGS)

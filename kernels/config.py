@@ -209,7 +209,9 @@ def bias(problem, device: Device) -> Config:
 
 def within(config: Config, block_size: tuple[int, int]) -> Config:
     """`config` with tiles that divide blocks of that size: powers of two."""
-    block_m, block_n = (min(own, size & -size) for own, size in zip((config.BLOCK_M, config.BLOCK_N), block_size))
+    block_m, block_n = (
+        min(own, size & -size) for own, size in zip((config.BLOCK_M, config.BLOCK_N), block_size, strict=True)
+    )
     return config._replace(BLOCK_M=block_m, BLOCK_N=block_n)
 
 
