@@ -10,7 +10,7 @@ EXT := $(VENV)/.ext
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo train longformer neighborhood test test-all test-triton test-triton-versions test-gpu kernel-report
-.PHONY: bench bench-gpu bench-sparse lint format wheel clean triton-interpreted triton-compiled triton-sanitized
+.PHONY: bench bench-gpu bench-launch bench-sparse lint format wheel clean triton-interpreted triton-compiled triton-sanitized
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -32,7 +32,7 @@ test: $(VENV)/.test $(EXT)  ## the tests, without the slow ones
 
 test-all: $(VENV)/.test $(EXT)  ## all tests: builds of wheels, sanitizers, large sizes, Triton
 	$(PY) -m pytest -q -m "" tests $(ARGS)
-	$(MAKE) test-triton test-triton-versions
+	$(MAKE) test-triton test-triton-versions ARGS='-m "" $(ARGS)'
 
 # Triton lies beside the environment and not in it: a torch for CUDA brings its own. It decides when it is imported
 # whether it interprets or compiles: a process for each, of one thread, two at once.
@@ -40,7 +40,10 @@ TRITON ?= 3.9.0
 TRITON_PATH := $(VENV)/triton-$(TRITON)
 TRITON_PY = PYTHONPATH=$(TRITON_PATH):$(VENV)/ttsem OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PY)
 TRITON_PYTEST = $(TRITON_PY) -m pytest -q -p no:cacheprovider
-INTERPRETED := tests/gpu/test_strict_interpreter.py tests/gpu/test_parity.py tests/gpu/test_agreement.py
+COMPILED := $(addprefix tests/gpu/test_,compiled.py launch.py warmup.py)
+SANITIZED := tests/gpu/test_sanitized.py
+NEITHER := tests/gpu/test_bench_gpu.py tests/gpu/test_device.py
+INTERPRETED := $(filter-out $(COMPILED) $(SANITIZED) $(NEITHER),$(sort $(wildcard tests/gpu/test_*.py)))
 
 test-triton: $(VENV)/.test $(EXT) $(TRITON_PATH) $(VENV)/ttsem  ## the Triton kernels without a GPU
 	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync triton-interpreted triton-compiled triton-sanitized
@@ -49,10 +52,10 @@ triton-interpreted:
 	TRITON_INTERPRET=1 $(TRITON_PYTEST) $(INTERPRETED) $(ARGS)
 
 triton-compiled:
-	$(TRITON_PYTEST) tests/gpu/test_compiled.py tests/gpu/test_launch.py $(ARGS)
+	$(TRITON_PYTEST) $(COMPILED) $(ARGS)
 
 triton-sanitized:
-	$(TRITON_PYTEST) tests/gpu/test_sanitized.py $(ARGS)
+	$(TRITON_PYTEST) $(SANITIZED) $(ARGS)
 
 # What a kernel may rely on changes from version to version.
 test-triton-versions: $(VENV)/.test $(EXT) $(VENV)/triton-3.7.1 $(VENV)/triton-3.8.0
@@ -63,13 +66,16 @@ kernel-report: $(VENV)/.test $(TRITON_PATH)  ## what Triton compiles: tests/gpu/
 	$(TRITON_PY) tests/gpu/kernel_report.py
 
 test-gpu: $(VENV)/.test $(EXT)  ## the Triton kernels on this machine's GPU, with the triton that came with torch
-	$(PY) -m pytest -q tests/gpu/test_parity.py tests/gpu/test_device.py $(ARGS)
+	$(PY) -m pytest -q -m "" tests/gpu/test_parity.py tests/gpu/test_kernels_lists.py tests/gpu/test_device.py $(ARGS)
 
 bench: $(VENV)/.bench $(EXT)  ## time the kernels beside their peers; ARGS=--help
 	$(PY) bench/run.py $(ARGS)
 
 bench-gpu: $(VENV)/.bench $(EXT)  ## time them beside torch's and flash-attn's; ARGS=--help
 	$(PY) bench/gpu.py $(ARGS)
+
+bench-launch: $(VENV)/.test $(TRITON_PATH)  ## Python time of a call of a Triton kernel, without a GPU
+	$(TRITON_PY) bench/launch.py $(ARGS)
 
 bench-sparse: $(VENV)/.bench $(EXT)  ## sparse attention beside dense: speed-up against density; ARGS=--help
 	$(PY) bench/dense_vs_sparse.py $(ARGS)

@@ -9,6 +9,8 @@ import torch
 
 from . import attention, gpu
 
+DEVICE = "cpu" if gpu.INTERPRETED else "cuda"
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; the exit status."""
@@ -29,7 +31,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     if options.tune:
         os.environ["FASTATTN_AUTOTUNE"] = "1"
-    _warm_up(options)
+    try:
+        _warm_up(options)
+    except (ValueError, NotImplementedError) as refusal:  # heads that do not divide, a head_dim that no kernel takes
+        print(f"python -m fastattn warmup: {refusal}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -46,16 +52,18 @@ def _warm_up(options) -> None:
     calls = list(itertools.product(options.shapes, options.dtype, options.causal))
     for shape, dtype, causal in (bar := tqdm(calls, unit="call", file=sys.stderr)):
         bar.set_description(f"{','.join(map(str, shape))} {dtype}" + (" causal" if causal else ""))
-        b, h, hk, sq, sk, d = shape
-        device = "cpu" if gpu.INTERPRETED else "cuda"
+        _call(shape, getattr(torch, dtype), bool(causal), options.backward)
 
-        def empty(*sizes, dtype=dtype, device=device):
-            return torch.zeros(sizes, dtype=getattr(torch, dtype), device=device, requires_grad=options.backward)
 
-        q, k, v = empty(b, h, sq, d), empty(b, hk, sk, d), empty(b, hk, sk, d)
-        out = attention(q, k, v, causal=bool(causal), backend="triton")
-        if options.backward:
-            torch.autograd.grad(out, (q, k, v), torch.zeros_like(out))
+def _call(shape: tuple[int, ...], dtype: torch.dtype, causal: bool, backward: bool) -> None:
+    b, h, hk, sq, sk, d = shape
+    q, k, v = (
+        torch.zeros(b, heads, seqlen, d, dtype=dtype, device=DEVICE, requires_grad=backward)
+        for heads, seqlen in ((h, sq), (hk, sk), (hk, sk))
+    )
+    out = attention(q, k, v, causal=causal, backend="triton")
+    if backward:
+        torch.autograd.grad(out, (q, k, v), torch.zeros_like(out))
 
 
 if __name__ == "__main__":

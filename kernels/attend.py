@@ -11,6 +11,7 @@ from .lists import masked_tile, unmasked_tile
 from .tile import (
     LOG2E,
     bias_log2,
+    bit,
     bits,
     dropout_keep,
     finite_or,
@@ -62,6 +63,19 @@ def attend(
     keys_left, n = seqlen_k - col, tl.cast(col, tl.int64)
     local_cols = tl.arange(0, BLOCK_N)[None, :]
 
+    # loads before the product: of two layouts the compiler keeps the later one for the running maximum and sum
+    if MASKED:
+        seen = visible(col + local_cols, bounds[0][:, None], bounds[1][:, None], HAS_FIRST)
+        if mask is not None:
+            tile = mask + n * mask_strides[1]
+            seen = seen & (load_scores(tile, mask_strides, local_rows, local_cols, rows_left, keys_left) != 0)
+        if bitmap is not None:
+            seen = seen & bits(bitmap, local_rows, BLOCK_N)
+        if bias is not None:
+            tile = bias + n * bias_strides[1]
+            added = load_scores(tile, bias_strides, local_rows, local_cols, rows_left, keys_left)
+            seen = seen & (added.to(tl.float32) != float("-inf"))
+
     if k_descriptor is not None:
         k0 = k_descriptor.load([batch, head_k, tl.cast(col, tl.int32), 0]).reshape([BLOCK_N, D0])
     else:
@@ -72,13 +86,6 @@ def attend(
         s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
 
     factor = scale * LOG2E
-    if MASKED:
-        seen = visible(col + local_cols, bounds[0][:, None], bounds[1][:, None], HAS_FIRST)
-        if mask is not None:
-            tile = mask + n * mask_strides[1]
-            seen = seen & (load_scores(tile, mask_strides, local_rows, local_cols, rows_left, keys_left) != 0)
-        if bitmap is not None:
-            seen = seen & bits(bitmap, local_rows, local_cols)
     if MODIFIED:
         if SOFTCAP:
             s, _ = softcap_scores(s, scale, softcap)
@@ -88,9 +95,6 @@ def attend(
             s = s * factor
         factor = 1.0
         if bias is not None:
-            tile = bias + n * bias_strides[1]
-            added = load_scores(tile, bias_strides, local_rows, local_cols, rows_left, keys_left)
-            seen = seen & (added.to(tl.float32) != float("-inf"))
             s += bias_log2(added)
         if ALIBI:
             s -= slope * tl.abs(rows + (seqlen_k - seqlen_q) - (col + local_cols)).to(tl.float32)
@@ -172,7 +176,7 @@ def add_poison(acc0, acc1, keys, place, bounds, scores, bitmap, lo, hi, DIMS: tl
                 added = load_scores(tile, bias_strides, local_rows, 0, rows_left, 1)
                 seen = seen & (added.to(tl.float32) != float("-inf"))
             if bitmap is not None:
-                seen = seen & bits(bitmap, local_rows, col - lo)
+                seen = seen & bit(bitmap, local_rows, col - lo)
             acc0 = tl.where(seen & bad0, acc0 + v0, acc0)
             if E1 > 0:
                 acc1 = tl.where(seen & bad1, acc1 + v1, acc1)
@@ -191,18 +195,26 @@ def attend_range(
     blocks = blocks_before + tl.cdiv(hi - common_hi, BLOCK_N)
     state = fresh_state(TILE[0], DIMS)
     clean, again = False, True
-    while again:  # once more if a NaN that a mask hides got in
+    while again:  # once more if a NaN that a mask hides got in; with masks first, which takes fewer registers
+        if HIDES:
+            for block in tl.range(0, blocks):
+                col = tl.where(
+                    block < blocks_before, lo + block * BLOCK_N, common_hi + (block - blocks_before) * BLOCK_N
+                )
+                state = attend(
+                    state, q0, q1, keys, place, bounds, scores, None, numbers, col, clean, TILE, DIMS, FLAGS, True, True
+                )
+        elif blocks > 0:  # the last keys, fewer than BLOCK_N
+            last = hi // BLOCK_N * BLOCK_N
+            state = attend(
+                state, q0, q1, keys, place, bounds, scores, None, numbers, last, clean, TILE, DIMS, FLAGS, True, False
+            )
         if not EVERYWHERE:
             for col in tl.range(common_lo, common_hi, BLOCK_N):
                 state = attend(
                     state, q0, q1, keys, place, bounds, scores, None, numbers, col, clean, TILE, DIMS, FLAGS, False,
                     False,
                 )  # fmt: skip
-        for block in tl.range(0, blocks):
-            col = tl.where(block < blocks_before, lo + block * BLOCK_N, common_hi + (block - blocks_before) * BLOCK_N)
-            state = attend(
-                state, q0, q1, keys, place, bounds, scores, None, numbers, col, clean, TILE, DIMS, FLAGS, True, HIDES
-            )
         again = False
         if HIDES:
             again = is_spoiled(state[0], state[1], DIMS[5]) & (clean == 0)

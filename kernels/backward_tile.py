@@ -77,9 +77,9 @@ def gradients_of_scores(
             seen = seen & (load_scores(mask, mask_strides, rows, cols, seqlen_q - row, seqlen_k - col) != 0)
         if bitmap is not None:
             if TRANSPOSED:
-                seen = seen & bits(bitmap, cols, rows)
+                seen = seen & bits(bitmap, cols, BLOCK_M)
             else:
-                seen = seen & bits(bitmap, rows, cols)
+                seen = seen & bits(bitmap, rows, BLOCK_N)
     slope_of_cap = 1.0
     if SOFTCAP:
         s, slope_of_cap = softcap_scores(s, scale, softcap)

@@ -44,70 +44,136 @@ SMEM = {
 """Shared memory a program may take: 1 KB of the multiprocessor's goes to the system. Others: 48 KB."""
 
 
-def split_head_dim(head_dim: int) -> tuple[int, int]:
+def split_head_dim(head_dim: int, dtype: str = "bfloat16") -> tuple[int, int]:
     """Widths of the one or two tiles of columns (powers of two, at least 16) that hold head_dim columns.
 
-    64 -> (64, 0); 80 -> (64, 16); 96 -> (64, 32); 192 -> (128, 64); 250 -> (256, 0): a second tile where it saves work.
+    64 -> (64, 0); 80 -> (64, 16); 96 -> (64, 32); 192 -> (128, 64); 250 -> (256, 0): a second tile where it saves work,
+    and in float32 from 65 columns on, since a thread that multiplies without matrix units holds whole rows of a tile.
     """
     whole = max(16, 1 << (head_dim - 1).bit_length())
     half = whole // 2
     rest = max(16, 1 << (head_dim - half - 1).bit_length()) if head_dim > half else 0
-    return (half, rest) if half >= 16 and half + rest < whole else (whole, 0)
+    saves = half >= 16 and half + rest < whole
+    return (half, rest) if saves or (dtype == "float32" and whole > 64) else (whole, 0)
 
 
-# (largest head_dim of either kind, config), ascending; the last row serves any. Checked by compiling each entry.
+# Tables of a kernel, by kind of call:
+#   plain     dense
+#   masked    with bounds or a block mask; an architecture that is not in it has the plain one
+#   heavy     a bias, a bool mask, ALiBi, softcap or dropout, which take registers
+#   float32   multiplied without tensor cores
+# A row is (largest head_dim of either kind, config), ascending; the last one serves any. Chosen by compiling: tiles
+# whose loops do not spill, and of several those with the best static tensor-core bound (docs/triton.md).
 _PREFILL = {
-    "sm_80": [
-        (64, Config(128, 128, 8, 2)), (128, Config(128, 64, 8, 3)), (192, Config(128, 32, 8, 2)),
-        (256, Config(64, 64, 8, 2)),
-    ],  # fmt: skip
-    "sm_86": [(64, Config(128, 64, 4, 3)), (128, Config(128, 64, 8, 3)), (256, Config(64, 32, 8, 2))],
-    "sm_90": [(64, Config(128, 128, 8, 3)), (128, Config(128, 128, 8, 2)), (256, Config(128, 64, 8, 2))],
-    "sm_100": [(64, Config(128, 128, 8, 3)), (128, Config(128, 64, 8, 3)), (256, Config(128, 64, 8, 2))],
-    "sm_120": [(64, Config(128, 64, 8, 2)), (128, Config(128, 64, 8, 2)), (256, Config(32, 64, 4, 2))],
-    "gfx90a": [(64, Config(128, 64, 4, 1, 2)), (128, Config(128, 64, 4, 1)), (256, Config(64, 32, 4, 1))],
-    "gfx942": [(64, Config(128, 64, 4, 1, 2)), (128, Config(128, 64, 4, 2)), (256, Config(64, 32, 4, 1))],
-    "gfx950": [(64, Config(128, 64, 4, 1, 2)), (128, Config(128, 64, 4, 1, 2)), (256, Config(64, 64, 4, 1))],
-    "other": [(64, Config(64, 32, 4, 1)), (256, Config(32, 32, 4, 1))],
-    "interpreter": [(256, Config(64, 64, 1, 1))],
-}
-_PREFILL_HEAVY = {  # a bias, a bool mask, ALiBi, softcap or dropout take registers
-    "sm_80": [(128, Config(64, 32, 8, 2)), (256, Config(32, 32, 8, 1))],
-    "other": [(64, Config(64, 32, 4, 1)), (256, Config(32, 32, 4, 1))],
-    "interpreter": [(256, Config(64, 64, 1, 1))],
-}
-_PREFILL_FLOAT32 = {
-    "sm_80": [(64, Config(32, 32, 4, 2)), (128, Config(32, 32, 8, 2)), (256, Config(32, 16, 4, 2))],
-    "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
-    "interpreter": [(256, Config(64, 64, 1, 1))],
-}
+    "plain": {
+        "sm_80": [
+            (64, Config(128, 128, 8, 2)), (128, Config(128, 64, 8, 2)), (192, Config(128, 32, 8, 2)),
+            (256, Config(32, 32, 4, 2)),
+        ],
+        "sm_86": [
+            (64, Config(128, 64, 4, 3)), (128, Config(128, 64, 8, 2)), (192, Config(64, 32, 8, 2)),
+            (256, Config(32, 32, 4, 2)),
+        ],
+        "sm_90": [(64, Config(128, 128, 8, 3)), (128, Config(128, 128, 8, 2)), (256, Config(128, 64, 8, 2))],
+        "sm_100": [(64, Config(128, 128, 8, 2)), (128, Config(128, 64, 8, 3)), (256, Config(64, 64, 8, 2))],
+        "sm_120": [(128, Config(128, 64, 8, 2)), (192, Config(32, 32, 4, 2)), (256, Config(64, 32, 8, 2))],
+        "gfx90a": [(64, Config(128, 64, 4, 1, 2)), (128, Config(128, 64, 4, 1)), (256, Config(64, 32, 4, 1))],
+        "gfx942": [(64, Config(128, 64, 4, 1, 2)), (128, Config(128, 64, 4, 2)), (256, Config(64, 32, 4, 1))],
+        "gfx950": [(64, Config(128, 64, 4, 1, 2)), (128, Config(128, 64, 4, 1, 2)), (256, Config(64, 64, 4, 1))],
+        "other": [(64, Config(64, 32, 4, 1)), (256, Config(32, 32, 8, 1))],
+    },
+    "masked": {
+        "sm_80": [
+            (64, Config(128, 128, 8, 2)), (128, Config(128, 64, 8, 2)), (192, Config(128, 32, 8, 2)),
+            (256, Config(64, 64, 8, 2)),
+        ],
+        "sm_86": [
+            (64, Config(128, 64, 8, 2)), (128, Config(128, 32, 8, 3)), (192, Config(32, 32, 4, 2)),
+            (256, Config(64, 32, 8, 2)),
+        ],
+        "sm_120": [
+            (64, Config(128, 64, 8, 2)), (128, Config(128, 32, 8, 3)), (192, Config(32, 32, 4, 2)),
+            (256, Config(64, 32, 8, 2)),
+        ],
+    },
+    "heavy": {
+        "sm_80": [(128, Config(64, 32, 8, 2)), (256, Config(32, 32, 8, 1))],
+        "other": [(64, Config(64, 32, 4, 1)), (256, Config(32, 32, 4, 1))],
+    },
+    "float32": {
+        "sm_80": [(64, Config(32, 32, 8, 2)), (128, Config(16, 32, 8, 2)), (256, Config(16, 16, 8, 1))],
+        "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+    },
+}  # fmt: skip
 _DECODE = {  # BLOCK_M: at most
-    "sm_80": [(128, Config(64, 64, 4, 3)), (256, Config(32, 32, 4, 3))],
-    "sm_86": [(128, Config(64, 64, 4, 2)), (256, Config(32, 32, 4, 2))],
-    "other": [(128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
-    "interpreter": [(256, Config(64, 64, 1, 1))],
-}
-_DECODE_FLOAT32 = {
-    "other": [(128, Config(16, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
-    "interpreter": [(256, Config(64, 64, 1, 1))],
+    "plain": {
+        "sm_80": [(128, Config(64, 64, 4, 3)), (256, Config(32, 32, 4, 3))],
+        "sm_86": [(128, Config(64, 64, 4, 2)), (256, Config(32, 32, 4, 2))],
+        "sm_120": [(64, Config(64, 64, 4, 3)), (128, Config(32, 64, 4, 2)), (256, Config(32, 32, 4, 2))],
+        "other": [(128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+    },
+    "heavy": {
+        "sm_80": [(128, Config(32, 32, 4, 2)), (256, Config(16, 32, 4, 2))],
+        "other": [(128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+    },
+    "float32": {"other": [(128, Config(16, 32, 4, 1)), (256, Config(16, 16, 4, 1))]},
 }
 _KEY_VALUE = {
-    "sm_80": [(64, Config(64, 64, 4, 2)), (128, Config(32, 64, 4, 2)), (256, Config(32, 32, 4, 1))],
-    "sm_90": [(64, Config(64, 64, 4, 2)), (128, Config(32, 128, 8, 2)), (256, Config(32, 32, 4, 1))],
-    "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
-    "interpreter": [(256, Config(64, 64, 1, 1))],
+    "plain": {
+        "sm_80": [(64, Config(64, 64, 4, 2)), (128, Config(32, 64, 4, 2)), (256, Config(32, 32, 8, 1))],
+        "sm_86": [(64, Config(32, 64, 4, 2)), (128, Config(32, 32, 4, 2)), (256, Config(32, 32, 8, 1))],
+        "sm_90": [(64, Config(64, 64, 4, 2)), (128, Config(32, 64, 4, 2)), (256, Config(32, 32, 8, 1))],
+        "sm_100": [(64, Config(64, 64, 4, 2)), (128, Config(32, 64, 4, 2)), (256, Config(32, 32, 8, 1))],
+        "sm_120": [(64, Config(32, 64, 4, 2)), (128, Config(32, 32, 4, 2)), (256, Config(32, 32, 8, 1))],
+        "gfx90a": [(128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+        "gfx942": [(128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+        "gfx950": [(128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+        "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 8, 1))],
+    },
+    "masked": {
+        "sm_80": [(64, Config(64, 32, 4, 2)), (128, Config(32, 64, 4, 2)), (256, Config(32, 32, 8, 1))],
+        "sm_90": [(64, Config(64, 64, 4, 2)), (128, Config(32, 128, 8, 2)), (256, Config(32, 32, 8, 1))],
+    },
+    "heavy": {
+        "sm_80": [(128, Config(32, 32, 4, 2)), (256, Config(16, 16, 4, 1))],
+        "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+    },
+    "float32": {
+        "sm_80": [(64, Config(16, 32, 8, 1)), (256, Config(16, 16, 8, 1))],
+        "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+    },
 }
 _QUERY = {
-    "sm_80": [(64, Config(64, 64, 4, 2)), (128, Config(64, 32, 4, 2)), (256, Config(32, 32, 4, 1))],
-    "sm_90": [(64, Config(64, 64, 4, 2)), (128, Config(128, 64, 8, 2)), (256, Config(32, 32, 4, 1))],
-    "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
-    "interpreter": [(256, Config(64, 64, 1, 1))],
+    "plain": {
+        "sm_80": [(128, Config(64, 32, 4, 2)), (256, Config(32, 32, 8, 1))],
+        "sm_90": [(128, Config(64, 64, 4, 2)), (256, Config(32, 32, 8, 1))],
+        "sm_100": [(64, Config(64, 64, 4, 2)), (128, Config(64, 32, 4, 2)), (256, Config(32, 32, 8, 1))],
+        "gfx90a": [(128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+        "gfx942": [(128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+        "gfx950": [(128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+        "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+    },
+    "masked": {
+        "sm_90": [(64, Config(64, 64, 4, 2)), (128, Config(64, 32, 4, 2)), (256, Config(32, 32, 8, 1))],
+        "sm_120": [(64, Config(64, 32, 4, 2)), (128, Config(32, 32, 4, 2)), (256, Config(32, 32, 8, 1))],
+    },
+    "heavy": {
+        "sm_80": [(128, Config(32, 32, 4, 2)), (256, Config(16, 16, 4, 1))],
+        "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+    },
+    "float32": {
+        "sm_80": [(256, Config(16, 16, 8, 1))],
+        "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+    },
 }
-_BACKWARD_FLOAT32 = {
-    "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
-    "interpreter": [(256, Config(64, 64, 1, 1))],
+_BIAS = {
+    "plain": {"other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))]},
+    "float32": {
+        "sm_80": [(256, Config(16, 16, 8, 1))],
+        "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+    },
 }
-_BIAS = _BACKWARD_FLOAT32
+_INTERPRETER = Config(64, 64, 1, 1)
 _SAME_AS = {
     "sm_87": "sm_80", "sm_89": "sm_86", "sm_103": "sm_100", "sm_110": "sm_100", "sm_121": "sm_120",
 }  # fmt: skip
@@ -115,15 +181,12 @@ _SAME_AS = {
 
 def prefill(problem, device: Device) -> Config:
     """Tiles of the forward pass."""
-    heavy = problem.bias != "none" or problem.mask == "tensor" or problem.alibi or problem.softcap or problem.dropout
-    table = _PREFILL_FLOAT32 if problem.dtype == "float32" else _PREFILL_HEAVY if heavy else _PREFILL
-    return _fit(_look_up(table, problem, device), problem, device)
+    return _fit(_look_up(_PREFILL, problem, device), problem, device)
 
 
 def decode(problem, device: Device) -> Config:
     """Tiles of the forward pass of few queries; the rows are those of all heads that share keys."""
-    table = _DECODE_FLOAT32 if problem.dtype == "float32" else _DECODE
-    config = _look_up(table, problem, device)
+    config = _look_up(_DECODE, problem, device)
     rows = problem.group_size * problem.seqlen_q
     block_m = next((size for size in (16, 32, 64) if size >= rows), 64)
     return _fit(config._replace(BLOCK_M=min(block_m, config.BLOCK_M)), problem, device)
@@ -131,12 +194,12 @@ def decode(problem, device: Device) -> Config:
 
 def key_value(problem, device: Device) -> Config:
     """Tiles of the gradients of k and v: BLOCK_N keys stay, blocks of BLOCK_M queries pass."""
-    return _fit(_look_up(_KEY_VALUE if problem.dtype != "float32" else _BACKWARD_FLOAT32, problem, device), problem, device)
+    return _fit(_look_up(_KEY_VALUE, problem, device), problem, device)
 
 
 def query(problem, device: Device) -> Config:
     """Tiles of the gradient of q: BLOCK_M queries stay, blocks of BLOCK_N keys pass."""
-    return _fit(_look_up(_QUERY if problem.dtype != "float32" else _BACKWARD_FLOAT32, problem, device), problem, device)
+    return _fit(_look_up(_QUERY, problem, device), problem, device)
 
 
 def bias(problem, device: Device) -> Config:
@@ -146,15 +209,31 @@ def bias(problem, device: Device) -> Config:
 
 def within(config: Config, block_size: tuple[int, int]) -> Config:
     """`config` with tiles that divide blocks of that size: powers of two."""
-    block_m, block_n = (min(own, size & -size) for own, size in zip((config.BLOCK_M, config.BLOCK_N), block_size))
+    block_m, block_n = (
+        min(own, size & -size) for own, size in zip((config.BLOCK_M, config.BLOCK_N), block_size, strict=True)
+    )
     return config._replace(BLOCK_M=block_m, BLOCK_N=block_n)
 
 
-def _look_up(table, problem, device: Device) -> Config:
-    arch = _SAME_AS.get(device.arch, device.arch)
-    if arch not in table and arch.startswith("sm_"):
+def _kind(problem) -> str:
+    """Which of a kernel's tables serves the problem."""
+    if problem.dtype == "float32":
+        return "float32"
+    if problem.bias != "none" or problem.mask == "tensor" or problem.alibi or problem.softcap or problem.dropout:
+        return "heavy"
+    return "plain" if problem.mask == "none" else "masked"
+
+
+def _look_up(tables, problem, device: Device) -> Config:
+    if device.arch == "interpreter":
+        return _INTERPRETER
+    arch, kind = _SAME_AS.get(device.arch, device.arch), _kind(problem)
+    if kind not in tables or (kind == "masked" and arch not in tables[kind]):
+        kind = "plain"
+    table = tables[kind]
+    if arch not in table and arch.startswith("sm_") and "sm_80" in table:
         arch = "sm_80"
-    rows = table.get(arch, table["other"])
+    rows = table.get(arch) or table["other"]
     widest = max(problem.head_dim, problem.head_dim_v)
     return next((config for head_dim, config in rows if widest <= head_dim), rows[-1][1])
 
@@ -162,7 +241,7 @@ def _look_up(table, problem, device: Device) -> Config:
 def shared_memory(config: Config, problem) -> int:
     """Bytes that the tiles of k and v take in all stages, and q's beside them: an estimate."""
     size = 4 if problem.dtype == "float32" else 2
-    width_qk, width_v = (sum(split_head_dim(d)) for d in (problem.head_dim, problem.head_dim_v))
+    width_qk, width_v = (sum(split_head_dim(d, problem.dtype)) for d in (problem.head_dim, problem.head_dim_v))
     passing = config.BLOCK_N * (width_qk + width_v) * max(1, config.num_stages)
     return size * (config.BLOCK_M * width_qk + passing)
 

@@ -164,12 +164,22 @@ def load_scores(ptr, strides, rows, cols, rows_left, cols_left):
 
 
 @triton.jit
-def bits(bitmap, rows, cols):
-    """Bit cols % 8 of byte cols // 8 in each row, as a bool. bitmap: (pointer, bytes of a row, bits to read of a row);
-    what is not read is True."""
+def bits(bitmap, rows, N: tl.constexpr):
+    """The first N bits of each row (bit j % 8 of byte j // 8 is j), as a bool [M, N]: a byte is loaded once.
+
+    rows: [M, 1]. bitmap: (pointer, bytes of a row, bits to read of a row); what is not read is True."""
     ptr, stride, limit = bitmap
-    byte = tl.load(ptr + rows * stride + cols // 8, mask=rows * 0 + cols < limit, other=255)
-    return ((byte.to(tl.int32) >> (cols % 8)) & 1) != 0
+    octets = tl.arange(0, N // 8)[None, :]
+    byte = tl.load(ptr + rows * stride + octets, mask=rows * 0 + octets * 8 < limit, other=255).to(tl.int32)
+    return tl.reshape((byte[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1, [rows.shape[0], N]) != 0
+
+
+@triton.jit
+def bit(bitmap, rows, col):
+    """Bit `col` of each row, as `bits`."""
+    ptr, stride, limit = bitmap
+    byte = tl.load(ptr + rows * stride + col // 8, mask=rows * 0 + col < limit, other=255)
+    return ((byte.to(tl.int32) >> (col % 8)) & 1) != 0
 
 
 @triton.jit

@@ -19,7 +19,25 @@ def scales_wrongly(problem, q, k, v, terms):
     return _PREFILL(problem, q, k, v, terms._replace(softmax_scale=1.01 * terms.softmax_scale))
 
 
-MISTAKES = (ignores_the_mask, scales_wrongly)
+def reads_past_the_end(problem, q, k, v, terms):
+    """One key more than there are."""
+    return _PREFILL(problem._replace(seqlen_k=problem.seqlen_k + 1), q, k, v, terms)
+
+
+def writes_to_one_head(problem, q, k, v, terms):
+    """All heads of a batch have one place for their results."""
+    from fastattn.kernels import launch
+
+    empty_out = launch.empty_out
+    try:
+        launch.empty_out = lambda problem, q: empty_out(problem, q)[:, :1].expand(-1, problem.num_heads, -1, -1)
+        return _PREFILL(problem, q, k, v, terms)
+    finally:
+        launch.empty_out = empty_out
+
+
+MISTAKES = (ignores_the_mask, scales_wrongly)  # wrong results
+FAULTS = (reads_past_the_end, writes_to_one_head)  # on a GPU as often as not right ones
 
 
 @contextmanager

@@ -4,6 +4,7 @@ Only Triton's driver is replaced, so that specialization, compilation, the check
 take the path that they take on a device.
 """
 
+import itertools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
 KIB = 1024
 
@@ -53,11 +55,14 @@ def target_of(arch: int | str) -> GPUTarget:
     return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
 
 
+_numbers = itertools.count()  # what Triton keeps in memory launches on the driver that it was compiled for
+
+
 class FakeDriver:
     """Triton's driver interface for a device that is not there."""
 
     def __init__(self, arch: int | str):
-        self.target = target_of(arch)
+        self.target, self.number = target_of(arch), next(_numbers)
         self.launches: list[Launch] = []
         self.binaries: dict[int, Binary] = {}
         properties = {"max_shared_mem": SHARED_MEMORY[arch], "multiprocessor_count": 100, "warpSize": 32}
@@ -82,7 +87,7 @@ class FakeDriver:
         return self.target
 
     def get_current_device(self) -> tuple:
-        return self.target.backend, self.target.arch  # the key of Triton's caches: one for each architecture
+        return self.target.backend, self.target.arch, self.number  # the key of Triton's caches
 
     def get_current_stream(self, device=None) -> int:
         return 0
@@ -102,3 +107,38 @@ def fake_gpu(arch: int | str) -> Iterator[list[Launch]]:
     finally:
         knobs.runtime.kernel_load_end_hook.remove(fake.note_load)
         driver._active = before
+
+
+class Specialized(NamedTuple):
+    """In place of a compiled kernel: what Triton would compile for. Launches are listed as (name, key, grid, args)."""
+
+    name: str
+    key: str
+    launched: list[tuple]
+    function = packed_metadata = None
+
+    def __getitem__(self, grid):
+        return None  # would load it
+
+    def run(self, x, y, z, stream, function, metadata, launch_metadata, enter_hook, exit_hook, *args) -> None:
+        self.launched.append((self.name, self.key, (x, y, z), args))
+
+
+@contextmanager
+def nothing_compiled() -> Iterator[list[tuple]]:
+    """Inside `fake_gpu`, kernels are specialized and launched but not compiled, in no time; yields the launches."""
+    launched, keys, warmup, hook = [], [], JITFunction.warmup, knobs.runtime.jit_cache_hook
+
+    def note(*, key, **others) -> bool:
+        keys.append(str(key))
+        return True  # as good as compiled
+
+    def specialize(kernel, *args, **kwargs):
+        assert warmup(kernel, *args, **kwargs) is None
+        return Specialized(kernel.__name__, keys.pop(), launched)
+
+    knobs.runtime.jit_cache_hook, JITFunction.warmup = note, specialize
+    try:
+        yield launched
+    finally:
+        knobs.runtime.jit_cache_hook, JITFunction.warmup = hook, warmup

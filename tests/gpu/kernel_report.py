@@ -29,6 +29,7 @@ class Spec(NamedTuple):
     causal: bool = False
     backward: bool = False
     everything: bool = False  # bias, ALiBi, softcap, sinks, dropout, a bool mask
+    blocks: bool = False  # a block mask
 
     def __str__(self) -> str:
         return f"{self.name} D{self.head_dim} {self.dtype}"
@@ -36,30 +37,34 @@ class Spec(NamedTuple):
 
 SPECS = (
     *(Spec("prefill", head_dim) for head_dim in (64, 128, 192, 256)),
-    *(Spec("prefill causal", head_dim, causal=True) for head_dim in (64, 128)),
-    *(Spec("prefill", head_dim, "float32") for head_dim in (64, 128)),
+    *(Spec("prefill causal", head_dim, causal=True) for head_dim in (64, 128, 192, 256)),
+    *(Spec("prefill", head_dim, "float32") for head_dim in (64, 128, 256)),
     Spec("prefill", 128, "float16"),
-    Spec("prefill everything", everything=True),
-    *(Spec("decode", head_dim, seqlen_q=1) for head_dim in (64, 128)),
+    *(Spec("prefill everything", head_dim, everything=True) for head_dim in (64, 128, 256)),
+    *(Spec("decode", head_dim, seqlen_q=1) for head_dim in (64, 128, 256)),
+    *(Spec("decode", head_dim, "float32", seqlen_q=1) for head_dim in (128, 256)),
+    Spec("block_sparse", blocks=True),
+    Spec("block_sparse backward", blocks=True, backward=True),
     *(Spec("backward", head_dim, backward=True) for head_dim in (64, 128, 256)),
-    Spec("backward causal", causal=True, backward=True),
-    Spec("backward", 64, "float32", backward=True),
-    Spec("backward everything", everything=True, backward=True),
+    *(Spec("backward causal", head_dim, causal=True, backward=True) for head_dim in (64, 128, 256)),
+    *(Spec("backward", head_dim, "float32", backward=True) for head_dim in (64, 128, 256)),
+    *(Spec("backward everything", head_dim, everything=True, backward=True) for head_dim in (64, 128, 256)),
+    *(Spec("backward everything", head_dim, "float32", everything=True, backward=True) for head_dim in (64, 128)),
 )
 FEW = tuple(spec for spec in SPECS if str(spec) in ("prefill D128 bfloat16", "backward D128 bfloat16"))
 ARCHS = {
-    # The others take their tables and their code from the architecture before them.
     80: SPECS,
     86: SPECS,
-    89: FEW,
     90: SPECS,
     100: SPECS,
-    103: FEW,
     120: SPECS,
     "gfx90a": SPECS,
     "gfx942": SPECS,
     "gfx950": SPECS,
-    "gfx1100": FEW,
+    "gfx1100": SPECS,
+    # built from the tables of sm_86, sm_100 and gfx1100
+    89: FEW,
+    103: FEW,
     "gfx1201": FEW,
 }
 
@@ -96,11 +101,27 @@ def compiling_for(arch: int | str) -> Iterator[list]:
         clear()
 
 
+def without_device(mask):
+    """A BlockMask whose tensors, and its transpose's, are shapes alone: its constructor looks at values."""
+    import torch
+
+    def moved(mask):
+        copy = object.__new__(type(mask))
+        fields = {name: torch.empty_like(x, device="meta") for name, x in mask.tensors().items()}
+        copy.__dict__.update(mask.__dict__ | fields | {"_cache": {}})
+        return copy
+
+    forward, transposed = moved(mask), moved(mask.transpose())
+    forward._cache["transpose"], transposed._cache["transpose"] = transposed, forward
+    return forward
+
+
 def attend(spec: Spec) -> None:
     """The call that `spec` describes, on meta tensors."""
     import torch
 
     import fastattn
+    from fastattn import BlockMask, Mask
 
     b, h, s, d = 2, 16, 4096, spec.head_dim
     dtype = getattr(torch, spec.dtype)
@@ -109,7 +130,9 @@ def attend(spec: Spec) -> None:
         return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=spec.backward and dtype != torch.bool)
 
     q, k, v = empty(b, h, spec.seqlen_q, d), empty(b, h, s, d), empty(b, h, s, d)
-    kwargs = {"causal": True} if spec.causal else {}
+    kwargs: dict = {"causal": True} if spec.causal else {}
+    if spec.blocks:
+        kwargs["mask"] = without_device(BlockMask.from_mask(Mask.causal(), seqlen_q=s))
     if spec.everything:
         kwargs |= {
             "bias": empty(1, h, spec.seqlen_q, s), "mask": empty(b, 1, spec.seqlen_q, s, dtype=torch.bool),
@@ -126,8 +149,12 @@ def compile_spec(arch: int | str, spec: Spec) -> dict[str, dict]:
     """Kernel name -> what its code consists of."""
     with compiling_for(arch) as launches:
         attend(spec)
-    binaries = {launch.binary.name: launch.binary for launch in launches}
-    return {name: describe(binary) for name, binary in binaries.items()}
+    names: dict = {}
+    for binary in (launch.binary for launch in launches):
+        of_name = [known for name, known in names.items() if name.split()[0] == binary.name]
+        if binary not in of_name:  # a kernel that is launched for two things has a binary for each
+            names[binary.name + (f" {len(of_name) + 1}" if of_name else "")] = binary
+    return {name: describe(binary) for name, binary in names.items()}
 
 
 def describe(binary) -> dict:
@@ -159,33 +186,56 @@ def describe(binary) -> dict:
     }
 
 
-def compile_arch(arch: int | str) -> dict[str, dict[str, dict]]:
-    return {str(spec): compile_spec(arch, spec) for spec in ARCHS[arch]}
+CASES = [(arch, spec) for arch, specs in ARCHS.items() for spec in specs]
 
 
-def compile_everything() -> dict:
-    """The golden file's contents, made with all cores."""
-    import triton
-
+def compile_all(cases: list[tuple[int | str, Spec]]) -> dict:
+    """Kernels of these cases as the golden file holds them, architecture -> spec -> kernel; compiled on all cores."""
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        results = dict(zip(ARCHS, pool.map(compile_arch, ARCHS), strict=True))
-    return {"triton": triton.__version__, "kernels": {arch_name(arch): result for arch, result in results.items()}}
+        results = pool.map(compile_spec, *zip(*cases, strict=True))
+        kernels: dict = {}
+        for (arch, spec), found in zip(cases, results, strict=True):
+            kernels.setdefault(arch_name(arch), {})[str(spec)] = found
+    return kernels
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
 
 COLUMNS = "| | kernel | warps | stages | registers | spilled | in loops | shared | programs | loop | in it | bound |"
+SHOWN = {
+    *(
+        f"{name} bfloat16"
+        for name in ("prefill D64", "prefill D128", "prefill D256", "decode D128", "block_sparse D128")
+    ),
+    *(f"{name} bfloat16" for name in ("prefill causal D64", "prefill causal D128", "block_sparse backward D128")),
+    *(f"{name} bfloat16" for name in ("backward D64", "backward D128", "backward D256", "backward causal D128")),
+    *("prefill D64 float32", "backward D64 float32"),
+}  # the others are in the golden file
 
 
 def table(golden: dict) -> str:
-    """The golden file as Markdown, one table for each architecture."""
-    parts = [f"Triton {golden['triton']}."]
+    """What the golden file says, as Markdown: what spills, and one table for each architecture."""
+    parts = [f"Triton {golden['triton']}.", spilling(golden)]
     for arch, specs in golden["kernels"].items():
         lines = [f"#### {arch}", "", COLUMNS, "|---" * (COLUMNS.count("|") - 1) + "|"]
         for spec, kernels in specs.items():
-            lines += [_row(spec, name, kernel) for name, kernel in kernels.items()]
+            lines += [_row(spec, name, kernel) for name, kernel in kernels.items() if spec in SHOWN and kernel["loops"]]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
+
+
+def spilling(golden: dict) -> str:
+    """Which kernels move registers to memory and back inside a loop."""
+    lines = [
+        f"- {arch}: {spec}, `{name}` ({', '.join(str(loop['spills']) for loop in kernel['loops'])} instructions)"
+        for arch, specs in golden["kernels"].items()
+        for spec, kernels in specs.items()
+        for name, kernel in kernels.items()
+        if any(loop["spills"] for loop in kernel["loops"])
+    ]
+    if not lines:
+        return "No kernel of any entry spills inside a loop."
+    return "These spill inside a loop (instructions that move registers, loop by loop):\n\n" + "\n".join(lines)
 
 
 def _row(spec: str, name: str, kernel: dict) -> str:
@@ -207,11 +257,23 @@ def document_with(text: str) -> str:
 
 
 def read_golden() -> dict:
-    return json.loads(GOLDEN.read_text())
+    golden = json.loads(GOLDEN.read_text())
+    kernels: dict = {}
+    for arch, spec, name, kernel in golden["kernels"]:
+        kernels.setdefault(arch, {}).setdefault(spec, {})[name] = kernel
+    return golden | {"kernels": kernels}
 
 
 def write_golden(golden: dict) -> None:
-    GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
+    """A line for each kernel, so that a difference says whose it is."""
+    rows = [
+        json.dumps([arch, spec, name, kernel])
+        for arch, specs in golden["kernels"].items()
+        for spec, kernels in specs.items()
+        for name, kernel in kernels.items()
+    ]
+    text = ",\n".join(rows)
+    GOLDEN.write_text(f'{{"triton": "{golden["triton"]}", "kernels": [\n{text}\n]}}\n')
 
 
 def main() -> None:
@@ -220,7 +282,9 @@ def main() -> None:
     if parser.parse_args().print:
         print(table(read_golden()))
         return
-    golden = compile_everything()
+    import triton
+
+    golden = {"triton": triton.__version__, "kernels": compile_all(CASES)}
     write_golden(golden)
     DOCUMENT.write_text(document_with(table(golden)))
     print(table(golden))

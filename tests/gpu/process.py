@@ -1,6 +1,6 @@
 """Triton decides when it is imported whether kernels are interpreted or compiled: tests of the two need two processes.
 
-`make test-triton` starts both. In any other process their modules skip and say why.
+`make test-triton` starts both, `make test-gpu` one on a device. In any other process their modules skip and say why.
 """
 
 import importlib.util
@@ -26,6 +26,15 @@ def require_runnable() -> None:
     _require_triton()
     if not INTERPRETED and not torch.cuda.is_available():
         pytest.skip("needs TRITON_INTERPRET=1 (make test-triton) or a GPU (make test-gpu)", allow_module_level=True)
+
+
+def require_gpu() -> None:
+    """Skip the module where there is no GPU for what it tests."""
+    import torch
+
+    _require_triton()
+    if INTERPRETED or not torch.cuda.is_available():
+        pytest.skip("needs a GPU: make test-gpu", allow_module_level=True)
 
 
 def _require_triton() -> None:

@@ -155,7 +155,7 @@ def _poison(dtype: np.dtype):
     return np.iinfo(dtype).max if dtype.kind in "iu" else np.nan
 
 
-def _masked_load(self, ptrs, mask, other, cache_policy, is_volatile):
+def _masked_load(self, ptrs, mask, other, *policies):
     dtype = ptrs.get_element_ty()
     numpy_dtype = interpreter._get_np_dtype(dtype)
     ptrs, mask = _resolve(self, ptrs, mask, is_store=False)
@@ -166,7 +166,7 @@ def _masked_load(self, ptrs, mask, other, cache_policy, is_volatile):
     return TensorHandle(data.view(numpy_dtype), dtype)
 
 
-def _masked_store(self, ptrs, value, mask, cache_policy):
+def _masked_store(self, ptrs, value, mask, *policies):
     ptrs, mask = _resolve(self, ptrs, mask, is_store=True)
     return interpreter._interpreter.store(ptrs.data, _bits(value).data, mask.data)
 

@@ -129,13 +129,7 @@ def to_double(kwargs: dict) -> dict:
     }
 
 
-# 3, 135: bfloat16 with large scores, whose delta the backward takes from a rounded out; 111: the gradient of a scale.
-FAR = pytest.mark.xfail(reason="the Triton backward errs more than allowed", strict=True)
-
-
-@pytest.mark.parametrize(
-    "number", [pytest.param(number, marks=FAR if number in (3, 111, 135) else ()) for number in range(COUNT)]
-)
+@pytest.mark.parametrize("number", range(COUNT))
 def test_agreement(number):
     """Both within twice the error of plain torch of the truth, hence within four times of each other."""
     draw = Draw(number)

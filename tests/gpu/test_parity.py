@@ -19,7 +19,7 @@ import test_backward  # noqa: E402
 import test_prefill  # noqa: E402
 from accuracy import assert_accuracy, plain  # noqa: E402
 from cases import CASES, Case, inputs  # noqa: E402
-from fastattn import Mask, UnsupportedError, dispatch  # noqa: E402
+from fastattn import BlockMask, Mask, UnsupportedError, dispatch  # noqa: E402
 from fastattn.dropout import dropout_mask  # noqa: E402
 
 if process.INTERPRETED:
@@ -33,22 +33,22 @@ ROWS = [row for row in dispatch.KERNELS if row.backend == "triton"]
 FORWARD = [row for row in ROWS if row.supports["direction"] == {"forward"}]
 
 
-def in_every_dtype(cases) -> list[Case]:
-    """A case in float32 stands for all three."""
-    return list(
-        dict.fromkeys(
-            case._replace(dtype=dtype)
-            for case in cases
-            for dtype in (DTYPES if case.dtype == "float32" else (case.dtype,))
-        )
-    )
+def in_every_dtype(cases, first: int = 0) -> list:
+    """A case in float32 stands for all three: `make test-triton` takes one of them in turn, `make test-all` all."""
+    quick: dict[Case, bool] = {}
+    for number, case in enumerate(cases, first):
+        dtypes = DTYPES if case.dtype == "float32" else (case.dtype,)
+        for dtype in dtypes:
+            in_turn = dtype == DTYPES[number % 3] or len(dtypes) == 1
+            quick[case._replace(dtype=dtype)] = quick.get(case._replace(dtype=dtype), False) or in_turn
+    return [pytest.param(case, id=str(case), marks=[] if quick[case] else [pytest.mark.slow]) for case in quick]
 
 
 def to(device: str, x):
     if isinstance(x, Mask):
         k_start, k_end = (bound if bound is None else bound.to(device) for bound in (x.k_start, x.k_end))
         return dataclasses.replace(x, k_start=k_start, k_end=k_end)
-    return x.to(device) if isinstance(x, torch.Tensor) else x
+    return x.to(device) if isinstance(x, (torch.Tensor, BlockMask)) else x
 
 
 def on_device(case: Case) -> tuple[list, dict]:
@@ -81,7 +81,7 @@ def assert_forward(row: dispatch.Row, case: Case) -> None:
 
 
 @pytest.mark.parametrize("row", FORWARD, ids=lambda row: row.name)
-@pytest.mark.parametrize("case", in_every_dtype(CASES), ids=str)
+@pytest.mark.parametrize("case", in_every_dtype(CASES))
 def test_forward_parity(case, row):
     reasons = dispatch.refuse(row, problem_of(case))
     if reasons:
@@ -111,7 +111,7 @@ def assert_backward(case: Case) -> None:
         test_backward.assert_parity(case, of_scores=True)
 
 
-@pytest.mark.parametrize("case", in_every_dtype(CASES), ids=str)
+@pytest.mark.parametrize("case", in_every_dtype(CASES, first=1))
 def test_backward_parity(case):
     problem = problem_of(case)._replace(needs_grad=True)
     if all(dispatch.refuse(row, problem) for row in FORWARD):
@@ -178,3 +178,14 @@ def test_mistake_is_caught(direction, mistake, dtype):
     case = CANARY._replace(dtype=dtype)
     with canaries.planted(mistake) as row, pytest.raises(AssertionError, match="error .*, allowed"):
         assert_forward(row, case) if direction == "forward" else assert_backward(case)
+
+
+@pytest.mark.skipif(not process.INTERPRETED, reason="a GPU does not notice")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fault, violation", list(zip(canaries.FAULTS, ("OutOfBounds", "Race"), strict=True)))
+def test_fault_is_caught(fault, violation, dtype):
+    import strict_interpreter
+
+    (q, k, v), kwargs = inputs(CANARY._replace(dtype=dtype, causal=False))
+    with canaries.planted(fault), pytest.raises(getattr(strict_interpreter, violation)):
+        fastattn.attention(q, k, v, **kwargs, backend="triton")

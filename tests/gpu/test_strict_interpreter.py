@@ -131,9 +131,18 @@ def test_a_masked_lane_is_not_zero():
     assert y == 16.0
     sum_of[(1,)](x, y, 15, 16)
     assert y.isnan()
-    counts, total = torch.ones(16, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
-    sum_of[(1,)](counts, total, 15, 16)
-    assert total.abs() > 2**30
+
+
+def test_a_masked_lane_of_integers_is_not_zero():
+    @triton.jit
+    def largest_of(x, y, n, N: tl.constexpr):
+        tl.store(y, tl.max(tl.load(x + tl.arange(0, N), mask=tl.arange(0, N) < n)))
+
+    x, y = torch.ones(16, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    largest_of[(1,)](x, y, 16, 16)
+    assert y == 1
+    largest_of[(1,)](x, y, 15, 16)
+    assert y > 2**30
 
 
 def test_overflow_of_int32():

@@ -1,0 +1,187 @@
+"""`python -m fastattn warmup` and measured tiles, on a device that compiles and runs nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import process
+
+process.require(interpreted=False)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import triton  # noqa: E402
+from triton import knobs  # noqa: E402
+
+import fastattn  # noqa: E402
+from fake_device import nothing_compiled  # noqa: E402
+from fastattn import __main__ as command  # noqa: E402
+from fastattn import gpu  # noqa: E402
+from fastattn.kernels import config, launch, tuning  # noqa: E402
+from kernel_report import compiling_for  # noqa: E402
+
+ROOT = Path(fastattn.__file__).parents[1]
+SHAPE = "1,4,2,64,96,32"
+BACKWARD = ["forward_kernel", "delta_kernel", "key_value_kernel", "query_kernel"]
+
+
+@pytest.fixture
+def device(monkeypatch, tmp_path):
+    """A fake sm_90, its own folder of tuned tiles, and the command line believing that there is a device."""
+    monkeypatch.setattr(command, "DEVICE", "meta")
+    monkeypatch.setattr(gpu, "unavailable", lambda: None)
+    monkeypatch.setenv("FASTATTN_TUNED", str(tmp_path / "tuned"))
+    monkeypatch.setenv("FASTATTN_AUTOTUNE", "0")  # --tune sets it, for a process that ends then
+    clear_caches()
+    with compiling_for(90) as launches:
+        yield launches
+    clear_caches()
+
+
+def clear_caches():
+    tuning._read.cache_clear(), tuning.tiles.cache_clear(), launch._launches.clear()
+
+
+def names(launches) -> list[str]:
+    return [launch.binary.name for launch in launches]
+
+
+@pytest.mark.parametrize("arguments, expected", [([], ["forward_kernel"]), (["--backward"], BACKWARD)])
+def test_a_process_that_comes_later_compiles_nothing(device, arguments, expected, monkeypatch, tmp_path, capsys):
+    """For other lengths and another batch: what is compiled is in Triton's cache."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    hits = []
+    monkeypatch.setattr(knobs.compilation, "listener", lambda *, cache_hit, **others: hits.append(cache_hit))
+    assert command.main(["warmup", SHAPE, "--causal", "0", *arguments]) == 0
+    assert names(device) == expected and hits == [False] * len(expected)
+    assert "1,4,2,64,96,32 bfloat16: 100%" in capsys.readouterr().err
+    hits.clear(), launch._launches.clear()
+    with compiling_for(90) as later:
+        command.main(["warmup", "3,4,2,200,70,32", "--causal", "0", *arguments])
+    assert names(later) == expected and hits == [True] * len(expected)
+
+
+def test_every_combination_is_called(device, capsys):
+    with nothing_compiled() as launched:
+        assert command.main(["warmup", SHAPE, "1,4,4,1,4096,64", "--dtype", "bfloat16", "float16"]) == 0
+    kernels = ["forward_kernel"] * 4 + ["decode_kernel", "combine_kernel"] * 4
+    assert [name for name, *_ in launched] == kernels
+    assert len(set(map(str, launched))) == len(kernels) - 2  # `combine` does not care about causal
+    assert "8/8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [("1,4,3,64,64,32", "num_heads"), ("1,4,2,64,64,300", "head_dim=300"), ("1,4,2,64,64", "must be six numbers")],
+)
+def test_a_shape_that_no_kernel_takes(device, shape, message, capsys):
+    try:
+        assert command.main(["warmup", shape]) == 1
+    except SystemExit as refused:  # argparse's
+        assert refused.code == 2
+    assert message in capsys.readouterr().err and device == []
+
+
+def run_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), **environment}
+    return subprocess.run(
+        [sys.executable, "-m", "fastattn", *arguments], capture_output=True, text=True, env=environment
+    )  # fmt: skip
+
+
+def test_the_command_line():
+    """In processes of their own: without a device it says so, in the interpreter it runs."""
+    if not torch.cuda.is_available():
+        refused = run_command("warmup", SHAPE)
+        assert refused.returncode == 1 and refused.stderr.startswith("python -m fastattn warmup: there is no CUDA")
+    done = run_command("warmup", "1,2,1,3,5,16", "--dtype", "float32", TRITON_INTERPRET="1")
+    assert done.returncode == 0 and "2/2" in done.stderr
+
+
+# --- tuning ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def times(monkeypatch) -> list:
+    """In place of a measurement: the later a candidate comes, up to the fifth, the faster it is."""
+    measured = []
+
+    def do_bench(call):
+        call()
+        measured.append(call)
+        return abs(len(measured) - 5.0)
+
+    monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+    return measured
+
+
+def problem_of(head_dim=32) -> fastattn.problem.Problem:
+    """Inside `compiling_for`."""
+    x = torch.empty(1, 2, 64, head_dim, dtype=torch.bfloat16, device="meta")
+    with fastattn.record() as calls, nothing_compiled():
+        fastattn.attention(x, x, x, backend="triton")
+    return calls[0].problem
+
+
+def test_a_sweep_is_remembered(device, times, tmp_path, monkeypatch):
+    """The best of all candidates is written, read again by a process that comes later, and launched."""
+    candidates = list(tuning.candidates("prefill", problem_of(), launch.device_facts(0)))
+    assert len(set(candidates)) == len(candidates) > 10
+    with nothing_compiled() as launched:
+        assert command.main(["warmup", SHAPE, "--causal", "0", "--tune"]) == 0
+        assert len(times) == len(candidates) and len(launched) == len(candidates) + 1
+    (file,) = (tmp_path / "tuned").iterdir()
+    assert file.name == "fake.json"
+    assert json.loads(file.read_text()) == {"prefill bfloat16 D32 none": candidates[4]._asdict()}
+    clear_caches()
+    monkeypatch.setenv("FASTATTN_AUTOTUNE", "0")
+    with nothing_compiled() as launched:
+        command.main(["warmup", "2,4,2,512,512,32", "--causal", "0"])
+    ((_, key, grid, _),) = launched
+    assert len(times) == len(candidates)  # nothing was measured again
+    assert grid[0] == 2 * 4 * -(-512 // candidates[4].BLOCK_M)
+    for option in ("num_warps", "num_stages"):
+        assert f"'{option}': {getattr(candidates[4], option)}," in key
+    assert tuning.tiles("prefill", problem_of(), launch.device_facts(0)) == candidates[4]
+    assert tuning.tiles("prefill", problem_of(64), launch.device_facts(0)) == config.prefill(
+        problem_of(64), launch.device_facts(0)
+    )
+
+
+def test_a_sweep_adds_to_the_file(device, times, tmp_path):
+    with nothing_compiled():
+        command.main(["warmup", SHAPE, "1,4,2,1,512,32", "--causal", "0", "--tune", "--backward"])
+    found = json.loads((tmp_path / "tuned" / "fake.json").read_text())
+    assert {name.split()[0] for name in found} == {"prefill", "key_value", "query"}
+    assert len(found) == 3 and all(config.Config(**fields) for fields in found.values())
+    first = len(times)
+    with nothing_compiled():
+        command.main(["warmup", "1,4,2,1,512,32", "--causal", "0", "--tune"])
+        assert len(times) > first
+        measured = len(times)
+        launch._launches.clear()
+        command.main(["warmup", SHAPE, "1,4,2,1,512,32", "--causal", "0", "--tune"])
+    assert len(times) == measured  # what is in the file is not measured again
+    assert json.loads((tmp_path / "tuned" / "fake.json").read_text()).keys() == found.keys() | {
+        "decode bfloat16 D32 none"
+    }
+
+
+def test_what_does_not_fit_is_not_chosen(device, monkeypatch):
+    """Compiled for real, with more shared memory than the device has."""
+    too_large, fits = config.Config(128, 128, 8, 5), config.Config(64, 32, 4, 1)
+    monkeypatch.setattr(tuning, "candidates", lambda *args: iter((too_large, fits)))
+    monkeypatch.setattr(triton.testing, "do_bench", lambda call: call() or 1.0)
+    assert command.main(["warmup", "1,2,2,256,256,128", "--causal", "0", "--tune"]) == 0
+    assert [launch.binary.metadata["num_warps"] for launch in device] == [fits.num_warps] * 2  # measured, then called
+
+
+def test_candidates_fit(device):
+    small = config.Device("sm_86", config.SMEM["sm_86"], 80, "small")
+    for kernel in tuning.TABLES:
+        for problem in (problem_of(128), problem_of(256)):
+            first, *others = tuning.candidates(kernel, problem, small)
+            assert first == tuning.TABLES[kernel](problem, small) and first not in others
+            assert all(config.shared_memory(tiles, problem) <= small.smem for tiles in others)
