@@ -69,6 +69,11 @@ def test_golden(kernels, arch, spec):
     assert differences(kernels, golden["kernels"][arch_name(arch)][spec]) == []
 
 
+def test_the_document_shows_the_golden_file():
+    text = kernel_report.table(kernel_report.read_golden())
+    assert kernel_report.DOCUMENT.read_text() == kernel_report.document_with(text)
+
+
 def differences(found: dict[str, dict], golden: dict[str, dict]) -> list[str]:
     """What is not as it was, a line a figure."""
     lines = []
@@ -83,7 +88,20 @@ def differences(found: dict[str, dict], golden: dict[str, dict]) -> list[str]:
 
 
 SPILLING = {  # tiles still to be found: an entry that spills no more fails here until it is taken off
+    "block_sparse backward D128 bfloat16": (80,),
+    "prefill D256 float32": (80, 90),
+    "decode D128 float32": (80, 90),
+    "decode D256 float32": (80, 90),
+    "backward D256 float32": (80, 90),
     "backward D128 bfloat16": ("gfx1100",),
+    "backward causal D128 bfloat16": (86,),
+    "backward D64 float32": (86, 100),
+    "backward everything D128 bfloat16": (86, 100),
+    "prefill D256 bfloat16": (100,),
+    "prefill causal D64 bfloat16": (100,),
+    "prefill D64 float32": (100,),
+    "prefill D128 float32": (100,),
+    "backward D256 bfloat16": (100,),
 }
 
 
