@@ -94,14 +94,9 @@ SPILLING = {  # tiles still to be found: an entry that spills no more fails here
     "decode D256 float32": (80, 90),
     "backward D256 float32": (80, 90),
     "backward D128 bfloat16": ("gfx1100",),
-    "backward causal D128 bfloat16": (86,),
-    "backward D64 float32": (86, 100),
-    "backward everything D128 bfloat16": (86, 100),
-    "prefill D256 bfloat16": (100,),
-    "prefill causal D64 bfloat16": (100,),
-    "prefill D64 float32": (100,),
-    "prefill D128 float32": (100,),
-    "backward D256 bfloat16": (100,),
+    "prefill D64 bfloat16": (86,),
+    "backward causal D64 bfloat16": (86,),
+    "backward D64 float32": (100,),
 }
 
 
