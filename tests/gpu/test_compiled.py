@@ -17,7 +17,7 @@ from triton.runtime.errors import OutOfResources  # noqa: E402
 import kernel_report  # noqa: E402
 from fake_device import SHARED_MEMORY, fake_gpu, nothing_compiled  # noqa: E402
 from fastattn.kernels import config, tuning  # noqa: E402
-from kernel_report import ARCHS, SPECS, arch_name, attend, compiling_for, describe  # noqa: E402
+from kernel_report import ARCHS, MORE, SPECS, arch_name, attend, compiling_for, describe  # noqa: E402
 from machine_code import analyze  # noqa: E402
 
 MATRIX_UNIT = {
@@ -69,6 +69,11 @@ def test_golden(kernels, arch, spec):
     assert differences(kernels, golden["kernels"][arch_name(arch)][spec]) == []
 
 
+def test_the_document_shows_the_golden_file():
+    text = kernel_report.table(kernel_report.read_golden())
+    assert kernel_report.DOCUMENT.read_text() == kernel_report.document_with(text)
+
+
 def differences(found: dict[str, dict], golden: dict[str, dict]) -> list[str]:
     """What is not as it was, a line a figure."""
     lines = []
@@ -83,7 +88,34 @@ def differences(found: dict[str, dict], golden: dict[str, dict]) -> list[str]:
 
 
 SPILLING = {  # tiles still to be found: an entry that spills no more fails here until it is taken off
+    "block_sparse backward D128 bfloat16": (80, "gfx1100"),
+    "prefill D256 float32": (80, 90, "gfx1100"),
+    "decode D128 float32": (80, 90, "gfx1100"),
+    "decode D256 float32": (80, 90, "gfx1100"),
+    "backward D256 float32": (80, 90, "gfx1100"),
+    "prefill D256 bfloat16": ("gfx1100",),
+    "prefill causal D256 bfloat16": ("gfx1100",),
+    "prefill D64 float32": ("gfx1100",),
+    "prefill D128 float32": ("gfx1100",),
+    "prefill everything D128 bfloat16": ("gfx1100",),
+    "backward D64 bfloat16": ("gfx1100",),
     "backward D128 bfloat16": ("gfx1100",),
+    "backward D256 bfloat16": ("gfx1100",),
+    "backward causal D64 bfloat16": ("gfx1100", 86),
+    "backward causal D128 bfloat16": ("gfx1100",),
+    "backward causal D256 bfloat16": ("gfx1100",),
+    "backward D64 float32": ("gfx1100", 100),
+    "backward everything D128 bfloat16": ("gfx1100",),
+    "prefill everything D64 bfloat16": ("gfx1100",),
+    "prefill everything D256 bfloat16": ("gfx1100",),
+    "decode everything D128 bfloat16": ("gfx1100",),
+    "decode everything D256 bfloat16": ("gfx1100",),
+    "backward D128 float32": ("gfx1100",),
+    "backward everything D64 bfloat16": ("gfx1100",),
+    "backward everything D256 bfloat16": ("gfx1100",),
+    "backward everything D64 float32": ("gfx1100",),
+    "backward everything D128 float32": ("gfx1100",),
+    "prefill D64 bfloat16": (86,),
 }
 
 
@@ -258,4 +290,4 @@ def test_the_analysis_reads_a_kernel_without_loops():
 
 
 def test_specs_are_told_apart():
-    assert len({str(spec) for spec in SPECS}) == len(SPECS)
+    assert len({str(spec) for spec in SPECS + MORE}) == len(SPECS + MORE)
