@@ -200,7 +200,7 @@ def describe_scale(softmax_scale: float | torch.Tensor) -> tuple | bool:
 
 def call_key(problem, q, k, v, terms) -> tuple:
     """What decides about the launch of a forward kernel."""
-    scale, softcap, lo, hi, k_start, k_end, mask, _, bias, alibi_slopes, sinks, dropout_p, _ = terms
+    scale, softcap, lo, hi, k_start, k_end, mask, _, bias, alibi_slopes, sinks, dropout_p, *_ = terms
     if k_start is k_end is mask is bias is alibi_slopes is sinks is None:
         described, aligned = None, alignment(q, k, v)
     else:
