@@ -115,7 +115,7 @@ struct Normalizer {
 
 // sink: one more logit (natural log) in the denominator; -inf: none.
 FASTATTN_INLINE Normalizer normalizer(double max, double sum, double sink) {
-  const double lowest = -__builtin_inf(), reference = max == lowest ? 0.0 : max, sink2 = sink * log2e;
+  const double lowest = -__builtin_inf(), reference = max == lowest || sum == 0.0 ? 0.0 : max, sink2 = sink * log2e;
   if (sink2 == lowest) return {sum == 0.0 ? 0.0 : 1.0 / sum, reference, sum};  // sum 0: no key seen
   const double top = sum == 0.0 || reference < sink2 ? sink2 : reference;
   const double scale = sum == 0.0 ? 0.0 : __builtin_exp2(reference - top);
