@@ -323,7 +323,8 @@ def print_rows(rows: list[Row]) -> None:
             theirs, ours = (getattr(row, field)[name] for name in (THEIRS, OURS))
             last = i + 1 == len(rows) or rows[i + 1].what != row.what
             figures = [f"{x:#.3g} {unit}" if x < 100 else f"{x:.0f} {unit}" for x in (theirs, ours)]
-            table.add_row(row.what, str(row.seqlen), *figures, f"{theirs / ours:.2f}", end_section=last)
+            ratio = f"{theirs / ours:.2f}" if min(theirs, ours) > 0 else ""  # memory that was there already
+            table.add_row(row.what, str(row.seqlen), *figures, ratio, end_section=last)
         console.print(table)
 
 

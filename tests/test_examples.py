@@ -120,6 +120,13 @@ def test_longformer_runs(longformer, small, monkeypatch, tmp_path, capsys):
     assert "The same, within rounding." in capsys.readouterr().out
 
 
+def test_no_memory_has_no_ratio(longformer, capsys):
+    seconds, nothing = {longformer.THEIRS: 3.0, longformer.OURS: 2.0}, {longformer.THEIRS: 0.5, longformer.OURS: 0.0}
+    longformer.print_rows([longformer.Row("attention", 64, seconds, nothing)])
+    printed = capsys.readouterr().out
+    assert "1.50" in printed and "0.00 MiB" in printed and "inf" not in printed
+
+
 def padded_batch(vocabulary):
     """Two sequences, padded on either side, with global tokens here and there."""
     inputs = {"input_ids": torch.randint(3, vocabulary, (2, 64), generator=torch.Generator().manual_seed(0))}
