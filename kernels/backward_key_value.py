@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .backward_tile import gradients_of_scores, load_both, load_statistics, product
+from .backward_tile import gradients_of_scores, load_both, load_statistics, product, resident
 from .lists import masked_tile, open_lists, unmasked_tile
 from .tile import INT_MAX, finite_or, limits_of, load_scale, load_slope, row_bounds, scores_of, store_columns, widen
 
@@ -13,17 +13,17 @@ from .tile import INT_MAX, finite_or, limits_of, load_scale, load_slope, row_bou
 def key_value_step(
     gradients, keys, queries, limits, scores, bitmap, place, numbers,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr, ENDS: tl.constexpr,
-    MASKED: tl.constexpr, HIDES: tl.constexpr,
+    MASKED: tl.constexpr, HIDES: tl.constexpr, RELOAD: tl.constexpr,
 ):  # fmt: skip
     """`gradients` with the part of one block of queries; scores stand as [keys, queries].
 
-    gradients, keys  (dk0, dk1, dv0, dv1), (k0, k1, v0, v1)
+    gradients        (dk0, dk1, dv0, dv1)
+    keys             (k, v), for `resident`
     queries          (q, strides, dout, strides, lse_parts, delta), pointers to the head's first query
     limits           of the head, for `tile.row_bounds`; the others as in `gradients_of_scores`
     MASKED           some query may not see some key. HIDES: NaN or Inf may be there
     """
     dk0, dk1, dv0, dv1 = gradients
-    k0, k1, v0, v1 = keys
     q, q_strides, dout, dout_strides, lse_parts, delta = queries
     row = place[2]
     HEAD_DIM: tl.constexpr = DIMS[0]
@@ -34,9 +34,11 @@ def key_value_step(
     E1: tl.constexpr = DIMS[5]
     PRECISION: tl.constexpr = FLAGS[6]
     rows_left, m = numbers[0] - row, tl.cast(row, tl.int64)
+    k0, k1 = resident(keys[0], rows_left, BLOCK_N, D0, D1, HEAD_DIM, RELOAD)
     s, q0, q1 = product(
         k0, k1, q + m * q_strides[0], q_strides, rows_left, BLOCK_M, D0, D1, HEAD_DIM, MASKED, PRECISION
     )
+    v0, v1 = resident(keys[1], rows_left, BLOCK_N, E0, E1, HEAD_DIM_V, RELOAD)
     dp, do0, do1 = product(
         v0, v1, dout + m * dout_strides[0], dout_strides, rows_left, BLOCK_M, E0, E1, HEAD_DIM_V, MASKED, PRECISION
     )
@@ -113,7 +115,7 @@ def key_value_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     LEARNED_SCALE: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, RELOAD: tl.constexpr,
 ):  # fmt: skip
     # 1. which keys
     HAS_FIRST: tl.constexpr = HAS_LO or k_start is not None
@@ -133,9 +135,12 @@ def key_value_kernel(
     # 2. k, v
     k += b * k_strides[0] + hk * k_strides[1] + n * k_strides[2]
     v += b * v_strides[0] + hk * v_strides[1] + n * v_strides[2]
-    k0, k1 = load_both(k, widen(k_strides, WIDE), keys_left, BLOCK_N, D0, D1, HEAD_DIM)
-    v0, v1 = load_both(v, widen(v_strides, WIDE), keys_left, BLOCK_N, E0, E1, HEAD_DIM_V)
-    keys = (k0, k1, v0, v1)
+    keys = ((k, widen(k_strides, WIDE), keys_left), (v, widen(v_strides, WIDE), keys_left))
+    if not RELOAD:
+        keys = (
+            load_both(k, widen(k_strides, WIDE), keys_left, BLOCK_N, D0, D1, HEAD_DIM),
+            load_both(v, widen(v_strides, WIDE), keys_left, BLOCK_N, E0, E1, HEAD_DIM_V),
+        )
     dk0, dv0, dk1, dv1 = tl.zeros([BLOCK_N, D0], tl.float32), tl.zeros([BLOCK_N, E0], tl.float32), 0.0, 0.0
     if D1 > 0:
         dk1 = tl.zeros([BLOCK_N, D1], tl.float32)
@@ -175,7 +180,7 @@ def key_value_kernel(
                     row = unmasked_tile(index, visits, BLOCK_Q, BLOCK_M)
                 dk0, dk1, dv0, dv1 = key_value_step(
                     (dk0, dk1, dv0, dv1), keys, queries, limits, scores, None, (batch, head, row, col), numbers,
-                    BLOCK_M, BLOCK_N, DIMS, FLAGS, ENDS, False, False,
+                    BLOCK_M, BLOCK_N, DIMS, FLAGS, ENDS, False, False, RELOAD,
                 )  # fmt: skip
         for index in tl.range(0, masked):
             bitmap = None
@@ -185,7 +190,7 @@ def key_value_kernel(
                 row = tl.where(index < blocks_before, lo + index, full_hi + index - blocks_before) * BLOCK_M
             dk0, dk1, dv0, dv1 = key_value_step(
                 (dk0, dk1, dv0, dv1), keys, queries, limits, scores, bitmap, (batch, head, row, col), numbers,
-                BLOCK_M, BLOCK_N, DIMS, FLAGS, ENDS, True, HIDES,
+                BLOCK_M, BLOCK_N, DIMS, FLAGS, ENDS, True, HIDES, RELOAD,
             )  # fmt: skip
 
     # 4. epilogue

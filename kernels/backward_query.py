@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .backward_tile import distances, gradients_of_scores, load_both, load_statistics, product
+from .backward_tile import distances, gradients_of_scores, load_both, load_statistics, product, resident
 from .lists import masked_tile, open_lists, unmasked_tile
 from .tile import finite_or, key_range, limits_of, load_scale, load_slope, row_bounds, scores_of, store_columns, widen
 
@@ -16,17 +16,17 @@ from .tile import finite_or, key_range, limits_of, load_scale, load_slope, row_b
 def query_step(
     sums, queries, keys, bounds, scores, bitmap, place, numbers,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr, WANTED: tl.constexpr,
-    MASKED: tl.constexpr, HIDES: tl.constexpr,
+    MASKED: tl.constexpr, HIDES: tl.constexpr, RELOAD: tl.constexpr,
 ):  # fmt: skip
     """`sums` (dq0, dq1, sum of dS, part of dslope, part of dscale) with the part of one block of keys.
 
-    queries  (q0, q1, do0, do1, statistics)
+    queries  (q, dout, statistics), the first two for `resident`
     keys     (k, strides, v, strides), pointers to the head's first key
     WANTED   of dq, the sum of dS, dslope, dscale
     MASKED   some query may not see some key. HIDES: NaN or Inf may be there. The others as in `gradients_of_scores`
     """
     dq0, dq1, total, dslope, dscale = sums
-    q0, q1, do0, do1, statistics = queries
+    statistics = queries[2]
     k, k_strides, v, v_strides = keys
     col = place[3]
     HEAD_DIM: tl.constexpr = DIMS[0]
@@ -37,9 +37,11 @@ def query_step(
     E1: tl.constexpr = DIMS[5]
     PRECISION: tl.constexpr = FLAGS[6]
     keys_left, n = numbers[1] - col, tl.cast(col, tl.int64)
+    q0, q1 = resident(queries[0], keys_left, BLOCK_M, D0, D1, HEAD_DIM, RELOAD)
     s, k0, k1 = product(
         q0, q1, k + n * k_strides[0], k_strides, keys_left, BLOCK_N, D0, D1, HEAD_DIM, MASKED, PRECISION
     )
+    do0, do1 = resident(queries[1], keys_left, BLOCK_M, E0, E1, HEAD_DIM_V, RELOAD)
     dp, _, _ = product(
         do0, do1, v + n * v_strides[0], v_strides, keys_left, BLOCK_N, E0, E1, HEAD_DIM_V, MASKED, PRECISION
     )
@@ -89,7 +91,7 @@ def query_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     LEARNED_SCALE: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, RELOAD: tl.constexpr,
 ):  # fmt: skip
     # 1. which queries, and the keys that they see
     HAS_FIRST: tl.constexpr = HAS_LO or k_start is not None
@@ -131,12 +133,14 @@ def query_kernel(
     scale = load_scale(softmax_scale, scale_stride, h, LEARNED_SCALE)
     slope = load_slope(alibi_slopes, slope_strides, b, h)
     numbers = (seqlen_q, seqlen_k, scale, softcap, slope, threshold, keep_factor, seed)
-    q0, q1 = load_both(q, widen(q_strides, WIDE), rows_left, BLOCK_M, D0, D1, HEAD_DIM)
-    do0, do1 = load_both(dout, widen(dout_strides, WIDE), rows_left, BLOCK_M, E0, E1, HEAD_DIM_V)
+    of_q, of_dout = (q, widen(q_strides, WIDE), rows_left), (dout, widen(dout_strides, WIDE), rows_left)
+    if not RELOAD:
+        of_q = load_both(q, widen(q_strides, WIDE), rows_left, BLOCK_M, D0, D1, HEAD_DIM)
+        of_dout = load_both(dout, widen(dout_strides, WIDE), rows_left, BLOCK_M, E0, E1, HEAD_DIM_V)
     statistics = (b * num_heads + h) * seqlen_q + m
     if delta is not None:
         delta += statistics
-    queries = (q0, q1, do0, do1, load_statistics(lse_parts + 2 * statistics, delta, rows_left, BLOCK_M, True))
+    queries = (of_q, of_dout, load_statistics(lse_parts + 2 * statistics, delta, rows_left, BLOCK_M, True))
 
     # 3. loops
     dq0, dq1, zeros = tl.zeros([BLOCK_M, D0], tl.float32), 0.0, tl.zeros([BLOCK_M], tl.float32)
@@ -150,7 +154,7 @@ def query_kernel(
                 col = unmasked_tile(index, visits, BLOCK_K, BLOCK_N)
             sums = query_step(
                 sums, queries, keys, bounds, scores, None, (batch, head, row, col), numbers, BLOCK_M, BLOCK_N, DIMS,
-                FLAGS, WANTED, False, False,
+                FLAGS, WANTED, False, False, RELOAD,
             )  # fmt: skip
     for index in tl.range(0, masked):
         bitmap = None
@@ -160,7 +164,7 @@ def query_kernel(
             col = tl.where(index < blocks_before, lo + index * BLOCK_N, common_hi + (index - blocks_before) * BLOCK_N)
         sums = query_step(
             sums, queries, keys, bounds, scores, bitmap, (batch, head, row, col), numbers, BLOCK_M, BLOCK_N, DIMS,
-            FLAGS, WANTED, True, HIDES,
+            FLAGS, WANTED, True, HIDES, RELOAD,
         )  # fmt: skip
 
     # 4. epilogue

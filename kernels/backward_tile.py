@@ -140,3 +140,18 @@ def load_both(
     if W1 > 0:
         x1 = load_columns(ptr, strides, rows_left, ROWS, W0, W1, DIM, True)
     return x0, x1
+
+
+@triton.jit
+def resident(
+    operand, left, ROWS: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, DIM: tl.constexpr, RELOAD: tl.constexpr
+):  # fmt: skip
+    """The tiles of columns of rows that stay while others pass: `operand` itself, held in registers, or, with RELOAD,
+    loaded from operand = (pointer, strides, rows_left) in each step, where they would not fit.
+
+    left: how many of the others are left, positive, which the compiler does not know: it would load once and spill.
+    """
+    if RELOAD:
+        return load_both(operand[0] + (left >> 31), operand[1], operand[2], ROWS, W0, W1, DIM)
+    else:
+        return operand

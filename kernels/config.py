@@ -26,6 +26,7 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     waves_per_eu: int = 0
+    reload: bool = False  # of the backward pass: load what stays in each step, since registers do not hold it
 
     def options(self, device: Device) -> dict:
         """Launch options of Triton."""
