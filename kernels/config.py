@@ -19,14 +19,18 @@ class Device(NamedTuple):
 
 
 class Config(NamedTuple):
-    """Tile sizes and compiler options of one kernel."""
+    """Tile sizes and compiler options of one kernel.
+
+    reload  in the backward pass, where registers do not hold what stays while other tiles pass: load it in each step,
+            in narrower tiles of columns
+    """
 
     BLOCK_M: int
     BLOCK_N: int
     num_warps: int
     num_stages: int
     waves_per_eu: int = 0
-    reload: bool = False  # of the backward pass: load what stays in each step, since registers do not hold it
+    reload: bool = False
 
     def options(self, device: Device) -> dict:
         """Launch options of Triton."""
@@ -45,17 +49,17 @@ SMEM = {
 """Shared memory a program may take: 1 KB of the multiprocessor's goes to the system. Others: 48 KB."""
 
 
-def split_head_dim(head_dim: int, dtype: str = "bfloat16") -> tuple[int, int]:
+def split_head_dim(head_dim: int, dtype: str = "bfloat16", narrow: bool = False) -> tuple[int, int]:
     """Widths of the one or two tiles of columns (powers of two, at least 16) that hold head_dim columns.
 
-    64 -> (64, 0); 80 -> (64, 16); 96 -> (64, 32); 192 -> (128, 64); 250 -> (256, 0): a second tile where it saves work,
-    and in float32 from 65 columns on, since a thread that multiplies without matrix units holds whole rows of a tile.
+    64 -> (64, 0); 80 -> (64, 16); 96 -> (64, 32); 192 -> (128, 64); 250 -> (256, 0): a second tile where it saves work;
+    if `narrow` and in float32 from 65 columns on: a thread that multiplies without matrix units holds whole rows.
     """
     whole = max(16, 1 << (head_dim - 1).bit_length())
     half = whole // 2
     rest = max(16, 1 << (head_dim - half - 1).bit_length()) if head_dim > half else 0
     saves = half >= 16 and half + rest < whole
-    return (half, rest) if saves or (dtype == "float32" and whole > 64) else (whole, 0)
+    return (half, rest) if saves or ((narrow or dtype == "float32") and whole > 64) else (whole, 0)
 
 
 # Tables of a kernel, by kind of call:
@@ -81,7 +85,7 @@ _PREFILL = {
         "gfx90a": [(64, Config(128, 64, 4, 1, 2)), (128, Config(128, 64, 4, 1)), (256, Config(64, 32, 4, 1))],
         "gfx942": [(64, Config(128, 64, 4, 1, 2)), (128, Config(128, 64, 4, 2)), (256, Config(64, 32, 4, 1))],
         "gfx950": [(64, Config(128, 64, 4, 1, 2)), (128, Config(128, 64, 4, 1, 2)), (256, Config(64, 64, 4, 1))],
-        "other": [(64, Config(64, 32, 4, 1)), (256, Config(32, 32, 8, 1))],
+        "other": [(64, Config(64, 32, 4, 1)), (192, Config(32, 32, 8, 1)), (256, Config(16, 16, 8, 1))],
     },
     "masked": {
         "sm_80": [
@@ -100,11 +104,13 @@ _PREFILL = {
     "heavy": {
         "sm_80": [(128, Config(64, 32, 8, 2)), (256, Config(32, 32, 8, 1))],
         "sm_90": [(128, Config(64, 32, 8, 2)), (256, Config(64, 16, 8, 1))],
-        "other": [(64, Config(64, 32, 4, 1)), (256, Config(32, 32, 4, 1))],
+        "gfx9": [(64, Config(64, 32, 4, 1)), (256, Config(32, 32, 4, 1))],
+        "other": [(64, Config(64, 16, 4, 1)), (128, Config(32, 16, 8, 1)), (256, Config(16, 16, 8, 1))],
     },
     "float32": {
         "sm_80": [(64, Config(32, 32, 8, 2)), (128, Config(16, 32, 8, 2)), (256, Config(16, 16, 8, 2))],
-        "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+        "gfx9": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+        "other": [(256, Config(16, 16, 8, 1))],
     },
 }  # fmt: skip
 _DECODE = {  # BLOCK_M: at most
@@ -116,11 +122,13 @@ _DECODE = {  # BLOCK_M: at most
     },
     "heavy": {
         "sm_80": [(128, Config(32, 32, 4, 2)), (256, Config(16, 32, 4, 2))],
-        "other": [(128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+        "gfx9": [(128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+        "other": [(128, Config(16, 16, 4, 1)), (256, Config(16, 16, 8, 1))],
     },
     "float32": {
         "sm_80": [(256, Config(16, 16, 8, 1))],
-        "other": [(128, Config(16, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+        "gfx9": [(128, Config(16, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+        "other": [(256, Config(16, 16, 8, 1))],
     },
 }
 _KEY_VALUE = {
@@ -133,7 +141,7 @@ _KEY_VALUE = {
         "gfx90a": [(128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
         "gfx942": [(128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
         "gfx950": [(128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
-        "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 8, 1))],
+        "other": [(64, Config(16, 32, 4, 1)), (256, Config(16, 16, 8, 1, reload=True))],
     },
     "masked": {
         "sm_80": [(128, Config(64, 32, 4, 2)), (256, Config(32, 32, 8, 1))],
@@ -143,12 +151,14 @@ _KEY_VALUE = {
     "heavy": {
         "sm_80": [(128, Config(32, 32, 4, 2)), (256, Config(16, 16, 4, 1))],
         "sm_90": [(64, Config(16, 64, 4, 1)), (128, Config(16, 64, 8, 1)), (256, Config(16, 16, 4, 1))],
-        "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+        "gfx9": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+        "other": [(64, Config(16, 16, 4, 1)), (256, Config(16, 16, 8, 1, reload=True))],
     },
     "float32": {
         "sm_80": [(64, Config(16, 32, 8, 1)), (256, Config(16, 16, 8, 1))],
-        "sm_100": [(64, Config(32, 32, 8, 1)), (256, Config(16, 16, 8, 1))],
-        "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+        "sm_100": [(256, Config(16, 16, 8, 1))],
+        "gfx9": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+        "other": [(256, Config(16, 16, 8, 1, reload=True))],
     },
 }
 _QUERY = {
@@ -159,7 +169,7 @@ _QUERY = {
         "gfx90a": [(128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
         "gfx942": [(128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
         "gfx950": [(128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
-        "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+        "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 8, 1, reload=True))],
     },
     "masked": {
         "sm_90": [(64, Config(64, 64, 4, 2)), (128, Config(64, 32, 4, 2)), (256, Config(128, 16, 8, 1))],
@@ -168,18 +178,25 @@ _QUERY = {
     "heavy": {
         "sm_80": [(128, Config(32, 32, 4, 2)), (256, Config(16, 16, 4, 1))],
         "sm_90": [(128, Config(64, 16, 4, 1)), (256, Config(16, 16, 4, 1))],
-        "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+        "gfx9": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+        "other": [(64, Config(16, 16, 4, 1)), (256, Config(16, 16, 8, 1, reload=True))],
     },
     "float32": {
         "sm_80": [(128, Config(16, 16, 8, 1)), (256, Config(16, 16, 8, 2))],
-        "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+        "gfx9": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+        "other": [(256, Config(16, 16, 8, 1, reload=True))],
     },
 }
 _BIAS = {
-    "plain": {"other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))]},
+    "plain": {
+        "sm_80": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+        "gfx9": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+        "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 8, 1, reload=True))],
+    },
     "float32": {
         "sm_80": [(256, Config(16, 16, 8, 1))],
-        "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+        "gfx9": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
+        "other": [(256, Config(16, 16, 8, 1, reload=True))],
     },
 }
 _INTERPRETER = Config(64, 64, 1, 1)
@@ -240,9 +257,8 @@ def _look_up(tables, problem, device: Device) -> Config:
     if kind not in tables or (kind == "masked" and arch not in tables[kind]):
         kind = "plain"
     table = tables[kind]
-    if arch not in table and arch.startswith("sm_") and "sm_80" in table:
-        arch = "sm_80"
-    rows = table.get(arch) or table["other"]
+    family = "sm_80" if arch.startswith("sm_") else arch[:4]
+    rows = table.get(arch) or table.get(family) or table["other"]
     widest = max(problem.head_dim, problem.head_dim_v)
     return next((config for head_dim, config in rows if widest <= head_dim), rows[-1][1])
 
