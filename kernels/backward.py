@@ -167,10 +167,7 @@ class _Call:
                 arguments, constexprs = launch.score_arguments(problem, *self.inputs, terms)
                 constexprs |= block_lists.constexprs(self.lists, tiles) | (flags or {})
                 constexprs["EXACT"] = problem.dtype == "float32"
-                if tiles.reload:
-                    constexprs |= launch.columns(problem, narrow=True)
-                if name != "bias":  # which loads all in each step
-                    constexprs["RELOAD"] = tiles.reload
+                constexprs["RELOAD"] = tiles.reload
                 arguments = (*of_lists, *[launch.strides(x, 4) for x in strided], *arguments, *counts)
                 return launch.Plan(kernel, count_programs(tiles), arguments, constexprs, tiles.options(device))
 

@@ -31,7 +31,7 @@ def bias_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     LEARNED_SCALE: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
-    WIDE: tl.constexpr, ROWS_SUMMED: tl.constexpr, COLS_SUMMED: tl.constexpr,
+    WIDE: tl.constexpr, RELOAD: tl.constexpr, ROWS_SUMMED: tl.constexpr, COLS_SUMMED: tl.constexpr,
 ):  # fmt: skip
     """dS summed over what the bias is broadcast over: `batches` batches, `heads` heads, rows, columns."""
     # 1. which block of the bias, and the range of what is summed over
@@ -73,14 +73,19 @@ def bias_kernel(
             k_head = k + b * k_strides[0] + hk * k_strides[1] + n * k_strides[2]
             v_head = v + b * v_strides[0] + hk * v_strides[1] + n * v_strides[2]
             dout_head = dout + b * dout_strides[0] + h * dout_strides[1] + m * dout_strides[2]
-            q0, q1 = load_both(q_head, widen(q_strides, WIDE), rows_left, BLOCK_M, D0, D1, HEAD_DIM)
+            of_q, of_dout = (q_head, widen(q_strides, WIDE), rows_left), (dout_head, widen(dout_strides, WIDE), rows_left)
+            if not RELOAD:
+                of_q = load_both(q_head, widen(q_strides, WIDE), rows_left, BLOCK_M, D0, D1, HEAD_DIM)
             s, _, _ = product(
-                q0, q1, k_head, widen(k_strides, WIDE), keys_left, BLOCK_N, D0, D1, HEAD_DIM, True, PRECISION
-            )
-            do0, do1 = load_both(dout_head, widen(dout_strides, WIDE), rows_left, BLOCK_M, E0, E1, HEAD_DIM_V)
+                of_q, k_head, widen(k_strides, WIDE), keys_left, BLOCK_M, BLOCK_N, D0, D1, HEAD_DIM, True, PRECISION,
+                RELOAD,
+            )  # fmt: skip
+            if not RELOAD:
+                of_dout = load_both(dout_head, widen(dout_strides, WIDE), rows_left, BLOCK_M, E0, E1, HEAD_DIM_V)
             dp, _, _ = product(
-                do0, do1, v_head, widen(v_strides, WIDE), keys_left, BLOCK_N, E0, E1, HEAD_DIM_V, True, PRECISION
-            )
+                of_dout, v_head, widen(v_strides, WIDE), keys_left, BLOCK_M, BLOCK_N, E0, E1, HEAD_DIM_V, True,
+                PRECISION, RELOAD,
+            )  # fmt: skip
             of_row = (b * num_heads + h) * seqlen_q + m
             statistics = load_statistics(lse_parts + 2 * of_row, delta + of_row, rows_left, BLOCK_M, True)
             scale = load_scale(softmax_scale, scale_stride, h, LEARNED_SCALE)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .backward_tile import gradients_of_scores, load_both, load_statistics, product, resident
+from .backward_tile import gradients_of_scores, load_both, load_statistics, product
 from .lists import masked_tile, open_lists, unmasked_tile
 from .tile import INT_MAX, finite_or, limits_of, load_scale, load_slope, row_bounds, scores_of, store_columns, widen
 
@@ -18,7 +18,7 @@ def key_value_step(
     """`gradients` with the part of one block of queries; scores stand as [keys, queries].
 
     gradients        (dk0, dk1, dv0, dv1)
-    keys             (k, v), for `resident`
+    keys             (k, v), for `product`
     queries          (q, strides, dout, strides, lse_parts, delta), pointers to the head's first query
     limits           of the head, for `tile.row_bounds`; the others as in `gradients_of_scores`
     MASKED           some query may not see some key. HIDES: NaN or Inf may be there
@@ -34,14 +34,14 @@ def key_value_step(
     E1: tl.constexpr = DIMS[5]
     PRECISION: tl.constexpr = FLAGS[6]
     rows_left, m = numbers[0] - row, tl.cast(row, tl.int64)
-    k0, k1 = resident(keys[0], rows_left, BLOCK_N, D0, D1, HEAD_DIM, RELOAD)
     s, q0, q1 = product(
-        k0, k1, q + m * q_strides[0], q_strides, rows_left, BLOCK_M, D0, D1, HEAD_DIM, MASKED, PRECISION
-    )
-    v0, v1 = resident(keys[1], rows_left, BLOCK_N, E0, E1, HEAD_DIM_V, RELOAD)
+        keys[0], q + m * q_strides[0], q_strides, rows_left, BLOCK_N, BLOCK_M, D0, D1, HEAD_DIM, MASKED, PRECISION,
+        RELOAD,
+    )  # fmt: skip
     dp, do0, do1 = product(
-        v0, v1, dout + m * dout_strides[0], dout_strides, rows_left, BLOCK_M, E0, E1, HEAD_DIM_V, MASKED, PRECISION
-    )
+        keys[1], dout + m * dout_strides[0], dout_strides, rows_left, BLOCK_N, BLOCK_M, E0, E1, HEAD_DIM_V, MASKED,
+        PRECISION, RELOAD,
+    )  # fmt: skip
     statistics = load_statistics(lse_parts + 2 * m, delta + m, rows_left, BLOCK_M, MASKED)
     bounds = (0, 0)  # not used
     if MASKED:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .backward_tile import distances, gradients_of_scores, load_both, load_statistics, product, resident
+from .backward_tile import distances, gradients_of_scores, load_both, load_statistics, product
 from .lists import masked_tile, open_lists, unmasked_tile
 from .tile import finite_or, key_range, limits_of, load_scale, load_slope, row_bounds, scores_of, store_columns, widen
 
@@ -20,7 +20,7 @@ def query_step(
 ):  # fmt: skip
     """`sums` (dq0, dq1, sum of dS, part of dslope, part of dscale) with the part of one block of keys.
 
-    queries  (q, dout, statistics), the first two for `resident`
+    queries  (q, dout, statistics), the first two for `product`
     keys     (k, strides, v, strides), pointers to the head's first key
     WANTED   of dq, the sum of dS, dslope, dscale
     MASKED   some query may not see some key. HIDES: NaN or Inf may be there. The others as in `gradients_of_scores`
@@ -37,14 +37,14 @@ def query_step(
     E1: tl.constexpr = DIMS[5]
     PRECISION: tl.constexpr = FLAGS[6]
     keys_left, n = numbers[1] - col, tl.cast(col, tl.int64)
-    q0, q1 = resident(queries[0], keys_left, BLOCK_M, D0, D1, HEAD_DIM, RELOAD)
     s, k0, k1 = product(
-        q0, q1, k + n * k_strides[0], k_strides, keys_left, BLOCK_N, D0, D1, HEAD_DIM, MASKED, PRECISION
-    )
-    do0, do1 = resident(queries[1], keys_left, BLOCK_M, E0, E1, HEAD_DIM_V, RELOAD)
+        queries[0], k + n * k_strides[0], k_strides, keys_left, BLOCK_M, BLOCK_N, D0, D1, HEAD_DIM, MASKED, PRECISION,
+        RELOAD,
+    )  # fmt: skip
     dp, _, _ = product(
-        do0, do1, v + n * v_strides[0], v_strides, keys_left, BLOCK_N, E0, E1, HEAD_DIM_V, MASKED, PRECISION
-    )
+        queries[1], v + n * v_strides[0], v_strides, keys_left, BLOCK_M, BLOCK_N, E0, E1, HEAD_DIM_V, MASKED,
+        PRECISION, RELOAD,
+    )  # fmt: skip
     _, ds, dproduct = gradients_of_scores(
         s, dp, scores, bitmap, place, statistics, bounds, numbers, BLOCK_M, BLOCK_N, FLAGS, MASKED, False
     )

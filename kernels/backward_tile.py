@@ -3,7 +3,17 @@
 import triton
 import triton.language as tl
 
-from .tile import LOG2E, bias_log2, bits, dropout_keep, load_columns, load_scores, softcap_scores, visible
+from .tile import (
+    LOG2E,
+    bias_log2,
+    bits,
+    dropout_keep,
+    load_columns,
+    load_scores,
+    product_of_chunks,
+    softcap_scores,
+    visible,
+)
 
 
 @triton.jit
@@ -119,15 +129,22 @@ def gradients_of_scores(
 
 @triton.jit
 def product(
-    a0, a1, b, b_strides, b_left, N: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, DIM: tl.constexpr,
-    CHECK: tl.constexpr, PRECISION: tl.constexpr,
+    a, b, b_strides, b_left, ROWS: tl.constexpr, N: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
+    DIM: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr, RELOAD: tl.constexpr,
 ):  # fmt: skip
-    """(a b^T, b's columns in one or two tiles) of a tile a and N rows of DIM columns from pointer b on."""
+    """(a b^T, b's columns in one or two tiles) of ROWS rows of a and N of DIM columns from pointer b on.
+
+    a: its one or two tiles of columns or, with RELOAD, (pointer, strides, rows left).
+    """
+    if RELOAD:
+        acc = product_of_chunks(a, b, b_strides, b_left, ROWS, N, W0, W1, DIM, PRECISION)
     b0, b1 = load_columns(b, b_strides, b_left, N, 0, W0, DIM, CHECK), 0.0
-    acc = tl.dot(a0, tl.trans(b0), input_precision=PRECISION)
+    if not RELOAD:
+        acc = tl.dot(a[0], tl.trans(b0), input_precision=PRECISION)
     if W1 > 0:
         b1 = load_columns(b, b_strides, b_left, N, W0, W1, DIM, CHECK)
-        acc = tl.dot(a1, tl.trans(b1), acc, input_precision=PRECISION)
+        if not RELOAD:
+            acc = tl.dot(a[1], tl.trans(b1), acc, input_precision=PRECISION)
     return acc, b0, b1
 
 
@@ -140,18 +157,3 @@ def load_both(
     if W1 > 0:
         x1 = load_columns(ptr, strides, rows_left, ROWS, W0, W1, DIM, True)
     return x0, x1
-
-
-@triton.jit
-def resident(
-    operand, left, ROWS: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, DIM: tl.constexpr, RELOAD: tl.constexpr
-):  # fmt: skip
-    """The tiles of columns of rows that stay while others pass: `operand` itself, held in registers, or, with RELOAD,
-    loaded from operand = (pointer, strides, rows_left) in each step, where they would not fit.
-
-    left: how many of the others are left, positive, which the compiler does not know: it would load once and spill.
-    """
-    if RELOAD:
-        return load_both(operand[0] + (left >> 31), operand[1], operand[2], ROWS, W0, W1, DIM)
-    else:
-        return operand

@@ -21,8 +21,7 @@ class Device(NamedTuple):
 class Config(NamedTuple):
     """Tile sizes and compiler options of one kernel.
 
-    reload  in the backward pass, where registers do not hold what stays while other tiles pass: load it in each step,
-            in narrower tiles of columns
+    reload  where registers do not hold the factors of the scores: load both in each step, few columns at a time
     """
 
     BLOCK_M: int
@@ -49,17 +48,17 @@ SMEM = {
 """Shared memory a program may take: 1 KB of the multiprocessor's goes to the system. Others: 48 KB."""
 
 
-def split_head_dim(head_dim: int, dtype: str = "bfloat16", narrow: bool = False) -> tuple[int, int]:
+def split_head_dim(head_dim: int, dtype: str = "bfloat16") -> tuple[int, int]:
     """Widths of the one or two tiles of columns (powers of two, at least 16) that hold head_dim columns.
 
-    64 -> (64, 0); 80 -> (64, 16); 96 -> (64, 32); 192 -> (128, 64); 250 -> (256, 0): a second tile where it saves work;
-    if `narrow` and in float32 from 65 columns on: a thread that multiplies without matrix units holds whole rows.
+    64 -> (64, 0); 80 -> (64, 16); 96 -> (64, 32); 192 -> (128, 64); 250 -> (256, 0): a second tile where it saves work,
+    and in float32 from 65 columns on, since a thread that multiplies without matrix units holds whole rows of a tile.
     """
     whole = max(16, 1 << (head_dim - 1).bit_length())
     half = whole // 2
     rest = max(16, 1 << (head_dim - half - 1).bit_length()) if head_dim > half else 0
     saves = half >= 16 and half + rest < whole
-    return (half, rest) if saves or ((narrow or dtype == "float32") and whole > 64) else (whole, 0)
+    return (half, rest) if saves or (dtype == "float32" and whole > 64) else (whole, 0)
 
 
 # Tables of a kernel, by kind of call:

@@ -261,17 +261,10 @@ def score_arguments(problem, q, k, v, out, terms) -> tuple[tuple, dict]:
         float(terms.softcap), lo, hi, int(terms.dropout_p * 2**32), 1.0 / (1.0 - terms.dropout_p),
         problem.num_heads, problem.group_size, problem.seqlen_q, problem.seqlen_k,
     )  # fmt: skip
+    (d0, d1), (e0, e1) = (config.split_head_dim(d, problem.dtype) for d in (problem.head_dim, problem.head_dim_v))
     constexprs = {
-        "HEAD_DIM": problem.head_dim, "HEAD_DIM_V": problem.head_dim_v, **columns(problem),
+        "HEAD_DIM": problem.head_dim, "HEAD_DIM_V": problem.head_dim_v, "D0": d0, "D1": d1, "E0": e0, "E1": e1,
         "SOFTCAP": problem.softcap, "DROPOUT": problem.dropout, "LEARNED_SCALE": learned,
         "PRECISION": precision(problem), "WIDE": is_wide(*arguments[:8]), **diagonal_flags(lo, hi),
     }  # fmt: skip
     return arguments, constexprs
-
-
-def columns(problem, narrow: bool = False) -> dict:
-    """Widths of the tiles of columns of q and k, and of v."""
-    (d0, d1), (e0, e1) = (
-        config.split_head_dim(d, problem.dtype, narrow) for d in (problem.head_dim, problem.head_dim_v)
-    )
-    return {"D0": d0, "D1": d1, "E0": e0, "E1": e1}

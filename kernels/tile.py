@@ -42,6 +42,26 @@ def load_columns(
 
 
 @triton.jit
+def product_of_chunks(
+    a, b, b_strides, b_left, M: tl.constexpr, N: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """a b^T of M rows from a = (pointer, strides, rows left) and N rows from pointer b on, few columns at a time: for
+    tiles that registers do not hold.
+
+    b_left > 0, which the compiler does not know: it would load what stays in a loop before it, and spill.
+    """
+    CHUNK: tl.constexpr = min(32, W0 if W1 == 0 else min(W0, W1))
+    pointer = a[0] + (b_left >> 31)
+    acc = tl.zeros([M, N], tl.float32)
+    for start in tl.static_range(0, W0 + W1, CHUNK):
+        part_a = load_columns(pointer, a[1], a[2], M, start, CHUNK, DIM, True)
+        part_b = load_columns(b, b_strides, b_left, N, start, CHUNK, DIM, True)
+        acc = tl.dot(part_a, tl.trans(part_b), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def store_columns(
     ptr, strides, values, rows_left, ROWS: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr
 ):
