@@ -19,6 +19,7 @@ from .tile import (
     load_scores,
     natural_lse,
     normalizer,
+    product_of_chunks,
     softcap_scores,
     store_columns,
     visible,
@@ -27,11 +28,12 @@ from .tile import (
 
 @triton.jit
 def attend(
-    state, q0, q1, keys, place, bounds, scores, bitmap, numbers, col, clean,
+    state, q, keys, place, bounds, scores, bitmap, numbers, col, clean,
     TILE: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr, MASKED: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
     """`state` after one more block of keys, from `col` on.
 
+    q        its one or two tiles of columns or, with RELOAD, for `tile.product_of_chunks`
     keys     (k, strides, descriptor or None, v, strides, descriptor or None) of the head
     place    (batch, key head, query heads, positions of the queries, their places in the tile, how many are left);
              [M, 1] or, of heads, one
@@ -47,6 +49,7 @@ def attend(
     seqlen_q, seqlen_k, scale, softcap, slope, threshold, seed = numbers
     BLOCK_M: tl.constexpr = TILE[0]
     BLOCK_N: tl.constexpr = TILE[1]
+    RELOAD: tl.constexpr = TILE[2]
     HEAD_DIM: tl.constexpr = DIMS[0]
     D0: tl.constexpr = DIMS[1]
     D1: tl.constexpr = DIMS[2]
@@ -76,14 +79,18 @@ def attend(
             added = load_scores(tile, bias_strides, local_rows, local_cols, rows_left, keys_left)
             seen = seen & (added.to(tl.float32) != float("-inf"))
 
-    if k_descriptor is not None:
-        k0 = k_descriptor.load([batch, head_k, tl.cast(col, tl.int32), 0]).reshape([BLOCK_N, D0])
+    if RELOAD:
+        tile = k + n * k_strides[0]
+        s = product_of_chunks(q, tile, k_strides, keys_left, BLOCK_M, BLOCK_N, D0, D1, HEAD_DIM, PRECISION)
     else:
-        k0 = load_columns(k + n * k_strides[0], k_strides, keys_left, BLOCK_N, 0, D0, HEAD_DIM, MASKED)
-    s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
-    if D1 > 0:
-        k1 = load_columns(k + n * k_strides[0], k_strides, keys_left, BLOCK_N, D0, D1, HEAD_DIM, MASKED)
-        s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
+        if k_descriptor is not None:
+            k0 = k_descriptor.load([batch, head_k, tl.cast(col, tl.int32), 0]).reshape([BLOCK_N, D0])
+        else:
+            k0 = load_columns(k + n * k_strides[0], k_strides, keys_left, BLOCK_N, 0, D0, HEAD_DIM, MASKED)
+        s = tl.dot(q[0], tl.trans(k0), input_precision=PRECISION)
+        if D1 > 0:
+            k1 = load_columns(k + n * k_strides[0], k_strides, keys_left, BLOCK_N, D0, D1, HEAD_DIM, MASKED)
+            s = tl.dot(q[1], tl.trans(k1), s, input_precision=PRECISION)
 
     factor = scale * LOG2E
     if MODIFIED:
@@ -185,7 +192,7 @@ def add_poison(acc0, acc1, keys, place, bounds, scores, bitmap, lo, hi, DIMS: tl
 
 @triton.jit
 def attend_range(
-    q0, q1, keys, place, bounds, scores, numbers, key_range,
+    q, keys, place, bounds, scores, numbers, key_range,
     TILE: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr, EVERYWHERE: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
     """`state` after the keys of `tile.key_range`; arguments as in `attend`. EVERYWHERE: any tile may hide a key."""
@@ -202,17 +209,17 @@ def attend_range(
                     block < blocks_before, lo + block * BLOCK_N, common_hi + (block - blocks_before) * BLOCK_N
                 )
                 state = attend(
-                    state, q0, q1, keys, place, bounds, scores, None, numbers, col, clean, TILE, DIMS, FLAGS, True, True
+                    state, q, keys, place, bounds, scores, None, numbers, col, clean, TILE, DIMS, FLAGS, True, True
                 )
         elif blocks > 0:  # the last keys, fewer than BLOCK_N
             last = hi // BLOCK_N * BLOCK_N
             state = attend(
-                state, q0, q1, keys, place, bounds, scores, None, numbers, last, clean, TILE, DIMS, FLAGS, True, False
+                state, q, keys, place, bounds, scores, None, numbers, last, clean, TILE, DIMS, FLAGS, True, False
             )
         if not EVERYWHERE:
             for col in tl.range(common_lo, common_hi, BLOCK_N):
                 state = attend(
-                    state, q0, q1, keys, place, bounds, scores, None, numbers, col, clean, TILE, DIMS, FLAGS, False,
+                    state, q, keys, place, bounds, scores, None, numbers, col, clean, TILE, DIMS, FLAGS, False,
                     False,
                 )  # fmt: skip
         again = False
@@ -230,7 +237,7 @@ def attend_range(
 
 @triton.jit
 def attend_lists(
-    q0, q1, keys, place, bounds, scores, numbers, visits, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    q, keys, place, bounds, scores, numbers, visits, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     TILE: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr, EVERYWHERE: tl.constexpr,
 ):  # fmt: skip
     """`state` after the blocks of a block mask (`lists.open_lists`): full ones, then those with a bitmap."""
@@ -244,13 +251,13 @@ def attend_lists(
             for step in tl.range(0, unmasked * STEPS):
                 col = unmasked_tile(step, visits, BLOCK_K, BLOCK_N)
                 state = attend(
-                    state, q0, q1, keys, place, bounds, scores, None, numbers, col, clean, TILE, DIMS, FLAGS, False,
+                    state, q, keys, place, bounds, scores, None, numbers, col, clean, TILE, DIMS, FLAGS, False,
                     False,
                 )  # fmt: skip
         for step in tl.range(0, masked * STEPS):
             col, bitmap = masked_tile(step, visits, BLOCK_Q, BLOCK_K, BLOCK_N)
             state = attend(
-                state, q0, q1, keys, place, bounds, scores, bitmap, numbers, col, clean, TILE, DIMS, FLAGS, True, True
+                state, q, keys, place, bounds, scores, bitmap, numbers, col, clean, TILE, DIMS, FLAGS, True, True
             )
         again = is_spoiled(state[0], state[1], DIMS[5]) & (clean == 0)
         if again:
@@ -297,10 +304,10 @@ def store_rows(
 
 
 @triton.jit
-def positive_scale(scale, q0, q1, D1: tl.constexpr):
-    """(q0, q1, scale) with the sign of scale moved to q: the online maximum needs a positive factor."""
+def positive_scale(scale, q, D1: tl.constexpr):
+    """(q, scale) with the sign of scale moved to q: the online maximum needs a positive factor."""
     sign = tl.where(scale > 0.0, 1.0, tl.where(scale < 0.0, -1.0, scale * 0.0))
-    q0 = (q0 * sign).to(q0.dtype)
+    q0, q1 = (q[0] * sign).to(q[0].dtype), 0.0
     if D1 > 0:
-        q1 = (q1 * sign).to(q1.dtype)
-    return q0, q1, tl.where(scale == 0.0, 1.0, tl.abs(scale))
+        q1 = (q[1] * sign).to(q[1].dtype)
+    return (q0, q1), tl.where(scale == 0.0, 1.0, tl.abs(scale))

@@ -4,9 +4,9 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .backward_tile import gradients_of_scores, load_both, load_statistics, product
+from .backward_tile import gradients_of_scores, load_statistics, product
 from .lists import find_tile, open_lists
-from .tile import limits_of, load_scale, load_slope, row_bounds, scores_of, widen
+from .tile import limits_of, load_both, load_scale, load_slope, row_bounds, scores_of, widen
 
 
 @triton.jit(do_not_specialize=[*launch.SIZES, "num_bitmaps", "batches", "heads"])
@@ -73,13 +73,14 @@ def bias_kernel(
             k_head = k + b * k_strides[0] + hk * k_strides[1] + n * k_strides[2]
             v_head = v + b * v_strides[0] + hk * v_strides[1] + n * v_strides[2]
             dout_head = dout + b * dout_strides[0] + h * dout_strides[1] + m * dout_strides[2]
-            of_q, of_dout = (q_head, widen(q_strides, WIDE), rows_left), (dout_head, widen(dout_strides, WIDE), rows_left)
+            of_q = (q_head, widen(q_strides, WIDE), rows_left)
             if not RELOAD:
                 of_q = load_both(q_head, widen(q_strides, WIDE), rows_left, BLOCK_M, D0, D1, HEAD_DIM)
             s, _, _ = product(
                 of_q, k_head, widen(k_strides, WIDE), keys_left, BLOCK_M, BLOCK_N, D0, D1, HEAD_DIM, True, PRECISION,
                 RELOAD,
             )  # fmt: skip
+            of_dout = (dout_head, widen(dout_strides, WIDE), rows_left)
             if not RELOAD:
                 of_dout = load_both(dout_head, widen(dout_strides, WIDE), rows_left, BLOCK_M, E0, E1, HEAD_DIM_V)
             dp, _, _ = product(

@@ -7,9 +7,20 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .backward_tile import distances, gradients_of_scores, load_both, load_statistics, product
+from .backward_tile import distances, gradients_of_scores, load_statistics, product
 from .lists import masked_tile, open_lists, unmasked_tile
-from .tile import finite_or, key_range, limits_of, load_scale, load_slope, row_bounds, scores_of, store_columns, widen
+from .tile import (
+    finite_or,
+    key_range,
+    limits_of,
+    load_both,
+    load_scale,
+    load_slope,
+    row_bounds,
+    scores_of,
+    store_columns,
+    widen,
+)
 
 
 @triton.jit

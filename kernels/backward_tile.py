@@ -146,14 +146,3 @@ def product(
         if not RELOAD:
             acc = tl.dot(a[1], tl.trans(b1), acc, input_precision=PRECISION)
     return acc, b0, b1
-
-
-@triton.jit
-def load_both(
-    ptr, strides, rows_left, ROWS: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, DIM: tl.constexpr
-):  # fmt: skip
-    """The one or two tiles of columns of ROWS rows."""
-    x0, x1 = load_columns(ptr, strides, rows_left, ROWS, 0, W0, DIM, True), 0.0
-    if W1 > 0:
-        x1 = load_columns(ptr, strides, rows_left, ROWS, W0, W1, DIM, True)
-    return x0, x1

@@ -104,12 +104,16 @@ _PREFILL = {
         "sm_80": [(128, Config(64, 32, 8, 2)), (256, Config(32, 32, 8, 1))],
         "sm_90": [(128, Config(64, 32, 8, 2)), (256, Config(64, 16, 8, 1))],
         "gfx9": [(64, Config(64, 32, 4, 1)), (256, Config(32, 32, 4, 1))],
-        "other": [(64, Config(64, 16, 4, 1)), (128, Config(32, 16, 8, 1)), (256, Config(16, 16, 8, 1))],
+        "other": [
+            (64, Config(64, 16, 4, 1)), (128, Config(32, 16, 8, 1)), (256, Config(32, 16, 8, 1, reload=True)),
+        ],
     },
     "float32": {
         "sm_80": [(64, Config(32, 32, 8, 2)), (128, Config(16, 32, 8, 2)), (256, Config(16, 16, 8, 2))],
         "gfx9": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
-        "other": [(256, Config(16, 16, 8, 1))],
+        "other": [
+            (64, Config(16, 32, 8, 1)), (128, Config(16, 16, 8, 1)), (256, Config(32, 16, 8, 1, reload=True)),
+        ],
     },
 }  # fmt: skip
 _DECODE = {  # BLOCK_M: at most
@@ -122,12 +126,12 @@ _DECODE = {  # BLOCK_M: at most
     "heavy": {
         "sm_80": [(128, Config(32, 32, 4, 2)), (256, Config(16, 32, 4, 2))],
         "gfx9": [(128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
-        "other": [(128, Config(16, 16, 4, 1)), (256, Config(16, 16, 8, 1))],
+        "other": [(128, Config(16, 16, 4, 1)), (256, Config(16, 16, 8, 1, reload=True))],
     },
     "float32": {
         "sm_80": [(256, Config(16, 16, 8, 1))],
         "gfx9": [(128, Config(16, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
-        "other": [(256, Config(16, 16, 8, 1))],
+        "other": [(128, Config(16, 16, 8, 1)), (256, Config(16, 16, 8, 1, reload=True))],
     },
 }
 _KEY_VALUE = {

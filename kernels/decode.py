@@ -11,7 +11,7 @@ import triton.language as tl
 
 from . import launch, tuning
 from .attend import attend_range, positive_scale, store_rows
-from .tile import LOG2E, key_range, limits_of, load_columns, load_scale, load_slope, natural_lse, normalizer, row_bounds
+from .tile import LOG2E, key_range, limits_of, load_both, load_scale, load_slope, natural_lse, normalizer, row_bounds
 
 
 @triton.jit(do_not_specialize=[*launch.SIZES, "keys_per_split", "num_splits", "batch_size"])
@@ -34,13 +34,13 @@ def decode_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     MOVE_SIGN: tl.constexpr, LEARNED_SCALE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SPLIT: tl.constexpr, RELOAD: tl.constexpr,
 ):  # fmt: skip
     # 1. bounds
     HAS_FIRST: tl.constexpr = HAS_LO or k_start is not None
     BOUNDED: tl.constexpr = HAS_FIRST or HAS_HI or k_end is not None
     EVERYWHERE: tl.constexpr = mask is not None or bias is not None
-    TILE: tl.constexpr = (BLOCK_M, BLOCK_N)
+    TILE: tl.constexpr = (BLOCK_M, BLOCK_N, RELOAD)
     DIMS: tl.constexpr = (HEAD_DIM, D0, D1, HEAD_DIM_V, E0, E1)
     FLAGS: tl.constexpr = (HAS_FIRST, SOFTCAP, alibi_slopes is not None, DROPOUT, LEARNED_SCALE, PRECISION)
     num_rows, num_heads_k = group_size * seqlen_q, num_heads // group_size
@@ -73,23 +73,22 @@ def decode_kernel(
     if bias is not None:
         bias += (b * bias_strides[0] + h * bias_strides[1] + m * bias_strides[2])[:, None]
     scores = (mask, (0, mask_strides[3] + wide), bias, (0, bias_strides[3] + wide))
-    q0 = load_columns(q, (0, q_strides[3] + wide), rows_left, BLOCK_M, 0, D0, HEAD_DIM, True)
-    q1 = 0.0
-    if D1 > 0:
-        q1 = load_columns(q, (0, q_strides[3] + wide), rows_left, BLOCK_M, D0, D1, HEAD_DIM, True)
+    of_q = (q, (0, q_strides[3] + wide), rows_left)
+    if not RELOAD:
+        of_q = load_both(q, (0, q_strides[3] + wide), rows_left, BLOCK_M, D0, D1, HEAD_DIM)
     if LEARNED_SCALE:
         scale = load_scale(softmax_scale, scale_stride, h, True)[:, None]
     else:
         scale = softmax_scale
         if MOVE_SIGN:
-            q0, q1, scale = positive_scale(scale, q0, q1, D1)
+            of_q, scale = positive_scale(scale, of_q, D1)
     slope = load_slope(alibi_slopes, slope_strides, b, h[:, None])
     numbers = (seqlen_q, seqlen_k, scale, softcap, slope, threshold, seed)
 
     # 3. loops
     visited = (lo, hi, common_lo, common_hi)
     state = attend_range(
-        q0, q1, keys, place, bounds, scores, numbers, visited, TILE, DIMS, FLAGS, EVERYWHERE, EVERYWHERE or BOUNDED
+        of_q, keys, place, bounds, scores, numbers, visited, TILE, DIMS, FLAGS, EVERYWHERE, EVERYWHERE or BOUNDED
     )
 
     # 4. epilogue
@@ -196,7 +195,7 @@ def forward(problem, q, k, v, terms):
 def _plan(problem, q, k, v, out, terms, keys_per_split, num_splits, device, tiles) -> launch.Plan:
     arguments, constexprs = launch.score_arguments(problem, q, k, v, out, terms)
     constexprs |= {"BLOCK_M": tiles.BLOCK_M, "BLOCK_N": tiles.BLOCK_N, "SPLIT": num_splits > 1}
-    constexprs["MOVE_SIGN"] = not problem.learned_scale and terms.softmax_scale <= 0.0
+    constexprs |= launch.of_q(problem, terms, tiles)
     arguments = (keys_per_split, num_splits, problem.batch, *launch.strides(terms.sinks, 1), *arguments)
     programs = num_splits * row_blocks(problem, tiles) * problem.num_heads_k * problem.batch
     return launch.Plan(decode_kernel, programs, arguments, constexprs, tiles.options(device))

@@ -10,7 +10,7 @@ import triton.language as tl
 from . import launch, lists
 from .attend import attend_lists, attend_range, positive_scale, store_rows
 from .lists import open_lists
-from .tile import LOG2E, key_range, limits_of, load_columns, load_scale, load_slope, row_bounds, scores_of, widen
+from .tile import LOG2E, key_range, limits_of, load_both, load_scale, load_slope, row_bounds, scores_of, widen
 
 
 @triton.jit(do_not_specialize=[*launch.SIZES, "num_bitmaps"])
@@ -43,12 +43,13 @@ def forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     MOVE_SIGN: tl.constexpr, LEARNED_SCALE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    RELOAD: tl.constexpr,
 ):  # fmt: skip
     # 1. bounds
     HAS_FIRST: tl.constexpr = HAS_LO or k_start is not None
     BOUNDED: tl.constexpr = HAS_FIRST or HAS_HI or k_end is not None
     EVERYWHERE: tl.constexpr = mask is not None or bias is not None  # any tile may hide a key
-    TILE: tl.constexpr = (BLOCK_M, BLOCK_N)
+    TILE: tl.constexpr = (BLOCK_M, BLOCK_N, RELOAD)
     DIMS: tl.constexpr = (HEAD_DIM, D0, D1, HEAD_DIM_V, E0, E1)
     FLAGS: tl.constexpr = (HAS_FIRST, SOFTCAP, alibi_slopes is not None, DROPOUT, LEARNED_SCALE, PRECISION)
     num_m = tl.cdiv(seqlen_q, BLOCK_M)
@@ -69,13 +70,12 @@ def forward_kernel(
     keys = (k, widen(k_strides, WIDE), k_descriptor, v, widen(v_strides, WIDE), v_descriptor)
     place = (batch, head_k, head, rows[:, None], tl.arange(0, BLOCK_M)[:, None], rows_left)
     scores = scores_of(mask, mask_strides, bias, bias_strides, b, h, m, WIDE)
-    q0 = load_columns(q, widen(q_strides, WIDE), rows_left, BLOCK_M, 0, D0, HEAD_DIM, True)
-    q1 = 0.0
-    if D1 > 0:
-        q1 = load_columns(q, widen(q_strides, WIDE), rows_left, BLOCK_M, D0, D1, HEAD_DIM, True)
+    of_q = (q, widen(q_strides, WIDE), rows_left)
+    if not RELOAD:
+        of_q = load_both(q, widen(q_strides, WIDE), rows_left, BLOCK_M, D0, D1, HEAD_DIM)
     scale = load_scale(softmax_scale, scale_stride, h, LEARNED_SCALE)
     if LEARNED_SCALE or MOVE_SIGN:
-        q0, q1, scale = positive_scale(scale, q0, q1, D1)
+        of_q, scale = positive_scale(scale, of_q, D1)
     slope = load_slope(alibi_slopes, slope_strides, b, h)
     numbers = (seqlen_q, seqlen_k, scale, softcap, slope, threshold, seed)
 
@@ -83,7 +83,7 @@ def forward_kernel(
     if counts is None:
         visited = key_range(bounds, seqlen_k, BLOCK_N, HAS_FIRST, BOUNDED, EVERYWHERE)
         state = attend_range(
-            q0, q1, keys, place, bounds, scores, numbers, visited, TILE, DIMS, FLAGS, EVERYWHERE, EVERYWHERE or BOUNDED
+            of_q, keys, place, bounds, scores, numbers, visited, TILE, DIMS, FLAGS, EVERYWHERE, EVERYWHERE or BOUNDED
         )
     else:
         visits = open_lists(
@@ -91,7 +91,7 @@ def forward_kernel(
             seqlen_k, BLOCK_Q, BLOCK_K, EVERYWHERE or BOUNDED,
         )  # fmt: skip
         state = attend_lists(
-            q0, q1, keys, place, bounds, scores, numbers, visits, BLOCK_Q, BLOCK_K, TILE, DIMS, FLAGS,
+            of_q, keys, place, bounds, scores, numbers, visits, BLOCK_Q, BLOCK_K, TILE, DIMS, FLAGS,
             EVERYWHERE or BOUNDED,
         )  # fmt: skip
 
@@ -143,7 +143,7 @@ def _forward(problem, q, k, v, terms, for_backward: bool):
 def _plan(problem, q, k, v, out, terms, of_mask, device, tiles) -> launch.Plan:
     arguments, constexprs = launch.score_arguments(problem, q, k, v, out, terms)
     constexprs |= lists.constexprs(of_mask, tiles)
-    constexprs["MOVE_SIGN"] = not problem.learned_scale and terms.softmax_scale <= 0.0
+    constexprs |= launch.of_q(problem, terms, tiles)
     of_blocks = (of_mask.strides, of_mask.num_bitmaps) if of_mask else (None, 0)
     programs = triton.cdiv(problem.seqlen_q, tiles.BLOCK_M) * problem.num_heads * problem.batch
     return launch.Plan(
