@@ -271,6 +271,6 @@ def score_arguments(problem, q, k, v, out, terms) -> tuple[tuple, dict]:
 
 
 def of_q(problem, terms, tiles) -> dict:
-    """How the forward kernels hold q: a factor of the scores has to be positive, else its sign goes to q, in registers."""
+    """How the forward kernels hold q: in registers if the sign of a factor of the scores goes to it."""
     move_sign = not problem.learned_scale and terms.softmax_scale <= 0.0
     return {"MOVE_SIGN": move_sign, "RELOAD": tiles.reload and not move_sign and not problem.learned_scale}

@@ -59,11 +59,10 @@ def product_of_chunks(
 ):  # fmt: skip
     """a b^T of M rows from a = (pointer, strides, rows left) and N rows from pointer b on, few columns at a time: for
     tiles that registers do not hold.
-
-    b_left > 0, which the compiler does not know: it would load what stays in a loop before it, and spill.
     """
     CHUNK: tl.constexpr = min(32, W0 if W1 == 0 else min(W0, W1))
-    pointer = a[0] + (b_left >> 31)
+    zero = ((b_left >> 2) + 2**24) >> 30  # to us, not to the compiler: it would load a before the loop, and spill it
+    pointer = a[0] + zero
     acc = tl.zeros([M, N], tl.float32)
     for start in tl.static_range(0, W0 + W1, CHUNK):
         part_a = load_columns(pointer, a[1], a[2], M, start, CHUNK, DIM, True)

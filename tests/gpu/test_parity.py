@@ -21,6 +21,7 @@ from accuracy import assert_accuracy, plain  # noqa: E402
 from cases import CASES, Case, inputs  # noqa: E402
 from fastattn import BlockMask, Mask, UnsupportedError, dispatch  # noqa: E402
 from fastattn.dropout import dropout_mask  # noqa: E402
+from fastattn.kernels import config, launch, tuning  # noqa: E402
 
 if process.INTERPRETED:
     from strict_interpreter import harden
@@ -120,6 +121,41 @@ def test_backward_parity(case):
             fastattn.attention(q.requires_grad_(), k, v, **kwargs, backend="triton")
         return
     assert_backward(case)
+
+
+@pytest.fixture
+def reloading(monkeypatch):
+    """Tiles of architectures with few registers, on any: what stays is loaded in each step, few columns at a time."""
+    look_up = config._look_up
+
+    def forget():
+        launch._launches.clear(), tuning.tiles.cache_clear()
+
+    monkeypatch.setattr(config, "_look_up", lambda *args: look_up(*args)._replace(BLOCK_M=16, BLOCK_N=32, reload=True))
+    forget()
+    yield
+    forget()
+
+
+RELOADED = [
+    Case(batch=2, num_heads=4, num_heads_k=2, seqlen_q=45, seqlen_k=77, head_dim=24, causal=True),
+    Case(seqlen_q=70, seqlen_k=33, head_dim=80, head_dim_v=40, bias="full"),
+    Case(seqlen_q=3, seqlen_k=90, head_dim=250, mask="tensor", dropout_p=0.2, softcap=5.0),
+    Case(num_heads=4, seqlen_q=1, seqlen_k=130, head_dim=192, head_dim_v=128),
+    Case(num_heads=2, seqlen_q=40, seqlen_k=70, head_dim=64, mask="blocks", softmax_scale=-0.3),
+    Case(num_heads=2, seqlen_q=40, seqlen_k=40, head_dim=48, learned_scale="one", alibi=True, sinks=True),
+]
+
+
+@pytest.mark.parametrize("case", in_every_dtype(RELOADED))
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_reloaded_tiles(case, direction, reloading):
+    if direction == "backward":
+        assert_backward(case)
+        return
+    for row in FORWARD:
+        if not dispatch.refuse(row, problem_of(case)):
+            assert_forward(row, case)
 
 
 # --- dropout ---------------------------------------------------------------------------------------------------------
