@@ -161,7 +161,7 @@ _KEY_VALUE = {
         "sm_80": [(64, Config(16, 32, 8, 1)), (256, Config(16, 16, 8, 1))],
         "sm_100": [(256, Config(16, 16, 8, 1))],
         "gfx9": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
-        "other": [(256, Config(16, 16, 8, 1, reload=True))],
+        "other": [(128, Config(16, 16, 8, 1, reload=True)), (256, Config(16, 16, 16, 1, reload=True))],
     },
 }
 _QUERY = {
@@ -187,7 +187,7 @@ _QUERY = {
     "float32": {
         "sm_80": [(128, Config(16, 16, 8, 1)), (256, Config(16, 16, 8, 2))],
         "gfx9": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
-        "other": [(256, Config(16, 16, 8, 1, reload=True))],
+        "other": [(64, Config(16, 16, 8, 1)), (256, Config(16, 16, 8, 1, reload=True))],
     },
 }
 _BIAS = {
@@ -197,9 +197,9 @@ _BIAS = {
         "other": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 8, 1, reload=True))],
     },
     "float32": {
-        "sm_80": [(256, Config(16, 16, 8, 1))],
+        "sm_80": [(128, Config(16, 16, 8, 1)), (256, Config(16, 16, 8, 1, reload=True))],
         "gfx9": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
-        "other": [(256, Config(16, 16, 8, 1, reload=True))],
+        "other": [(128, Config(16, 16, 8, 1)), (256, Config(16, 16, 8, 1, reload=True))],
     },
 }
 _INTERPRETER = Config(64, 64, 1, 1)

@@ -53,20 +53,27 @@ def load_both(
 
 
 @triton.jit
+def load_chunk(ptr, strides, rows_left, start, ROWS: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
+    """As `load_columns`, with a start that only the running kernel knows."""
+    rows, cols = tl.arange(0, ROWS)[:, None], start + tl.arange(0, WIDTH)[None, :]
+    return tl.load(
+        ptr + rows * strides[0] + cols * strides[1], mask=(rows < rows_left) & (cols < DIM), other=0.0
+    )  # fmt: skip
+
+
+@triton.jit
 def product_of_chunks(
     a, b, b_strides, b_left, M: tl.constexpr, N: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, DIM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """a b^T of M rows from a = (pointer, strides, rows left) and N rows from pointer b on, few columns at a time: for
-    tiles that registers do not hold.
-    """
+    tiles that registers do not hold."""
     CHUNK: tl.constexpr = min(32, W0 if W1 == 0 else min(W0, W1))
-    zero = ((b_left >> 2) + 2**24) >> 30  # to us, not to the compiler: it would load a before the loop, and spill it
-    pointer = a[0] + zero
     acc = tl.zeros([M, N], tl.float32)
-    for start in tl.static_range(0, W0 + W1, CHUNK):
-        part_a = load_columns(pointer, a[1], a[2], M, start, CHUNK, DIM, True)
-        part_b = load_columns(b, b_strides, b_left, N, start, CHUNK, DIM, True)
+    zero = ((b_left >> 2) + 2**24) >> 30  # which the compiler does not know: it would unroll, load all, and spill
+    for start in tl.range(0, W0 + W1 + zero, CHUNK):
+        part_a = load_chunk(a[0], a[1], a[2], start, M, CHUNK, DIM)
+        part_b = load_chunk(b, b_strides, b_left, start, N, CHUNK, DIM)
         acc = tl.dot(part_a, tl.trans(part_b), acc, input_precision=PRECISION)
     return acc
 

@@ -56,7 +56,7 @@ MORE = (  # other rows of tables that most architectures have in common
     *(Spec("decode everything", head_dim, seqlen_q=1, everything=True) for head_dim in (128, 256)),
     *(Spec("backward", head_dim, "float32", backward=True) for head_dim in (128, 256)),
     *(Spec("backward everything", head_dim, everything=True, backward=True) for head_dim in (64, 256)),
-    *(Spec("backward everything", head_dim, "float32", everything=True, backward=True) for head_dim in (64, 128)),
+    *(Spec("backward everything", head_dim, "float32", everything=True, backward=True) for head_dim in (64, 128, 256)),
 )
 FEW = tuple(spec for spec in SPECS if str(spec) in ("prefill D128 bfloat16", "backward D128 bfloat16"))
 ARCHS = {
