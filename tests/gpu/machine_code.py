@@ -40,6 +40,10 @@ class Instruction(NamedTuple):
         return bool(re.match(r"FFMA|v_(pk_|dual_)?fma", self.opcode))
 
     @property
+    def is_exp(self) -> bool:
+        return self.opcode.startswith(("MUFU.EX2", "v_exp_f32"))
+
+    @property
     def is_copy(self) -> bool:
         amd = self.kind.startswith(("buffer_load", "global_load")) and "lds" in self.kind + self.operands
         return amd or self.kind in ("LDGSTS", "UTMALDG")
@@ -50,7 +54,7 @@ class Instruction(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """An innermost loop around products: matrix instructions, or the multiply-adds of a kernel that has no others."""
+    """A loop around the products of a step: matrix instructions, or multiply-adds of a kernel that has no others."""
 
     instructions: tuple[Instruction, ...]
     products: int
@@ -138,29 +142,25 @@ MANY = 64
 
 
 def _loops(instructions: list[Instruction], labels: dict[str, int]) -> list[Loop]:
-    """Backward branches around products; not the way back from code that lies after the end.
-
-    Of nested ones the innermost, but for a loop over columns within a step that multiplies besides: then the step.
-    """
+    """Innermost backward branches around products, and around exponentials if there are any: a step may hold a loop
+    over columns. Not the way back from code that lies after the end."""
+    has_exp = any(instruction.is_exp for instruction in instructions)
     has_matrix = any(instruction.is_matrix for instruction in instructions)
-
-    def count(body) -> int:
-        return sum(other.is_matrix if has_matrix else other.is_multiply_add for other in body)
-
     spans = {}
     for end, instruction in enumerate(instructions):
         target = re.search(r"\.L(_x_|BB)\w+", instruction.operands) if "BRA" in instruction.opcode.upper() else None
         start = labels.get(target[0], end + 1) if target else end + 1
         body = instructions[start : end + 1]
+        products = sum(other.is_matrix if has_matrix else other.is_multiply_add for other in body)
         leaves = any(other.kind in ("EXIT", "s_endpgm") for other in body)
-        if not leaves and count(body) >= (1 if has_matrix else MANY):
-            spans[start, end] = count(body)
-    steps = []
-    for a, b in sorted(spans, key=lambda span: span[1] - span[0]):
-        inner = [(c, d) for c, d in steps if a <= c and d <= b]
-        if spans[a, b] > sum(spans[span] for span in inner):
-            steps = [span for span in steps if span not in inner] + [(a, b)]
-    return [Loop(tuple(instructions[a : b + 1]), spans[a, b]) for a, b in sorted(steps, key=list(spans).index)]
+        is_step = not has_exp or any(other.is_exp for other in body)
+        if not leaves and is_step and products >= (1 if has_matrix else MANY):
+            spans[start, end] = products
+    return [
+        Loop(tuple(instructions[a : b + 1]), products)
+        for (a, b), products in spans.items()
+        if not any((c, d) != (a, b) and a <= c and d <= b for c, d in spans)
+    ]
 
 
 # --- a static bound --------------------------------------------------------------------------------------------------
