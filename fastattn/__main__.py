@@ -47,7 +47,10 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _warm_up(options) -> None:
-    from tqdm import tqdm
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        raise SystemExit("warmup shows its progress with tqdm, which is not installed: pip install tqdm") from None
 
     calls = list(itertools.product(options.shapes, options.dtype, options.causal))
     for shape, dtype, causal in (bar := tqdm(calls, unit="call", file=sys.stderr)):
