@@ -269,20 +269,19 @@ def status(field: str) -> int:
 def resident() -> int:
     """Bytes that this process has now, without what malloc keeps to reuse."""
     gc.collect()
-    now = status("VmRSS")
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
-        now = status("VmRSS")
-    return now
+    return status("VmRSS")
 
 
 def reset_peak() -> int:
-    """Bytes that this process has now; VmHWM counts from here."""
+    """Bytes that this process has now; VmHWM counts from here, and what is allocated next has no memory yet."""
+    before = resident()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         pytest.skip("/proc/self/clear_refs cannot reset VmHWM")
-    return status("VmRSS")
+    return before
 
 
 def small_calls():
