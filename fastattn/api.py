@@ -18,6 +18,7 @@ _current_backend = dispatch.current_backend
 _note = dispatch.note
 _signature = cpu.signature
 _functorch_level = torch._C._functorch.peek_interpreter_stack
+_CAUSAL = (Window(None, 0),)
 
 
 def attention(
@@ -177,17 +178,21 @@ def _bounds_of(mask, causal, window_size) -> tuple:
     if window_size is not None:
         windows += (Window(*check_window(window_size)),)
     if causal is not False and _check_flag("causal", causal, '; mask=Mask.causal("top_left") is torch\'s alignment'):
-        windows += (Window(None, 0),)
+        windows += _CAUSAL
     return mask, block_mask, windows, k_start, k_end
 
 
 def _describe(block_mask: BlockMask | None, *tensors: torch.Tensor | None) -> tuple[tuple | None, bool]:
     """(what decides about the optional tensors, None without any; whether one wants a gradient)"""
-    if block_mask is None and not any([t is not None for t in tensors]):
-        return None, False
-    block = None if block_mask is None else (block_mask.shape, block_mask.BLOCK_SIZE, block_mask.device, False)
-    extras = (block, *[None if t is None else (t.shape, t.dtype, t.device, t.requires_grad) for t in tensors])
-    return extras, _is_grad_enabled() and any([extra is not None and extra[3] for extra in extras])
+    is_any, wants_grad = block_mask is not None, False
+    extras = [block_mask._described if is_any else None]
+    for t in tensors:
+        if t is None:
+            extras.append(None)
+        else:
+            extras.append((t.shape, t.dtype, t.device, t.requires_grad))
+            is_any, wants_grad = True, wants_grad or t.requires_grad
+    return (tuple(extras), wants_grad and _is_grad_enabled()) if is_any else (None, False)
 
 
 def _check_seed(seed) -> None:

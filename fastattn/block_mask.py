@@ -9,6 +9,7 @@ import sys
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -323,6 +324,11 @@ class BlockMask:
     def device(self) -> torch.device:
         """Where the tensors are."""
         return self.kv_indices.device
+
+    @cached_property
+    def _described(self) -> tuple:
+        """What a call depends on."""
+        return self.shape, self.BLOCK_SIZE, self.device
 
     @property
     def nbytes(self) -> int:

@@ -81,7 +81,7 @@ class _Call:
         if self.lists:
             self.transposed = block_lists.of(terms.block_mask.transpose())
         self.launches = launch.of((
-            "backward", wanted, dout.stride(), out.stride(), launch.alignment(out, dout, dlse), launch.describe(dlse),
+            "backward", wanted, dout.stride(), out.stride(), launch.alignment(out, dout), launch.describe(dlse),
             self.lists and (self.lists.key, self.transposed.key), *launch.call_key(problem, q, k, v, terms),
         ))  # fmt: skip
         if "block_m" not in self.launches:

@@ -170,10 +170,7 @@ def forward(problem, q, k, v, terms):
     if "splits" not in launches:
         launches["splits"] = split_keys(problem, launch.device_facts(q.get_device()))
     keys_per_split, num_splits = launches["splits"]
-    parts = None
-    if num_splits > 1:
-        size = num_splits * problem.batch * problem.num_heads * problem.seqlen_q * (problem.head_dim_v + 2)
-        parts = q.new_empty(size, dtype=torch.float32)
+    parts = empty_parts(problem, q, num_splits) if num_splits > 1 else None
     extras = (terms.k_start, terms.k_end, terms.mask, terms.bias, terms.alibi_slopes, terms.softmax_scale)
     tensors = (q, k, v, out if parts is None else parts, lse, *extras, terms.seed or 0, terms.sinks)
 
@@ -190,6 +187,12 @@ def forward(problem, q, k, v, terms):
         of_parts = (parts, terms.sinks, out, lse)
         launch.run(launches, "combine", of_parts, lambda: _plan_to_combine(problem, out, terms, num_splits))
     return out, lse
+
+
+def empty_parts(problem, q: torch.Tensor, num_splits: int) -> torch.Tensor:
+    """What the splits write and `combine_kernel` reads."""
+    size = num_splits * problem.batch * problem.num_heads * problem.seqlen_q * (problem.head_dim_v + 2)
+    return q.new_empty(size, dtype=torch.float32)
 
 
 def _plan(problem, q, k, v, out, terms, keys_per_split, num_splits, device, tiles) -> launch.Plan:

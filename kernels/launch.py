@@ -137,11 +137,12 @@ def descriptors(device: Device, k, v, rows: int, constexprs: dict) -> Callable:
     if not has_tma or constexprs["D1"] or constexprs["E1"] or not all(map(_allows_descriptor, (k, v))):
         return lambda k, v: (None, None)
     kd, vd = vars(_descriptor(k, rows, constexprs["D0"])), vars(_descriptor(v, rows, constexprs["E0"]))
+    new = object.__new__
 
     def describe(k, v):
-        pair = TensorDescriptor.__new__(TensorDescriptor), TensorDescriptor.__new__(TensorDescriptor)
-        pair[0].__dict__, pair[1].__dict__ = {**kd, "base": k}, {**vd, "base": v}  # checked once, by the first call
-        return pair
+        of_k, of_v = new(TensorDescriptor), new(TensorDescriptor)  # not by its class: checked once, by the first call
+        of_k.__dict__, of_v.__dict__ = kd | {"base": k}, vd | {"base": v}
+        return of_k, of_v
 
     return describe
 
@@ -157,15 +158,12 @@ def _descriptor(x: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), [*outer, 1], [1, 1, rows, width])
 
 
-def alignment(*tensors: torch.Tensor | None) -> int | tuple:
+def alignment(*tensors: torch.Tensor) -> int | tuple:
     """0 if all tensors start at a multiple of 16 bytes, else which do not."""
     bits = 0
     for x in tensors:
-        if x is not None:
-            bits |= x.data_ptr()
-    if not bits % 16:
-        return 0
-    return tuple(x is not None and x.data_ptr() % 16 != 0 for x in tensors)
+        bits |= x.data_ptr()
+    return tuple(x.data_ptr() % 16 != 0 for x in tensors) if bits % 16 else 0
 
 
 def strides(x: torch.Tensor | None, dims: int) -> tuple[int, ...]:
@@ -189,26 +187,22 @@ def precision(problem) -> str:
 
 def describe(*extras: torch.Tensor | None) -> tuple:
     """What a launch depends on of the optional tensors."""
-    return tuple([None if x is None else (x.shape, x.stride(), x.dtype) for x in extras])
+    return tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0) for x in extras])
 
 
 def describe_scale(softmax_scale: float | torch.Tensor) -> tuple | bool:
-    if isinstance(softmax_scale, torch.Tensor):
-        return softmax_scale.shape, softmax_scale.stride(), softmax_scale.dtype
-    return softmax_scale <= 0.0
+    return describe(softmax_scale) if isinstance(softmax_scale, torch.Tensor) else softmax_scale <= 0.0
 
 
 def call_key(problem, q, k, v, terms) -> tuple:
     """What decides about the launch of a forward kernel."""
     scale, softcap, lo, hi, k_start, k_end, mask, _, bias, alibi_slopes, sinks, dropout_p, *_ = terms
-    if k_start is k_end is mask is bias is alibi_slopes is sinks is None:
-        described, aligned = None, alignment(q, k, v)
-    else:
-        extras = (k_start, k_end, mask, bias, alibi_slopes, sinks)
-        described, aligned = describe(*extras), alignment(q, k, v, *extras)
+    extras = None
+    if not (k_start is k_end is mask is bias is alibi_slopes is sinks is None):
+        extras = describe(k_start, k_end, mask, bias, alibi_slopes, sinks)
     return (
-        problem, q.get_device(), q.stride(), k.stride(), v.stride(), aligned, described, softcap, lo, hi, dropout_p,
-        describe_scale(scale), precision(problem),
+        problem, q.get_device(), q.stride(), k.stride(), v.stride(), alignment(q, k, v), extras, softcap, lo, hi,
+        dropout_p, describe_scale(scale), precision(problem),
     )  # fmt: skip
 
 

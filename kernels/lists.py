@@ -94,17 +94,13 @@ def find_tile(start, visits, ACROSS: tl.constexpr, ALONG: tl.constexpr, CHUNK: t
 
 
 class Lists(NamedTuple):
-    """Arguments of a kernel for a block mask (or for its transpose)."""
+    """Arguments of a kernel for a block mask (or for its transpose); key: what a launch depends on of them."""
 
     tensors: tuple
     strides: tuple
     num_bitmaps: int
     block_size: tuple[int, int]
-
-    @property
-    def key(self) -> tuple:
-        """What a launch depends on."""
-        return self.strides, self.num_bitmaps, self.block_size, launch.alignment(*self.tensors)
+    key: tuple
 
 
 _known: WeakKeyDictionary = WeakKeyDictionary()
@@ -123,7 +119,8 @@ def of(block_mask) -> Lists | None:
         tensors = (*partial, *full, block_mask.bitmaps)  # contiguous: BlockMask sees to it
         counts = (launch.strides(tensors[0], 3), launch.strides(tensors[3], 3))
         strides = (*counts, tensors[1].shape[-1], tensors[4].shape[-1])
-        found = _known[block_mask] = Lists(tensors, strides, len(block_mask.bitmaps), tuple(block_mask.BLOCK_SIZE))
+        facts = (strides, len(block_mask.bitmaps), tuple(block_mask.BLOCK_SIZE))
+        found = _known[block_mask] = Lists(tensors, *facts, (*facts, launch.alignment(*tensors)))
     return found
 
 
