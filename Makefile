@@ -35,7 +35,7 @@ test-all: $(VENV)/.test $(EXT)  ## all tests: builds of wheels, sanitizers, larg
 	$(MAKE) test-triton test-triton-versions ARGS='-m "" $(ARGS)'
 
 # Triton lies beside the environment and not in it: a torch for CUDA brings its own. It decides when it is imported
-# whether it interprets or compiles: a process for each, of one thread, two at once.
+# whether it interprets or compiles: a process for each, of one thread; for the slowest, two.
 TRITON ?= 3.9.0
 TRITON_PATH := $(VENV)/triton-$(TRITON)
 TRITON_PY = PYTHONPATH=$(TRITON_PATH):$(VENV)/ttsem OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PY)
@@ -46,10 +46,10 @@ NEITHER := tests/gpu/test_bench_gpu.py tests/gpu/test_device.py
 INTERPRETED := $(filter-out $(COMPILED) $(SANITIZED) $(NEITHER),$(sort $(wildcard tests/gpu/test_*.py)))
 
 test-triton: $(VENV)/.test $(EXT) $(TRITON_PATH) $(VENV)/ttsem  ## the Triton kernels without a GPU
-	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync triton-interpreted triton-compiled triton-sanitized
+	@$(MAKE) --no-print-directory --keep-going triton-interpreted triton-compiled triton-sanitized
 
 triton-interpreted:
-	TRITON_INTERPRET=1 $(TRITON_PYTEST) $(INTERPRETED) $(ARGS)
+	TRITON_INTERPRET=1 $(TRITON_PYTEST) -n 2 --dist worksteal $(INTERPRETED) $(ARGS)
 
 triton-compiled:
 	$(TRITON_PYTEST) $(COMPILED) $(ARGS)

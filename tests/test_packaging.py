@@ -356,7 +356,11 @@ def test_unknown_build_mode():
 BINDINGS = """
 #include <pybind11/pybind11.h>
 #include "number.h"
-PYBIND11_MODULE(_C, m) { m.attr("number") = NUMBER; m.def("isa", [] { return "scalar"; }); }
+PYBIND11_MODULE(_C, m) {
+  m.attr("number") = NUMBER;
+  m.def("isa", [] { return "scalar"; });
+  m.def("signature", [](pybind11::args) { return pybind11::none(); });
+}
 """
 
 
