@@ -60,15 +60,15 @@ def attend(
     SOFTCAP: tl.constexpr = FLAGS[1]
     ALIBI: tl.constexpr = FLAGS[2]
     DROPOUT: tl.constexpr = FLAGS[3]
-    LEARNED_SCALE: tl.constexpr = FLAGS[4]
+    ANY_SIGN: tl.constexpr = FLAGS[4]
     PRECISION: tl.constexpr = FLAGS[5]
-    MODIFIED: tl.constexpr = SOFTCAP or ALIBI or LEARNED_SCALE or bias is not None
+    MODIFIED: tl.constexpr = SOFTCAP or ALIBI or ANY_SIGN or bias is not None  # else the scale is left to the maximum
     keys_left, n = seqlen_k - col, tl.cast(col, tl.int64)
     local_cols = tl.arange(0, BLOCK_N)[None, :]
 
     # loads before the product: of two layouts the compiler keeps the later one for the running maximum and sum
     if MASKED:
-        seen = visible(col + local_cols, bounds[0][:, None], bounds[1][:, None], HAS_FIRST)
+        seen = visible(local_cols, bounds[0][:, None] - col, bounds[1][:, None] - col, HAS_FIRST)
         if mask is not None:
             tile = mask + n * mask_strides[1]
             seen = seen & (load_scores(tile, mask_strides, local_rows, local_cols, rows_left, keys_left) != 0)
@@ -96,8 +96,6 @@ def attend(
     if MODIFIED:
         if SOFTCAP:
             s, _ = softcap_scores(s, scale, softcap)
-        elif LEARNED_SCALE:
-            s = s * scale * LOG2E
         else:
             s = s * factor
         factor = 1.0
@@ -301,13 +299,3 @@ def store_rows(
         store_columns(out_exact, (0, 1), acc0, rows_left, BLOCK_M, 0, E0, HEAD_DIM_V)
         if E1 > 0:
             store_columns(out_exact, (0, 1), acc1, rows_left, BLOCK_M, E0, E1, HEAD_DIM_V)
-
-
-@triton.jit
-def positive_scale(scale, q, D1: tl.constexpr):
-    """(q, scale) with the sign of scale moved to q: the online maximum needs a positive factor."""
-    sign = tl.where(scale > 0.0, 1.0, tl.where(scale < 0.0, -1.0, scale * 0.0))
-    q0, q1 = (q[0] * sign).to(q[0].dtype), 0.0
-    if D1 > 0:
-        q1 = (q[1] * sign).to(q[1].dtype)
-    return (q0, q1), tl.where(scale == 0.0, 1.0, tl.abs(scale))

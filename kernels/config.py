@@ -63,11 +63,13 @@ def split_head_dim(head_dim: int, dtype: str = "bfloat16") -> tuple[int, int]:
 
 # Tables of a kernel, by kind of call:
 #   plain     dense
-#   masked    with bounds or a block mask; an architecture that is not in it has the plain one
+#   masked    with bounds or a block mask
+#   learned   softmax_scale is a tensor
 #   heavy     a bias, a bool mask, ALiBi, softcap or dropout, which take registers
 #   float32   multiplied without tensor cores
-# A row is (largest head_dim of either kind, config), ascending; the last one serves any. Chosen by compiling: tiles
-# whose loops do not spill, and of several those with the best static tensor-core bound (docs/triton.md).
+# "masked" and "learned" serve the architectures that they name; others take the next best. A row is (largest
+# of head_dim and head_dim_v, config), ascending; the last one serves any. Chosen by compiling: tiles whose loops do not
+# spill, and of several those with the best static tensor-core bound (docs/triton.md).
 _PREFILL = {
     "plain": {
         "sm_80": [
@@ -102,7 +104,10 @@ _PREFILL = {
     },
     "heavy": {
         "sm_80": [(128, Config(64, 32, 8, 2)), (256, Config(32, 32, 8, 1))],
+        "sm_86": [(128, Config(64, 32, 8, 2)), (256, Config(32, 32, 4, 1))],
         "sm_90": [(128, Config(64, 32, 8, 2)), (256, Config(64, 16, 8, 1))],
+        "sm_100": [(128, Config(64, 32, 8, 2)), (256, Config(32, 32, 4, 1))],
+        "sm_120": [(64, Config(64, 32, 4, 2)), (128, Config(64, 32, 4, 1)), (256, Config(64, 16, 8, 1))],
         "gfx9": [(64, Config(64, 32, 4, 1)), (256, Config(32, 32, 4, 1))],
         "other": [
             (64, Config(64, 16, 4, 1)), (128, Config(32, 16, 8, 1)), (256, Config(32, 16, 8, 1, reload=True)),
@@ -151,9 +156,12 @@ _KEY_VALUE = {
         "sm_86": [(64, Config(64, 32, 4, 2)), (128, Config(32, 32, 4, 2)), (256, Config(32, 32, 8, 1))],
         "sm_90": [(64, Config(64, 64, 4, 2)), (128, Config(32, 128, 8, 2)), (256, Config(32, 32, 8, 1))],
     },
+    "learned": {
+        "sm_120": [(64, Config(64, 32, 4, 2)), (128, Config(32, 32, 4, 2)), (256, Config(32, 32, 8, 1))],
+    },
     "heavy": {
         "sm_80": [(128, Config(32, 32, 4, 2)), (256, Config(16, 16, 4, 1))],
-        "sm_90": [(64, Config(16, 64, 4, 1)), (128, Config(16, 64, 8, 1)), (256, Config(16, 16, 4, 1))],
+        "sm_90": [(64, Config(16, 64, 4, 1)), (128, Config(16, 64, 8, 2)), (256, Config(16, 16, 4, 1))],
         "gfx9": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
         "other": [(64, Config(16, 16, 4, 1)), (256, Config(16, 16, 8, 1, reload=True))],
     },
@@ -177,6 +185,9 @@ _QUERY = {
     "masked": {
         "sm_90": [(64, Config(64, 64, 4, 2)), (128, Config(64, 32, 4, 2)), (256, Config(128, 16, 8, 1))],
         "sm_120": [(64, Config(64, 32, 4, 2)), (128, Config(32, 32, 4, 2)), (256, Config(32, 32, 8, 1))],
+    },
+    "learned": {
+        "sm_90": [(64, Config(64, 64, 4, 2)), (128, Config(64, 32, 4, 2)), (256, Config(128, 16, 8, 1))],
     },
     "heavy": {
         "sm_80": [(128, Config(32, 32, 4, 2)), (256, Config(16, 16, 4, 1))],
@@ -244,22 +255,22 @@ def within(config: Config, block_size: tuple[int, int]) -> Config:
     return config._replace(BLOCK_M=block_m, BLOCK_N=block_n)
 
 
-def _kind(problem) -> str:
-    """Which of a kernel's tables serves the problem."""
+def _kinds(problem) -> tuple[str, ...]:
+    """Which of a kernel's tables serve the problem, best first."""
     if problem.dtype == "float32":
-        return "float32"
+        return ("float32",)
     if problem.bias != "none" or problem.mask == "tensor" or problem.alibi or problem.softcap or problem.dropout:
-        return "heavy"
-    return "plain" if problem.mask == "none" else "masked"
+        return "heavy", "plain"
+    kinds = ("plain",) if problem.mask == "none" else ("masked", "plain")
+    return ("learned", *kinds) if problem.learned_scale else kinds
 
 
 def _look_up(tables, problem, device: Device) -> Config:
     if device.arch == "interpreter":
         return _INTERPRETER
-    arch, kind = _SAME_AS.get(device.arch, device.arch), _kind(problem)
-    if kind not in tables or (kind == "masked" and arch not in tables[kind]):
-        kind = "plain"
-    table = tables[kind]
+    arch = _SAME_AS.get(device.arch, device.arch)
+    found = [tables[kind] for kind in _kinds(problem) if kind in tables]
+    table = next(table for table in found if arch in table or "other" in table)
     family = "sm_80" if arch.startswith("sm_") else arch[:4]
     rows = table.get(arch) or table.get(family) or table["other"]
     widest = max(problem.head_dim, problem.head_dim_v)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import launch, tuning
-from .attend import attend_range, positive_scale, store_rows
+from .attend import attend_range, store_rows
 from .tile import LOG2E, key_range, limits_of, load_both, load_scale, load_slope, natural_lse, normalizer, row_bounds
 
 
@@ -33,7 +33,7 @@ def decode_kernel(
     D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    MOVE_SIGN: tl.constexpr, LEARNED_SCALE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    ANY_SIGN: tl.constexpr, LEARNED_SCALE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     SPLIT: tl.constexpr, RELOAD: tl.constexpr,
 ):  # fmt: skip
     # 1. bounds
@@ -42,7 +42,7 @@ def decode_kernel(
     EVERYWHERE: tl.constexpr = mask is not None or bias is not None
     TILE: tl.constexpr = (BLOCK_M, BLOCK_N, RELOAD)
     DIMS: tl.constexpr = (HEAD_DIM, D0, D1, HEAD_DIM_V, E0, E1)
-    FLAGS: tl.constexpr = (HAS_FIRST, SOFTCAP, alibi_slopes is not None, DROPOUT, LEARNED_SCALE, PRECISION)
+    FLAGS: tl.constexpr = (HAS_FIRST, SOFTCAP, alibi_slopes is not None, DROPOUT, ANY_SIGN, PRECISION)
     num_rows, num_heads_k = group_size * seqlen_q, num_heads // group_size
     num_m = tl.cdiv(num_rows, BLOCK_M)
     split, pid = tl.program_id(0) % num_splits, tl.program_id(0) // num_splits
@@ -76,12 +76,7 @@ def decode_kernel(
     of_q = (q, (0, q_strides[3] + wide), rows_left)
     if not RELOAD:
         of_q = load_both(q, (0, q_strides[3] + wide), rows_left, BLOCK_M, D0, D1, HEAD_DIM)
-    if LEARNED_SCALE:
-        scale = load_scale(softmax_scale, scale_stride, h, True)[:, None]
-    else:
-        scale = softmax_scale
-        if MOVE_SIGN:
-            of_q, scale = positive_scale(scale, of_q, D1)
+    scale = load_scale(softmax_scale, scale_stride, h[:, None], LEARNED_SCALE)
     slope = load_slope(alibi_slopes, slope_strides, b, h[:, None])
     numbers = (seqlen_q, seqlen_k, scale, softcap, slope, threshold, seed)
 
@@ -198,7 +193,7 @@ def empty_parts(problem, q: torch.Tensor, num_splits: int) -> torch.Tensor:
 def _plan(problem, q, k, v, out, terms, keys_per_split, num_splits, device, tiles) -> launch.Plan:
     arguments, constexprs = launch.score_arguments(problem, q, k, v, out, terms)
     constexprs |= {"BLOCK_M": tiles.BLOCK_M, "BLOCK_N": tiles.BLOCK_N, "SPLIT": num_splits > 1}
-    constexprs |= launch.of_q(problem, terms, tiles)
+    constexprs |= {"ANY_SIGN": launch.is_of_any_sign(terms.softmax_scale), "RELOAD": tiles.reload}
     arguments = (keys_per_split, num_splits, problem.batch, *launch.strides(terms.sinks, 1), *arguments)
     programs = num_splits * row_blocks(problem, tiles) * problem.num_heads_k * problem.batch
     return launch.Plan(decode_kernel, programs, arguments, constexprs, tiles.options(device))

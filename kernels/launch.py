@@ -190,8 +190,9 @@ def describe(*extras: torch.Tensor | None) -> tuple:
     return tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0) for x in extras])
 
 
-def describe_scale(softmax_scale: float | torch.Tensor) -> tuple | bool:
-    return describe(softmax_scale) if isinstance(softmax_scale, torch.Tensor) else softmax_scale <= 0.0
+def is_of_any_sign(softmax_scale: float | torch.Tensor) -> bool:
+    """Whether the largest score may not be the one of the largest product, for all that is known before the launch."""
+    return isinstance(softmax_scale, torch.Tensor) or softmax_scale <= 0.0
 
 
 def call_key(problem, q, k, v, terms) -> tuple:
@@ -202,7 +203,7 @@ def call_key(problem, q, k, v, terms) -> tuple:
         extras = describe(k_start, k_end, mask, bias, alibi_slopes, sinks)
     return (
         problem, q.get_device(), q.stride(), k.stride(), v.stride(), alignment(q, k, v), extras, softcap, lo, hi,
-        dropout_p, describe_scale(scale), precision(problem),
+        dropout_p, describe(scale) if isinstance(scale, torch.Tensor) else scale <= 0.0, precision(problem),
     )  # fmt: skip
 
 
@@ -262,9 +263,3 @@ def score_arguments(problem, q, k, v, out, terms) -> tuple[tuple, dict]:
         "PRECISION": precision(problem), "WIDE": is_wide(*arguments[:8]), **diagonal_flags(lo, hi),
     }  # fmt: skip
     return arguments, constexprs
-
-
-def of_q(problem, terms, tiles) -> dict:
-    """How the forward kernels hold q: in registers if the sign of a factor of the scores goes to it."""
-    move_sign = not problem.learned_scale and terms.softmax_scale <= 0.0
-    return {"MOVE_SIGN": move_sign, "RELOAD": tiles.reload and not move_sign and not problem.learned_scale}

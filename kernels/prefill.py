@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from . import launch, lists
-from .attend import attend_lists, attend_range, positive_scale, store_rows
+from .attend import attend_lists, attend_range, store_rows
 from .lists import open_lists
 from .tile import LOG2E, key_range, limits_of, load_both, load_scale, load_slope, row_bounds, scores_of, widen
 
@@ -42,7 +42,7 @@ def forward_kernel(
     D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    MOVE_SIGN: tl.constexpr, LEARNED_SCALE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    ANY_SIGN: tl.constexpr, LEARNED_SCALE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     RELOAD: tl.constexpr,
 ):  # fmt: skip
     # 1. bounds
@@ -51,7 +51,7 @@ def forward_kernel(
     EVERYWHERE: tl.constexpr = mask is not None or bias is not None  # any tile may hide a key
     TILE: tl.constexpr = (BLOCK_M, BLOCK_N, RELOAD)
     DIMS: tl.constexpr = (HEAD_DIM, D0, D1, HEAD_DIM_V, E0, E1)
-    FLAGS: tl.constexpr = (HAS_FIRST, SOFTCAP, alibi_slopes is not None, DROPOUT, LEARNED_SCALE, PRECISION)
+    FLAGS: tl.constexpr = (HAS_FIRST, SOFTCAP, alibi_slopes is not None, DROPOUT, ANY_SIGN, PRECISION)
     num_m = tl.cdiv(seqlen_q, BLOCK_M)
     m_block = tl.program_id(0) % num_m
     if HAS_HI and counts is None:
@@ -74,8 +74,6 @@ def forward_kernel(
     if not RELOAD:
         of_q = load_both(q, widen(q_strides, WIDE), rows_left, BLOCK_M, D0, D1, HEAD_DIM)
     scale = load_scale(softmax_scale, scale_stride, h, LEARNED_SCALE)
-    if LEARNED_SCALE or MOVE_SIGN:
-        of_q, scale = positive_scale(scale, of_q, D1)
     slope = load_slope(alibi_slopes, slope_strides, b, h)
     numbers = (seqlen_q, seqlen_k, scale, softcap, slope, threshold, seed)
 
@@ -143,7 +141,7 @@ def _forward(problem, q, k, v, terms, for_backward: bool):
 def _plan(problem, q, k, v, out, terms, of_mask, device, tiles) -> launch.Plan:
     arguments, constexprs = launch.score_arguments(problem, q, k, v, out, terms)
     constexprs |= lists.constexprs(of_mask, tiles)
-    constexprs |= launch.of_q(problem, terms, tiles)
+    constexprs |= {"ANY_SIGN": launch.is_of_any_sign(terms.softmax_scale), "RELOAD": tiles.reload}
     of_blocks = (of_mask.strides, of_mask.num_bitmaps) if of_mask else (None, 0)
     programs = triton.cdiv(problem.seqlen_q, tiles.BLOCK_M) * problem.num_heads * problem.batch
     return launch.Plan(

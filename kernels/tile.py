@@ -187,10 +187,10 @@ def key_range(
 @triton.jit
 def visible(cols, first, last, HAS_FIRST: tl.constexpr):
     """Which keys the bounds of the rows leave; first, last shaped as rows. Without HAS_FIRST, first is 0."""
-    seen = cols < last
-    if HAS_FIRST:
-        seen = seen & (cols >= first)
-    return seen
+    if HAS_FIRST:  # one comparison for two, which is false for all of (INT_MAX, 0) as well
+        return (cols - first).to(tl.uint32) < (last - first).to(tl.uint32)
+    else:
+        return cols < last
 
 
 @triton.jit

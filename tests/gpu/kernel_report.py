@@ -28,8 +28,10 @@ class Spec(NamedTuple):
     seqlen_q: int = 4096
     causal: bool = False
     backward: bool = False
-    everything: bool = False  # bias, ALiBi, softcap, sinks, dropout, a bool mask
+    everything: bool = False  # bias, ALiBi, softcap, sinks, dropout, a bool mask if there is no other
     blocks: bool = False  # a block mask
+    window: bool = False
+    learned_scale: bool = False
 
     def __str__(self) -> str:
         return f"{self.name} D{self.head_dim} {self.dtype}"
@@ -40,6 +42,7 @@ SPECS = (
     *(Spec("prefill causal", head_dim, causal=True) for head_dim in (64, 128, 192, 256)),
     *(Spec("prefill", head_dim, "float32") for head_dim in (64, 128)),
     Spec("prefill", 128, "float16"),
+    *(Spec("prefill window", head_dim, window=True) for head_dim in (64, 128, 256)),
     Spec("prefill everything", everything=True),
     *(Spec("decode", head_dim, seqlen_q=1) for head_dim in (64, 128, 256)),
     Spec("block_sparse", blocks=True),
@@ -48,14 +51,22 @@ SPECS = (
     *(Spec("backward causal", head_dim, causal=True, backward=True) for head_dim in (64, 128, 256)),
     Spec("backward", 64, "float32", backward=True),
     Spec("backward everything", everything=True, backward=True),
+    Spec("backward window", window=True, backward=True),
+    Spec("backward learned scale", learned_scale=True, backward=True),
 )
 MORE = (  # other rows of tables that most architectures have in common
     Spec("prefill", 256, "float32"),
     *(Spec("prefill everything", head_dim, everything=True) for head_dim in (64, 256)),
+    *(Spec("prefill learned scale", head_dim, learned_scale=True) for head_dim in (128, 256)),
+    *(Spec("block_sparse everything", head_dim, blocks=True, everything=True) for head_dim in (64, 128, 256)),
+    Spec("decode learned scale", 256, seqlen_q=1, learned_scale=True),
     *(Spec("decode", head_dim, "float32", seqlen_q=1) for head_dim in (128, 256)),
     *(Spec("decode everything", head_dim, seqlen_q=1, everything=True) for head_dim in (128, 256)),
     *(Spec("backward", head_dim, "float32", backward=True) for head_dim in (128, 256)),
     *(Spec("backward everything", head_dim, everything=True, backward=True) for head_dim in (64, 256)),
+    *(Spec("backward window", head_dim, window=True, backward=True) for head_dim in (64, 256)),
+    *(Spec("backward learned scale", head_dim, learned_scale=True, backward=True) for head_dim in (64, 256)),
+    Spec("block_sparse backward everything", blocks=True, everything=True, backward=True),
     *(Spec("backward everything", head_dim, "float32", everything=True, backward=True) for head_dim in (64, 128, 256)),
 )
 FEW = tuple(spec for spec in SPECS if str(spec) in ("prefill D128 bfloat16", "backward D128 bfloat16"))
@@ -64,9 +75,9 @@ ARCHS = {
     90: SPECS + MORE,
     "gfx942": SPECS + MORE,
     "gfx1100": SPECS + MORE,
-    86: SPECS,
-    100: SPECS,
-    120: SPECS,
+    86: SPECS + MORE,
+    100: SPECS + MORE,
+    120: SPECS + MORE,
     "gfx90a": SPECS,
     "gfx950": SPECS,
     # built from the tables of sm_86, sm_100 and gfx1100
@@ -138,14 +149,19 @@ def attend(spec: Spec) -> None:
 
     q, k, v = empty(b, h, spec.seqlen_q, d), empty(b, h, s, d), empty(b, h, s, d)
     kwargs: dict = {"causal": True} if spec.causal else {}
+    if spec.window:
+        kwargs["window_size"] = (512, 512)
+    if spec.learned_scale:
+        kwargs["softmax_scale"] = empty(h, dtype=torch.float32)
     if spec.blocks:
         kwargs["mask"] = without_device(BlockMask.from_mask(Mask.causal(), seqlen_q=s))
     if spec.everything:
         kwargs |= {
-            "bias": empty(1, h, spec.seqlen_q, s), "mask": empty(b, 1, spec.seqlen_q, s, dtype=torch.bool),
-            "alibi_slopes": empty(h, dtype=torch.float32), "sinks": empty(h, dtype=torch.float32), "softcap": 30.0,
-            "dropout_p": 0.1, "seed": 1,
+            "bias": empty(1, h, spec.seqlen_q, s), "alibi_slopes": empty(h, dtype=torch.float32),
+            "sinks": empty(h, dtype=torch.float32), "softcap": 30.0, "dropout_p": 0.1, "seed": 1,
         }  # fmt: skip
+        if not spec.blocks:
+            kwargs["mask"] = empty(b, 1, spec.seqlen_q, s, dtype=torch.bool)
     out = fastattn.attention(q, k, v, **kwargs, backend="triton")
     if spec.backward:
         wanted = [x for x in (q, k, v, *kwargs.values()) if isinstance(x, torch.Tensor) and x.requires_grad]
