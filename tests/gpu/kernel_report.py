@@ -63,9 +63,9 @@ MORE = (  # other rows of tables that most architectures have in common
     *(Spec("decode", head_dim, "float32", seqlen_q=1) for head_dim in (128, 256)),
     *(Spec("decode everything", head_dim, seqlen_q=1, everything=True) for head_dim in (128, 256)),
     *(Spec("backward", head_dim, "float32", backward=True) for head_dim in (128, 256)),
-    *(Spec("backward everything", head_dim, everything=True, backward=True) for head_dim in (64, 256)),
-    *(Spec("backward window", head_dim, window=True, backward=True) for head_dim in (64, 256)),
-    *(Spec("backward learned scale", head_dim, learned_scale=True, backward=True) for head_dim in (64, 256)),
+    *(Spec("backward everything", head_dim, everything=True, backward=True) for head_dim in (64, 80, 96, 256)),
+    *(Spec("backward window", head_dim, window=True, backward=True) for head_dim in (64, 80, 96, 256)),
+    *(Spec("backward learned scale", head_dim, learned_scale=True, backward=True) for head_dim in (64, 96, 256)),
     Spec("block_sparse backward everything", blocks=True, everything=True, backward=True),
     *(Spec("backward everything", head_dim, "float32", everything=True, backward=True) for head_dim in (64, 128, 256)),
 )
