@@ -153,7 +153,10 @@ _KEY_VALUE = {
         "gfx90a": [(128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
         "gfx942": [(128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
         "gfx950": [(128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
-        "other": [(64, Config(16, 32, 4, 1)), (256, Config(16, 16, 8, 1, reload=True))],
+        "other": [
+            (64, Config(16, 32, 4, 1)), (96, Config(16, 16, 4, 1, reload=True)),
+            (256, Config(16, 16, 8, 1, reload=True)),
+        ],
     },
     "masked": {
         "sm_80": [
@@ -180,7 +183,10 @@ _KEY_VALUE = {
         ],
         "sm_90": [(64, Config(16, 64, 4, 1)), (128, Config(16, 64, 8, 2)), (256, Config(16, 16, 4, 1))],
         "gfx9": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
-        "other": [(64, Config(16, 16, 4, 1)), (256, Config(16, 16, 8, 1, reload=True))],
+        "other": [
+            (64, Config(16, 16, 4, 1)), (96, Config(16, 16, 4, 1, reload=True)),
+            (256, Config(16, 16, 8, 1, reload=True)),
+        ],
     },
     "float32": {
         "sm_80": [(64, Config(16, 32, 8, 1)), (256, Config(16, 16, 8, 1))],
@@ -216,7 +222,10 @@ _QUERY = {
         ],
         "sm_90": [(128, Config(64, 16, 4, 1)), (256, Config(16, 16, 4, 1))],
         "gfx9": [(64, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
-        "other": [(64, Config(16, 16, 4, 1)), (256, Config(16, 16, 8, 1, reload=True))],
+        "other": [
+            (64, Config(16, 16, 4, 1)), (96, Config(16, 16, 4, 1, reload=True)),
+            (256, Config(16, 16, 8, 1, reload=True)),
+        ],
     },
     "float32": {
         "sm_80": [(128, Config(16, 16, 8, 1)), (256, Config(16, 16, 8, 2))],
