@@ -116,12 +116,16 @@ def test_shared_memory_fits(kernels, arch, spec):
 SMALL_TILES = {  # of sm_90: fewer rows than the 64 that an HGMMA takes, where larger ones spill or do more besides
     *(
         (f"decode{of} D{head_dim} bfloat16", "decode_kernel")
-        for of in ("", " everything")
+        for of in ("", " everything", " learned scale")
         for head_dim in (64, 128, 256)
     ),
-    *((f"backward{of} D256 bfloat16", "key_value_kernel") for of in ("", " causal", " everything")),
+    *(
+        (f"backward{of} D256 bfloat16", "key_value_kernel")
+        for of in ("", " causal", " everything", " window", " learned scale")
+    ),
     *(("backward everything D256 bfloat16", f"query_kernel{number}") for number in ("", " 2")),
-    *((f"backward everything D{head_dim} bfloat16", "bias_kernel") for head_dim in (64, 128, 256)),
+    *((f"backward everything D{head_dim} bfloat16", "bias_kernel") for head_dim in (64, 80, 96, 128, 256)),
+    ("block_sparse backward everything D128 bfloat16", "bias_kernel"),
 }
 
 
