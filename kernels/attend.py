@@ -96,6 +96,8 @@ def attend(
     if MODIFIED:
         if SOFTCAP:
             s, _ = softcap_scores(s, scale, softcap)
+        elif ANY_SIGN:
+            s = s * scale * LOG2E  # as in the backward pass, for the gradient of the scale
         else:
             s = s * factor
         factor = 1.0

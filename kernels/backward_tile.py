@@ -75,8 +75,9 @@ def gradients_of_scores(
     SOFTCAP: tl.constexpr = FLAGS[1]
     ALIBI: tl.constexpr = FLAGS[2]
     DROPOUT: tl.constexpr = FLAGS[3]
+    LEARNED_SCALE: tl.constexpr = FLAGS[4]
     EXACT: tl.constexpr = FLAGS[5]
-    MODIFIED: tl.constexpr = SOFTCAP or ALIBI or EXACT or bias is not None
+    MODIFIED: tl.constexpr = SOFTCAP or ALIBI or LEARNED_SCALE or EXACT or bias is not None
     rows, cols = of_rows(tl.arange(0, BLOCK_M), TRANSPOSED), of_rows(tl.arange(0, BLOCK_N), not TRANSPOSED)
     top, log2_total = of_rows(statistics[0], TRANSPOSED), of_rows(statistics[1], TRANSPOSED)
     if MASKED:
@@ -93,6 +94,8 @@ def gradients_of_scores(
     slope_of_cap = 1.0
     if SOFTCAP:
         s, slope_of_cap = softcap_scores(s, scale, softcap)
+    elif LEARNED_SCALE:
+        s = s * scale * LOG2E
     elif MODIFIED:
         s = s * (scale * LOG2E)
     if bias is not None:
