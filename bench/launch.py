@@ -1,7 +1,7 @@
 """What a call of a Triton kernel costs before the driver gets it: Python on the CPU, with the C launcher left out.
 
-Needs Triton and no GPU: `make bench-launch`. Tensors without memory, a device that launches nothing; outputs are made
-once and not counted. CPU time, the best of several rounds.
+Needs Triton and no GPU: `make bench-launch`. Tensors without memory, a device that launches nothing; outputs and
+scratch memory are made once and not counted. CPU time, the best of several rounds.
 """
 
 import argparse

@@ -56,8 +56,8 @@ SPECS = (
 )
 MORE = (  # other rows of tables that most architectures have in common
     Spec("prefill", 256, "float32"),
-    *(Spec("prefill everything", head_dim, everything=True) for head_dim in (64, 256)),
-    *(Spec("prefill learned scale", head_dim, learned_scale=True) for head_dim in (128, 256)),
+    *(Spec("prefill everything", head_dim, everything=True) for head_dim in (64, 192, 256)),
+    *(Spec("prefill learned scale", head_dim, learned_scale=True) for head_dim in (64, 128, 192, 256)),
     *(Spec("block_sparse everything", head_dim, blocks=True, everything=True) for head_dim in (64, 128, 256)),
     Spec("decode learned scale", 256, seqlen_q=1, learned_scale=True),
     *(Spec("decode", head_dim, "float32", seqlen_q=1) for head_dim in (128, 256)),
