@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from cases import Case
 from fastattn import BlockMask
 from fastattn.masks import UNBOUNDED, diagonal_bounds
-from fastattn.score import alibi_bias, softcap_scores
+from fastattn.scores import Place
+from fastattn.scores.alibi import alibi_bias
+from fastattn.scores.softcap import softcap_scores
 from oracle import interval
 from sparsity import PATTERNS
 from work import Work
@@ -227,7 +229,7 @@ def _bias(case: Case, kwargs: dict, q, k) -> torch.Tensor | None:
     bias = kwargs.get("bias")
     if not case.alibi:
         return bias
-    alibi = alibi_bias(kwargs["alibi_slopes"], q.shape[2], k.shape[2])
+    alibi = alibi_bias(kwargs["alibi_slopes"], Place(k.shape[2] - q.shape[2], q.shape[2], k.shape[2]))
     return (alibi if bias is None else bias + alibi).to(q.dtype)
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fastattn
-import fastattn.cpu
+import fastattn.backends.cpu
 from rows import Result, Row, to_json
 from timing import matmul_rate, peak_by_isa
 
@@ -25,13 +25,13 @@ ENVIRONMENT = re.compile("(FASTATTN|OMP|GOMP|KMP|MKL|TORCHINDUCTOR|ORT)_")
 
 def header(argv: list[str], script: str = "run.py") -> dict:
     """What a reader needs in order to judge or repeat the figures."""
-    missing = fastattn.cpu.unavailable()
+    missing = fastattn.backends.cpu.unavailable()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python", f"bench/{script}", *argv]),
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
-        "isa": None if missing else fastattn.cpu.isa(),
+        "isa": None if missing else fastattn.backends.cpu.isa(),
         "fma_peak_by_isa": {isa: f"{rate:.1f}" for isa, rate in peak_by_isa().items()},
         "torch_matmul_gflops": {dtype: f"{matmul_rate(dtype, 1) / 1e9:.1f}" for dtype in ("float32", "bfloat16")},
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),

@@ -25,7 +25,7 @@ from cases import Case
 from peers import PEERS
 from plots import draw
 from rows import Row
-from suites import COMPARISONS, MEMORY, TINY, comparison_row, grid_row, memory_row, overhead_row
+from suites import COMPARISONS, GROWING, MEMORY, TINY, comparison_row, grid_row, growing_row, memory_row, overhead_row
 from timing import Peak
 from work import FORWARD, TRAINING, Work
 
@@ -175,6 +175,7 @@ def _plan(options: argparse.Namespace, peak: Peak) -> list[tuple[str, Callable[[
     for work in TINY:
         sdpa = tuple(peer for peer in peers[work.suite] if peer.name == "sdpa")
         plan.append((f"overhead {work}", work, partial(overhead_row, work, sdpa)))
+    plan.append((f"growing {shrink(GROWING)}", GROWING, partial(growing_row, shrink(GROWING))))
     plan += [(f"memory {work}", work, partial(memory_row, work)) for work in map(shrink, MEMORY)]
     return selected([(name, measure) for name, work, measure in plan if work.suite in options.suite], options.only)
 

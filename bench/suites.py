@@ -5,6 +5,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 import timeit
 from collections.abc import Callable
 from functools import partial
@@ -148,6 +149,36 @@ def overhead_row(work: Work, peers: tuple, repeats: int = 15) -> Row:
     return row
 
 
+GROWING = Work(Case(num_heads=8, seqlen_q=1, seqlen_k=1024, head_dim=64, causal=True))
+
+
+def growing_row(work: Work, steps: int = 256, repeats: int = 15) -> Row:
+    """A decoding step whose cache grows by one key a step, against the same steps at the length in the middle."""
+    torch.set_num_threads(1)
+    row, _ = _checked_row("growing", f"growing {work}", work, 1)
+    if row.wrong:
+        return row
+    case, longest = work.case, work.case.seqlen_k + steps // 2
+    q = torch.randn(case.batch, case.num_heads, 1, case.head_dim)
+    k, v = torch.randn(2, case.batch, case.num_heads, longest, case.head_dim)
+    grown = [(k[:, :, :length], v[:, :, :length]) for length in range(longest - steps, longest)]
+    contenders = {"fastattn": grown, "base": [grown[steps // 2]] * steps}
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    with torch.inference_mode():
+        for _ in range(repeats):
+            for name, caches in contenders.items():
+                start = time.perf_counter()
+                for keys, values in caches:
+                    fastattn.attention(q, keys, values, causal=True)
+                times[name].append((time.perf_counter() - start) / steps)
+    row.results["base"] = Result()
+    for name, seconds in times.items():
+        _fill(row.results[name], seconds, None, None)
+    row.results["base"].ratio = row.results["base"].ms / row.ours.ms
+    row.metrics["time"] = 1.0 / row.results["base"].ratio
+    return row
+
+
 def memory_row(work: Work) -> Row:
     """Extra resident memory of one long call, in a process of its own; refused off Linux or without the kernels."""
     threads = os.cpu_count() or 1
@@ -285,9 +316,9 @@ def skip_row(work: Work, budget: float, peak: Peak) -> Row:
         return _call(work, partial(fastattn.attention, *qkv, **others, **kwargs, skip_negligible=skip), leaves, dout)
 
     runs = {"fastattn": prepared(True), "without": prepared(False)}
-    before = fastattn.cpu.skipped_pairs()
+    before = fastattn.backends.cpu.skipped_pairs()
     found = _named(work, leaves, runs["fastattn"]())
-    row.metrics["skipped"] = (fastattn.cpu.skipped_pairs() - before) / work.pairs
+    row.metrics["skipped"] = (fastattn.backends.cpu.skipped_pairs() - before) / work.pairs
     if not all(torch.equal(found[name], x) for name, x in _named(work, leaves, runs["without"]()).items()):
         row.wrong = row.wrong or "skipping changed the result"
     if row.wrong:

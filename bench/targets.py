@@ -94,6 +94,7 @@ TARGETS = (
     _ratio("backward, D=64, bfloat16, S>=1024", 7.0, BACKWARD | BFLOAT16),
     _rate("backward, D=64, bfloat16, S>=1024", "of our own float32 rate", 0.85, "16-bit", BACKWARD | BFLOAT16),
     _ratio("forward + backward, dropout 0.1, S=2048", 4.0, DROPOUT, "x SDPA with dropout"),
+    _time("a step with a growing cache, over a repeated one", 1.02, "growing", FORWARD),
     _time("forward + backward, dropout 0.1, S=2048", 1.3, "dropout", DROPOUT),
     _ratio("backward, bias [1,H,S,S] with a gradient, S=1024", 3.0, DENSE_BIAS, "x SDPA with that attn_mask"),
     _threads("backward, B1 H1 S4096, two threads", 1.7, BACKWARD | ONE_HEAD),

@@ -369,7 +369,7 @@ def main(argv: list[str] | None = None) -> Outcome | None:
     arguments = parser.parse_args(argv)
     warnings.simplefilter("ignore", fastattn.FallbackWarning)  # said once below, in the example's own words
     logging.set_verbosity_error()
-    missing = fastattn.cpu.unavailable()
+    missing = fastattn.backends.cpu.unavailable()
     quick = arguments.quick or missing is not None
     size = QUICK if quick else Size()
     if arguments.child:

@@ -394,7 +394,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     arguments = parser.parse_args(argv)
     warnings.simplefilter("ignore", fastattn.FallbackWarning)  # said once below, in the example's own words
     logging.set_verbosity_error()
-    missing = fastattn.cpu.unavailable()
+    missing = fastattn.backends.cpu.unavailable()
     quick = arguments.quick or missing is not None
 
     console.print(f"[bold]fastattn {fastattn.__version__}[/bold], torch {torch.__version__}, "

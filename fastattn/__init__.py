@@ -2,12 +2,13 @@
 
 from . import patterns
 from .api import attention, explain
-from .block_mask import BlockMask
 from .compat.sdpa import scaled_dot_product_attention
-from .csr import attention_csr
-from .dispatch import FallbackWarning, UnsupportedError, last_call, record, use
-from .dropout import dropout_mask
-from .masks import Mask
+from .dispatch import UnsupportedError
+from .layouts.csr import attention_csr
+from .masks import BlockMask, Mask
+from .merge import merge
+from .record import FallbackWarning, last_call, record, use
+from .scores.dropout import dropout_mask
 from .selection import coverage, select_blocks
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "dropout_mask",
     "explain",
     "last_call",
+    "merge",
     "patterns",
     "record",
     "scaled_dot_product_attention",

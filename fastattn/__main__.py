@@ -7,7 +7,8 @@ import sys
 
 import torch
 
-from . import attention, gpu
+from . import attention
+from .backends import triton as gpu
 
 DEVICE = "cpu" if gpu.INTERPRETED else "cuda"
 

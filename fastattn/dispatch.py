@@ -5,22 +5,13 @@ supports. An argument that a kernel cannot honour is a refusal, so nothing is ev
 """
 
 import importlib
-import os
-import threading
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import cache, lru_cache
+from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
-from . import gpu
-from .problem import FLOATS, MASK_KINDS, Problem
-
-
-class FallbackWarning(UserWarning):
-    """A call ran on the reference because every faster kernel refused it."""
+from .backends.triton import INTERPRETED
+from .checks import one_line
+from .problem import FLOATS, LENGTHS, MASK_KINDS, Problem
 
 
 class UnsupportedError(NotImplementedError):
@@ -28,23 +19,24 @@ class UnsupportedError(NotImplementedError):
 
 
 class Row(NamedTuple):
-    """A kernel: its name "backend.algorithm", its entry point, and what it supports.
+    """A kernel: its name "backend.algorithm", its functions ("module:function", imported on first use), its limits.
 
-    entry      "module:function", imported on first use. The function is called as kernel(problem, q, k, v, terms), with
-               `Terms` (`Edges` of fastattn.csr for layout "csr"), and returns (out, lse or None), which autograd can go
-               through if problem.needs_grad.
-               That of a backward row is called as kernel(problem, q, k, v, terms, saved, dout, dlse, wanted), saved
-               being what the forward row keeps, and returns the gradients of q, k, v, bias, alibi_slopes, sinks and
-               softmax_scale (of q, k, v and bias for layout "csr"), None where wanted is False.
-    available  "module:function" that returns None, or why the kernel cannot run on this machine; None: always
+    entry      kernel(problem, q, k, v, terms) -> (out, lse or None), with `Terms` (`Edges` for layout "csr").
+               Of a backward row: kernel(problem, q, k, v, terms, saved, dout, dlse, wanted) -> (dq, dk, dv, grads).
+               saved is what `train` kept; wanted is (want_q, want_k, want_v, wants), where wants has a bool in the
+               place of each term; grads has the gradient in the place of each wanted term, None in all others
+    available  a function that returns None, or why the kernel cannot run on this machine; None: always
     supports   Problem field -> plain container of accepted values; a field that is missing accepts anything
-    backward   name of the row that computes its gradients and has to accept them too; None: autograd does it
+    train      as `entry`, but -> (out, lse or None, saved), for a call whose gradient will be asked of `backward`;
+               None: autograd goes through `entry` by itself
+    backward   name of the row that computes the gradients and has to accept them too
     """
 
     name: str
     entry: str
     available: str | None
     supports: dict
+    train: str | None = None
     backward: str | None = None
 
     @property
@@ -52,146 +44,155 @@ class Row(NamedTuple):
         return self.name.split(".")[0]
 
 
-_CPU = {
-    "device": {"cpu"},
-    "dtype": set(FLOATS),
-    "head_dim": range(1, 513),
-    "head_dim_v": range(1, 513),
-    "layout": {"dense"},
-    "mask": set(MASK_KINDS),
-    "bias": {"none", *FLOATS},
-    "transformed": {False},
-}
+_FORWARD = {"direction": {"forward"}}
+_BACKWARD = {"direction": {"backward"}, "needs_grad": {False}}
+_DENSE = {"layout": {"dense"}, "mask": set(MASK_KINDS), "bias": {"none", *FLOATS}, "transformed": {False}}
+_HEADS = {"head_dim": range(1, 513), "head_dim_v": range(1, 513)}
+_CPU = {"device": {"cpu"}, "dtype": set(FLOATS), **_HEADS, **_DENSE}
 _CPU_CSR = {field: _CPU[field] for field in ("device", "dtype", "bias", "transformed")} | {"layout": {"csr"}}
-
 _TRITON = {
-    "device": {"cuda", "cpu"} if gpu.INTERPRETED else {"cuda"},
+    "device": {"cuda", "cpu"} if INTERPRETED else {"cuda"},
     "dtype": {"float16", "bfloat16", "float32"},
     "seqlen_q": range(0, 2**30),
     "seqlen_k": range(0, 2**30),
     "head_dim": range(1, 257),
     "head_dim_v": range(1, 257),
-    "layout": {"dense"},
-    "mask": set(MASK_KINDS),
-    "bias": {"none", *FLOATS},
-    "transformed": {False},
+    **_DENSE,
 }
+_TRITON_DECODE = {
+    **_TRITON, **_FORWARD, "seqlen_q": range(0, 17), "mask": set(MASK_KINDS) - {"block"}, "needs_grad": {False},
+}  # fmt: skip
+
+
+def _rows_of(backend: str, forward: str, backward: str, supports: dict) -> tuple[Row, Row]:
+    """A forward row and the row of its gradients, of functions in fastattn.backends.<backend> of the same names."""
+    module = f"fastattn.backends.{backend}"
+    available, names = f"{module}:unavailable", (f"{backend}.{forward}", f"{backend}.{backward}")
+    return (
+        Row(
+            names[0], f"{module}:{forward}", available, {**supports, **_FORWARD}, f"{module}:{forward}_for_backward",
+            names[1],
+        ),
+        Row(names[1], f"{module}:{backward}", available, {**supports, **_BACKWARD}),
+    )  # fmt: skip
+
+
+_OF_DENSE, _OF_CSR = {"layout": {"dense"}}, {"layout": {"csr"}}
+_REFERENCE = "fastattn.backends.reference"
 
 KERNELS = (
-    Row(
-        "cpu.prefill",
-        "fastattn.cpu:prefill",
-        "fastattn.cpu:unavailable",
-        {**_CPU, "direction": {"forward"}},
-        backward="cpu.backward",
-    ),
-    Row(
-        "cpu.backward",
-        "fastattn.cpu:backward",
-        "fastattn.cpu:unavailable",
-        {**_CPU, "direction": {"backward"}, "needs_grad": {False}},
-    ),
-    Row(
-        "triton.decode",
-        "fastattn.gpu:decode",
-        "fastattn.gpu:unavailable",
-        {
-            **_TRITON,
-            "seqlen_q": range(0, 17),
-            "mask": set(MASK_KINDS) - {"block"},
-            "direction": {"forward"},
-            "needs_grad": {False},
-        },
-    ),
-    Row(
-        "triton.prefill",
-        "fastattn.gpu:prefill",
-        "fastattn.gpu:unavailable",
-        {**_TRITON, "direction": {"forward"}},
-        backward="triton.backward",
-    ),
-    Row(
-        "triton.backward",
-        "fastattn.gpu:backward",
-        "fastattn.gpu:unavailable",
-        {**_TRITON, "direction": {"backward"}, "needs_grad": {False}},
-    ),
-    Row(
-        "cpu.csr",
-        "fastattn.csr:forward",
-        "fastattn.cpu:unavailable",
-        {**_CPU_CSR, "direction": {"forward"}},
-        backward="cpu.csr_backward",
-    ),
-    Row(
-        "cpu.csr_backward",
-        "fastattn.csr:backward",
-        "fastattn.cpu:unavailable",
-        {**_CPU_CSR, "direction": {"backward"}, "needs_grad": {False}},
-    ),
-    Row("reference.csr", "fastattn.csr:run_reference", None, {"layout": {"csr"}, "direction": {"forward"}}),
-    Row(
-        "reference.csr_backward",
-        "fastattn.csr:run_reference_backward",
-        None,
-        {"layout": {"csr"}, "direction": {"backward"}},
-    ),
-    Row(
-        "reference.backward", "fastattn.reference:run_backward", None, {"layout": {"dense"}, "direction": {"backward"}}
-    ),
-    Row("reference", "fastattn.reference:run", None, {"layout": {"dense"}, "direction": {"forward"}}),
+    *_rows_of("cpu", "prefill", "backward", _CPU),
+    Row("triton.decode", "fastattn.backends.triton:decode", "fastattn.backends.triton:unavailable", _TRITON_DECODE),
+    *_rows_of("triton", "prefill", "backward", _TRITON),
+    *_rows_of("cpu", "csr", "csr_backward", _CPU_CSR),
+    Row("reference.csr", f"{_REFERENCE}:csr", None, {**_OF_CSR, **_FORWARD}),
+    Row("reference.csr_backward", f"{_REFERENCE}:csr_backward", None, {**_OF_CSR, "direction": {"backward"}}),
+    Row("reference.backward", f"{_REFERENCE}:backward", None, {**_OF_DENSE, "direction": {"backward"}}),
+    Row("reference", f"{_REFERENCE}:forward", None, {**_OF_DENSE, **_FORWARD}),
 )
 
 BACKENDS = tuple(dict.fromkeys(row.backend for row in KERNELS))
 
 
-class Call(NamedTuple):
-    """What ran for one attention call: the problem, the kernel's name, its ISA (None off the CPU kernels), and why
-    the rows before it refused ("" for the first choice)."""
-
-    problem: Problem
-    kernel: str
-    isa: str | None
-    reason: str
+def check_backend(backend: str | None, argument: str) -> str | None:
+    """`backend` itself if it is known or None; ValueError otherwise."""
+    if backend is not None and not (isinstance(backend, str) and backend in BACKENDS):
+        raise ValueError(f"{argument}={one_line(backend)} is not a backend; choose one of {', '.join(BACKENDS)}")
+    return backend
 
 
 class Choice(NamedTuple):
-    """A selected row: its function, the record of the call, and whether it is a fallback nobody asked for."""
+    """A row that accepts a kind of call: its functions, and what is known of it without the lengths.
 
-    kernel: Callable
-    call: Call
+    lengths      what is left to ask: (field, accepted values) for those of LENGTHS that the row restricts
+    is_fallback  it is the reference, after a faster kernel has refused
+    isa          the instruction set of a CPU kernel, else None
+    """
+
+    row: Row
+    forward: Callable
+    train: Callable | None
+    lengths: tuple
     is_fallback: bool
+    isa: str | None
+
+    def takes(self, problem: Problem) -> bool:
+        """Whether the lengths of `problem` are accepted."""
+        return all(getattr(problem, field) in accepted for field, accepted in self.lengths)
 
 
-@lru_cache(maxsize=4096)
 def select(problem: Problem, backend: str | None) -> Choice:
-    """The first row of KERNELS that accepts `problem`, among those of `backend` if one is named."""
-    refusals, passed_over = [], []
-    for row in _rows(backend, problem.layout):
-        reasons = refuse(row, problem)
-        if not reasons:
-            function = _load(row.entry)
-            is_fallback = bool(passed_over) and row.backend == "reference"
-            return Choice(function, Call(problem, row.name, _isa(row), "; ".join(passed_over)), is_fallback)
-        refusals.append(f"{row.name}: {', '.join(reasons)}")
-        if _is_of_direction(row, problem):
-            passed_over.append(refusals[-1])
-    raise UnsupportedError(
-        f"backend={backend!r} refuses [{problem}]: {'; '.join(refusals)}. "
-        f"{_nearest(problem, backend)} (explain() lists every kernel)"
-    )
+    """The first row of KERNELS that accepts `problem`, among those of `backend` if one is named; UnsupportedError."""
+    choice = find(problem, backend)
+    if choice is None:
+        raise unsupported(problem, backend)
+    return choice
+
+
+def find(problem: Problem, backend: str | None) -> Choice | None:
+    """As `select`, None where every row refuses. Remembered by the kind of the problem: lengths cost a comparison."""
+    key = (problem.kind, backend)
+    choices = _choices.get(key)
+    if choices is None:
+        if len(_choices) >= _MAX_KINDS:
+            _choices.clear()
+        choices = _choices[key] = _choices_of(problem, backend)
+    for choice in choices:
+        if not choice.lengths or choice.takes(problem):
+            return choice
+    return None
+
+
+_choices: dict[tuple, tuple[Choice, ...]] = {}
+_MAX_KINDS = 4096
+
+
+def _choices_of(problem: Problem, backend: str | None) -> tuple[Choice, ...]:
+    """The rows that accept this kind of problem, up to the first that takes all lengths."""
+    choices, is_passed_over = [], False
+    for row in rows_of(backend, problem.layout):
+        if not _is_of_direction(row, problem):
+            continue
+        mismatches = _mismatches(row, problem)
+        if _missing(row) or any(field not in LENGTHS for field, _, _ in mismatches):
+            is_passed_over = True
+            continue
+        lengths = tuple((field, accepted) for field, accepted in _supports(row, problem) if field in LENGTHS)
+        is_fallback = row.backend == "reference" and is_passed_over
+        train = _load(row.train) if row.train and problem.needs_grad else None
+        choices.append(Choice(row, _load(row.entry), train, lengths, is_fallback, isa_of(row)))
+        if not lengths:
+            break
+        is_passed_over = True
+    return tuple(choices)
 
 
 def refuse(row: Row, problem: Problem) -> list[str]:
     """Why `row` does not accept `problem`; empty if it does."""
-    missing = _unavailable(row.available) if row.available else None
+    missing = _missing(row)
     return ([missing] if missing else []) + [
-        f"{field}={value!r} (supports {describe(accepted)})" for field, value, accepted in _mismatches(row, problem)
+        f"{field}={value!r} (supports {text_of(accepted)})" for field, value, accepted in _mismatches(row, problem)
     ]
 
 
-def _is_of_direction(row: Row, problem: Problem) -> bool:
-    return problem.direction in row.supports.get("direction", (problem.direction,))
+def reason_for(row: Row, problem: Problem, backend: str | None) -> str:
+    """Why the rows before `row` refused, "" for the first choice."""
+    passed_over = []
+    for other in rows_of(backend, problem.layout):
+        if other.name == row.name:
+            break
+        if _is_of_direction(other, problem):
+            passed_over.append(f"{other.name}: {', '.join(refuse(other, problem))}")
+    return "; ".join(passed_over)
+
+
+def unsupported(problem: Problem, backend: str | None) -> UnsupportedError:
+    """The error of a call that every row refuses."""
+    refusals = "; ".join(f"{row.name}: {', '.join(refuse(row, problem))}" for row in rows_of(backend, problem.layout))
+    return UnsupportedError(
+        f"backend={backend!r} refuses [{problem}]: {refusals}. {_nearest(problem, backend)} "
+        "(explain() lists every kernel)"
+    )
 
 
 def backward_of(problem: Problem) -> Problem:
@@ -199,21 +200,7 @@ def backward_of(problem: Problem) -> Problem:
     return problem._replace(direction="backward", needs_grad=False)
 
 
-def _mismatches(row: Row, problem: Problem) -> list[tuple[str, object, object]]:
-    """(field, value, accepted values) of each refusal, those of the row's backward included where it will be needed."""
-    found = {
-        field: (field, getattr(problem, field), accepted)
-        for field, accepted in row.supports.items()
-        if getattr(problem, field) not in accepted
-    }
-    if problem.needs_grad and row.backward is not None:
-        (backward,) = [other for other in KERNELS if other.name == row.backward] or [None]
-        for mismatch in _mismatches(backward, backward_of(problem)) if backward else ():
-            found.setdefault(mismatch[0], mismatch)
-    return list(found.values())
-
-
-def describe(accepted) -> str:
+def text_of(accepted) -> str:
     """A container of accepted values as text."""
     if isinstance(accepted, range):
         step = f" in steps of {accepted.step}" if accepted.step != 1 else ""
@@ -227,82 +214,70 @@ def explain(problem: Problem, backend: str | None) -> str:
     problems = [problem, backward_of(problem)] if problem.needs_grad else [problem]
     for of_direction in problems:
         chosen = False
-        for row in _rows(None, problem.layout):
+        for row in rows_of(None, problem.layout):
             if not _is_of_direction(row, of_direction):
                 continue
             reasons = refuse(row, of_direction)
             if backend is not None and row.backend != backend:
                 reasons.append(f"backend={backend!r} was asked for")
-            runs = f"runs on {_isa(row)}" if _isa(row) else "runs"
-            verdict = "refused: " + ", ".join(reasons) if reasons else "accepted" if chosen else runs
+            runs = f"runs on {isa_of(row)}" if isa_of(row) else "runs"
+            verdict = "refused: " + ", ".join(reasons) if reasons else "accepted (not reached)" if chosen else runs
             chosen = chosen or not reasons
             lines.append(f"  {row.name:<24}{verdict}")
     return "\n".join(lines)
 
 
-def note(choice: Choice) -> None:
-    """Before a kernel runs: count and report a fallback, remember the call for `last_call` and `record`."""
-    if choice.is_fallback:
-        _report_fallback(choice.call)
-    _state.last = choice.call
-    if recorders := _recorders.get():
-        for calls in recorders:
-            calls.append(choice.call)
+def support_matrix(layout: str = "dense") -> str:
+    """What each row of KERNELS for a layout supports, as a Markdown table: Problem fields down, kernels across."""
+    rows = rows_of(None, layout)
+    fields = list(dict.fromkeys(field for row in rows for field in row.supports))
+    lines = ["| | " + " | ".join(row.name for row in rows) + " |", "|---|" + "---|" * len(rows)]
+    for field in fields:
+        cells = [text_of(row.supports[field]) if field in row.supports else "any" for row in rows]
+        lines.append(f"| {field} | " + " | ".join(cell.replace(" | ", ", ") for cell in cells) + " |")
+    return "\n".join(lines)
 
 
-def last_call() -> Call | None:
-    """What ran for the latest attention call of this thread: problem, kernel, ISA, reason. None before the first."""
-    return getattr(_state, "last", None)
-
-
-@contextmanager
-def record() -> Iterator[list[Call]]:
-    """`with record() as calls:` collects a `Call` for each attention call made inside the block (in this context)."""
-    calls: list[Call] = []
-    token = _recorders.set((*_recorders.get(), calls))
-    try:
-        yield calls
-    finally:
-        _recorders.reset(token)
-
-
-@contextmanager
-def use(backend: str | None) -> Iterator[None]:
-    """`with use("cpu"):` allows only the kernels of that backend inside the block; None lifts the restriction."""
-    token = _backend.set(check_backend(backend, "backend"))
-    try:
-        yield
-    finally:
-        _backend.reset(token)
-
-
-def current_backend() -> str | None:
-    """The backend set by `use`, else by FASTATTN_BACKEND (read at import), else None: any."""
-    return _backend.get()
-
-
-def check_backend(backend: str | None, argument: str) -> str | None:
-    """`backend` itself if it is known or None; ValueError otherwise."""
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"{argument}={backend!r} is not a backend; choose one of {', '.join(BACKENDS)}")
-    return backend
-
-
-fallbacks: Counter = Counter()
-"""Reason -> how many calls fell back to the reference for it, in this process."""
-
-_state = threading.local()
-_recorders: ContextVar[tuple[list[Call], ...]] = ContextVar("fastattn_recorders", default=())
-_environment_backend = check_backend(os.environ.get("FASTATTN_BACKEND") or None, "FASTATTN_BACKEND")
-# The default, and not a value that is set here: a new thread starts with an empty context.
-_backend: ContextVar[str | None] = ContextVar("fastattn_backend", default=_environment_backend)
-_FALLBACK_POLICIES = ("warn", "silent", "error")
-
-
-def _rows(backend: str | None, layout: str) -> list[Row]:
+def rows_of(backend: str | None, layout: str) -> list[Row]:
     """Those of `backend` if one is named; those for other layouts, which other functions call, only if none is left."""
     rows = [row for row in KERNELS if backend in (None, row.backend)]
     return [row for row in rows if layout in row.supports.get("layout", (layout,))] or rows
+
+
+def isa_of(row: Row) -> str | None:
+    """The instruction set that a row's kernel runs on; RuntimeError if FASTATTN_CPU_ISA names one it cannot run on."""
+    missing = row.backend != "cpu" or _missing(row)
+    return None if missing else importlib.import_module("fastattn.backends.cpu").isa()
+
+
+def forget() -> None:
+    """Drop what is remembered of selections, after a change of KERNELS."""
+    _choices.clear()
+    _load.cache_clear()
+    _answer.cache_clear()
+
+
+def _supports(row: Row, problem: Problem) -> list[tuple[str, object]]:
+    """What the row accepts, and what the row of its gradients accepts where it will be needed."""
+    supports = list(row.supports.items())
+    if problem.needs_grad and row.backward is not None:
+        for backward in (other for other in KERNELS if other.name == row.backward):
+            supports += [(field, x) for field, x in backward.supports.items() if field not in _BACKWARD]
+    return supports
+
+
+def _mismatches(row: Row, problem: Problem) -> list[tuple[str, object, object]]:
+    """(field, value, accepted values) of each refusal."""
+    found = {}
+    for field, accepted in _supports(row, problem):
+        value = getattr(problem, field)
+        if value not in accepted:
+            found.setdefault(field, (field, value, accepted))
+    return list(found.values())
+
+
+def _is_of_direction(row: Row, problem: Problem) -> bool:
+    return problem.direction in row.supports.get("direction", (problem.direction,))
 
 
 @cache
@@ -312,46 +287,21 @@ def _load(entry: str) -> Callable:
 
 
 @cache
-def _unavailable(check: str) -> str | None:
+def _answer(check: str) -> str | None:
     return _load(check)()
 
 
-def _isa(row: Row) -> str | None:
-    """The instruction set that a row's kernel runs on; RuntimeError if FASTATTN_CPU_ISA names one it cannot run on."""
-    missing = row.backend != "cpu" or _unavailable(row.available)
-    return None if missing else importlib.import_module("fastattn.cpu").isa()
+def _missing(row: Row) -> str | None:
+    """Why the row's kernel cannot run on this machine."""
+    return _answer(row.available) if row.available else None
 
 
 def _nearest(problem: Problem, backend: str | None) -> str:
-    row = min(_rows(backend, problem.layout), key=lambda row: len(refuse(row, problem)))
-    if row.available and _unavailable(row.available):
+    row = min(rows_of(backend, problem.layout), key=lambda row: len(refuse(row, problem)))
+    if _missing(row):
         return "Nothing but another backend would do"
     changes = [
-        f"{field}={min(accepted, key=lambda a: abs(a - value)) if isinstance(accepted, range) else describe(accepted)}"
+        f"{field}={min(accepted, key=lambda a: abs(a - value)) if isinstance(accepted, range) else text_of(accepted)}"
         for field, value, accepted in _mismatches(row, problem)
     ]
     return f"{row.name} would accept it with {', '.join(changes)}"
-
-
-def _report_fallback(call: Call) -> None:
-    policy = os.environ.get("FASTATTN_FALLBACK", "warn")
-    if policy not in _FALLBACK_POLICIES:
-        raise ValueError(f"FASTATTN_FALLBACK={policy!r} must be one of {', '.join(_FALLBACK_POLICIES)}")
-    memory = "O(edges * head_dim)" if call.problem.layout == "csr" else "O(n^2)"
-    message = f"[{call.problem}] needs the reference, {memory} memory: {call.reason}"
-    if policy == "error":
-        raise UnsupportedError(f"{message} (FASTATTN_FALLBACK=error)")
-    fallbacks[call.reason] += 1
-    if policy == "warn" and fallbacks[call.reason] == 1:
-        warnings.warn(message + " (said once per reason; FASTATTN_FALLBACK=silent hides it)", FallbackWarning, 4)
-
-
-def support_matrix(layout: str = "dense") -> str:
-    """What each row of KERNELS for a layout supports, as a Markdown table: Problem fields down, kernels across."""
-    rows = _rows(None, layout)
-    fields = list(dict.fromkeys(field for row in rows for field in row.supports))
-    lines = ["| | " + " | ".join(row.name for row in rows) + " |", "|---|" + "---|" * len(rows)]
-    for field in fields:
-        cells = [describe(row.supports[field]) if field in row.supports else "any" for row in rows]
-        lines.append(f"| {field} | " + " | ".join(cell.replace(" | ", ", ") for cell in cells) + " |")
-    return "\n".join(lines)

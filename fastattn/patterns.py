@@ -12,9 +12,11 @@ from collections.abc import Sequence
 
 import torch
 
-from .block_checks import BlockSize, check_block_size, check_int, check_integers
-from .block_mask import BlockMask
-from .masks import Mask
+from .checks import check_int, one_line
+from .masks.block_checks import BlockSize, check_integers
+from .masks.block_mask import BlockMask
+from .masks.intervals import Mask
+from .masks.neighborhoods import neighbors, per_axis, visited_blocks
 
 
 def causal(seqlen_q: int, seqlen_k: int | None = None, *, block_size: BlockSize = 128) -> BlockMask:
@@ -278,8 +280,8 @@ def neighborhood(
     if len(shape) not in (1, 2, 3):
         raise ValueError(f"shape={shape} must have 1, 2 or 3 axes")
     options = {"kernel_size": kernel_size, "dilation": dilation, "causal": causal}
-    options = [_per_axis(name, value, len(shape)) for name, value in options.items()]
-    axes = [_neighbors(*axis) for axis in zip(shape, *options, strict=True)]
+    options = [per_axis(name, value, len(shape)) for name, value in options.items()]
+    axes = [neighbors(*axis) for axis in zip(shape, *options, strict=True)]
     dilations = options[1]
     prefix, count = check_int("num_prefix_tokens", num_prefix_tokens), torch.Size(shape).numel()
 
@@ -298,7 +300,7 @@ def neighborhood(
             seen = seen if step == 1 else seen & (k % step == q % step)
         return seen & (query >= prefix) & (key >= prefix)
 
-    mask = _visited(shape, axes, dilations, coordinates(torch.arange(count)), prefix, block_size).where(sees)
+    mask = visited_blocks(shape, axes, dilations, coordinates(torch.arange(count)), prefix, block_size).where(sees)
     return mask | global_tokens(prefix + count, prefix, block_size=block_size) if prefix else mask
 
 
@@ -324,7 +326,7 @@ def _token_set(seqlen: int, tokens, name: str) -> torch.Tensor:
 
 def _num_blocks(seqlen: int, block_size) -> int:
     if not isinstance(block_size, int):
-        raise TypeError(f"block_size={block_size!r} must be an int: this pattern consists of square blocks")
+        raise TypeError(f"block_size={one_line(block_size)} must be an int: this pattern consists of square blocks")
     return -(-check_int("seqlen", seqlen) // block_size)
 
 
@@ -375,49 +377,3 @@ def _block_columns(columns: torch.Tensor, seqlen: int, causal: bool, block_size:
         masks.append(BlockMask.from_coo(row, head[row, place], seqlen_q=seqlen, block_size=block_size, of_blocks=True))
     mask = BlockMask.cat(masks)
     return mask & Mask.causal() if causal else mask
-
-
-def _per_axis(name: str, value, axes: int) -> tuple:
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * axes
-    if len(values) != axes:
-        raise ValueError(f"{name}={value!r} must be one value, or one for each of {axes} axes")
-    return values
-
-
-def _neighbors(size: int, kernel_size: int, dilation: int, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """First and last neighbour of each token on an axis."""
-    check_int("kernel_size", kernel_size, 1)
-    check_int("dilation", dilation, 1)
-    if kernel_size * dilation > size:
-        raise ValueError(
-            f"kernel_size={kernel_size} times dilation={dilation} exceeds {size} tokens along its axis; reduce one"
-        )
-    token = torch.arange(size)
-    group, place = token % dilation, token // dilation  # tokens that are a multiple of dilation apart form a group
-    if causal:
-        first, last = (place - kernel_size + 1).clamp(min=0), place
-    else:
-        length = (size - group + dilation - 1) // dilation
-        first = torch.minimum((place - kernel_size // 2).clamp(min=0), length - kernel_size)
-        last = first + kernel_size - 1
-    return first * dilation + group, last * dilation + group
-
-
-def _visited(shape, axes, dilations, places, prefix: int, block_size) -> BlockMask:
-    """Blocks, taken as full, that hold every neighbour: the runs of keys along the last axis."""
-    start = torch.zeros(1, len(places[0]), dtype=torch.int64)  # [combinations of the other axes, tokens]
-    for place, size, (first, last), step in list(zip(places, shape, axes, dilations, strict=True))[:-1]:
-        steps = torch.arange(0, int((last - first).max()) + 1, step)[:, None]
-        choices = torch.minimum(first[place] + steps, last[place])
-        start = (start[:, None] * size + choices).flatten(0, 1)
-    first, last = (bound[places[-1]] for bound in axes[-1])
-    block_q, block_k = check_block_size(block_size)
-    seqlen = prefix + len(first)
-    start = start * shape[-1] + prefix
-    first, last = ((start + bound)[..., None] // block_k for bound in (first, last))
-    columns = torch.minimum(first + torch.arange(int((last - first).max()) + 1), last)
-    rows = (torch.arange(prefix, seqlen) // block_q)[:, None]
-    visited = (rows * seqlen + columns).unique()
-    return BlockMask.from_coo(
-        visited // seqlen, visited % seqlen, seqlen_q=seqlen, block_size=block_size, of_blocks=True
-    )

@@ -9,9 +9,9 @@ import math
 
 import torch
 
-from .dropout import dropout_mask
-from .masks import UNBOUNDED, dense
-from .score import alibi_bias, softcap_derivative, softcap_scores
+from .scores import Place
+from .scores.dropout import dropout_mask
+from .terms import SCORE_TERMS
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -25,27 +25,28 @@ def attention(
     v: torch.Tensor,
     *,
     visible: torch.Tensor | None = None,
-    softmax_scale: float | torch.Tensor | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
+    query_start: int | None = None,
     sinks: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
+    **modifications,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) for q [B, H, Sq, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv], H a multiple of Hk.
 
     Order: scale, softcap, bias (dense, ALiBi), mask, softmax with sinks in the denominator, dropout.
     visible        bool, broadcastable to [B, H, Sq, Sk], True = attend; a bias of -inf masks as False does
-    softmax_scale  a number, or a tensor with one or with [H]
-    alibi_slopes   [H] or [B, H];  bias broadcastable to [B, H, Sq, Sk];  sinks [H]
+    query_start    key position of query 0, from which ALiBi counts; default Sk - Sq
+    sinks          [H]
+    modifications  of the scores, by the names of `fastattn.terms.SCORE_TERMS`:
+                   softmax_scale, a number, or a tensor with one or with [H], default D ** -0.5; softcap;
+                   alibi_slopes [H] or [B, H]; bias broadcastable to [B, H, Sq, Sk]
     out [B, H, Sq, Dv] in q's dtype; lse [B, H, Sq], natural log, float32 (float64 for float64)
 
     A row that sees no key gives out = 0 and lse = -inf (the sink, if there is one). A masked key takes no part at
     all: NaN or Inf in it never reaches the result.
     """
     q, k, v, dtype = *_upcast(q, k, v), q.dtype
-    scores, visible = _scores(q, k, visible, softmax_scale, softcap, alibi_slopes, bias)
+    scores, visible, _ = _scores(q, k, visible, query_start, modifications)
     p, lse = _softmax(scores, sinks)
     if dropout_p > 0.0:
         p = p * _dropout_factor(p, dropout_p, seed)
@@ -87,58 +88,6 @@ def attention_csr(
     return out.to(dtype), (m + torch.log(total)).masked_fill(empty, -math.inf)
 
 
-def run(problem, q, k, v, terms):
-    """`attention` behind the kernel signature of dispatch.Row."""
-    return as_kernel(problem, q, *attention(q, k, v, **_arguments(problem, q, terms)))
-
-
-def run_backward(problem, q, k, v, terms, saved, dout, dlse, wanted):
-    """Gradients that can be differentiated again (backward signature of dispatch.Row): the forward pass once more."""
-    arguments = _arguments(problem, q, terms)
-    names = ("bias", "alibi_slopes", "sinks", "softmax_scale")
-
-    def forward(q, k, v, *rest):
-        return attention(q, k, v, **(arguments | dict(zip(names, rest, strict=True))))
-
-    inputs = [q, k, v, *(arguments[name] for name in names)]
-    return backward_by_autograd(problem, forward, inputs, dout, dlse, wanted)
-
-
-def as_kernel(problem, q, out, lse) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(out, lse) as every kernel returns them: out in q's memory order, lse if it is asked for."""
-    if q.stride(1) < q.stride(2) and problem.seqlen_q > 1:
-        out = out.transpose(1, 2).contiguous().transpose(1, 2)
-    return out, lse if problem.lse else None
-
-
-def backward_by_autograd(problem, forward, inputs, dout, dlse, wanted) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of `inputs` for cotangents of forward(*inputs) = (out, lse); a cotangent may be None."""
-    with torch.enable_grad():
-        # Views, so that a tensor that is passed twice gets two gradients.
-        inputs = [x.view_as(x) if isinstance(x, torch.Tensor) else x for x in inputs]
-        results = forward(*inputs)
-        sources = [x for x, want in zip(inputs, wanted, strict=True) if want]
-        pairs = [(y, dy) for y, dy in zip(results, (dout, dlse), strict=True) if dy is not None]
-        ys, dys = zip(*pairs, strict=True)
-        grads = iter(torch.autograd.grad(ys, sources, dys, create_graph=problem.needs_grad, materialize_grads=True))
-    return tuple(next(grads) if want else None for want in wanted)
-
-
-def _arguments(problem, q, terms) -> dict:
-    """`terms` as keyword arguments of `attention`."""
-    names = ("softmax_scale", "softcap", "alibi_slopes", "bias", "sinks", "dropout_p", "seed")
-    return {"visible": _visible(problem, q, terms), **{name: getattr(terms, name) for name in names}}
-
-
-def _visible(problem, q, terms) -> torch.Tensor | None:
-    bounds = (terms.diagonal_lo, terms.diagonal_hi, terms.k_start, terms.k_end)
-    mask = terms.mask if terms.block_mask is None else terms.block_mask.to_dense()
-    if problem.mask == "none" or bounds == (-UNBOUNDED, UNBOUNDED, None, None):
-        return mask
-    visible = dense(*bounds, problem.seqlen_q, problem.seqlen_k, q.device)
-    return visible if mask is None else visible & mask
-
-
 def backward(
     dout: torch.Tensor,
     q: torch.Tensor,
@@ -147,13 +96,11 @@ def backward(
     *,
     dlse: torch.Tensor | None = None,
     visible: torch.Tensor | None = None,
-    softmax_scale: float | torch.Tensor | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
+    query_start: int | None = None,
     sinks: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
+    **modifications,
 ) -> dict[str, torch.Tensor]:
     """Gradients by name of `attention` for cotangents dout, dlse: q, k, v, and the other tensors that are given.
 
@@ -161,48 +108,37 @@ def backward(
 
     The same arguments as `attention`; each gradient has the shape and dtype of its tensor. Finite inputs only.
     """
-    inputs = {
-        "q": q, "k": k, "v": v, "bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks,
-        "softmax_scale": softmax_scale,
-    }  # fmt: skip
+    inputs = {"q": q, "k": k, "v": v, "sinks": sinks, **modifications}
     q, k, v, dout = _upcast(q, k, v, dout)
-    scale = _scale(q, softmax_scale)
-    capped = softcap_scores(scale * _product(q, k), softcap)
-    scores, _ = _scores(q, k, visible, softmax_scale, softcap, alibi_slopes, bias)
+    scores, _, steps = _scores(q, k, visible, query_start, modifications)
     p, lse = _softmax(scores, sinks)
 
     keep = _dropout_factor(p, dropout_p, seed) if dropout_p > 0.0 else 1.0
     dp = (dout @ _per_query_head(v, q.shape[1]).transpose(-1, -2)) * keep
     delta = (dp * p).sum(-1) - (0.0 if dlse is None else dlse.to(p.dtype))
     dscores = p * (dp - delta[..., None])
-    dscaled = dscores * softcap_derivative(capped, softcap)
-    dproduct = scale * dscaled
 
-    grads = {
-        "q": dproduct @ _per_query_head(k, q.shape[1]),
-        "k": _sum_over_group(dproduct.transpose(-1, -2) @ q, k.shape[1]),
-        "v": _sum_over_group((p * keep).transpose(-1, -2) @ dout, k.shape[1]),
-    }
-    if bias is not None:
-        grads["bias"] = dscores.sum_to_size(_pad_rank(bias, 4).shape).view(bias.shape)
-    if alibi_slopes is not None:
-        distance = alibi_bias(torch.ones_like(alibi_slopes, dtype=p.dtype), q.shape[2], k.shape[2])
-        grads["alibi_slopes"] = (dscores * distance).sum((-1, -2)).sum_to_size(alibi_slopes.shape)
+    grads = {}
+    for term, before, value, place in reversed(steps):
+        dscores, dvalue = term.derive(dscores, before, value, place)
+        if isinstance(value, torch.Tensor):
+            grads[term.name] = _sum_to(dvalue, value)
+    grads["q"] = dscores @ _per_query_head(k, q.shape[1])
+    grads["k"] = _sum_over_group(dscores.transpose(-1, -2) @ q, k.shape[1])
+    grads["v"] = _sum_over_group((p * keep).transpose(-1, -2) @ dout, k.shape[1])
     if sinks is not None:
         p_sink = torch.exp(sinks.to(p.dtype)[:, None] - lse)
         grads["sinks"] = -(p_sink * delta).sum((0, 2))
-    if isinstance(softmax_scale, torch.Tensor):
-        by_head = (dscaled * _product(q, k)).sum((0, 2, 3))
-        grads["softmax_scale"] = by_head.sum_to_size(softmax_scale.shape)
     return {name: grad.to(inputs[name].dtype) for name, grad in grads.items()}
+
+
+def _sum_to(grad: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """A gradient summed over what its tensor broadcasts over."""
+    return grad.sum_to_size((1,) * (grad.dim() - value.dim()) + value.shape).view(value.shape)
 
 
 def _upcast(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [tensor.to(compute_dtype(tensor.dtype)) for tensor in tensors]
-
-
-def _pad_rank(tensor: torch.Tensor, rank: int) -> torch.Tensor:
-    return tensor.view([1] * (rank - tensor.dim()) + list(tensor.shape))
 
 
 def _per_query_head(x: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -214,29 +150,33 @@ def _sum_over_group(x: torch.Tensor, num_heads_k: int) -> torch.Tensor:
     return x if x.shape[1] == num_heads_k else x.unflatten(1, (num_heads_k, -1)).sum(2)
 
 
-def _scale(q: torch.Tensor, softmax_scale: float | torch.Tensor | None) -> float | torch.Tensor:
-    if softmax_scale is None:
-        return q.shape[-1] ** -0.5
-    return softmax_scale.to(q.dtype).view(-1, 1, 1) if isinstance(softmax_scale, torch.Tensor) else softmax_scale
-
-
 def _product(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     return q @ _per_query_head(k, q.shape[1]).transpose(-1, -2)
 
 
-def _scores(q, k, visible, softmax_scale, softcap, alibi_slopes, bias):
-    """Scores with -inf where a query does not see a key, and the visibility itself (None: everything)."""
-    scores = softcap_scores(_scale(q, softmax_scale) * _product(q, k), softcap)
-    if bias is not None:
-        bias = _pad_rank(bias, 4).to(scores.dtype)
-        unmasked = bias != -math.inf
+def _scores(q, k, visible, query_start, modifications: dict):
+    """(scores with -inf where a query does not see a key, the visibility (None: everything), the steps to the scores)
+
+    The steps are (term, scores before, value, place), in order.
+    """
+    if unknown := modifications.keys() - {term.name for term in SCORE_TERMS}:
+        raise TypeError(f"attention() has no argument {min(unknown)!r}")
+    seqlen_q, seqlen_k = q.shape[2], k.shape[2]
+    place = Place(seqlen_k - seqlen_q if query_start is None else query_start, seqlen_q, seqlen_k)
+    scores, steps = _product(q, k), []
+    for term in SCORE_TERMS:
+        value = modifications.get(term.name, term.neutral)
+        if value is None and term.name == "softmax_scale":
+            value = q.shape[-1] ** -0.5
+        if value is not None and not (isinstance(value, float) and value == term.neutral):
+            steps.append((term, scores, value, place))
+            scores = term.modify(scores, value, place)
+    if (bias := modifications.get("bias")) is not None:
+        unmasked = (bias != -math.inf)[(None,) * (4 - bias.dim())]
         visible = unmasked if visible is None else visible & unmasked
-        scores = scores + bias
-    if alibi_slopes is not None:
-        scores = scores + alibi_bias(alibi_slopes.to(scores.dtype), q.shape[2], k.shape[2])
     if visible is not None:
         scores = scores.masked_fill(~visible, -math.inf)
-    return scores, visible
+    return scores, visible, steps
 
 
 def _softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

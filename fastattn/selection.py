@@ -5,10 +5,12 @@ import math
 import torch
 
 from .api import attention
-from .block_checks import BlockSize, check_block_size, check_int
-from .block_mask import BlockMask, build
-from .blocks import Grid, full_blocks
-from .masks import Mask
+from .checks import check_flag, check_int, check_real, one_line
+from .masks.block_checks import BlockSize, check_block_size
+from .masks.block_mask import BlockMask, build
+from .masks.blocks import Grid, full_blocks
+from .masks.intervals import Mask
+from .scores.scale import TERM as scale_term
 
 METHODS = ("mean_pool", "antidiagonal", "vertical_slash")
 STRIDE = 16  # side of antidiagonal's cells
@@ -48,6 +50,7 @@ def select_blocks(
 
     Raises ValueError or TypeError that names the argument.
     """
+    softmax_scale = scale_term.check(softmax_scale)
     _check(q, k, method, top_k, coverage, causal)
     (batch, num_heads, seqlen_q, head_dim), (_, num_heads_k, seqlen_k, _) = q.shape, k.shape
     grid = Grid(1, 1, seqlen_q, seqlen_k, *check_block_size(block_size))
@@ -213,6 +216,7 @@ def _choose(share: torch.Tensor, visible: torch.Tensor, own: torch.Tensor | None
 
 
 def _check(q, k, method, top_k, coverage, causal) -> None:
+    check_flag("causal", causal)
     for name, x in (("q", q), ("k", k)):
         if not isinstance(x, torch.Tensor) or x.dim() != 4 or not x.is_floating_point():
             raise TypeError(f"{name} must be a float tensor [batch, num_heads, seqlen, head_dim]")
@@ -221,13 +225,13 @@ def _check(q, k, method, top_k, coverage, causal) -> None:
             f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}; batch and head_dim must be equal, and num_heads a "
             "multiple of num_heads_k"
         )
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} must be one of {', '.join(METHODS)}")
+    if not isinstance(method, str) or method not in METHODS:
+        raise ValueError(f"method={one_line(method)} must be one of {', '.join(METHODS)}")
     if method == "vertical_slash" and not causal:
         raise ValueError("method='vertical_slash' needs causal=True: it learns nothing about later keys")
     if (top_k is None) == (coverage is None):
-        raise ValueError(f"top_k={top_k!r}, coverage={coverage!r}: give one of the two")
+        raise ValueError(f"top_k={one_line(top_k)}, coverage={one_line(coverage)}: give one of the two")
     if top_k is not None:
         check_int("top_k", top_k, 1)
-    elif not isinstance(coverage, (int, float)) or not 0.0 < coverage <= 1.0:
+    elif not 0.0 < check_real("coverage", coverage) <= 1.0:
         raise ValueError(f"coverage={coverage!r} must be a number in (0, 1]")

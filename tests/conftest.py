@@ -9,7 +9,7 @@ import torch
 for name in ("FASTATTN_BACKEND", "FASTATTN_FALLBACK"):
     os.environ.pop(name, None)
 
-from fastattn import dispatch  # noqa: E402  (after the environment is clean)
+from fastattn.record import fallbacks  # noqa: E402  (after the environment is clean)
 
 
 def pytest_configure(config):
@@ -29,9 +29,9 @@ def deterministic_torch():
 @pytest.fixture
 def fresh_fallbacks():
     """No fallback has been counted or warned about yet; also afterwards."""
-    dispatch.fallbacks.clear()
-    yield dispatch.fallbacks
-    dispatch.fallbacks.clear()
+    fallbacks.clear()
+    yield fallbacks
+    fallbacks.clear()
 
 
 @pytest.fixture

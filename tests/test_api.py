@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import fastattn
-from fastattn import Mask, cpu
+from fastattn import Mask
+from fastattn.backends import cpu
 
 BACKENDS = ["reference"] + (["cpu"] if cpu.unavailable() is None else [])
 backends = pytest.mark.parametrize("backend", BACKENDS)

@@ -9,9 +9,10 @@ from torch.utils.checkpoint import checkpoint
 
 import fastattn
 from cases import CASES, Case, inputs
-from fastattn import Mask, cpu, dispatch
-from fastattn.problem import Terms
-from fastattn.score import alibi_bias
+from fastattn import Mask, dispatch
+from fastattn.backends import cpu
+from fastattn.scores.alibi import alibi_bias
+from fastattn.terms import Terms
 from test_prefill import DTYPES, run_tests_on, supported_isas
 
 INF, NAN = math.inf, math.nan
@@ -64,7 +65,7 @@ def sizes_of_slope_sums(q, k, v, kwargs, dout, dlse) -> torch.Tensor:
     scores = (*q.shape[:3], k.shape[2])
     bias = kwargs.get("bias", torch.zeros(()).double()).expand(scores).clone()
     dscores = gradients(q, k, v, kwargs | {"bias": bias}, dout, dlse, "reference", of_scores=True)["bias"]
-    distance = alibi_bias(torch.ones(scores[1]).double(), *scores[2:])
+    distance = alibi_bias(torch.ones(scores[1]).double(), Place(scores[3] - scores[2], *scores[2:]))
     return (dscores * distance).abs().sum((2, 3)).sum_to_size(kwargs["alibi_slopes"].shape)
 
 
@@ -504,7 +505,7 @@ def test_transforms_run_on_the_reference():
 def test_wrong_arguments_of_the_extension_are_errors():
     q = torch.randn(1, 1, 4, 8)
     parts = torch.zeros(1, 1, 4, 2)
-    terms = Terms(1.0, 0.0, -100, 100)
+    terms = Terms(softmax_scale=1.0, diagonal_lo=-100, diagonal_hi=100)
     good = [q, q, q, q, parts, terms, q, None, q, q, q, None, None, None, None, 1]
     cpu._C.backward(*[x.clone() if isinstance(x, torch.Tensor) else x for x in good])
     for position, wrong, message in (
@@ -534,4 +535,4 @@ def test_refusals_go_to_the_reference(fresh_fallbacks):
     (q, k, v), kwargs = inputs(Case(num_heads=2, seqlen_q=8, head_dim=600))
     with pytest.warns(fastattn.FallbackWarning, match="head_dim=600"):
         fastattn.attention(q.requires_grad_(), k, v)
-    assert dispatch.select(fastattn.last_call().problem, None).call.kernel == "reference"
+    assert dispatch.select(fastattn.last_call().problem, None).row.name == "reference"

@@ -276,10 +276,10 @@ def test_a_suite_can_be_run_alone():
 
 
 def test_peak_by_isa_is_of_those_that_run_here():
-    if fastattn.cpu.unavailable():
+    if fastattn.backends.cpu.unavailable():
         pytest.skip("the CPU kernels are not built")
     rates = peak_by_isa()
-    assert fastattn.cpu.isa() in rates and all(rate > 0 for rate in rates.values())
+    assert fastattn.backends.cpu.isa() in rates and all(rate > 0 for rate in rates.values())
 
 
 def test_sparse_against_dense_from_end_to_end(tmp_path, capsys):
@@ -308,7 +308,7 @@ def test_skipping_from_end_to_end(tmp_path, capsys):
     assert {(row["spec"]["alibi"], row["spec"]["causal"], row["spec"]["passes"]) for row in found} == {
         (alibi, causal, passes) for alibi in (True, False) for causal in (True, False) for passes in PASSES[:2]
     }
-    built = fastattn.cpu.unavailable() is None
+    built = fastattn.backends.cpu.unavailable() is None
     for row in found:
         assert row["wrong"] is None and row["metrics"]["speed-up"] > 0
         assert (row["metrics"]["skipped"] > 0) == (row["spec"]["alibi"] and built)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import flex_attention as flex
 
-from fastattn import BlockMask, Mask, api, attention, explain, record
-from fastattn import blocks as block_sets
+from fastattn import BlockMask, Mask, attention, explain, plans, record
+from fastattn.masks import blocks as block_sets
 
 LENGTHS = [(64, 64), (45, 77), (77, 45), (200, 200), (1, 130), (130, 1), (33, 257), (0, 5), (5, 0)]
 lengths = pytest.mark.parametrize("seqlen_q, seqlen_k", LENGTHS, ids=lambda n: str(n))
@@ -470,15 +470,15 @@ def test_attention_takes_it_as_the_same_bool_tensor(shape, limits):
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_plans_depend_on_shapes_and_not_on_contents(monkeypatch):
-    monkeypatch.setattr(api, "_plans", {})
+def test_plans_depend_on_shapes_and_not_on_contents():
+    plans.forget()
     qkv = states()
     for seed in range(3):
         attention(*qkv, mask=BlockMask.from_dense(blocky_dense(seed, shape=(2, 1, 50, 70)), block_size=16))
-    assert len(api._plans) == 1
+    assert plans.count() == 1
     attention(*qkv, mask=BlockMask.from_dense(blocky_dense(0, shape=(2, 1, 50, 70)), block_size=32))
     attention(*qkv, mask=BlockMask.from_dense(blocky_dense(0, shape=(1, 1, 50, 70)), block_size=16))
-    assert len(api._plans) == 3
+    assert plans.count() == 3
 
 
 def test_flex_masks_are_converted_once(monkeypatch):

@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import flex_attention as flex
 
 from fastattn import BlockMask, Mask
-from fastattn import blocks as block_sets
+from fastattn.masks import blocks as block_sets
 from refusals import assert_refused
 from test_block_mask import blocky_dense, of
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastattn
-from fastattn import cpu
+from fastattn.backends import cpu
 from test_backward import SLACK, strided
 from test_memory import Guarded, in_child, reset_peak, status
 from test_prefill import DTYPES, INF, NAN, TOLERANCE, exactly_these, max_error, run_tests_on, supported_isas

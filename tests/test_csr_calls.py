@@ -7,7 +7,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
-from fastattn import UnsupportedError, cpu, dispatch
+from fastattn import UnsupportedError, dispatch
+from fastattn.backends import cpu
 from test_csr import Graph, inputs, run
 
 pytestmark = [

@@ -13,8 +13,11 @@ import torch
 
 import fastattn
 from cases import CASES, inputs
-from fastattn import FallbackWarning, UnsupportedError, cpu, dispatch, gpu, reference
-from fastattn.dispatch import KERNELS, Row, describe, refuse, select
+from fastattn import FallbackWarning, UnsupportedError, dispatch, plans
+from fastattn.backends import cpu
+from fastattn.backends import reference as reference_backend
+from fastattn.backends import triton as gpu
+from fastattn.dispatch import KERNELS, Row, refuse, select, text_of
 from fastattn.problem import MASK_KINDS, Problem
 
 ROOT = Path(fastattn.__file__).parents[1]
@@ -59,7 +62,7 @@ def test_each_row_is_well_formed(row):
     assert callable(dispatch._load(row.entry))
     assert row.available is None or callable(dispatch._load(row.available))
     for accepted in row.supports.values():
-        assert isinstance(accepted, (set, range)) and describe(accepted)
+        assert isinstance(accepted, (set, range)) and text_of(accepted)
 
 
 def test_the_table_ends_with_what_accepts_everything():
@@ -114,8 +117,8 @@ def test_kind_of_mask(kwargs, kind):
 
 def test_select_takes_the_first_row_that_accepts(monkeypatch):
     with_narrow_row(monkeypatch)
-    assert select(PROBLEM, None).call.kernel == "narrow.prefill"
-    assert select(PROBLEM._replace(head_dim=9), None).call.kernel != "narrow.prefill"
+    assert select(PROBLEM, None).row.name == "narrow.prefill"
+    assert select(PROBLEM._replace(head_dim=9), None).row.name != "narrow.prefill"
 
 
 def test_select_is_cached():
@@ -128,16 +131,14 @@ def test_select_is_cached():
 def with_narrow_row(monkeypatch):
     """A kernel that supports little, in front of the table."""
     supports = {"head_dim": range(8, 65, 8), "dtype": {"float32", "bfloat16"}, "needs_grad": {False}, "lse": {False}}
-    row = Row("narrow.prefill", "fastattn.reference:run", None, supports)
+    row = Row("narrow.prefill", "fastattn.backends.reference:forward", None, supports)
     monkeypatch.setattr(dispatch, "KERNELS", (row, *KERNELS))
     monkeypatch.setattr(dispatch, "BACKENDS", ("narrow", *dispatch.BACKENDS))
     clear_caches()
 
 
 def clear_caches():
-    for function in (dispatch.select, dispatch._load):
-        function.cache_clear()
-    fastattn.api._plans.clear()
+    plans.forget()
 
 
 @pytest.fixture(autouse=True)
@@ -350,7 +351,7 @@ def test_fallback_warns_once_a_reason_and_counts(fresh_fallbacks, monkeypatch):
 
 def test_another_fast_kernel_is_no_fallback(fresh_fallbacks, monkeypatch):
     with_narrow_row(monkeypatch)
-    wide = Row("wide.prefill", "fastattn.reference:run", None, {})
+    wide = Row("wide.prefill", "fastattn.backends.reference:forward", None, {})
     monkeypatch.setattr(dispatch, "KERNELS", (dispatch.KERNELS[0], wide, *KERNELS))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -373,7 +374,7 @@ def test_fallback_error_comes_before_the_work(fresh_fallbacks, monkeypatch):
         fastattn.attention(*qkv())
     before, computed = fastattn.last_call(), []
     clear_caches()
-    monkeypatch.setattr(reference, "run", lambda *arguments: computed.append(arguments))
+    monkeypatch.setattr(reference_backend, "forward", lambda *arguments: computed.append(arguments))
     with fastattn.record() as calls, pytest.raises(UnsupportedError, match="head_dim.*FASTATTN_FALLBACK=error"):
         fastattn.attention(*wide_qkv())
     assert not computed and not calls and fastattn.last_call() is before
@@ -431,12 +432,12 @@ def test_the_triton_rows_say_what_is_missing(installed, cuda, reason, monkeypatc
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: object() if installed else None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(gpu, "INTERPRETED", False)
-    dispatch._unavailable.cache_clear()
+    dispatch._answer.cache_clear()
     try:
         rows = [row for row in KERNELS if row.backend == "triton"]
         refusals = {row.name: refuse(row, PROBLEM._replace(device="cuda"))[:1] for row in rows}
     finally:
-        dispatch._unavailable.cache_clear()
+        dispatch._answer.cache_clear()
     if reason is None:
         assert gpu.unavailable() is None and refusals["triton.prefill"] == []
     else:

@@ -6,7 +6,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fastattn
 from cases import Case, inputs
-from fastattn import Mask, cpu
+from fastattn import Mask
+from fastattn.backends import cpu
 from test_prefill import DTYPES, run_tests_on, supported_isas
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="the CPU kernels are not built")

@@ -50,7 +50,7 @@ def test_both_models_learn_the_same(train_char_lm, tmp_path, capsys):
         assert outcome.agreement.same and outcome.gradient_difference < 1e-5
         assert (tmp_path / f"train_char_lm_{name}.png").stat().st_size > 10_000
     assert outcomes["causal"].agreement.difference < 1e-3  # no dropout: rounding alone
-    if fastattn.cpu.unavailable() is None:
+    if fastattn.backends.cpu.unavailable() is None:
         assert "cpu.prefill" in outcomes["causal"].kernels and "cpu.backward" in outcomes["causal"].kernels
     assert " ".join(capsys.readouterr().out.split()).count("the same within noise") == 2
 

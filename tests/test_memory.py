@@ -18,9 +18,10 @@ import torch
 
 import fastattn
 from cases import Case, inputs
-from fastattn import Mask, cpu
+from fastattn import Mask
+from fastattn.backends import cpu
 from fastattn.masks import UNBOUNDED
-from fastattn.problem import Terms
+from fastattn.terms import Terms
 from test_prefill import DTYPES, assert_same_bits, dtypes, run
 from test_threads import forked, graph, train
 
@@ -34,7 +35,7 @@ PAGE = mmap.PAGESIZE
 def fill(out, lse, q, k, v, causal=False, **kwargs):
     """The kernel into tensors of the caller's, without the allocations of fastattn.attention."""
     hi = k.shape[2] - q.shape[2] if causal else UNBOUNDED
-    terms = Terms(q.shape[3] ** -0.5, kwargs.pop("softcap", 0.0), -UNBOUNDED, hi, **kwargs)
+    terms = Terms(softmax_scale=q.shape[3] ** -0.5, diagonal_hi=hi, query_start=k.shape[2] - q.shape[2], **kwargs)
     cpu._C.forward(q, k, v, out, lse, None, None, terms, 1)
     return out, lse
 
@@ -232,13 +233,13 @@ def test_the_native_entry_refuses_what_does_not_fit(name):
         tensors = {"q": torch.ones(2, 2, 3, 4), "k": torch.ones(2, 2, 5, 4), "v": torch.ones(2, 2, 5, 6)}
         tensors |= {"out": torch.ones(2, 2, 3, 6), "lse": torch.ones(2, 2, 3), name: wrong}
         arguments = [tensors.pop(n, None) for n in ("q", "k", "v", "out", "lse", "lse_parts", "out_exact")]
-        terms = Terms(**{"softmax_scale": 0.5} | tensors, softcap=0.0, diagonal_lo=-UNBOUNDED, diagonal_hi=UNBOUNDED)
+        terms = Terms(**{"softmax_scale": 0.5} | tensors)
         with pytest.raises((ValueError, TypeError, AttributeError, RuntimeError)):
             cpu._C.forward(*arguments, terms, 1)
 
 
 def test_the_native_entry_refuses_wrong_terms():
-    q, fine = torch.ones(2, 2, 3, 4), Terms(0.5, 0.0, -UNBOUNDED, UNBOUNDED)
+    q, fine = torch.ones(2, 2, 3, 4), Terms(softmax_scale=0.5)
     for wrong in (
         None, (), tuple(fine)[:-1], fine._replace(softcap=None), fine._replace(diagonal_lo=0.5),
         fine._replace(dropout_p=1.0), fine._replace(dropout_p=-0.1), fine._replace(dropout_p=math.nan),
@@ -296,7 +297,7 @@ def test_calls_do_not_leak():
     made = small_calls()
     negated = torch.randn(1, 2, 5, 8, dtype=torch.complex64).conj().imag  # the one thing that is copied
 
-    terms = Terms(0.5, 0.0, 0, 0)
+    terms = Terms(softmax_scale=0.5, diagonal_lo=0, diagonal_hi=0)
 
     def call(n):
         for i in range(n):
@@ -319,7 +320,7 @@ def count_tensors() -> int:
 
 def test_forward_and_backward_do_not_leak():
     made = [(qkv, kwargs, torch.randn(*qkv[0].shape[:3], 8).to(qkv[0].dtype)) for qkv, kwargs in small_calls()]
-    terms = Terms(0.5, 0.0, 0, 0)
+    terms = Terms(softmax_scale=0.5, diagonal_lo=0, diagonal_hi=0)
 
     def call(n):
         for i in range(n):

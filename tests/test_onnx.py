@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import fastattn
-from fastattn import Mask, cpu
+from fastattn import Mask
+from fastattn.backends import cpu
 
 pytest.importorskip("onnx", minversion="1.23")
 # onnx collects the cases of every operator, some of which divide by zero.

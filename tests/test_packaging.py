@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import fastattn
-from fastattn import cpu
+from fastattn.backends import cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH_SYMBOL = re.compile(r"\b(c10|at|torch|caffe2)::|\bTHP")
@@ -390,7 +390,7 @@ def test_editable_install(small_source, tmp_path, mode, cxx):
     install = ("--python", python, "install", "-q", "--no-index", "--no-deps", "--no-build-isolation")
     strict = ("--config-settings", f"editable_mode={mode}")
     output(*PIP, *install, *strict, "-e", small_source, CXX=cxx, **outside(tmp_path / "outside"))
-    code = "import fastattn.kernels.algorithm, fastattn.cpu as c; print(c.__file__, c._C and c._C.number)"
+    code = "import fastattn.kernels.algorithm, fastattn.backends.cpu as c; print(c.__file__, c._C and c._C.number)"
     path, number = output(python, "-c", code, cwd=tmp_path).split()
     assert small_source in Path(path).resolve().parents
     if cxx == "/bin/false":
@@ -405,7 +405,7 @@ def test_a_header_edit_rebuilds_and_a_failure_leaves_nothing_stale(small_source,
     python = make_venv(tmp_path / "venv")
 
     def number():
-        code = "import torch, fastattn.cpu as c; print(c._C and c._C.number, c.unavailable())"
+        code = "import torch, fastattn.backends.cpu as c; print(c._C and c._C.number, c.unavailable())"
         return output(python, "-c", code, cwd=small_source)
 
     def build(cxx):

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 import fastattn
 from cases import CASES, Case, inputs
-from fastattn import Mask, UnsupportedError, api, cpu, dispatch
+from fastattn import Mask, UnsupportedError, dispatch, plans
+from fastattn.backends import cpu
 
 INF, NAN = math.inf, math.nan
 ROOT = Path(fastattn.__file__).parents[1]
@@ -71,11 +72,11 @@ def only(row: dispatch.Row):
     kernels = dispatch.KERNELS
     try:
         dispatch.KERNELS = (row,)
-        dispatch.select.cache_clear(), api._plans.clear()
+        plans.forget()
         yield
     finally:
         dispatch.KERNELS = kernels
-        dispatch.select.cache_clear(), api._plans.clear()
+        plans.forget()
 
 
 @pytest.mark.parametrize("row", dispatch.KERNELS, ids=lambda row: row.name)

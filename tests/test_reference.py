@@ -11,8 +11,10 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastattn
-from fastattn import Mask, cpu, dropout, reference
+from fastattn import Mask, reference
+from fastattn.backends import cpu
 from fastattn.masks import dense
+from fastattn.scores import dropout
 
 BACKENDS = ["reference"] + (["cpu"] if cpu.unavailable() is None else [])
 backends = pytest.mark.parametrize("backend", BACKENDS)

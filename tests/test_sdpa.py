@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 import fastattn
-from fastattn import cpu
 from fastattn import scaled_dot_product_attention as sdpa
+from fastattn.backends import cpu
 from fastattn.compat.sdpa import _fold
 
 INF = math.inf

@@ -8,7 +8,8 @@ import torch
 
 import fastattn
 from cases import Case, inputs
-from fastattn import BlockMask, cpu
+from fastattn import BlockMask
+from fastattn.backends import cpu
 from test_prefill import DTYPES, assert_parity, run, run_tests_on, supported_isas
 
 INF, NAN = math.inf, math.nan

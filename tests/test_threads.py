@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import fastattn
 from cases import Case, inputs
-from fastattn import cpu
+from fastattn.backends import cpu
 from test_backward import SCORE_TENSORS
 from test_backward import SHAPES as BACKWARD_SHAPES
 from test_prefill import SHAPES, assert_same_bits, run, shapes

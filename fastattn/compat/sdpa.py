@@ -6,9 +6,10 @@ import torch
 from torch.nn.functional import pad
 
 from ..api import attention
-from ..masks import Mask
+from ..checks import check_tensors
+from ..masks.intervals import Mask
+from ..torch_internals import is_any_autocast_enabled as _any_autocast
 
-_any_autocast = torch._C._is_any_autocast_enabled
 _TOP_LEFT = Mask.causal("top_left")  # torch's is_causal, also when the lengths differ
 
 
@@ -44,7 +45,7 @@ def scaled_dot_product_attention(
             query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
         q, k, v = query.shape, key.shape, value.shape
     except AttributeError:
-        _check_tensors(query=query, key=key, value=value)
+        check_tensors(query=query, key=key, value=value)
         raise
     if (
         len(q) == len(k) == len(v) == 4
@@ -64,7 +65,7 @@ def scaled_dot_product_attention(
 
 def _any_rank(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> torch.Tensor:
     """Fold the leading dimensions into [batch, num_heads, seqlen, head_dim], call `attention`, unfold the result."""
-    _check_tensors(query=query, key=key, value=value)
+    check_tensors(query=query, key=key, value=value)
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() < 2 + bool(enable_gqa):
             raise ValueError(
@@ -132,7 +133,7 @@ def _mask_and_bias(attn_mask, is_causal: bool, scores: tuple[int, ...]):
     """attn_mask as `attention`'s (mask, bias), of rank 2 or more; `scores` is the shape it must broadcast to."""
     if is_causal:
         raise ValueError("attn_mask and is_causal=True exclude each other; combine them into one attn_mask")
-    _check_tensors(attn_mask=attn_mask)
+    check_tensors(attn_mask=attn_mask)
     if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
         raise TypeError(f"attn_mask has dtype {attn_mask.dtype}; it must be bool (True = attend) or float (added)")
     shape = tuple(attn_mask.shape)
@@ -141,9 +142,3 @@ def _mask_and_bias(attn_mask, is_causal: bool, scores: tuple[int, ...]):
         raise ValueError(f"attn_mask has shape {shape}; it must be broadcastable to {scores}")
     attn_mask = attn_mask[(None,) * (2 - len(shape))]
     return (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
-
-
-def _check_tensors(**arguments) -> None:
-    for name, value in arguments.items():
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")

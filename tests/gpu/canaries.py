@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fastattn import api, dispatch
+from fastattn import dispatch, plans
 from fastattn.masks import UNBOUNDED
 
 (_PREFILL,) = [dispatch._load(row.entry) for row in dispatch.KERNELS if row.name == "triton.prefill"]
@@ -48,8 +48,8 @@ def planted(mistake) -> Iterator[dispatch.Row]:
     rows = tuple(row._replace(entry=entry) if row.name == "triton.prefill" else row for row in before)
     try:
         dispatch.KERNELS = rows
-        dispatch.select.cache_clear(), api._plans.clear()
+        plans.forget()
         yield next(row for row in rows if row.entry == entry)
     finally:
         dispatch.KERNELS = before
-        dispatch.select.cache_clear(), api._plans.clear()
+        plans.forget()

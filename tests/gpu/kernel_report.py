@@ -95,11 +95,11 @@ def arch_name(arch: int | str) -> str:
 def compiling_for(arch: int | str) -> Iterator[list]:
     """Inside, fastattn runs its Triton kernels on meta tensors, and they compile for `arch`; yields the launches."""
     from fake_device import SHARED_MEMORY, fake_gpu
-    from fastattn import api, dispatch
+    from fastattn import dispatch, plans
     from fastattn.kernels import config, launch
 
     def clear():
-        launch._launches.clear(), api._plans.clear(), dispatch.select.cache_clear()
+        launch._launches.clear(), plans.forget()
 
     device = config.Device(arch_name(arch), SHARED_MEMORY[arch], 100, "fake")
     rows = [row for row in dispatch.KERNELS if row.backend == "triton"]

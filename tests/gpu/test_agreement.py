@@ -11,7 +11,8 @@ import torch  # noqa: E402
 
 import fastattn  # noqa: E402
 from accuracy import plain  # noqa: E402
-from fastattn import Mask, cpu  # noqa: E402
+from fastattn import Mask  # noqa: E402
+from fastattn.backends import cpu  # noqa: E402
 from strict_interpreter import harden  # noqa: E402
 from test_backward import SLACK  # noqa: E402
 

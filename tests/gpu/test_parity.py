@@ -20,8 +20,8 @@ import test_prefill  # noqa: E402
 from accuracy import assert_accuracy, plain  # noqa: E402
 from cases import CASES, Case, inputs  # noqa: E402
 from fastattn import BlockMask, Mask, UnsupportedError, dispatch  # noqa: E402
-from fastattn.dropout import dropout_mask  # noqa: E402
 from fastattn.kernels import config, launch, tuning  # noqa: E402
+from fastattn.scores.dropout import dropout_mask  # noqa: E402
 
 if process.INTERPRETED:
     from strict_interpreter import harden

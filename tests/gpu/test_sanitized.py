@@ -23,7 +23,13 @@ import canaries  # noqa: E402
 import test_backward  # noqa: E402
 from accuracy import assert_accuracy, plain  # noqa: E402
 from cases import Case, inputs  # noqa: E402
-from fastattn import Mask, api, attention, dispatch, last_call  # noqa: E402
+from fastattn import (  # noqa: E402
+    Mask,
+    attention,
+    dispatch,
+    last_call,
+    plans,  # noqa: E402
+)
 from fastattn.kernels import config, launch  # noqa: E402
 
 DEVICE = config.Device("sm_90", config.SMEM["sm_90"], 8, "ttsem")
@@ -53,7 +59,7 @@ def session(monkeypatch):
 
 
 def clear_caches():
-    launch._launches.clear(), api._plans.clear(), dispatch.select.cache_clear()
+    launch._launches.clear(), plans.forget()
 
 
 SMALL = Case(batch=1, num_heads=2, num_heads_k=1, seqlen_q=100, seqlen_k=150, head_dim=64)

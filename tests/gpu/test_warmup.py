@@ -18,7 +18,7 @@ from triton import knobs  # noqa: E402
 import fastattn  # noqa: E402
 from fake_device import nothing_compiled  # noqa: E402
 from fastattn import __main__ as command  # noqa: E402
-from fastattn import gpu  # noqa: E402
+from fastattn.backends import triton as gpu  # noqa: E402
 from fastattn.kernels import config, launch, tuning  # noqa: E402
 from kernel_report import compiling_for  # noqa: E402
 

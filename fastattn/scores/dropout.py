@@ -6,6 +6,9 @@ the counter (key // 4, query, head, batch): one evaluation serves four neighbour
 
 import torch
 
+from ..checks import check_real, one_line
+from . import Term
+
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK32 = 0xFFFFFFFF
@@ -44,3 +47,21 @@ def dropout_mask(
 def _mulhilo(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     product = a * b  # wraps as an unsigned 64-bit product would: the bits are the same
     return (product >> 32) & _MASK32, product & _MASK32
+
+
+def _check_p(value) -> float:
+    number = check_real("dropout_p", value)
+    if not 0.0 <= number < 1.0:
+        raise ValueError(f"dropout_p={value!r} must be in [0, 1)")
+    return number
+
+
+def check_seed(value) -> int | None:
+    """`value` itself; ValueError unless it is None or an int in 0 ... 2^63 - 1."""
+    if value is not None and not (isinstance(value, int) and 0 <= value < 2**63):
+        raise ValueError(f"seed={one_line(value)} must be an int in 0 ... 2^63 - 1, or None")
+    return value
+
+
+P = Term("dropout_p", 0.0, check=_check_p, fact=("dropout", lambda value: value > 0.0, False))
+SEED = Term("seed", check=check_seed)

@@ -5,29 +5,17 @@ Equal bitmaps are stored once, so a causal mask of any length has one. The lists
 torch's FlexAttention. Nothing here is n x n but `to_dense` and `from_dense`.
 """
 
-import sys
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 
-from . import blocks
-from .block_checks import (
-    BlockSize,
-    check_block_size,
-    check_compressed,
-    check_int,
-    check_integers,
-    check_lengths,
-    check_lists,
-    check_mask,
-    check_same_grid,
-    shared_grid,
-)  # fmt: skip
+from . import block_checks, blocks, flex, picture
+from .block_checks import BlockSize
 from .blocks import FULL, Blocks, Grid
-from .masks import Mask
+from .concatenation import concatenated
+from .intervals import Mask
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -66,9 +54,9 @@ class BlockMask:
     _cache: dict = field(default_factory=dict, init=False)
 
     def __post_init__(self):
-        object.__setattr__(self, "BLOCK_SIZE", check_block_size(self.BLOCK_SIZE))
-        object.__setattr__(self, "seq_lengths", check_lengths(*self.seq_lengths))
-        check_mask(self)
+        object.__setattr__(self, "BLOCK_SIZE", block_checks.check_block_size(self.BLOCK_SIZE))
+        object.__setattr__(self, "seq_lengths", block_checks.check_lengths(*self.seq_lengths))
+        block_checks.check_mask(self)
 
     # --- builders ----------------------------------------------------------------------------------------------------
 
@@ -82,7 +70,7 @@ class BlockMask:
         """
         if not isinstance(mask, Mask):
             raise TypeError(f"mask must be a Mask, got {type(mask).__name__} (a bool tensor goes to from_dense)")
-        grid = shared_grid(seqlen_q, seqlen_k, block_size)
+        grid = block_checks.shared_grid(seqlen_q, seqlen_k, block_size)
         start, end = blocks.intervals(mask, grid.seqlen_q, grid.seqlen_k)
         grid = grid._replace(batch=start.shape[0], num_heads=start.shape[1])
         return build(grid, blocks.interval_blocks(grid, start, end))
@@ -105,18 +93,16 @@ class BlockMask:
         O(seqlen_q * seqlen_k) time, O(1) memory. Indices are always inside the lengths. Where a pattern that is
         quick to build encloses it, `where` looks at far fewer blocks.
         """
-        grid = shared_grid(seqlen_q, seqlen_k, block_size)
-        grid = grid._replace(batch=check_int("batch", batch), num_heads=check_int("num_heads", num_heads))
+        grid = block_checks.shared_grid(seqlen_q, seqlen_k, block_size)
+        grid = grid._replace(
+            batch=block_checks.check_int("batch", batch), num_heads=block_checks.check_int("num_heads", num_heads)
+        )
         return build(grid, blocks.evaluate(grid, torch.arange(grid.size, device=device), fn))
 
     @classmethod
     def from_dense(cls, mask: torch.Tensor, *, block_size: BlockSize = 128) -> "BlockMask":
         """The blocks of a bool tensor [batch|1, num_heads|1, seqlen_q, seqlen_k], True = attend."""
-        if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.dim() != 4:
-            raise TypeError(
-                "mask must be a bool tensor [batch|1, num_heads|1, seqlen_q, seqlen_k], got "
-                + (f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__)
-            )
+        block_checks.check_dense(mask)
         batch, num_heads, seqlen_q, seqlen_k = mask.shape
         return cls.from_mask_mod(
             lambda b, h, i, j: mask[b, h, i, j], batch=batch, num_heads=num_heads, seqlen_q=seqlen_q,
@@ -129,7 +115,7 @@ class BlockMask:
         for name, tokens in (("queries", queries), ("keys", keys)):
             if not isinstance(tokens, torch.Tensor) or tokens.dtype != torch.bool or tokens.dim() != 1:
                 raise TypeError(f"{name} must be a bool tensor [seqlen], True = in the set")
-        grid = shared_grid(len(queries), len(keys), block_size)
+        grid = block_checks.shared_grid(len(queries), len(keys), block_size)
         return build(grid, blocks.product_blocks(grid, queries, keys))
 
     @classmethod
@@ -147,8 +133,8 @@ class BlockMask:
         indptr int [rows + 1] with rows = ceil(seqlen_q / block_q), indices int [indptr[-1]]. One pattern for all
         heads; `cat` puts several together.
         """
-        grid = shared_grid(seqlen_q, seqlen_k, block_size)
-        keys = check_compressed(indptr, indices, grid.rows, grid.columns) * grid.columns + indices
+        grid = block_checks.shared_grid(seqlen_q, seqlen_k, block_size)
+        keys = block_checks.check_compressed(indptr, indices, grid.rows, grid.columns) * grid.columns + indices
         return build(grid, blocks.full_blocks(grid, keys))
 
     @classmethod
@@ -166,8 +152,8 @@ class BlockMask:
         indptr int [seqlen_q + 1], indices int [indptr[-1]]. Each block that holds a pair takes a bitmap, unless it
         equals another's: scattered neighbours (graphs) waste both memory and time as blocks.
         """
-        grid = shared_grid(seqlen_q, seqlen_k, block_size)
-        query = check_compressed(indptr, indices, grid.seqlen_q, grid.seqlen_k)
+        grid = block_checks.shared_grid(seqlen_q, seqlen_k, block_size)
+        query = block_checks.check_compressed(indptr, indices, grid.seqlen_q, grid.seqlen_k)
         return build(grid, blocks.pair_blocks(grid, query, indices.long()))
 
     @classmethod
@@ -185,16 +171,11 @@ class BlockMask:
 
         int tensors of one length; any order, no pair twice. Memory as in `from_csr` for tokens.
         """
-        grid = shared_grid(seqlen_q, seqlen_k, block_size)
+        grid = block_checks.shared_grid(seqlen_q, seqlen_k, block_size)
         sizes = (grid.rows, grid.columns) if of_blocks else (grid.seqlen_q, grid.seqlen_k)
-        check_integers("queries", queries, 1, sizes[0])
-        check_integers("keys", keys, 1, sizes[1])
-        if queries.shape != keys.shape:
-            raise ValueError(f"queries has {len(queries)} entries and keys {len(keys)}; they must be as many")
-        pairs = (queries.long() * sizes[1] + keys).sort().values
-        if (twice := pairs[1:][pairs[1:] == pairs[:-1]]).numel():
-            query, key = divmod(int(twice[0]), sizes[1])
-            raise ValueError(f"queries, keys: the pair {query}, {key} is listed twice; list it once")
+        block_checks.check_integers("queries", queries, 1, sizes[0])
+        block_checks.check_integers("keys", keys, 1, sizes[1])
+        pairs = block_checks.check_pairs(queries, keys, sizes[1])
         if of_blocks:
             return build(grid, blocks.full_blocks(grid, pairs))
         return build(grid, blocks.pair_blocks(grid, queries.long(), keys.long()))
@@ -205,42 +186,12 @@ class BlockMask:
 
         Its mask_mod is evaluated here and now, on the partial blocks alone, with index tensors that broadcast.
         """
-        partial = block_mask.kv_num_blocks, block_mask.kv_indices
-        full = block_mask.full_kv_num_blocks, block_mask.full_kv_indices
-        grid = shared_grid(*block_mask.seq_lengths, block_mask.BLOCK_SIZE)
-        grid = grid._replace(batch=partial[0].shape[0], num_heads=partial[0].shape[1])
-        keys, ids, bitmaps = blocks.evaluate(grid, check_lists(grid, *partial, "kv"), block_mask.mask_mod)
-        whole = keys[:0] if full[0] is None else check_lists(grid, *full, "full_kv")
-        return build(grid, blocks.union((keys, ids, bitmaps), blocks.full_blocks(grid, whole)))
+        return build(*flex.blocks_of(block_mask))
 
     @classmethod
     def cat(cls, masks: Sequence["BlockMask"], dim: int = 1) -> "BlockMask":
         """One mask of masks for some heads (dim=1) or batch entries (dim=0) each; equal lengths and block size."""
-        if dim not in (0, 1):
-            raise ValueError(f"dim={dim!r} must be 0 (batch) or 1 (num_heads)")
-        if not masks:
-            raise ValueError("masks is empty; at least one mask is needed")
-        sizes = [mask.shape[dim] for mask in masks]
-        others = {mask.shape[1 - dim] for mask in masks} - {1}
-        if len(others) > 1:
-            raise ValueError(f"the masks have {('num_heads', 'batch')[dim]} {sorted(others)}; they must be equal or 1")
-        other = others.pop() if others else 1
-        shape = (sum(sizes), other) if dim == 0 else (other, sum(sizes))
-        grid = masks[0]._grid._replace(batch=shape[0], num_heads=shape[1])
-        parts, offset, count = [], 0, 0
-        for mask, size in zip(masks, sizes, strict=True):
-            check_same_grid(masks[0], mask)
-            part = grid._replace(**{("batch", "num_heads")[dim]: size})
-            keys, ids, bitmaps = mask._blocks(part)
-            entry = part.entry(keys)
-            batch, head = entry // max(part.num_heads, 1), entry % max(part.num_heads, 1)
-            batch, head = (batch + offset, head) if dim == 0 else (batch, head + offset)
-            keys = grid.keys(batch * grid.num_heads + head, part.row(keys), part.column(keys))
-            parts.append((keys, torch.where(ids >= 0, ids + count, ids), bitmaps))
-            offset, count = offset + size, count + len(bitmaps)
-        keys, ids, bitmaps = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        keys, order = keys.sort()
-        return build(grid, (keys, ids[order], bitmaps))
+        return build(*concatenated(masks, dim))
 
     # --- algebra -----------------------------------------------------------------------------------------------------
 
@@ -286,7 +237,7 @@ class BlockMask:
 
     def reblock(self, block_size: BlockSize) -> "BlockMask":
         """The same mask in blocks of another size, in time O(visited pairs / 256)."""
-        block_q, block_k = check_block_size(block_size)
+        block_q, block_k = block_checks.check_block_size(block_size)
         grid = self._grid._replace(block_q=block_q, block_k=block_k)
         return build(grid, blocks.regroup(self._grid, grid, self._blocks()))
 
@@ -326,8 +277,8 @@ class BlockMask:
         return self.kv_indices.device
 
     @cached_property
-    def _described(self) -> tuple:
-        """What a call depends on."""
+    def described(self) -> tuple:
+        """(shape, block size, device): what the plan of a call depends on."""
         return self.shape, self.BLOCK_SIZE, self.device
 
     @property
@@ -388,15 +339,7 @@ class BlockMask:
     def mask_mod(self) -> Callable:
         """FlexAttention's mask_mod(b, h, q_idx, kv_idx) of this mask: looks up the block, in a table, and the bit."""
         if "mask_mod" not in self._cache:
-            table, bitmaps = self._table()
-            shared, (block_q, block_k) = [size == 1 for size in self.shape[:2]], self.BLOCK_SIZE
-
-            def mask_mod(b, h, q_idx, kv_idx):
-                b, h = b * 0 if shared[0] else b, h * 0 if shared[1] else h
-                byte = bitmaps[table[b, h, q_idx // block_q, kv_idx // block_k], q_idx % block_q, kv_idx % block_k // 8]
-                return ((byte.int() >> (kv_idx % 8)) & 1) > 0
-
-            self._cache["mask_mod"] = mask_mod
+            self._cache["mask_mod"] = flex.mask_mod(self)
         return self._cache["mask_mod"]
 
     def to_flex(self, mask_mod: Callable | None = None):
@@ -405,36 +348,14 @@ class BlockMask:
         mask_mod: a function equal to this mask, if there is one that FlexAttention computes faster than it looks up.
         Compiled for the CPU, FlexAttention of torch 2.13 needs torch.compile(..., dynamic=False) for the look-up.
         """
-        from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
-
-        missing = self._grid.columns, self.kv_indices.shape[-1], self.full_kv_indices.shape[-1]
-        pad = torch.nn.functional.pad  # torch takes the number of columns from the width of a list
-        return FlexBlockMask.from_kv_blocks(
-            self.kv_num_blocks,
-            pad(self.kv_indices, (0, missing[0] - missing[1])),
-            self.full_kv_num_blocks,
-            pad(self.full_kv_indices, (0, missing[0] - missing[2])),
-            BLOCK_SIZE=self.BLOCK_SIZE,
-            mask_mod=self.mask_mod if mask_mod is None else mask_mod,
-            seq_lengths=self.seq_lengths,
-        )
+        return flex.to_flex(self, self.mask_mod if mask_mod is None else mask_mod)
 
     def plot(self, ax=None, *, batch: int = 0, head: int = 0, pixels: int = 1024):
         """A picture of the pattern: queries down, keys across, dark = seen. Returns matplotlib Axes (`ax` or new ones).
 
         A pixel is a pair if no length exceeds `pixels`, else one or several blocks, as dark as the share that is seen.
         """
-        import matplotlib.pyplot as plt
-
-        one = self._head(batch, head)
-        picture = one.to_dense()[0, 0] if max(self.seq_lengths) <= pixels else one._shares(pixels)
-        ax = plt.figure().add_subplot() if ax is None else ax
-        ax.imshow(
-            picture.cpu().float().numpy(), cmap="Greys", vmin=0.0, vmax=1.0, interpolation="none", aspect="auto",
-            extent=(0, self.seq_lengths[1], self.seq_lengths[0], 0),
-        )  # fmt: skip
-        ax.set(xlabel="key", ylabel="query", title=f"density {100 * one.density:.3g} %")
-        return ax
+        return picture.plot(self, ax, batch, head, pixels)
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
@@ -462,59 +383,8 @@ class BlockMask:
         return self._grid._replace(batch=batch, num_heads=num_heads)
 
     def _aligned(self, other: "BlockMask") -> Grid:
-        check_same_grid(self, other)
+        block_checks.check_same_grid(self, other)
         return self._broadcast(other.shape[:2])
-
-    def _head(self, batch: int, head: int) -> "BlockMask":
-        for name, index, size in (("batch", batch, self.shape[0]), ("head", head, self.shape[1])):
-            if not 0 <= index < size:
-                raise ValueError(f"{name}={index} must be in 0 ... {size - 1}")
-        one = {
-            name: tensor if name == "bitmaps" else tensor[batch : batch + 1, head : head + 1]
-            for name, tensor in self.tensors().items()
-        }
-        return BlockMask(**one, BLOCK_SIZE=self.BLOCK_SIZE, seq_lengths=self.seq_lengths)
-
-    def _table(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which bitmap each block has, int32 [B, H, rows, columns], and the bitmaps with a full and an empty one."""
-        grid, (keys, ids, bitmaps) = self._grid, self._blocks()
-        table = torch.full((grid.size,), len(bitmaps) + 1, dtype=torch.int32, device=self.device)
-        table[keys] = torch.where(ids == FULL, len(bitmaps), ids).int()
-        one = bitmaps.new_ones(1, *bitmaps.shape[1:])
-        return table.view(*self.shape[:2], grid.rows, grid.columns), torch.cat([bitmaps, one * 255, one * 0])
-
-    def _shares(self, pixels: int) -> torch.Tensor:
-        """The share of pairs that is seen, [<= pixels, <= pixels], a pixel being some blocks of one head."""
-        grid, (keys, ids, bitmaps) = self._grid, self._blocks()
-        height, width = min(grid.rows, pixels), min(grid.columns, pixels)
-        seen = grid.area(keys)
-        seen[ids != FULL] = blocks.popcount(bitmaps)[ids[ids != FULL]]
-        pixel = grid.row(keys) * height // grid.rows * width + grid.column(keys) * width // grid.columns
-        total = torch.zeros(height * width, dtype=torch.int64, device=self.device).index_add(0, pixel, seen)
-        tokens = [
-            torch.bincount(torch.arange(n, device=self.device) // block * size // count, minlength=size)
-            for n, block, size, count in (
-                (grid.seqlen_q, grid.block_q, height, grid.rows),
-                (grid.seqlen_k, grid.block_k, width, grid.columns),
-            )
-        ]
-        return total.view(height, width) / (tokens[0][:, None] * tokens[1])
-
-
-_converted: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
-def is_flex(mask) -> bool:
-    """Whether `mask` is a torch.nn.attention.flex_attention.BlockMask; imports nothing."""
-    module = sys.modules.get("torch.nn.attention.flex_attention")
-    return module is not None and isinstance(mask, module.BlockMask)
-
-
-def from_flex(mask) -> BlockMask:
-    """`BlockMask.from_flex`, once for every object."""
-    if mask not in _converted:
-        _converted[mask] = BlockMask.from_flex(mask)
-    return _converted[mask]
 
 
 def build(grid: Grid, found: Blocks) -> BlockMask:

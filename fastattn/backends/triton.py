@@ -1,4 +1,7 @@
-"""The rows of the Triton kernels: Triton and the kernels are imported when the first one runs, and not before."""
+"""The rows of the Triton kernels, which are imported, Triton with them, when the first one runs and not before.
+
+Signatures: `fastattn.dispatch.Row`.
+"""
 
 import importlib.util
 import os
@@ -30,31 +33,31 @@ def _kernel(name: str) -> ModuleType:
 
 
 def decode(problem, q, k, v, terms):
-    """Forward pass of few queries (kernel signature of dispatch.Row)."""
+    """Forward pass of few queries."""
     return _kernel("decode").forward(problem, q, k, v, terms)
 
 
 def prefill(problem, q, k, v, terms):
-    """Forward pass (kernel signature of dispatch.Row)."""
-    if CHECK:
-        _check(terms.block_mask)
-    if problem.needs_grad:
-        from . import autograd
-
-        return autograd.attention(problem, q, k, v, terms, _kernel("prefill").forward_for_backward, "triton")
+    """Forward pass."""
+    _check(terms.block_mask)
     return _kernel("prefill").forward(problem, q, k, v, terms)
 
 
+def prefill_for_backward(problem, q, k, v, terms):
+    """(out, lse or None, (out in float32, lse_parts))."""
+    _check(terms.block_mask)
+    return _kernel("prefill").forward_for_backward(problem, q, k, v, terms)
+
+
 def backward(problem, q, k, v, terms, saved, dout, dlse, wanted):
-    """Gradients (backward signature of dispatch.Row)."""
-    if CHECK and terms.block_mask is not None:
-        _check(terms.block_mask.transpose())
+    """Gradients."""
+    _check(terms.block_mask and terms.block_mask.transpose())
     return _kernel("backward").backward(problem, q, k, v, terms, saved, dout, dlse, wanted)
 
 
 def _check(block_mask) -> None:
-    """Raise ValueError that names the list and the entry if `block_mask` no longer is what it was built as."""
-    if block_mask is not None:
-        from .block_checks import check_mask
+    """With FASTATTN_CHECK=1, ValueError that names the list and the entry if `block_mask` no longer is what it was."""
+    if CHECK and block_mask is not None:
+        from ..masks.block_checks import check_mask
 
         check_mask(block_mask)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from .masks import Mask, diagonal_bounds
+from .intervals import Mask, diagonal_bounds
 
 FULL, ABSENT = -1, -2
 _CHUNK = 1 << 22  # (query, key) pairs that are looked at together

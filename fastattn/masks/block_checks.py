@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..checks import check_int, one_line
 from . import blocks
 from .blocks import Grid
 
@@ -17,19 +18,10 @@ def check_block_size(block_size) -> tuple[int, int]:
     """(block_q, block_k) of an int or a pair; TypeError or ValueError unless multiples of 16 in 16 ... 256."""
     sizes = (block_size, block_size) if isinstance(block_size, int) else block_size
     if not isinstance(sizes, (tuple, list)) or len(sizes) != 2 or not all(type(size) is int for size in sizes):
-        raise TypeError(f"block_size={block_size!r} must be an int or a pair (block_q, block_k) of ints")
+        raise TypeError(f"block_size={one_line(block_size)} must be an int or a pair (block_q, block_k) of ints")
     if not all(16 <= size <= 256 and size % 16 == 0 for size in sizes):
         raise ValueError(f"block_size={block_size!r} must consist of multiples of 16 in 16 ... 256")
     return tuple(sizes)
-
-
-def check_int(name: str, value, least: int = 0) -> int:
-    """`value` itself; TypeError unless an int, ValueError below `least`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r} must be an int")
-    if value < least:
-        raise ValueError(f"{name}={value} must be >= {least}")
-    return value
 
 
 def check_lengths(seqlen_q, seqlen_k) -> tuple[int, int]:
@@ -69,6 +61,24 @@ def _raise_at(name: str, tensor: torch.Tensor, wrong: torch.Tensor, rule: str) -
     if bool(wrong.any()):
         place = tuple(wrong.nonzero()[0].tolist())
         raise ValueError(f"{name}[{', '.join(map(str, place))}] is {int(tensor[place])}; it {rule}")
+
+
+def check_dense(mask) -> None:
+    """TypeError unless a bool tensor of four dimensions."""
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.dim() != 4:
+        got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a bool tensor [batch|1, num_heads|1, seqlen_q, seqlen_k], got {got}")
+
+
+def check_pairs(queries: torch.Tensor, keys: torch.Tensor, columns: int) -> torch.Tensor:
+    """Pairs as ascending query * columns + key; ValueError unless each is listed once."""
+    if queries.shape != keys.shape:
+        raise ValueError(f"queries has {len(queries)} entries and keys {len(keys)}; they must be as many")
+    pairs = (queries.long() * columns + keys).sort().values
+    if (twice := pairs[1:][pairs[1:] == pairs[:-1]]).numel():
+        query, key = divmod(int(twice[0]), columns)
+        raise ValueError(f"queries, keys: the pair {query}, {key} is listed twice; list it once")
+    return pairs
 
 
 def check_compressed(indptr, indices, rows: int, columns: int) -> torch.Tensor:

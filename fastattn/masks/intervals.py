@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..checks import one_line
+
 UNBOUNDED = 1 << 40  # a diagonal offset beyond any sequence; fits every integer type the kernels use
 ALIGNMENTS = ("bottom_right", "top_left")
 
@@ -30,12 +32,14 @@ def check_window(window_size, argument: str = "window_size") -> tuple[int | None
     """`window_size` as a tuple (left, right) of ints >= 0 or None; raises TypeError or ValueError otherwise."""
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise TypeError(
-            f"{argument}={window_size!r} must be a pair (left, right) of inclusive counts; "
+            f"{argument}={one_line(window_size)} must be a pair (left, right) of inclusive counts; "
             f"for the last n keys of each query write {argument}=(n - 1, 0)"
         )
     for side, value in zip(("left", "right"), window_size, strict=True):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise TypeError(f"{argument}={tuple(window_size)}: {side} must be an int >= 0 or None, got {value!r}")
+            raise TypeError(
+                f"{argument}={one_line(window_size)}: {side} must be an int >= 0 or None, got {one_line(value)}"
+            )
         if value is not None and value < 0:
             raise ValueError(
                 f"{argument}={tuple(window_size)}: {side} must be >= 0; use None for unbounded (flash-attn's -1)"
@@ -85,8 +89,8 @@ class Mask:
     def window(cls, left: int | None, right: int | None, alignment: str = "bottom_right") -> "Mask":
         """Each query sees `left` keys before its own position and `right` after it, both inclusive."""
         left, right = check_window((left, right), "window")
-        if alignment not in ALIGNMENTS:
-            raise ValueError(f"alignment={alignment!r} must be one of {ALIGNMENTS}")
+        if not isinstance(alignment, str) or alignment not in ALIGNMENTS:
+            raise ValueError(f"alignment={one_line(alignment)} must be one of {ALIGNMENTS}")
         return cls(windows=(Window(left, right, alignment),))
 
     @classmethod
@@ -100,7 +104,7 @@ class Mask:
 
     @classmethod
     def lengths(cls, seqlens_k: torch.Tensor) -> "Mask":
-        """Right padding: sequence b has seqlens_k[b] keys. int tensor [batch]."""
+        """Right padding: sequence b has seqlens_k[b] keys (all of them, if that is more). int tensor [batch]."""
         _check_rank("seqlens_k", seqlens_k, "[batch]")
         return cls.intervals(k_end=seqlens_k[:, None, None])
 

@@ -1,0 +1,115 @@
+"""The rows of the C++ extension: tensors to its arguments; no policy. Signatures: `fastattn.dispatch.Row`."""
+
+from pathlib import Path
+
+import torch
+
+from ..layouts.edges import Edges
+from ..layouts.lists import check_entries
+from ..outputs import compute_dtype, empty_out, empty_results
+from ..terms import TERMS, Terms
+
+try:
+    from .. import _C
+except ImportError as error:  # a wheel built without a compiler, or for another platform
+    _C, _import_error = None, error
+
+_empty_like, _get_num_threads = torch.empty_like, torch.get_num_threads
+
+
+def unavailable() -> str | None:
+    """None if the compiled kernels can run here, else why not."""
+    if _C is None:
+        build_error = Path(__file__).parents[1] / "_build_error.txt"  # setup.py writes it
+        why = build_error.read_text().strip() if build_error.exists() else _import_error
+        return f"the compiled CPU kernels are missing ({why}); reinstall with a C++ compiler to build them"
+    return None
+
+
+def signature(*tensors) -> None:
+    """(key, (batch, seqlen_q, seqlen_k)) of plain CPU tensors q, k, v and others that a call adds: the key holds their
+    dtypes, and their shapes but for the lengths. None where a tensor is another thing, or q, k, v do not fit."""
+    return None
+
+
+if _C is not None:
+    # C++ reads the fields of these tuples by name: it learns their places here, and refuses a name it does not know.
+    _C.bind_fields("Terms", Terms._fields)
+    _C.bind_fields("Edges", Edges._fields)
+    signature = _C.signature  # noqa: F811  (straight, without a Python frame)
+
+
+def isa() -> str:
+    """The instruction set that the kernels run on: avx512, avx2, neon or scalar (FASTATTN_CPU_ISA narrows it)."""
+    return _C.isa()
+
+
+def skipped_pairs() -> int:
+    """How many (query, key) pairs the calls of this process have skipped, all weights of their tiles being 0."""
+    return _C.skipped_pairs() if _C is not None else 0
+
+
+def prefill(problem, q, k, v, terms):
+    """Forward pass."""
+    out = empty_out(problem, q)
+    lse = q.new_empty(out.shape[:3], dtype=compute_dtype(problem)) if problem.lse else None
+    _C.forward(q, k, v, out, lse, None, None, terms, _get_num_threads())
+    return out, lse
+
+
+def prefill_for_backward(problem, q, k, v, terms):
+    """(out, lse or None, (out in the compute dtype, lse_parts))."""
+    out, lse, out_exact, lse_parts = empty_results(problem, q, True)
+    _C.forward(q, k, v, out, lse, lse_parts, out_exact, terms, _get_num_threads())
+    return out, lse, (out if out_exact is None else out_exact, lse_parts)
+
+
+def backward(problem, q, k, v, terms, saved, dout, dlse, wanted):
+    """Gradients of a dense call."""
+    dq, dk, dv = _empty_gradients(q, k, v, wanted)
+    sums = [
+        x.new_zeros(x.shape, dtype=_sum_dtype(problem, term, x)) if want else None
+        for term, x, want in zip(TERMS, terms, wanted[3], strict=True)
+    ]
+    _C.backward(q, k, v, *saved, terms, dout, dlse, dq, dk, dv, Terms._make(sums), _get_num_threads())
+    return dq, dk, dv, [y if y is None else y.to(x.dtype) for x, y in zip(terms, sums, strict=True)]
+
+
+def _empty_gradients(q, k, v, wanted) -> list[torch.Tensor | None]:
+    return [_empty_like(x) if want else None for x, want in zip((q, k, v), wanted, strict=False)]
+
+
+def _sum_dtype(problem, term, x: torch.Tensor) -> torch.dtype:
+    """The dtype in which C++ adds up the gradient of a term: float64, unless there are as many sums as scores."""
+    is_dense = term.broadcast and x.dim() > 1 and x.shape[-1] != 1 and x.shape[-2] != 1
+    return compute_dtype(problem) if is_dense else torch.float64
+
+
+def csr(problem, q, k, v, edges):
+    """Forward pass along edges."""
+    return csr_for_backward(problem, q, k, v, edges, False)[:2]
+
+
+def csr_for_backward(problem, q, k, v, edges, for_backward: bool = True):
+    """As `prefill_for_backward`, along edges."""
+    out, lse, out_exact, lse_parts = empty_results(problem, q, for_backward)
+    _run_csr(_C.csr_forward, problem, edges, q, k, v, out, lse, lse_parts, out_exact, edges)
+    return out, lse, (out if out_exact is None else out_exact, lse_parts)
+
+
+def csr_backward(problem, q, k, v, edges, saved, dout, dlse, wanted):
+    """Gradients of a call along edges."""
+    dq, dk, dv = _empty_gradients(q, k, v, wanted)
+    dbias = edges.bias.new_zeros(edges.bias.shape, dtype=compute_dtype(problem)) if wanted[3].bias else None
+    grads = Edges(None, None, dbias, None)
+    _run_csr(_C.csr_backward, problem, edges, q, k, v, *saved, edges, dout, dlse, dq, dk, dv, grads)
+    return dq, dk, dv, grads if dbias is None else grads._replace(bias=dbias.to(edges.bias.dtype))
+
+
+def _run_csr(function, problem, edges, *arguments) -> None:
+    """Call C++, which refuses wrong entries in the lists before it computes; which one is wrong is found here."""
+    try:
+        function(*arguments, _get_num_threads())
+    except ValueError:
+        check_entries(edges.indptr, edges.indices, problem.seqlen_k)
+        raise

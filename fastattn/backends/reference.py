@@ -1,0 +1,79 @@
+"""The rows of `fastattn.reference`, the specification. Signatures: `fastattn.dispatch.Row`."""
+
+import torch
+
+from .. import reference
+from ..layouts.lists import check_entries
+from ..masks.intervals import UNBOUNDED, dense
+
+_NO_BOUNDS = (-UNBOUNDED, UNBOUNDED, None, None)
+_VISIBILITY = ("diagonal_lo", "diagonal_hi", "k_start", "k_end", "mask", "block_mask", "skip_negligible")
+
+
+def forward(problem, q, k, v, terms):
+    """Forward pass, through which autograd can go."""
+    return _as_returned(problem, q, *_dense(problem, q, terms)(q, k, v, terms))
+
+
+def backward(problem, q, k, v, terms, saved, dout, dlse, wanted):
+    """Gradients that can be differentiated again: the forward pass once more."""
+    return _gradients(problem, _dense(problem, q, terms), q, k, v, terms, dout, dlse, wanted)
+
+
+def csr(problem, q, k, v, edges):
+    """Forward pass along edges, through which autograd can go."""
+    check_entries(edges.indptr, edges.indices, problem.seqlen_k)
+    return _as_returned(problem, q, *_along_edges(q, k, v, edges))
+
+
+def csr_backward(problem, q, k, v, edges, saved, dout, dlse, wanted):
+    """Gradients along edges that can be differentiated again."""
+    return _gradients(problem, _along_edges, q, k, v, edges, dout, dlse, wanted)
+
+
+def _dense(problem, q, terms):
+    """`reference.attention` of a dense call as a function of q, k, v and terms."""
+    visible = _visible(problem, q, terms)
+
+    def call(q, k, v, terms):
+        arguments = {name: x for name, x in terms._asdict().items() if name not in _VISIBILITY}
+        return reference.attention(q, k, v, visible=visible, **arguments)
+
+    return call
+
+
+def _along_edges(q, k, v, edges):
+    return reference.attention_csr(
+        q, k, v, edges.indptr, edges.indices, edge_bias=edges.bias, softmax_scale=edges.softmax_scale
+    )
+
+
+def _visible(problem, q, terms) -> torch.Tensor | None:
+    bounds = (terms.diagonal_lo, terms.diagonal_hi, terms.k_start, terms.k_end)
+    mask = terms.mask if terms.block_mask is None else terms.block_mask.to_dense()
+    if problem.mask == "none" or bounds == _NO_BOUNDS:
+        return mask
+    visible = dense(*bounds, problem.seqlen_q, problem.seqlen_k, q.device)
+    return visible if mask is None else visible & mask
+
+
+def _as_returned(problem, q, out, lse) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(out, lse) as every kernel returns them: out in q's memory order, lse if it is asked for."""
+    if q.stride(1) < q.stride(2) and problem.seqlen_q > 1:
+        out = out.transpose(1, 2).contiguous().transpose(1, 2)
+    return out, lse if problem.lse else None
+
+
+def _gradients(problem, call, q, k, v, terms, dout, dlse, wanted):
+    """(dq, dk, dv, grads) of call(q, k, v, terms) = (out, lse) for cotangents, of which one may be None."""
+    wanted = *wanted[:3], *wanted[3]
+    with torch.enable_grad():
+        # Views, so that a tensor that is passed twice gets two gradients.
+        inputs = [x.view_as(x) if isinstance(x, torch.Tensor) else x for x in (q, k, v, *terms)]
+        results = call(*inputs[:3], type(terms)._make(inputs[3:]))
+        sources = [x for x, want in zip(inputs, wanted, strict=True) if want]
+        pairs = [(y, dy) for y, dy in zip(results, (dout, dlse), strict=True) if dy is not None]
+        ys, dys = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(ys, sources, dys, create_graph=problem.needs_grad, materialize_grads=True))
+    dq, dk, dv, *grads = (next(found) if want else None for want in wanted)
+    return dq, dk, dv, grads

@@ -1,0 +1,147 @@
+"""transformers' masks as intervals: which of its mask functions are recognised, and the tensor that holds one."""
+
+from typing import NamedTuple
+
+import torch
+from torch.utils._pytree import tree_map_only
+from transformers import masking_utils
+
+from ..masks.intervals import Mask
+
+
+class IntervalMask(torch.Tensor):
+    """A bool mask [batch, 1, seqlen_q, seqlen_k] that stores only the `Mask` it stands for.
+
+    A tensor, because models slice masks, join them, test them with isinstance and move them. The first operation on
+    it, in-place or not, forms the full tensor, which from then on is the value: nothing that a model does to its mask
+    gets lost. value is the `Mask`, or that tensor. Only `attention_forward` may take it to `fastattn.attention`.
+    """
+
+    value: Mask | torch.Tensor
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, mask: Mask, shape: tuple[int, ...], device: torch.device | str):
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
+        self.value = mask
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        args, kwargs = tree_map_only(cls, cls._form, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def _form(self) -> torch.Tensor:
+        if isinstance(self.value, Mask):
+            _, _, seqlen_q, seqlen_k = self.shape
+            self.value = self.value.to_dense(seqlen_q, seqlen_k, self.device).expand(self.shape).contiguous()
+        return self.value
+
+    def __repr__(self) -> str:
+        return f"IntervalMask({self.value!r}, shape={tuple(self.shape)})"
+
+
+class Reach(NamedTuple):
+    """The query at position p sees keys at p - left ... p + right, both inclusive; None is unbounded."""
+
+    left: int | None
+    right: int | None
+
+
+def reach_of(mask_function) -> Reach | None:
+    """The reach of one of transformers' own mask functions; None if it is not certain to be nothing but that."""
+    rule = _RULES.get(getattr(mask_function, "__code__", None))
+    return None if rule is None else rule(*[cell.cell_contents for cell in mask_function.__closure__ or ()])
+
+
+def _causal_window(window) -> Reach | None:
+    return Reach(window - 1, None) if type(window) is int and window > 0 else None
+
+
+def _two_sided_window(window) -> Reach | None:
+    return Reach(window, window) if type(window) is int and window > 0 else None
+
+
+def _intersection(mask_functions) -> Reach | None:
+    reaches = [reach_of(function) for function in mask_functions]
+    if any(reach is None for reach in reaches):
+        return None
+    lefts = [reach.left for reach in reaches if reach.left is not None]
+    rights = [reach.right for reach in reaches if reach.right is not None]
+    return Reach(min(lefts, default=None), min(rights, default=None))
+
+
+def _agrees(mask_function, reach: Reach, size: int = 9) -> bool:
+    """Whether `mask_function` really has that reach, on a size x size grid."""
+    zero, position = torch.zeros(1, 1, dtype=torch.int64, device="cpu"), torch.arange(size, device="cpu")
+    visible = mask_function(zero, zero, position[:, None], position[None, :]).expand(size, size)
+    distance = position[None, :] - position[:, None]
+    left, right = (size if bound is None else bound for bound in reach)
+    return torch.equal(visible, (distance >= -left) & (distance <= right))
+
+
+def _recognised() -> dict:
+    """Code object of transformers' own patterns -> function from the values that the pattern closes over to its reach.
+
+    Only that one line of transformers has that code object. Each pattern is tried out first: if a release changes what
+    it means, it is no longer recognised, and its masks become bool tensors.
+    """
+    causal, full = masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function
+    window, two_sided = masking_utils.sliding_window_overlay, masking_utils.sliding_window_bidirectional_overlay
+    rules = {}
+    for rule, examples in (
+        (lambda: Reach(None, 0), {causal: Reach(None, 0)}),
+        (lambda: Reach(None, None), {full: Reach(None, None)}),
+        (_causal_window, {window(size): Reach(size - 1, None) for size in (1, 2, 5)}),
+        (_two_sided_window, {two_sided(size): Reach(size, size) for size in (1, 2, 5)}),
+        (_intersection, {masking_utils.and_masks(window(3), causal): Reach(2, 0)}),
+    ):
+        if all(_agrees(function, reach) for function, reach in examples.items()):
+            rules |= {function.__code__: rule for function in examples}
+    return rules
+
+
+_RULES = _recognised()
+
+
+def padding_of(attention_mask: torch.Tensor | None, batch_size: int, kv_length: int, kv_offset: int) -> Mask | None:
+    """The tokens among the keys as a `Mask` [batch, 1, 1]; None if they are not one run in every sequence."""
+    if attention_mask is None:
+        return Mask()
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size:
+        return None
+    try:
+        return Mask.padding(attention_mask[:, kv_offset : kv_offset + kv_length])  # what is missing counts as padding
+    except ValueError:
+        return None
+
+
+def interval_mask(reach: Reach, padding: Mask, q_length: int, kv_length: int, shift: int, device) -> Mask:
+    """`reach` and `padding` as a `Mask` without bounds that bind nothing; query i stands at key i + shift."""
+    lo = None if reach.left is None or shift - reach.left <= 1 - q_length else shift - reach.left
+    hi = None if reach.right is None or shift + reach.right >= kv_length - 1 else shift + reach.right
+    if lo is None and hi is None:
+        diagonal = Mask()
+    elif shift == kv_length - q_length:
+        diagonal = Mask.window(None if lo is None else reach.left, None if hi is None else reach.right)
+    elif (lo is None or lo <= 0) and (hi is None or hi >= 0):
+        diagonal = Mask.window(None if lo is None else -lo, hi, "top_left")
+    else:
+        row = torch.arange(q_length, device=device)[None, None]
+        diagonal = Mask.intervals(None if lo is None else row + lo, None if hi is None else row + hi + 1)
+    k_start, k_end = padding.k_start, padding.k_end
+    if k_start is not None and not k_start.any():
+        k_start = None
+    if k_end is not None and (k_end >= (kv_length if hi is None else q_length + hi)).all():
+        k_end = None
+    return diagonal & Mask(k_start=k_start, k_end=k_end)
+
+
+def is_plain(mask: Mask, is_causal: bool, q_length: int, kv_length: int) -> bool:
+    """Whether `attention_forward` does the same without `mask`."""
+    if mask.k_start is not None or mask.k_end is not None:
+        return False
+    if is_causal and q_length > 1:
+        return q_length == kv_length and mask.windows == Mask.causal().windows
+    return not mask.windows

@@ -1,0 +1,35 @@
+"""The tensors that a call returns, allocated the same way for every backend."""
+
+import torch
+
+
+def compute_dtype(problem) -> torch.dtype:
+    """The dtype of scores, sums and lse: float64 for float64, float32 for every other."""
+    return torch.float64 if problem.dtype == "float64" else torch.float32
+
+
+def empty_out(problem, q: torch.Tensor) -> torch.Tensor:
+    """[batch, num_heads, seqlen_q, head_dim_v] in q's memory order."""
+    if problem.head_dim == problem.head_dim_v and q.is_contiguous():
+        return torch.empty_like(q)
+    b, h, s, d = problem.batch, problem.num_heads, problem.seqlen_q, problem.head_dim_v
+    strides = q.stride()
+    if strides[1] < strides[2] and s > 1:  # [batch, seqlen, num_heads, head_dim] memory
+        # Not a transposed view: autograd forbids to change a function's result in place if it is a view.
+        return q.new_empty_strided((b, h, s, d), (s * h * d, d, h * d, 1))
+    return q.new_empty((b, h, s, d))
+
+
+def empty_results(problem, q: torch.Tensor, for_backward: bool) -> tuple[torch.Tensor | None, ...]:
+    """(out, lse, out_exact, lse_parts) for a kernel to fill; None where not needed.
+
+    out_exact is out in the compute dtype, where out is rounded to 16 bits: delta of the backward pass would be off by
+    what rounding takes. lse_parts [batch, num_heads, seqlen_q, 2] is lse in units of log2 as the sum of two numbers.
+    """
+    out, dtype = empty_out(problem, q), compute_dtype(problem)
+    rows = out.shape[:3]
+    lse = q.new_empty(rows, dtype=dtype) if problem.lse else None
+    if not for_backward:
+        return out, lse, None, None
+    out_exact = None if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
+    return out, lse, out_exact, q.new_empty((*rows, 2), dtype=dtype)

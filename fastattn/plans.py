@@ -1,0 +1,127 @@
+"""Plans: what is found out once about a kind of call, whatever its lengths, and is looked up in later ones."""
+
+from typing import NamedTuple
+
+from . import dispatch
+from .backends.cpu import signature as _cpu_signature
+from .checks import broadcasts
+from .masks.intervals import Window, diagonal_bounds
+from .problem import Problem
+from .terms import TERMS, Terms
+from .torch_internals import is_transformed
+from .validation import check_qkv, check_terms, mask_kind
+
+
+class Bound(NamedTuple):
+    """A call whose arguments have been checked: what `attention` runs and `explain` prints.
+
+    choice   the row that computes it, None where every row refuses
+    terms    `Terms` (`Edges` for layout "csr")
+    """
+
+    choice: dispatch.Choice | None
+    problem: Problem
+    terms: tuple
+
+
+class Plan:
+    """A kind of call: its Problem and its terms, but for what lengths decide and for tensors."""
+
+    __slots__ = ("problem", "terms", "windows", "backend", "latest")
+
+    def __init__(self, problem: Problem, terms: Terms, windows: tuple[Window, ...], backend: str | None):
+        self.problem, self.terms, self.windows, self.backend = problem, terms, windows, backend
+        self.latest: tuple[tuple, Bound | None] = ((), None)
+
+    def at(self, lengths: tuple[int, int, int]) -> Bound:
+        """The call with these (batch, seqlen_q, seqlen_k); the latest one is kept."""
+        problem = self.problem.with_lengths(lengths)
+        _, seqlen_q, seqlen_k = lengths
+        bounds = diagonal_bounds(self.windows, seqlen_q, seqlen_k)
+        bound = Bound(dispatch.find(problem, self.backend), problem, self.terms.at(*bounds, seqlen_k - seqlen_q))
+        self.latest = lengths, bound  # one assignment: other threads see the old pair or the new one
+        return bound
+
+
+_plans: dict[tuple, Plan] = {}
+_MAX_PLANS = 4096
+_PLACES = {term.name: place for place, term in enumerate(TERMS)}
+
+
+def count() -> int:
+    """How many kinds of calls are known."""
+    return len(_plans)
+
+
+def forget() -> None:
+    """Drop all plans and selections, after a change of dispatch.KERNELS."""
+    _plans.clear()
+    dispatch.forget()
+
+
+def signature(q, k, v, tensors: dict) -> tuple[tuple, tuple[int, int, int]]:
+    """(what decides about a plan of these tensors, (batch, seqlen_q, seqlen_k)); raises if q, k, v do not fit.
+
+    tensors: terms by name, a BlockMask among them.
+    """
+    transformed = is_transformed()
+    if not tensors:
+        if not transformed and (found := _cpu_signature(q, k, v)) is not None:
+            return found
+    elif "block_mask" in tensors:
+        return _signature_with_blocks(q, k, v, tensors)
+    elif not transformed and (found := _cpu_signature(q, k, v, *tensors.values())) is not None:
+        return found
+    problem = check_qkv(q, k, v)
+    sizes = (1, problem.batch, problem.num_heads, problem.seqlen_q, problem.seqlen_k)
+    rest = [(x.dtype, x.device, _relative(x.shape, sizes)) for x in tensors.values()]
+    return (problem.kind, q.device, transformed, *rest), (problem.batch, problem.seqlen_q, problem.seqlen_k)
+
+
+def _signature_with_blocks(q, k, v, tensors: dict) -> tuple[tuple, tuple[int, int, int]]:
+    block_mask = tensors["block_mask"]
+    key, lengths = signature(q, k, v, {name: x for name, x in tensors.items() if name != "block_mask"})
+    shape, block_size, device = block_mask.described
+    fits = broadcasts(shape, (lengths[0], q.shape[1], *lengths[1:])) and shape[2:] == lengths[1:]
+    return (key, fits, shape[0] == 1, shape[1] == 1, block_size, device), lengths
+
+
+def _relative(shape, sizes: tuple[int, ...]) -> tuple:
+    """A shape without its lengths: of each size, which of `sizes` it equals, or the size itself if none."""
+    return tuple([tuple([size == x for x in sizes]) if size in sizes else size for size in shape])
+
+
+def lookup(key: tuple) -> Plan | None:
+    """The plan of a kind of call; None too where `key` holds what is not hashable, which the checks then name."""
+    try:
+        return _plans.get(key)
+    except TypeError:
+        return None
+
+
+def make(key: tuple, q, k, v, windows: tuple[Window, ...], tensors: dict, numbers: dict, facts: dict, backend) -> Plan:
+    """Check a kind of call that is new, and keep its plan.
+
+    tensors, numbers   values of terms by name; facts: fields of the Problem that are no terms
+    """
+    problem = check_qkv(q, k, v)
+    numbers = check_terms(problem, q.device, tensors, numbers)
+    if "softmax_scale" not in tensors and numbers["softmax_scale"] is None:
+        numbers["softmax_scale"] = problem.head_dim**-0.5
+    dispatch.check_backend(backend, "backend")
+    values = numbers | tensors
+    facts |= {term.fact[0]: term.fact[1](values[term.name]) for term in TERMS if term.fact and term.name in values}
+    kind = mask_kind(tensors, *diagonal_bounds(windows, problem.seqlen_q, problem.seqlen_k))
+    problem = problem._replace(mask=kind, transformed=is_transformed(), **facts)
+    if len(_plans) >= _MAX_PLANS:
+        _plans.clear()
+    plan = _plans[key] = Plan(problem, Terms(**numbers), windows, backend)
+    return plan
+
+
+def with_values(terms: Terms, given: dict) -> Terms:
+    """`terms` with the tensors (and the seed) of one call in their places."""
+    values = list(terms)
+    for name, value in given.items():
+        values[_PLACES[name]] = value
+    return tuple.__new__(Terms, values)

@@ -1,0 +1,135 @@
+"""Who may choose the kernel (`use`, FASTATTN_BACKEND), and how a user finds out what ran (`last_call`, `record`)."""
+
+import os
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ContextDecorator, contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+from . import dispatch
+from .dispatch import Choice, UnsupportedError, check_backend
+from .problem import Problem
+
+
+class FallbackWarning(UserWarning):
+    """A call ran on the reference because every faster kernel refused it."""
+
+
+class Call(NamedTuple):
+    """What ran for one attention call: the problem, the kernel's name, its ISA (None off the CPU kernels), and why
+    the rows before it refused ("" for the first choice)."""
+
+    problem: Problem
+    kernel: str
+    isa: str | None
+    reason: str
+
+    def __str__(self) -> str:
+        isa = f" on {self.isa}" if self.isa else ""
+        reason = f"; passed over {self.reason}" if self.reason else ""
+        return f"{self.kernel}{isa} ran [{self.problem}]{reason}"
+
+
+fallbacks: Counter = Counter()
+"""Reason -> how many calls fell back to the reference for it, in this process."""
+
+_POLICIES = ("warn", "silent", "error")
+
+
+def _fallback_policy() -> str:
+    policy = os.environ.get("FASTATTN_FALLBACK", "warn")
+    if policy not in _POLICIES:
+        raise ValueError(f"FASTATTN_FALLBACK={policy!r} must be one of {', '.join(_POLICIES)}")
+    return policy
+
+
+_fallback_policy()  # a misspelt one shows when fastattn is imported, and not at the first fallback
+_environment_backend = check_backend(os.environ.get("FASTATTN_BACKEND") or None, "FASTATTN_BACKEND")
+_state = threading.local()
+_recorders: ContextVar[tuple[list[Call], ...]] = ContextVar("fastattn_recorders", default=())
+# The default, and not a value that is set here: a new thread starts with an empty context.
+_backend: ContextVar[str | None] = ContextVar("fastattn_backend", default=_environment_backend)
+
+current_backend = _backend.get
+"""The backend set by `use`, else by FASTATTN_BACKEND (read at import), else None: any."""
+
+
+def note(choice: Choice, problem: Problem, backend: str | None) -> None:
+    """Before a kernel runs: count and report a fallback, remember the call for `last_call` and `record`."""
+    if choice.is_fallback:
+        _report_fallback(choice, problem, backend)
+    _state.last = last = [choice, problem, backend]
+    if recorders := _recorders.get():
+        call = _call_of(last)
+        for calls in recorders:
+            calls.append(call)
+
+
+def _call_of(last: list) -> Call:
+    """The record of a call, made when somebody asks: [choice, problem, backend] becomes [Call]."""
+    if len(last) > 1:
+        choice, problem, backend = last
+        last[:] = [Call(problem, choice.row.name, choice.isa, dispatch.reason_for(choice.row, problem, backend))]
+    return last[0]
+
+
+def last_call() -> Call | None:
+    """What ran for the latest attention call of this thread: problem, kernel, ISA, reason. None before the first."""
+    last = getattr(_state, "last", None)
+    return last if last is None else _call_of(last)
+
+
+@contextmanager
+def record() -> Iterator[list[Call]]:
+    """`with record() as calls:` collects a `Call` for each attention call made inside the block (in this context)."""
+    calls: list[Call] = []
+    token = _recorders.set((*_recorders.get(), calls))
+    try:
+        yield calls
+    finally:
+        _recorders.reset(token)
+
+
+class use(ContextDecorator):
+    """`with use("cpu"):` allows only the kernels of that backend inside the block; None lifts the restriction.
+
+    Also a decorator. A call without `with` changes nothing, and says so by a RuntimeWarning.
+    """
+
+    def __init__(self, backend: str | None):
+        self._backend = check_backend(backend, "backend")
+        self._tokens: list = []
+        self._is_used = False
+
+    def __call__(self, function):
+        self._is_used = True
+        return super().__call__(function)
+
+    def _recreate_cm(self):  # each call of a decorated function gets a block of its own
+        return use(self._backend)
+
+    def __enter__(self) -> None:
+        self._is_used = True
+        self._tokens.append(_backend.set(self._backend))
+
+    def __exit__(self, *error) -> None:
+        _backend.reset(self._tokens.pop())
+
+    def __del__(self):
+        if not getattr(self, "_is_used", True):
+            text = f"fastattn.use({self._backend!r}) has no effect outside a with statement"
+            warnings.warn(text + "; FASTATTN_BACKEND sets the backend of a whole process", RuntimeWarning, 2)
+
+
+def _report_fallback(choice: Choice, problem: Problem, backend: str | None) -> None:
+    policy, reason = _fallback_policy(), dispatch.reason_for(choice.row, problem, backend)
+    memory = "O(edges * head_dim)" if problem.layout == "csr" else "O(n^2)"
+    message = f"[{problem}] needs the reference, {memory} memory: {reason}"
+    if policy == "error":
+        raise UnsupportedError(f"{message} (FASTATTN_FALLBACK=error)")
+    fallbacks[reason] += 1
+    if policy == "warn" and fallbacks[reason] == 1:
+        warnings.warn(message + " (said once per reason; FASTATTN_FALLBACK=silent hides it)", FallbackWarning, 4)

@@ -1,0 +1,17 @@
+"""The private names of torch that fastattn asks. Tried with torch 2.4 to 2.14; where one is missing, its question is
+answered as an ordinary call would answer it."""
+
+import torch
+from torch.autograd import forward_ad
+
+_functorch = getattr(torch._C, "_functorch", None)
+_transform_on_top = getattr(_functorch, "peek_interpreter_stack", lambda: None)
+
+is_any_autocast_enabled = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+"""Whether torch.autocast is on for some device: cheaper than asking for one."""
+
+
+def is_transformed() -> bool:
+    """Whether a forward-mode derivative or a torch.func transform is going on: tangents may hide in any tensor then,
+    and tensors may have no memory."""
+    return getattr(forward_ad, "_current_level", -1) >= 0 or _transform_on_top() is not None
