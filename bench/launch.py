@@ -20,7 +20,7 @@ from rich.table import Table
 
 import fastattn
 from fake_device import FakeDriver
-from fastattn import BlockMask, Mask
+from fastattn import BlockMask, Mask, plans
 from fastattn.kernels import decode, launch, prefill
 from kernel_report import compiling_for, without_device
 
@@ -88,9 +88,8 @@ def main(argv: list[str] | None = None) -> dict[str, list[float]]:
     for kind in MODULES:
         with pytest.MonkeyPatch.context() as patch, compiling_for(90):
             patch.setattr(FakeDriver, "launcher_cls", lambda self, src, metadata: lambda *args: None)
-            patch.setattr(
-                plans, "_cpu_signature", lambda *tensors: None
-            )  # of tensors without memory it makes an exception
+            # C++ would ask tensors without memory for it, and refuse
+            patch.setattr(plans, "_cpu_signature", lambda *tensors: None)
             calls = prepare(kind, patch)
             figures[kind] = [microseconds(call, options.calls, options.rounds) for call in calls]
         table.add_row(kind, *(f"{figure:.1f}" for figure in figures[kind]))

@@ -104,7 +104,7 @@ def attention(
 
 
 def _untraced(*qkv, **options):
-    """`attention` outside of the graph that Dynamo makes. torch.compiler.disable imports Dynamo: not before it is there."""
+    """`attention` outside of the graph that Dynamo makes. (torch.compiler.disable imports Dynamo: not before that.)"""
     return torch.compiler.disable(attention)(*qkv, **options)
 
 
@@ -203,8 +203,8 @@ def misnamed(function: str, misplaced, unknown) -> TypeError:
     """The error of arguments that `function` does not have, with what takes their place."""
     if misplaced:
         return TypeError(
-            f"{function}() takes 3 positional arguments, q, k and v, but {3 + len(misplaced)} were given; name the others "
-            "(fastattn.scaled_dot_product_attention takes torch's arguments in torch's order)"
+            f"{function}() takes 3 positional arguments, q, k and v, but {3 + len(misplaced)} were given; name the "
+            "others (fastattn.scaled_dot_product_attention takes torch's arguments in torch's order)"
         )
     name = sorted(unknown)[0]
     instead = f"; use {_INSTEAD[name]}" if name in _INSTEAD else ""

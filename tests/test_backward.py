@@ -11,6 +11,7 @@ import fastattn
 from cases import CASES, Case, inputs
 from fastattn import Mask, dispatch
 from fastattn.backends import cpu
+from fastattn.scores import Place
 from fastattn.scores.alibi import alibi_bias
 from fastattn.terms import Terms
 from test_prefill import DTYPES, run_tests_on, supported_isas

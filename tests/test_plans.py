@@ -108,6 +108,7 @@ def test_frames_between_the_call_and_c(needs_grad, at_most):
     def call():
         fastattn.attention(q, k, v, causal=True)
 
+    call()  # it is planned
     assert frames_below(call) <= at_most
 
 
