@@ -148,8 +148,8 @@ def _attention(q, k, v, options, dropout_p, kept) -> torch.Tensor:
     """`reference.attention`, with the dropout mask given: a chunk's bits are not those of a call of its size."""
     if kept is None:
         return reference.attention(q, k, v, **options)[0]
-    names = ("visible", "softmax_scale", "softcap", "alibi_slopes", "bias")
-    scores, visible = reference._scores(q, k, *(options.get(name) for name in names))
+    modifications = {name: x for name, x in options.items() if name not in ("visible", "sinks")}
+    scores, visible, _ = reference._scores(q, k, options.get("visible"), None, modifications)
     p, _ = reference._softmax(scores, options["sinks"])
     return reference._weighted_sum(p * kept / (1.0 - dropout_p), v, visible)
 
