@@ -94,7 +94,7 @@ wheel: $(VENV)/.test  ## sdist and wheel in dist/, checked and installed into a 
 	rm -rf dist fastattn.egg-info
 	$(PY) setup.py --quiet sdist
 	FASTATTN_BUILD_EXT=1 $(PY) -m pip wheel --no-index --no-deps --no-build-isolation -w dist dist/fastattn-*.tar.gz
-	FASTATTN_DIST=dist $(PY) -m pytest -q -m "" tests/test_packaging.py -k wheel
+	FASTATTN_DIST=dist $(PY) -m pytest -q -m "" tests/unit/test_packaging.py -k wheel
 
 clean:  ## remove what was built (not .venv)
 	rm -rf build dist fastattn.egg-info fastattn/_build_error.txt fastattn/_C*.so $(EXT)

@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-sys.path += [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parents[1])]  # last: an installed one wins
+# last: an installed one wins
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("tests/support", "")]
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

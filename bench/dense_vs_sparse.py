@@ -14,7 +14,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-sys.path += [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parents[1])]  # last: an installed one wins
+# last: an installed one wins
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("tests/support", "")]
 
 
 import report

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path += [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parents[1])]  # last: an installed one wins
+# last: an installed one wins
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("tests/support", "")]
 
 import torch
 import torch.nn.functional as F

@@ -11,7 +11,7 @@ import timeit
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("tests/gpu", "tests", "")]
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("tests/gpu", "tests/support", "")]
 
 import pytest
 import torch

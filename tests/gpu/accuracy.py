@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastattn import reference
-from test_prefill import TOLERANCE, max_error, run
+from forward import TOLERANCE, max_error, run
 
 
 class _RoundWeights(torch.autograd.Function):

@@ -11,10 +11,10 @@ import torch  # noqa: E402
 
 import fastattn  # noqa: E402
 from accuracy import plain  # noqa: E402
+from backward import SLACK  # noqa: E402
 from fastattn import Mask  # noqa: E402
 from fastattn.backends import cpu  # noqa: E402
 from strict_interpreter import harden  # noqa: E402
-from test_backward import SLACK  # noqa: E402
 
 harden()
 if cpu.unavailable():

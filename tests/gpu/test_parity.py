@@ -13,10 +13,10 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+import backward  # noqa: E402
 import canaries  # noqa: E402
 import fastattn  # noqa: E402
-import test_backward  # noqa: E402
-import test_prefill  # noqa: E402
+import isas  # noqa: E402
 from accuracy import assert_accuracy, plain  # noqa: E402
 from cases import CASES, Case, inputs  # noqa: E402
 from fastattn import BlockMask, Mask, UnsupportedError, dispatch  # noqa: E402
@@ -66,7 +66,7 @@ def problem_of(case: Case) -> fastattn.problem.Problem:
 
 def assert_refused(row: dispatch.Row, case: Case, reasons: list[str]) -> None:
     (q, k, v), kwargs = on_device(case)
-    with test_prefill.only(row), pytest.raises(UnsupportedError) as refusal:
+    with isas.only(row), pytest.raises(UnsupportedError) as refusal:
         fastattn.attention(q, k, v, **kwargs, return_lse=True, backend=row.backend)
     assert all(reason in str(refusal.value) for reason in reasons)
 
@@ -74,7 +74,7 @@ def assert_refused(row: dispatch.Row, case: Case, reasons: list[str]) -> None:
 def assert_forward(row: dispatch.Row, case: Case) -> None:
     """One row on one case."""
     (q, k, v), kwargs = on_device(case)
-    with test_prefill.only(row):
+    with isas.only(row):
         out, lse = fastattn.attention(q, k, v, **kwargs, return_lse=True, backend=row.backend)
     assert fastattn.last_call().kernel == row.name
     (q, k, v), kwargs = inputs(case)
@@ -92,8 +92,8 @@ def test_forward_parity(case, row):
 
 
 def assert_backward(case: Case) -> None:
-    """By the rule of test_backward, whose gradients of "cpu" come from the Triton kernels here."""
-    gradients = test_backward.gradients
+    """By the rule of tests/parity/test_backward.py, whose gradients of "cpu" come from the Triton kernels here."""
+    gradients = backward.gradients
 
     def on_device_or_reference(q, k, v, kwargs, dout, dlse=None, backend="cpu", of_scores=False):
         if backend != "cpu":
@@ -108,8 +108,8 @@ def assert_backward(case: Case) -> None:
         return {name: x.cpu() for name, x in found.items()}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(test_backward, "gradients", on_device_or_reference)
-        test_backward.assert_parity(case, of_scores=True)
+        patch.setattr(backward, "gradients", on_device_or_reference)
+        backward.assert_parity(case, of_scores=True)
 
 
 @pytest.mark.parametrize("case", in_every_dtype(CASES, first=1))
@@ -194,9 +194,9 @@ def far_apart(x: torch.Tensor, dim: int) -> torch.Tensor:
 def test_offsets_beyond_32_bits(dim):
     case = Case(batch=2, num_heads=2, seqlen_q=5, seqlen_k=40, head_dim=16, dtype="float16", causal=True)
     (q, k, v), kwargs = inputs(case)
-    dout, _ = test_backward.cotangents(q, v)
-    near = test_backward.gradients(q, k, v, kwargs, dout, backend="triton")
-    far = test_backward.gradients(*(far_apart(x, dim) for x in (q, k, v)), kwargs, dout, backend="triton")
+    dout, _ = backward.cotangents(q, v)
+    near = backward.gradients(q, k, v, kwargs, dout, backend="triton")
+    far = backward.gradients(*(far_apart(x, dim) for x in (q, k, v)), kwargs, dout, backend="triton")
     for name, expected in near.items():
         assert torch.equal(far[name], expected), name
 

@@ -19,8 +19,8 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from ttsem import ops  # noqa: E402
 
+import backward  # noqa: E402
 import canaries  # noqa: E402
-import test_backward  # noqa: E402
 from accuracy import assert_accuracy, plain  # noqa: E402
 from cases import Case, inputs  # noqa: E402
 from fastattn import (  # noqa: E402
@@ -90,14 +90,14 @@ def test_forward(case, session):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_backward_pass(case, session, monkeypatch):
-    gradients = test_backward.gradients
+    gradients = backward.gradients
 
     def ours(q, k, v, kwargs, dout, dlse=None, backend="triton", of_scores=False):
         with plain(q.dtype) if backend == "reference" else nullcontext():
             return gradients(q, k, v, kwargs, dout, dlse, backend, of_scores)
 
-    monkeypatch.setattr(test_backward, "gradients", ours)
-    test_backward.assert_parity(case, of_scores=True)
+    monkeypatch.setattr(backward, "gradients", ours)
+    backward.assert_parity(case, of_scores=True)
     assert session.launches >= 3 and session.races_unchecked == 0
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.nn.attention import flex_attention as flex
 
+from blocky_masks import blocky_dense, of
 from fastattn import BlockMask, Mask
 from fastattn.masks import blocks as block_sets
 from refusals import assert_refused
-from test_block_mask import blocky_dense, of
 
 
 def int32(*values):

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 import fastattn
 from fastattn import UnsupportedError, dispatch
 from fastattn.backends import cpu
-from test_csr import Graph, inputs, run
+from graphs import Graph, inputs, run
 
 pytestmark = [
     pytest.mark.skipif(cpu.unavailable() is not None, reason="the CPU kernels are not built"),

@@ -2,11 +2,6 @@
 
 import math
 import os
-import platform
-import subprocess
-import sys
-from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,67 +11,28 @@ from hypothesis import strategies as st
 
 import fastattn
 from cases import CASES, Case, inputs
-from fastattn import Mask, UnsupportedError, dispatch, plans
+from fastattn import Mask, UnsupportedError, dispatch
 from fastattn.backends import cpu
+from forward import (
+    DTYPES,
+    INF,
+    NAN,
+    SHAPES,
+    TOLERANCE,
+    assert_parity,
+    assert_same_bits,
+    dtypes,
+    exactly_these,
+    max_error,
+    run,
+    shapes,
+)
+from isas import needs_cpu, only, run_tests_on, supported_isas
 
-INF, NAN = math.inf, math.nan
-ROOT = Path(fastattn.__file__).parents[1]
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 pytestmark = pytest.mark.usefixtures("one_thread")  # test_threads.py is about more
-needs_cpu = pytest.mark.skipif(cpu.unavailable() is not None, reason="the CPU kernels are not built")
-
-
-def run(q, k, v, backend="cpu", **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
-    return fastattn.attention(q, k, v, **kwargs, return_lse=True, backend=backend)
 
 
 # --- values ----------------------------------------------------------------------------------------------------------
-
-TOLERANCE = {  # dtype: (slack, limit), of errors relative to max(1, |value|)
-    # Slack is for shapes so small that the reference happens to be exact; the limit is ours, whatever torch does.
-    "float32": (1e-6, 4e-6),
-    "float64": (4e-15, 4e-15),  # the oracle is the reference in the same dtype: there is no error to double
-    # One rounding of a float32 result: half an ulp.
-    "bfloat16": (2**-8, 2**-8 + 4e-6),
-    "float16": (2**-11, 2**-11 + 4e-6),
-}
-
-
-def max_error(actual: torch.Tensor, oracle: torch.Tensor) -> float:
-    """Largest error relative to max(1, |oracle|); NaN, inf and -inf must stand in the same places."""
-    actual = actual.double()
-    for same in (torch.isnan, torch.isposinf, torch.isneginf):
-        assert torch.equal(same(actual), same(oracle)), same.__name__
-    finite = torch.isfinite(oracle)
-    errors = (actual - oracle).abs() / oracle.abs().clamp(min=1.0)
-    return errors[finite].max().item() if finite.any() else 0.0
-
-
-def assert_parity(actual, q, k, v, large_scores=False, **kwargs):
-    """(out, lse) err at most twice as much as the reference in the same dtype, against the reference in float64."""
-    same_dtype = run(q, k, v, "reference", **kwargs)
-    oracle = run(q.double(), k.double(), v.double(), "reference", **kwargs)
-    scores = max(oracle[1][torch.isfinite(oracle[1])].abs().tolist(), default=0.0)
-    for name, x, y, z in zip(("out", "lse"), actual, same_dtype, oracle, strict=True):
-        assert (x.shape, x.dtype) == (y.shape, y.dtype)
-        slack, limit = TOLERANCE[str(x.dtype).removeprefix("torch.")]
-        if large_scores:  # rounding a score s moves its weight by eps * s, whoever rounds
-            slack, limit = slack + 2.0 * torch.finfo(actual[1].dtype).eps * scores, INF
-        error, bound = max_error(x, z), min(2.0 * max_error(y, z) + slack, limit)
-        assert error <= bound, f"{name}: error {error:.3g}, allowed {bound:.3g}"
-
-
-@contextmanager
-def only(row: dispatch.Row):
-    """The table has this row alone: a call runs on it or raises."""
-    kernels = dispatch.KERNELS
-    try:
-        dispatch.KERNELS = (row,)
-        plans.forget()
-        yield
-    finally:
-        dispatch.KERNELS = kernels
-        plans.forget()
 
 
 @pytest.mark.parametrize("row", dispatch.KERNELS, ids=lambda row: row.name)
@@ -98,24 +54,6 @@ def test_parity(case, row):
     assert_parity(actual, q, k, v, **kwargs)
 
 
-def supported_isas() -> list[str]:
-    """What this CPU can run, best first, by the kernel's word and not by ours."""
-    if platform.machine() == "aarch64":
-        return ["neon", "scalar"]
-    flags = set()
-    if Path("/proc/cpuinfo").exists():
-        flags = set(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split())
-    wanted = {"avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}, "avx2": {"avx2", "fma", "f16c"}}
-    return [isa for isa, needed in wanted.items() if needed <= flags] + ["scalar"]
-
-
-def run_tests_on(isa: str, *arguments: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-    environment = {**os.environ, "FASTATTN_CPU_ISA": isa}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
-
-
 @needs_cpu
 @pytest.mark.skipif("FASTATTN_CPU_ISA" in os.environ, reason="the suite runs on one ISA already")
 @pytest.mark.parametrize("isa", supported_isas())
@@ -123,7 +61,7 @@ def test_every_isa(isa):
     """Each in a process of its own: the choice is made once."""
     if isa == cpu.isa():
         return  # test_parity has run on it
-    run_tests_on(isa, "tests/test_prefill.py", "-k", "test_parity")
+    run_tests_on(isa, "tests/parity/test_prefill.py", "-k", "test_parity")
 
 
 @pytest.mark.slow
@@ -133,8 +71,17 @@ def test_every_isa(isa):
 def test_every_isa_in_every_respect(isa):
     if isa == cpu.isa():
         return
-    files = ("prefill", "memory", "threads", "reference", "api", "sdpa")
-    run_tests_on(isa, *(f"tests/test_{name}.py" for name in files))
+    files = (
+        "parity/test_prefill",
+        "unit/test_memory",
+        "unit/test_threads",
+        "parity/test_reference",
+        "unit/test_api",
+        "parity/test_sdpa",
+    )
+    run_tests_on(
+        isa, *(f"tests/parity/test_{name}.py" for name in parity), *(f"tests/unit/test_{name}.py" for name in unit)
+    )
 
 
 def lengths(*edges):
@@ -168,9 +115,6 @@ def small_cases(draw):
     )
 
 
-exactly_these = settings(derandomize=True, deadline=None, database=None)
-
-
 @needs_cpu
 @settings(exactly_these, max_examples=250)
 @given(case=small_cases(), seed=st.integers(0, 2**16))
@@ -180,18 +124,6 @@ def test_parity_of_any_combination(case, seed):
 
 
 # --- strides ---------------------------------------------------------------------------------------------------------
-
-
-def bits(tensors) -> list[np.ndarray]:
-    """Tensors as integers: NaN equals itself, 0 differs from -0."""
-    tensors = (tensors,) if isinstance(tensors, torch.Tensor) else tensors
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return [t.view(integers[t.element_size()]).numpy() for t in tensors]
-
-
-def assert_same_bits(actual, expected):
-    for x, y in zip(bits(actual), bits(expected), strict=True):
-        np.testing.assert_array_equal(x, y)
 
 
 def elsewhere(x: torch.Tensor, order, steps, offset: int) -> torch.Tensor:
@@ -273,19 +205,6 @@ def test_out_has_the_memory_order_of_q(order, head_dim_v):
 
 
 # --- bits ------------------------------------------------------------------------------------------------------------
-
-SHAPES = {  # enough work for threads, and rows, keys and splits of every kind
-    "dense": Case(batch=2, num_heads=4, seqlen_q=300, seqlen_k=310, head_dim=40),
-    "causal": Case(batch=3, num_heads=4, num_heads_k=2, seqlen_q=270, head_dim=33, causal=True, dtype="bfloat16"),
-    "few heads": Case(batch=2, num_heads=1, seqlen_q=600, seqlen_k=1200, head_dim=16, causal=True),
-    "decoding": Case(batch=2, num_heads=4, num_heads_k=2, seqlen_q=3, seqlen_k=4096, mask="lengths", dtype="float16"),
-    "everything": Case(
-        batch=3, num_heads=4, num_heads_k=2, seqlen_q=90, seqlen_k=700, head_dim=24, head_dim_v=40, causal=True,
-        window_size=(600, 3), mask="tensor_per_head", bias="full", alibi=True, softcap=5.0, sinks=True, layout="bshd",
-    ),
-    "double": Case(batch=2, num_heads=2, seqlen_q=150, seqlen_k=1100, head_dim=30, bias="key", dtype="float64"),
-}  # fmt: skip
-shapes = pytest.mark.parametrize("shape", SHAPES)
 
 
 def at_batch(b: int, q, k, v, kwargs):
@@ -407,7 +326,6 @@ LARGE = {  # name: batch, num_heads, num_heads_k, seqlen_q, seqlen_k
     "splits": (2, 2, 1, 4, 2100),
 }
 large = pytest.mark.parametrize("shape", LARGE)
-dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
 
 def large_inputs(shape, dtype, head_dim=20, head_dim_v=12):

@@ -12,7 +12,7 @@ import torch
 import fastattn
 from cases import CASES, Case, inputs, visited_pairs
 
-sys.path.append(str(Path(__file__).parents[1] / "bench"))
+sys.path.append(str(Path(__file__).parents[2] / "bench"))
 
 import dense_vs_sparse
 import oracle
@@ -246,6 +246,7 @@ def test_every_target_has_rows_in_the_plan():
     rows += [Row(c.kind, c.name, c.threads, "", c.work.spec) for c in suites.COMPARISONS]
     rows += [Row("overhead", "", 1, "", work.spec) for work in suites.TINY]
     rows += [Row("memory", "", 1, "", work.spec) for work in suites.MEMORY]
+    rows += [Row("growing", "", 1, "", suites.GROWING.spec)]
     judged = targets.judge(rows, ["forward", "backward"])
     assert len(judged) == len(targets.TARGETS)
     assert not [target["what"] for target in judged if not target["of"] and "two threads" not in target["what"]]

@@ -1,6 +1,5 @@
 """Threads and processes: the bits do not depend on them, a forked child works, threads of Python may call at once."""
 
-import multiprocessing
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,18 +10,16 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import fastattn
+from backward import SHAPES as BACKWARD_SHAPES
 from cases import Case, inputs
+from children import FORK, PATIENCE, forked, gradients, graph, train
 from fastattn.backends import cpu
-from test_backward import SCORE_TENSORS
-from test_backward import SHAPES as BACKWARD_SHAPES
-from test_prefill import SHAPES, assert_same_bits, run, shapes
+from forward import SHAPES, assert_same_bits, run, shapes
 
 pytestmark = [
     pytest.mark.skipif(cpu.unavailable() is not None, reason="the CPU kernels are not built"),
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
 ]
-PATIENCE = 120  # seconds after which a child counts as hanging: a busy machine is slow
-FORK = multiprocessing.get_context("fork")
 ALL_SHAPES = SHAPES | BACKWARD_SHAPES
 
 
@@ -30,31 +27,9 @@ def forward(qkv, kwargs):
     return run(*qkv, **kwargs)
 
 
-def train(qkv, kwargs, of_bias=True):
-    """(out, lse, gradient of everything that has one), with `out` as its own cotangent."""
-    out, lse, leaves = graph(qkv, kwargs, of_bias)
-    return out.detach(), lse.detach(), *gradients(out, leaves)
-
-
 def train_without_dense_bias(qkv, kwargs):
     """What a child can do on any number of threads: torch zeroes the gradient of a dense bias, in a loop of its own."""
     return train(qkv, kwargs, of_bias=kwargs.get("bias") is None or 1 in kwargs["bias"].shape[-2:])
-
-
-def graph(qkv, kwargs, of_bias=True):
-    leaves = dict(zip("qkv", qkv, strict=True))
-    leaves |= {name: kwargs[name] for name in SCORE_TENSORS if name in kwargs and (of_bias or name != "bias")}
-    leaves = {name: x.detach().requires_grad_() for name, x in leaves.items()}
-    out, lse = fastattn.attention(
-        **leaves, **{name: x for name, x in kwargs.items() if name not in leaves}, return_lse=True, backend="cpu"
-    )
-    return out, lse, list(leaves.values())
-
-
-def gradients(out, leaves, **options):
-    grads = torch.autograd.grad(out, leaves, out.detach(), **options)
-    assert fastattn.last_call().kernel == "cpu.backward"
-    return grads
 
 
 @pytest.fixture(autouse=True)
@@ -174,23 +149,6 @@ def test_one_graph_backward_in_many_threads():
 
 
 # --- processes -------------------------------------------------------------------------------------------------------
-
-
-def forked(function, *arguments):
-    """function(*arguments) of a forked child; fails where the child hangs or dies."""
-    receiver, sender = FORK.Pipe(duplex=False)
-    child = FORK.Process(target=lambda: sender.send(function(*arguments)))
-    child.start()
-    sender.close()  # or a child that died would look like one that hangs
-    try:
-        assert receiver.poll(PATIENCE), "the child hangs"
-        return receiver.recv()
-    except EOFError:
-        child.join()
-        pytest.fail(f"the child has died, exit code {child.exitcode}")
-    finally:
-        child.kill()
-        child.join()
 
 
 def assert_same_bits_in_child(compute, call, expected, generations: int = 1) -> None:

@@ -2,7 +2,6 @@
 
 import math
 import os
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -12,70 +11,18 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastattn
+from backward import SLACK, strided
 from fastattn.backends import cpu
-from test_backward import SLACK, strided
-from test_memory import Guarded, in_child, reset_peak, status
-from test_prefill import DTYPES, INF, NAN, TOLERANCE, exactly_these, max_error, run_tests_on, supported_isas
+from forward import DTYPES, INF, NAN, TOLERANCE, exactly_these, max_error
+from graphs import Graph, inputs, run
+from guarded import Guarded, in_child, reset_peak, status
+from isas import run_tests_on, supported_isas
 
 pytestmark = [
     pytest.mark.skipif(cpu.unavailable() is not None, reason="the CPU kernels are not built"),
     pytest.mark.usefixtures("one_thread"),
 ]
 BIASES = (None, "edge", "head", "full", "batch")
-
-
-class Graph(NamedTuple):
-    """One call by value. Query i has between 0 and 2 * degree edges to random keys, some of them twice.
-
-    bias    None | "edge" ([edges]) | "head" ([num_heads, edges]) | "full" ([batch, num_heads, edges]) |
-            "batch" ([batch, 1, edges]); some entries are -inf
-    """
-
-    seqlen_q: int = 37
-    seqlen_k: int = 53
-    degree: int = 6
-    batch: int = 2
-    num_heads: int = 4
-    num_heads_k: int = 2
-    head_dim: int = 16
-    head_dim_v: int = 16
-    dtype: str = "float32"
-    bias: str | None = None
-    index: str = "int64"
-
-    def __str__(self) -> str:
-        return "-".join(str(x) for x in self)
-
-
-def inputs(graph: Graph, seed: int = 0) -> tuple[list[torch.Tensor], dict]:
-    """((q, k, v, indptr, indices), keyword arguments)"""
-    g, generator = graph, torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    counts = torch.randint(0, 2 * g.degree + 1, (g.seqlen_q,), generator=generator)
-    counts = counts * (torch.rand(g.seqlen_q, generator=generator) < 0.8) * (g.seqlen_k > 0)
-    indptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    edges = int(indptr[-1])
-    indices = torch.randint(0, max(g.seqlen_k, 1), (edges,), generator=generator)
-    shapes = {"edge": (edges,), "head": (g.num_heads, edges), "batch": (g.batch, 1, edges)}
-    shapes |= {"full": (g.batch, g.num_heads, edges)}
-    kwargs = {}
-    if g.bias:
-        bias = normal(*shapes[g.bias])
-        kwargs["edge_bias"] = bias.masked_fill(torch.rand(bias.shape, generator=generator) < 0.1, -INF)
-    sizes = (g.num_heads, g.seqlen_q, g.head_dim), (g.num_heads_k, g.seqlen_k, g.head_dim)
-    qkv = [normal(g.batch, *size) for size in (*sizes, (g.num_heads_k, g.seqlen_k, g.head_dim_v))]
-    dtype, index = getattr(torch, g.dtype), getattr(torch, g.index)
-    lists = [indptr.to(index), indices.to(index)]
-    return [x.to(dtype) for x in qkv] + lists, {name: x.to(dtype) for name, x in kwargs.items()}
-
-
-def run(*tensors, backend="cpu", **kwargs):
-    result = fastattn.attention_csr(*tensors, **kwargs, return_lse=True, backend=backend)
-    assert fastattn.last_call().kernel == f"{backend}.csr"
-    return result
 
 
 def cotangents(q, v):
@@ -217,7 +164,7 @@ def test_parity_of_any_graph(data):
 def test_every_isa(isa):
     if isa == cpu.isa():
         return  # this process runs on it
-    run_tests_on(isa, "tests/test_csr.py", "-k", "parity or guard or strides or threads")
+    run_tests_on(isa, "tests/parity/test_csr.py", "-k", "parity or guard or strides or threads")
 
 
 def without_duplicates(indptr, indices):

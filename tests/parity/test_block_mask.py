@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import flex_attention as flex
 
+from blocky_masks import SIZE, blocky_dense, of, random_dense
 from fastattn import BlockMask, Mask, attention, explain, plans, record
 from fastattn.masks import blocks as block_sets
 
@@ -17,17 +18,6 @@ LENGTHS = [(64, 64), (45, 77), (77, 45), (200, 200), (1, 130), (130, 1), (33, 25
 lengths = pytest.mark.parametrize("seqlen_q, seqlen_k", LENGTHS, ids=lambda n: str(n))
 BLOCK_SIZES = [16, 64, 128, 256, (32, 16), (16, 128), (48, 80)]
 block_sizes = pytest.mark.parametrize("block_size", BLOCK_SIZES, ids=str)
-
-
-def random_dense(*shape, seed=0, share=0.5):
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share
-
-
-def blocky_dense(seed, shape=(2, 3, 77, 130), unit=16):
-    """Random rectangles: full, empty and partial blocks all occur."""
-    coarse = random_dense(*shape[:2], -(-shape[2] // unit), -(-shape[3] // unit), seed=seed, share=0.6)
-    dense = coarse.repeat_interleave(unit, 2).repeat_interleave(unit, 3)[:, :, : shape[2], : shape[3]]
-    return dense & random_dense(*shape[:2], shape[2], 1, seed=seed + 1, share=0.97)
 
 
 def assert_same_tensors(a: BlockMask, b: BlockMask):
@@ -242,11 +232,6 @@ def dense_masks(draw):
 
 
 laws = settings(max_examples=30, deadline=None, derandomize=True)
-SIZE = (32, 16)
-
-
-def of(dense):
-    return BlockMask.from_dense(dense, block_size=SIZE)
 
 
 @laws

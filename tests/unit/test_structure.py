@@ -91,3 +91,13 @@ def test_no_function_is_long_or_takes_many_arguments_by_position(path):
 def is_kernel(function):
     """Triton has no keyword-only arguments, and a kernel is one function."""
     return any("jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
+def test_no_test_file_imports_a_test_file():
+    tests = {path.stem: path for path in (ROOT / "tests").rglob("test_*.py")}
+    assert len(tests) == len(list((ROOT / "tests").rglob("test_*.py")))  # pytest imports them by their bare names
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert not tests.keys() & set(names), f"{path.name} imports {names}"

@@ -8,7 +8,8 @@ import fastattn
 from cases import Case, inputs
 from fastattn import Mask
 from fastattn.backends import cpu
-from test_prefill import DTYPES, run_tests_on, supported_isas
+from forward import DTYPES
+from isas import run_tests_on, supported_isas
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="the CPU kernels are not built")
 SEED = (7 << 40) + (1 << 31) + 3  # more than 32 bits, and a low word that is negative as an int32

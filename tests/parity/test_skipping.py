@@ -10,7 +10,8 @@ import fastattn
 from cases import Case, inputs
 from fastattn import BlockMask
 from fastattn.backends import cpu
-from test_prefill import DTYPES, assert_parity, run, run_tests_on, supported_isas
+from forward import DTYPES, assert_parity, run
+from isas import run_tests_on, supported_isas
 
 INF, NAN = math.inf, math.nan
 LEAVES = ("alibi_slopes", "sinks", "softmax_scale")

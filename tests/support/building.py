@@ -1,0 +1,44 @@
+"""The build as tests run it: setup.py as a module, compilers, binary tools."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load_setup():
+    spec = importlib.util.spec_from_file_location("fastattn_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+setup = load_setup()
+
+
+def run(*command, cwd=None, **env) -> subprocess.CompletedProcess:
+    command = [str(part) for part in command]
+    return subprocess.run(command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True)
+
+
+def output(*command, cwd=None, **env) -> str:
+    result = run(*command, cwd=cwd, **env)
+    assert result.returncode == 0, f"{' '.join(map(str, command))}\n{result.stdout}{result.stderr}"
+    return result.stdout
+
+
+def tool(name: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        pytest.skip(f"{name} is not installed")
+    return path
+
+
+def compiler() -> str:
+    return tool((os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "g++").split()[0])
