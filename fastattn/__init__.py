@@ -2,12 +2,12 @@
 
 from . import patterns
 from .api import attention, explain
+from .calls import FallbackWarning, last_call, record, use
 from .compat.sdpa import scaled_dot_product_attention
 from .dispatch import UnsupportedError
 from .layouts.csr import attention_csr
 from .masks import BlockMask, Mask
-from .merge import merge
-from .record import FallbackWarning, last_call, record, use
+from .merging import merge
 from .scores.dropout import dropout_mask
 from .selection import coverage, select_blocks
 

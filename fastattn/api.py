@@ -5,17 +5,17 @@ import inspect
 import torch
 
 from . import dispatch, plans
+from .calls import current_backend, note
 from .checks import check_flag, check_tensors
 from .differentiable import Differentiable
 from .masks.block_mask import BlockMask
 from .masks.flex import from_flex, is_flex
 from .masks.intervals import Mask, Window, check_window
-from .plans import Bound
-from .record import current_backend, note
+from .plans import Bound, known, recall, signature
 from .scores.dropout import check_seed
 
 _Tensor, _is_grad_enabled = torch.Tensor, torch.is_grad_enabled
-_is_traced, _signature = torch.compiler.is_dynamo_compiling, plans.signature
+_is_traced = torch.compiler.is_dynamo_compiling
 _CAUSAL = (Window(None, 0),)
 
 
@@ -86,16 +86,19 @@ def attention(
         )  # fmt: skip
     if backend is None:
         backend = current_backend()
-    choice, problem, terms = bind(
+    bound = None
+    if mask is window_size is alibi_slopes is bias is sinks is seed is None:
+        settings = causal, softmax_scale, softcap, dropout_p, skip_negligible, return_lse, backend
+        bound = recall(q, k, v, settings)
+    bound = bound or bind(
         q, k, v, mask=mask, causal=causal, window_size=window_size, softmax_scale=softmax_scale, softcap=softcap,
         alibi_slopes=alibi_slopes, bias=bias, sinks=sinks, dropout_p=dropout_p, seed=seed,
         skip_negligible=skip_negligible, return_lse=return_lse, backend=backend,
     )  # fmt: skip
-    if choice is None:
-        raise dispatch.unsupported(problem, backend)
+    note(bound)
+    choice, problem, terms, _ = bound
     if problem.dropout and terms.seed is None:
         terms = terms._replace(seed=int(torch.randint(2**63 - 1, ())))
-    note(choice, problem, backend)
     if choice.train is None:
         out, lse = choice.forward(problem, q, k, v, terms)
     else:
@@ -117,45 +120,37 @@ def bind(
 ) -> Bound:  # fmt: skip
     """The call that these arguments of `attention` are, checked. It computes nothing and draws no seed."""
     tensors, windows = {}, ()
+    settings = causal, softmax_scale, softcap, dropout_p, skip_negligible, return_lse, backend
     try:
         needs_grad = _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        if not mask is window_size is alibi_slopes is bias is sinks is softmax_scale is None:
-            windows = _add_mask(tensors, mask, window_size)
-            if bias is not None:
-                tensors["bias"] = bias
-            if alibi_slopes is not None:
-                tensors["alibi_slopes"] = alibi_slopes
-            if sinks is not None:
-                tensors["sinks"] = sinks
-            if isinstance(softmax_scale, _Tensor):
-                tensors["softmax_scale"], softmax_scale = softmax_scale, None
-            if _is_grad_enabled() and not needs_grad:
-                needs_grad = any([x.requires_grad for name, x in tensors.items() if name != "block_mask"])
-        if causal is not False and _check_causal(causal):
-            windows += _CAUSAL
-        key, lengths = _signature(q, k, v, tensors)
+        windows = _add_mask(tensors, mask, window_size)
+        for name, x in (("bias", bias), ("alibi_slopes", alibi_slopes), ("sinks", sinks)):
+            if x is not None:
+                tensors[name] = x
+        if isinstance(softmax_scale, _Tensor):
+            tensors["softmax_scale"], settings = softmax_scale, (causal, None, *settings[2:])
+        if _is_grad_enabled() and not needs_grad:
+            needs_grad = any([x.requires_grad for name, x in tensors.items() if name != "block_mask"])
+        key, lengths = signature(q, k, v, tensors)
     except AttributeError:
         check_tensors(q=q, k=k, v=v, **tensors)
         raise
-    key = (
-        key, windows, softmax_scale, softcap, dropout_p, skip_negligible, return_lse, needs_grad, backend, *tensors
-    )  # fmt: skip
-    plan = plans.lookup(key)
+    key = (key, settings, needs_grad, windows, *tensors) if tensors or windows else (key, settings, needs_grad)
+    try:
+        plan = known.get(key)
+    except TypeError:  # an argument is not hashable: the checks say which
+        plan = None
     if plan is None:
-        numbers = {
-            "softmax_scale": softmax_scale, "softcap": softcap, "dropout_p": dropout_p,
-            "skip_negligible": skip_negligible,
-        }  # fmt: skip
+        if causal is not False and check_flag("causal", causal, '; mask=Mask.causal("top_left") is torch\'s alignment'):
+            windows += _CAUSAL
+        names = ("softmax_scale", "softcap", "dropout_p", "skip_negligible")
         facts = {"lse": check_flag("return_lse", return_lse), "needs_grad": needs_grad}
+        numbers = dict(zip(names, settings[1:5], strict=True))
         plan = plans.make(key, q, k, v, windows, tensors, numbers, facts, backend)
-    known, bound = plan.latest
-    if known != lengths:
-        bound = plan.at(lengths)
     if seed is not None:
         tensors["seed"] = check_seed(seed)
-    if not tensors:
-        return bound
-    return Bound(bound.choice, bound.problem, plans.with_values(bound.terms, tensors))
+    bound = plan.at(lengths)
+    return bound._replace(terms=plans.with_values(bound.terms, tensors)) if tensors else bound
 
 
 class Explanation(str):
@@ -231,7 +226,3 @@ def _add_mask(tensors: dict, mask, window_size) -> tuple[Window, ...]:
     elif mask is not None:
         raise TypeError(f"mask must be a Mask, a BlockMask or a bool tensor, got {type(mask).__name__}")
     return windows if window_size is None else (*windows, Window(*check_window(window_size)))
-
-
-def _check_causal(causal) -> bool:
-    return check_flag("causal", causal, '; mask=Mask.causal("top_left") is torch\'s alignment')

@@ -3,7 +3,8 @@
 import torch
 
 from . import dispatch
-from .record import note
+from .calls import note
+from .plans import Bound
 
 
 class Differentiable(torch.autograd.Function):
@@ -39,8 +40,9 @@ class Differentiable(torch.autograd.Function):
         problem = ctx.problem._replace(direction="backward", needs_grad=twice, lse=dlse is not None)
         # A gradient of this gradient is nothing that the kernels of a named backend have.
         backend = None if twice else ctx.choice.row.backend
-        choice = dispatch.select(problem, backend)
-        note(choice, problem, backend)
+        choices = dispatch.choices_of(problem, backend)
+        choice = dispatch.first_that_takes(choices, problem)
+        note(Bound(choice, problem, terms, backend))
         want_q, want_k, want_v, *wants = ctx.needs_input_grad[3:]
         wanted = want_q, want_k, want_v, tuple.__new__(kind, wants)
         dq, dk, dv, grads = choice.forward(problem, q, k, v, terms, saved, dout, dlse, wanted)

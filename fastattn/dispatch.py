@@ -123,32 +123,36 @@ class Choice(NamedTuple):
 
 def select(problem: Problem, backend: str | None) -> Choice:
     """The first row of KERNELS that accepts `problem`, among those of `backend` if one is named; UnsupportedError."""
-    choice = find(problem, backend)
+    choice = first_that_takes(choices_of(problem, backend), problem)
     if choice is None:
         raise unsupported(problem, backend)
     return choice
 
 
-def find(problem: Problem, backend: str | None) -> Choice | None:
-    """As `select`, None where every row refuses. Remembered by the kind of the problem: lengths cost a comparison."""
-    key = (problem.kind, backend)
-    choices = _choices.get(key)
-    if choices is None:
-        if len(_choices) >= _MAX_KINDS:
-            _choices.clear()
-        choices = _choices[key] = _choices_of(problem, backend)
+def first_that_takes(choices: tuple[Choice, ...], problem: Problem) -> Choice | None:
+    """The first of `choices_of` that accepts the lengths of `problem`, None if there is none."""
     for choice in choices:
         if not choice.lengths or choice.takes(problem):
             return choice
     return None
 
 
+def choices_of(problem: Problem, backend: str | None) -> tuple[Choice, ...]:
+    """The rows that accept this kind of problem, up to the first that takes all lengths; remembered by the kind."""
+    key = (problem.kind, backend)
+    choices = _choices.get(key)
+    if choices is None:
+        if len(_choices) >= _MAX_KINDS:
+            _choices.clear()
+        choices = _choices[key] = _find_choices(problem, backend)
+    return choices
+
+
 _choices: dict[tuple, tuple[Choice, ...]] = {}
 _MAX_KINDS = 4096
 
 
-def _choices_of(problem: Problem, backend: str | None) -> tuple[Choice, ...]:
-    """The rows that accept this kind of problem, up to the first that takes all lengths."""
+def _find_choices(problem: Problem, backend: str | None) -> tuple[Choice, ...]:
     choices, is_passed_over = [], False
     for row in rows_of(backend, problem.layout):
         if not _is_of_direction(row, problem):

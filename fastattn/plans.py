@@ -2,10 +2,12 @@
 
 from typing import NamedTuple
 
+import torch
+
 from . import dispatch
 from .backends.cpu import signature as _cpu_signature
 from .checks import broadcasts
-from .masks.intervals import Window, diagonal_bounds
+from .masks.intervals import NO_BOUNDS, Window, diagonal_bounds
 from .problem import Problem
 from .terms import TERMS, Terms
 from .torch_internals import is_transformed
@@ -17,46 +19,72 @@ class Bound(NamedTuple):
 
     choice   the row that computes it, None where every row refuses
     terms    `Terms` (`Edges` for layout "csr")
+    backend  the one that was asked for, or None
     """
 
     choice: dispatch.Choice | None
     problem: Problem
     terms: tuple
+    backend: str | None
 
 
 class Plan:
-    """A kind of call: its Problem and its terms, but for what lengths decide and for tensors."""
+    """A kind of call: its Problem, terms and kernels, but for what lengths decide and for tensors."""
 
-    __slots__ = ("problem", "terms", "windows", "backend", "latest")
+    __slots__ = ("problem", "terms", "windows", "choices", "backend", "latest")
 
     def __init__(self, problem: Problem, terms: Terms, windows: tuple[Window, ...], backend: str | None):
         self.problem, self.terms, self.windows, self.backend = problem, terms, windows, backend
+        self.choices = dispatch.choices_of(problem, backend)
         self.latest: tuple[tuple, Bound | None] = ((), None)
 
     def at(self, lengths: tuple[int, int, int]) -> Bound:
         """The call with these (batch, seqlen_q, seqlen_k); the latest one is kept."""
-        problem = self.problem.with_lengths(lengths)
-        _, seqlen_q, seqlen_k = lengths
-        bounds = diagonal_bounds(self.windows, seqlen_q, seqlen_k)
-        bound = Bound(dispatch.find(problem, self.backend), problem, self.terms.at(*bounds, seqlen_k - seqlen_q))
+        of_lengths, bound = self.latest
+        if of_lengths == lengths:
+            return bound
+        problem, (_, seqlen_q, seqlen_k) = self.problem.with_lengths(lengths), lengths
+        lo, hi = diagonal_bounds(self.windows, seqlen_q, seqlen_k) if self.windows else NO_BOUNDS
+        choice = dispatch.first_that_takes(self.choices, problem)
+        bound = _new(Bound, (choice, problem, self.terms.at(lo, hi, seqlen_k - seqlen_q), self.backend))
         self.latest = lengths, bound  # one assignment: other threads see the old pair or the new one
         return bound
 
 
-_plans: dict[tuple, Plan] = {}
+_new, _is_grad_enabled = tuple.__new__, torch.is_grad_enabled
+known: dict[tuple, Plan] = {}
+"""By `signature` and settings of the call."""
+
 _MAX_PLANS = 4096
 _PLACES = {term.name: place for place, term in enumerate(TERMS)}
 
 
 def count() -> int:
     """How many kinds of calls are known."""
-    return len(_plans)
+    return len(known)
 
 
 def forget() -> None:
     """Drop all plans and selections, after a change of dispatch.KERNELS."""
-    _plans.clear()
+    known.clear()
     dispatch.forget()
+
+
+def recall(q, k, v, settings: tuple) -> Bound | None:
+    """The call without masks and tensors that has these settings, where its kind is known: the shortest way to it."""
+    try:
+        found = None if is_transformed() else _cpu_signature(q, k, v)
+        if found is None:
+            return None
+        key, lengths = found
+        needs_grad = _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        plan = known.get((key, settings, needs_grad))
+    except (AttributeError, TypeError):  # `bind` says what is wrong
+        return None
+    if plan is None:
+        return None
+    of_lengths, bound = plan.latest
+    return bound if of_lengths == lengths else plan.at(lengths)
 
 
 def signature(q, k, v, tensors: dict) -> tuple[tuple, tuple[int, int, int]]:
@@ -91,14 +119,6 @@ def _relative(shape, sizes: tuple[int, ...]) -> tuple:
     return tuple([tuple([size == x for x in sizes]) if size in sizes else size for size in shape])
 
 
-def lookup(key: tuple) -> Plan | None:
-    """The plan of a kind of call; None too where `key` holds what is not hashable, which the checks then name."""
-    try:
-        return _plans.get(key)
-    except TypeError:
-        return None
-
-
 def make(key: tuple, q, k, v, windows: tuple[Window, ...], tensors: dict, numbers: dict, facts: dict, backend) -> Plan:
     """Check a kind of call that is new, and keep its plan.
 
@@ -113,9 +133,9 @@ def make(key: tuple, q, k, v, windows: tuple[Window, ...], tensors: dict, number
     facts |= {term.fact[0]: term.fact[1](values[term.name]) for term in TERMS if term.fact and term.name in values}
     kind = mask_kind(tensors, *diagonal_bounds(windows, problem.seqlen_q, problem.seqlen_k))
     problem = problem._replace(mask=kind, transformed=is_transformed(), **facts)
-    if len(_plans) >= _MAX_PLANS:
-        _plans.clear()
-    plan = _plans[key] = Plan(problem, Terms(**numbers), windows, backend)
+    if len(known) >= _MAX_PLANS:
+        known.clear()
+    plan = known[key] = Plan(problem, Terms(**numbers), windows, backend)
     return plan
 
 
@@ -124,4 +144,4 @@ def with_values(terms: Terms, given: dict) -> Terms:
     values = list(terms)
     for name, value in given.items():
         values[_PLACES[name]] = value
-    return tuple.__new__(Terms, values)
+    return _new(Terms, values)

@@ -6,6 +6,7 @@ from torch.autograd import forward_ad
 
 _functorch = getattr(torch._C, "_functorch", None)
 _transform_on_top = getattr(_functorch, "peek_interpreter_stack", lambda: None)
+_tangents = forward_ad if hasattr(forward_ad, "_current_level") else type("_NoTangents", (), {"_current_level": -1})
 
 is_any_autocast_enabled = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 """Whether torch.autocast is on for some device: cheaper than asking for one."""
@@ -14,4 +15,4 @@ is_any_autocast_enabled = getattr(torch._C, "_is_any_autocast_enabled", lambda: 
 def is_transformed() -> bool:
     """Whether a forward-mode derivative or a torch.func transform is going on: tangents may hide in any tensor then,
     and tensors may have no memory."""
-    return getattr(forward_ad, "_current_level", -1) >= 0 or _transform_on_top() is not None
+    return _tangents._current_level >= 0 or _transform_on_top() is not None

@@ -9,7 +9,7 @@ import torch
 for name in ("FASTATTN_BACKEND", "FASTATTN_FALLBACK"):
     os.environ.pop(name, None)
 
-from fastattn.record import fallbacks  # noqa: E402  (after the environment is clean)
+from fastattn.calls import fallbacks  # noqa: E402  (after the environment is clean)
 
 
 def pytest_configure(config):

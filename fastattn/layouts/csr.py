@@ -3,11 +3,11 @@
 import torch
 
 from .. import dispatch
+from ..calls import current_backend, note
 from ..checks import broadcasts, check_flag, check_tensors, dtype_name
 from ..differentiable import Differentiable
 from ..plans import Bound
 from ..problem import FLOATS
-from ..record import current_backend, note
 from ..scores import scale
 from ..torch_internals import is_transformed
 from ..validation import check_qkv
@@ -77,13 +77,12 @@ def attention_csr(
             backend=backend,
         )  # fmt: skip
     backend = current_backend() if backend is None else backend
-    choice, problem, edges = bind(
+    bound = bind(
         q, k, v, indptr, indices, edge_bias=edge_bias, softmax_scale=softmax_scale, return_lse=return_lse,
         backend=backend,
     )  # fmt: skip
-    if choice is None:
-        raise dispatch.unsupported(problem, backend)
-    note(choice, problem, backend)
+    note(bound)
+    choice, problem, edges, _ = bound
     if choice.train is None:
         out, lse = choice.forward(problem, q, k, v, edges)
     else:
@@ -122,7 +121,8 @@ def bind(
         transformed=is_transformed(),
     )
     edges = Edges(indptr, indices, edge_bias, problem.head_dim**-0.5 if softmax_scale is None else softmax_scale)
-    return Bound(dispatch.find(problem, dispatch.check_backend(backend, "backend")), problem, edges)
+    choices = dispatch.choices_of(problem, dispatch.check_backend(backend, "backend"))
+    return Bound(dispatch.first_that_takes(choices, problem), problem, edges, backend)
 
 
 def _check_lists(indptr, indices, seqlen_q: int) -> None:

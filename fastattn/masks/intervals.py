@@ -13,6 +13,7 @@ import torch
 from ..checks import one_line
 
 UNBOUNDED = 1 << 40  # a diagonal offset beyond any sequence; fits every integer type the kernels use
+NO_BOUNDS = (-UNBOUNDED, UNBOUNDED)
 ALIGNMENTS = ("bottom_right", "top_left")
 
 

@@ -10,7 +10,8 @@ from contextvars import ContextVar
 from typing import NamedTuple
 
 from . import dispatch
-from .dispatch import Choice, UnsupportedError, check_backend
+from .dispatch import UnsupportedError, check_backend
+from .plans import Bound
 from .problem import Problem
 
 
@@ -57,23 +58,33 @@ current_backend = _backend.get
 """The backend set by `use`, else by FASTATTN_BACKEND (read at import), else None: any."""
 
 
-def note(choice: Choice, problem: Problem, backend: str | None) -> None:
-    """Before a kernel runs: count and report a fallback, remember the call for `last_call` and `record`."""
+def note(call: Bound) -> None:
+    """Before a kernel runs: count and report a fallback, remember the call for `last_call` and `record`.
+
+    UnsupportedError if every kernel refuses the call.
+    """
+    choice = call.choice
+    if choice is None:
+        raise dispatch.unsupported(call.problem, call.backend)
     if choice.is_fallback:
-        _report_fallback(choice, problem, backend)
-    _state.last = last = [choice, problem, backend]
+        _report_fallback(call)
+    _state.last = last = [choice, call.problem, call.backend]  # not the call itself: nobody may keep its tensors
     if recorders := _recorders.get():
-        call = _call_of(last)
         for calls in recorders:
-            calls.append(call)
+            calls.append(_call_of(last))
 
 
 def _call_of(last: list) -> Call:
     """The record of a call, made when somebody asks: [choice, problem, backend] becomes [Call]."""
-    if len(last) > 1:
-        choice, problem, backend = last
-        last[:] = [Call(problem, choice.row.name, choice.isa, dispatch.reason_for(choice.row, problem, backend))]
+    if len(last) == 1:
+        return last[0]
+    choice, problem, backend = last
+    last[:] = [_record_of(choice, problem, backend)]
     return last[0]
+
+
+def _record_of(choice, problem: Problem, backend: str | None) -> Call:
+    return Call(problem, choice.row.name, choice.isa, dispatch.reason_for(choice.row, problem, backend))
 
 
 def last_call() -> Call | None:
@@ -124,8 +135,8 @@ class use(ContextDecorator):
             warnings.warn(text + "; FASTATTN_BACKEND sets the backend of a whole process", RuntimeWarning, 2)
 
 
-def _report_fallback(choice: Choice, problem: Problem, backend: str | None) -> None:
-    policy, reason = _fallback_policy(), dispatch.reason_for(choice.row, problem, backend)
+def _report_fallback(call: Bound) -> None:
+    policy, (problem, _, _, reason) = _fallback_policy(), _record_of(call.choice, call.problem, call.backend)
     memory = "O(edges * head_dim)" if problem.layout == "csr" else "O(n^2)"
     message = f"[{problem}] needs the reference, {memory} memory: {reason}"
     if policy == "error":
