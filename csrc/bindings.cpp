@@ -67,38 +67,48 @@ View view_by_attributes(PyObject* tensor) {
   return view;
 }
 
-// Whether elements may be stored negated (z.conj().imag), which DLPack does not tell. Such a view is every second
-// element of something, so that few tensors need to be asked.
-bool is_negated(PyObject* tensor, const View& view) {
-  for (int i = 0; i < view.ndim; i++)
-    if (view.shape[i] > 1 && view.stride[i] % 2) return false;
-  return py::handle(tensor).attr("is_neg")().cast<bool>();
-}
-
 // Copies that the call made, alive until it ends.
 using Owned = std::vector<py::object>;
 
-View view(PyObject* tensor, Owned& owned) {
-  View view{};
-  if (const dlpack::ExchangeAPI* api = dlpack::exchange_api(Py_TYPE(tensor))) {
-    dlpack::DLTensor t;
-    if (api->dltensor_from_py_object_no_sync(tensor, &t)) throw py::error_already_set();
-    if (t.device_type != dlpack::kCPU) throw std::invalid_argument("a tensor is not on the CPU");
-    if (t.ndim > 4) throw std::invalid_argument("a tensor has more than 4 dimensions");
-    view = {(char*)t.data + t.byte_offset, t.ndim, {}, {}, dtype_of(t.dtype)};
-    for (int i = 0; i < t.ndim; i++) {
-      view.shape[i] = t.shape[i];
-      view.stride[i] = t.strides[i];
-    }
-  } else {
-    view = view_by_attributes(tensor);
+// The memory of a tensor as it lies there, whatever its sign.
+View raw_view(const dlpack::TensorType& type, PyObject* tensor) {
+  if (!type.api) return view_by_attributes(tensor);
+  dlpack::DLTensor t;
+  if (type.api->dltensor_from_py_object_no_sync(tensor, &t)) throw py::error_already_set();
+  if (t.device_type != dlpack::kCPU) throw std::invalid_argument("a tensor is not on the CPU");
+  if (t.ndim > 4) throw std::invalid_argument("a tensor has more than 4 dimensions");
+  View view{(char*)t.data + t.byte_offset, t.ndim, {}, {}, dtype_of(t.dtype)};
+  for (int i = 0; i < t.ndim; i++) {
+    view.shape[i] = t.shape[i];
+    view.stride[i] = t.strides[i];
   }
+  return view;
+}
+
+// A tensor that a kernel writes: fastattn has allocated it, so that it is not negated.
+View written_view(PyObject* tensor) {
+  const dlpack::TensorType* type = dlpack::tensor_type(Py_TYPE(tensor));
+  if (!type) throw py::error_already_set();
+  const View view = raw_view(*type, tensor);
   bool empty = false;
   for (int i = 0; i < view.ndim; i++) empty |= view.shape[i] == 0;
   if (!view.data && !empty) throw std::invalid_argument("a tensor has elements but no memory (fake, meta or freed)");
-  if (!is_negated(tensor, view)) return view;
+  return view;
+}
+
+bool is_negated(PyObject* tensor) {
+  const dlpack::TensorType* type = dlpack::tensor_type(Py_TYPE(tensor));
+  const int negated = type ? dlpack::is_negated(*type, tensor) : -1;
+  if (negated < 0) throw py::error_already_set();
+  return negated;
+}
+
+View view(PyObject* tensor, Owned& owned) {
+  const View view = written_view(tensor);
+  if (!is_negated(tensor)) return view;
   owned.push_back(py::handle(tensor).attr("resolve_neg")());
-  return ::view(owned.back().ptr(), owned);
+  if (is_negated(owned.back().ptr())) throw std::invalid_argument("a tensor stays negated after resolve_neg()");
+  return written_view(owned.back().ptr());
 }
 
 [[noreturn]] void mismatch(const char* name, const char* rule) {
@@ -246,7 +256,7 @@ fastattn::BlockMask block_mask_of(py::handle mask, const Problem& p, Owned& owne
 // Everything that native code relies on is checked here, whatever the caller has checked.
 // q, k, v, out; backward: out is in the compute dtype.
 Problem tensors_of(PyObject* const* qkvo, PyObject* lse, PyObject* lse_parts, bool backward, Owned& owned) {
-  const View q = view(qkvo[0], owned), k = view(qkvo[1], owned), v = view(qkvo[2], owned), out = view(qkvo[3], owned);
+  const View q = view(qkvo[0], owned), k = view(qkvo[1], owned), v = view(qkvo[2], owned), out = backward ? view(qkvo[3], owned) : written_view(qkvo[3]);
   if (q.ndim != 4 || k.ndim != 4 || v.ndim != 4) mismatch("q, k and v", "must have 4 dimensions");
   if (!is_float(q.dtype)) mismatch("q", "must have a float dtype");
   Problem p{};
@@ -344,10 +354,9 @@ PyObject* signature(PyObject*, PyObject* const* args, Py_ssize_t count) {
   int64_t key[max_tensors * words] = {};
   if (count > max_tensors) count = max_tensors;
   for (Py_ssize_t i = 0; i < count; i++) {
-    const dlpack::ExchangeAPI* api = dlpack::exchange_api(Py_TYPE(args[i]));
+    const dlpack::TensorType* type = dlpack::tensor_type(Py_TYPE(args[i]));
     dlpack::DLTensor t;
-    if (!api) Py_RETURN_NONE;
-    if (api->dltensor_from_py_object_no_sync(args[i], &t)) {
+    if (!type || !type->api || type->api->dltensor_from_py_object_no_sync(args[i], &t)) {
       PyErr_Clear();
       Py_RETURN_NONE;
     }

@@ -31,21 +31,49 @@ struct ExchangeAPI {
   void* current_work_stream;
 };
 
-// The API of a tensor type, or null where it has none; remembered for the last type asked.
-inline const ExchangeAPI* exchange_api(PyTypeObject* type) {
-  thread_local PyTypeObject* known = nullptr;
-  thread_local const ExchangeAPI* api = nullptr;
-  if (type == known) return api;
-  const ExchangeAPI* found = nullptr;
+// What is known of a tensor type: its API, null where it has none, and its method is_neg.
+struct TensorType {
+  PyTypeObject* type = nullptr;  // owned, as is_neg, so that no other type takes its address
+  PyObject* is_neg = nullptr;
+  const ExchangeAPI* api = nullptr;
+};
+
+inline bool find_tensor_type(PyTypeObject* type, TensorType& found) {
+  PyObject* is_neg = PyObject_GetAttrString((PyObject*)type, "is_neg");
+  if (!is_neg) return false;
+  const ExchangeAPI* api = nullptr;
   if (PyObject* capsule = PyObject_GetAttrString((PyObject*)type, "__dlpack_c_exchange_api__")) {
-    found = (const ExchangeAPI*)PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
-    if (found && found->version.major != 1) found = nullptr;
+    api = (const ExchangeAPI*)PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
+    if (api && api->version.major != 1) api = nullptr;
     Py_DECREF(capsule);
   }
   PyErr_Clear();
-  api = found;
-  known = type;
-  return found;
+  Py_INCREF(type);
+  Py_XDECREF(found.type), Py_XDECREF(found.is_neg);
+  found = {type, is_neg, api};
+  return true;
+}
+
+// Null, with a Python error set, for what is no tensor. The last two types are remembered: torch.Tensor and Parameter.
+inline const TensorType* tensor_type(PyTypeObject* type) {
+  thread_local TensorType known[2];
+  thread_local int oldest = 0;
+  for (const TensorType& one : known)
+    if (one.type == type) return &one;
+  TensorType& place = known[oldest];
+  if (!find_tensor_type(type, place)) return nullptr;
+  oldest = !oldest;
+  return &place;
+}
+
+// Whether a tensor's elements are stored with the other sign (z.conj().imag), which DLPack does not tell; -1 and a Python
+// error if that cannot be known.
+inline int is_negated(const TensorType& type, PyObject* tensor) {
+  PyObject* answer = PyObject_Vectorcall(type.is_neg, &tensor, 1, nullptr);
+  if (!answer) return -1;
+  const int negated = answer == Py_False ? 0 : PyObject_IsTrue(answer);
+  Py_DECREF(answer);
+  return negated;
 }
 
 }  // namespace dlpack
