@@ -75,7 +75,11 @@ def extension(target: str, headers: list[str]) -> Extension:
     isas = isa_flags(target)
     return Extension(
         "fastattn._C",
-        sources=sorted(f"csrc/{path.name}" for path in ROOT.glob("csrc/*.cpp") if not path.name.startswith("isa_")),
+        sources=sorted(
+            path.relative_to(ROOT).as_posix()
+            for path in ROOT.glob("csrc/**/*.cpp")
+            if not path.name.startswith("isa_")
+        ),
         include_dirs=["csrc"],
         define_macros=[(f"FASTATTN_HAVE_{isa.upper()}", "1") for isa in isas],
         extra_compile_args=[*COMMON_FLAGS, *ISA_FLAGS.get(target, NO_SIMD)["scalar"], *HARDENING_FLAGS, "-fopenmp"],

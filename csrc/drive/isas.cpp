@@ -1,0 +1,129 @@
+// Which instruction set this process runs on, and what it knows of the CPU.
+#include <unistd.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "driver.h"
+#include "parallel.h"
+
+namespace fastattn {
+
+#define FASTATTN_DECLARE(isa)                  \
+  namespace isa {                              \
+  extern const InstructionSet instruction_set; \
+  }
+FASTATTN_DECLARE(scalar)
+FASTATTN_DECLARE(avx2)
+FASTATTN_DECLARE(avx512)
+FASTATTN_DECLARE(neon)
+
+namespace {
+
+struct Candidate {
+  const InstructionSet* isa;
+  bool supported;
+};
+
+#if defined(FASTATTN_HAVE_AVX2) || defined(FASTATTN_HAVE_AVX512)
+// Clang 14's __builtin_cpu_supports does not know it; its registers are AVX's.
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && ecx & bit_F16C;
+}
+#endif
+
+// Those that were built for this kind of machine, best first. The compiler's builtins check cpuid and, for the vector state, XGETBV.
+std::vector<Candidate> built_isas() {
+  std::vector<Candidate> list;
+#if defined(FASTATTN_HAVE_AVX512)
+  list.push_back({&avx512::instruction_set, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                                __builtin_cpu_supports("avx512dq") &&
+                                                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") &&
+                                                has_f16c()});
+#endif
+#if defined(FASTATTN_HAVE_AVX2)
+  list.push_back(
+      {&avx2::instruction_set, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()});
+#endif
+#if defined(FASTATTN_HAVE_NEON)
+  list.push_back({&neon::instruction_set, true});
+#endif
+#if defined(FASTATTN_HAVE_SCALAR)
+#if defined(__x86_64__)
+  list.push_back({&scalar::instruction_set, (bool)__builtin_cpu_supports("sse4.2")});
+#else
+  list.push_back({&scalar::instruction_set, true});
+#endif
+#endif
+  return list;
+}
+
+const InstructionSet& best_isa() {
+  const char* wanted = std::getenv("FASTATTN_CPU_ISA");
+  std::string built;
+  for (const auto& [isa, supported] : built_isas()) {
+    if (wanted && *wanted ? std::string(wanted) == isa->name : supported) {
+      if (supported) return *isa;
+      throw std::runtime_error("FASTATTN_CPU_ISA=" + std::string(wanted) +
+                               ": this CPU does not have it; unset FASTATTN_CPU_ISA for the best one it has");
+    }
+    built += (built.empty() ? "" : ", ") + std::string(isa->name);
+  }
+  throw std::runtime_error(wanted && *wanted ? "FASTATTN_CPU_ISA=" + std::string(wanted) +
+                                                   " is not built into this package; built are " + built
+                                             : "no kernels for this CPU; built are " + built);
+}
+
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+const int64_t l1_bytes = sysconf(_SC_LEVEL1_DCACHE_SIZE);  // asked when the library is loaded, not after a fork
+#else
+const int64_t l1_bytes = 0;
+#endif
+
+}  // namespace
+
+const InstructionSet& instruction_set() {
+  // No guarded static: a child that is forked while a thread decides would wait for that thread without end.
+  static std::atomic<const InstructionSet*> chosen{nullptr};
+  const InstructionSet* isa = chosen.load(std::memory_order_acquire);
+  if (!isa) chosen.store(isa = &best_isa(), std::memory_order_release);
+  return *isa;
+}
+
+int64_t l1_data_bytes() { return l1_bytes > 0 ? l1_bytes : 32 << 10; }
+
+double fma_rate(DType dtype, double seconds, int threads) {
+  using clock = std::chrono::steady_clock;
+  struct Work {
+    DType dtype;
+    double seconds;
+    std::vector<double> rate;
+  } work{dtype, seconds, std::vector<double>(threads)};
+  parallel_for(
+      threads, threads, 1e30,
+      [](void* context, int64_t, int thread) {
+        Work& w = *(Work*)context;
+        const auto start = clock::now();
+        double flops = 0, elapsed;
+        do {
+          flops += instruction_set().kernels_for(w.dtype).multiply_adds(20000);
+          elapsed = std::chrono::duration<double>(clock::now() - start).count();
+        } while (elapsed < w.seconds);
+        w.rate[thread] = std::max(w.rate[thread], flops / elapsed);
+      },
+      &work);
+  double total = 0;
+  for (double rate : work.rate) total += rate;
+  return total;
+}
+
+}  // namespace fastattn

@@ -1,0 +1,133 @@
+// One attention call as plain data: its tensors, sizes and numbers, which the bindings fill, the driver completes and the
+// kernels read; and the table of the tensors that a call may add to q, k and v.
+#pragma once
+#include <cstdint>
+
+namespace fastattn {
+
+enum class DType : int8_t { float32, float64, bfloat16, float16, boolean, uint8, int32, int64 };
+
+// A tensor seen as [batch, heads, rows, columns]; strides in elements, 0 where it broadcasts. data is null if absent.
+struct Tensor {
+  char* data = nullptr;
+  int64_t stride[4] = {0, 0, 0, 0};
+  DType dtype = DType::float32;
+
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// Which blocks of keys a block of queries visits, as it comes from fastattn.BlockMask; int32 [batch, num_heads, rows] and
+// [batch, num_heads, rows, longest], broadcast as all tensors.
+struct BlockMask {
+  int64_t block_q, block_k;
+  Tensor num_partial, partial, bitmap, num_full, full;
+  int64_t longest_partial, longest_full;
+  const uint8_t* bitmaps;  // [num_bitmaps][block_q][block_k / 8]: bit j % 8 of byte j / 8 is key j
+  int64_t num_bitmaps;
+
+  explicit operator bool() const { return block_q != 0; }
+};
+
+struct Visit {
+  int32_t block, bitmap;  // bitmap < 0: the block is full
+};
+
+// The same as one list for each block of queries, or transposed for each block of keys, ascending.
+struct BlockLists {
+  int64_t block_q, block_k;
+  int64_t batch_stride, head_stride;  // in lists; 0: shared
+  const int64_t* first;               // of list i in `visits`; that of list i + 1 ends it
+  const Visit* visits;
+  const uint8_t* bitmaps;
+
+  int64_t index(int64_t batch, int64_t head, int64_t block) const {
+    return batch * batch_stride + head * head_stride + block;
+  }
+  const uint8_t* bitmap(const Visit& visit) const {
+    return visit.bitmap < 0 ? nullptr : bitmaps + visit.bitmap * block_q * (block_k / 8);
+  }
+};
+
+// The tensors are the callers', read and written in place; those that are absent have no data.
+struct Operands {
+  int64_t batch, num_heads, num_heads_k, seqlen_q, seqlen_k, head_dim, head_dim_v;
+  Tensor q, k, v, out, lse;  // lse [batch, num_heads, seqlen_q, 1], absent or float32 (float64 for float64)
+  // [batch, num_heads, seqlen_q, 2] in lse's dtype, absent unless a backward pass follows: lse in units of log2 as
+  // reference point + log2 of the sum. One rounded number would not do beside a bias of -1e38.
+  Tensor lse_parts;
+  Tensor out_exact;            // out before it is rounded to 16 bits; absent if nobody asks
+  Tensor mask, bias;           // bool, float; [batch, num_heads, seqlen_q, seqlen_k]
+  Tensor alibi_slopes, sinks;  // [batch, num_heads, 1, 1]
+  Tensor scales;               // the same, absent or instead of softmax_scale
+  Tensor k_start, k_end;       // int32 [batch, num_heads, seqlen_q, 1]
+  BlockMask block_mask{};
+  const BlockLists* blocks = nullptr;  // block_mask, by queries in a forward pass and by keys in a backward pass
+  double softmax_scale, softcap;
+  int64_t diagonal_lo, diagonal_hi;  // a query sees keys with lo <= key - query <= hi
+  int64_t query_start;               // where query 0 stands among the keys; ALiBi's distances count from there
+  double keep_factor = 1.0;          // of the weights that dropout leaves: 1 / (1 - dropout_p)
+  uint64_t seed = 0;
+  uint32_t drop_below = 0;           // a weight is dropped if its word is below: dropout_p * 2^32
+  int skip_negligible = -1;          // whether tiles that change nothing are looked for; -1: where that is known to pay
+  double* tile_facts = nullptr;      // of a forward pass that skips: [batch][num_heads_k][tiles][2], -1: not found yet
+  int64_t* skipped_pairs = nullptr;  // counts the (query, key) pairs that were skipped
+
+  bool drops() const { return keep_factor != 1.0; }
+  // Whether tiles that change nothing are looked for in some head (skip.h). A bias may be anything.
+  bool may_skip() const { return !bias && (skip_negligible < 0 ? alibi_slopes && seqlen_q >= 128 : skip_negligible); }
+};
+
+// What a backward pass reads and writes beside its Operands.
+struct Gradients {
+  Tensor dout, dlse;  // as out, and [batch, num_heads, seqlen_q, 1], absent: zero
+  Tensor dq, dk, dv;  // absent: not wanted
+  // Sums over what their tensors broadcast over, from zero; float64, but a dbias with both seqlens, or of edges, in q's
+  // compute dtype.
+  Tensor dbias, dalibi_slopes, dsinks, dscales;
+  // What the units leave for those sums, null if not wanted: each writes its own places, so that no two threads meet.
+  double *key_sums = nullptr, *query_sums = nullptr;  // of a dbias without queries or keys: SumsOver::keys or queries
+  double *slope_sums = nullptr, *sink_sums = nullptr, *scale_sums = nullptr;  // as tensor_terms says
+
+  bool dense_bias() const { return dbias && dbias.stride[2] && dbias.stride[3]; }
+  bool needs_dq() const { return dq || scale_sums; }
+};
+
+// Of what a unit leaves a number for a sum: [batch][num_heads][seqlen_q], [seqlen_k] or [num_splits].
+enum class SumsOver : int8_t { queries, keys, splits };
+
+enum class Holds : int8_t { floats, booleans, int32s };
+
+// A tensor that a call may add to q, k and v. `name` is that of its field in fastattn's Terms, of which the bindings read
+// the tensor and its gradient.
+struct TensorTerm {
+  const char* name;
+  Tensor Operands::* tensor;
+  int missing_right;  // dimensions of [batch, num_heads, seqlen_q, seqlen_k] that it lacks on the right
+  Holds holds;
+  Tensor Gradients::* gradient = nullptr;  // null: it has none
+  double* Gradients::* sums = nullptr;     // what the units leave for the gradient; null: bias, whose shape decides
+  SumsOver over = SumsOver::queries;
+  double Operands::* number = nullptr;  // where the field may be a number instead
+};
+
+inline constexpr TensorTerm tensor_terms[] = {
+    {"softmax_scale", &Operands::scales, 2, Holds::floats, &Gradients::dscales, &Gradients::scale_sums,
+     SumsOver::queries, &Operands::softmax_scale},
+    {"k_start", &Operands::k_start, 1, Holds::int32s},
+    {"k_end", &Operands::k_end, 1, Holds::int32s},
+    {"mask", &Operands::mask, 0, Holds::booleans},
+    {"bias", &Operands::bias, 0, Holds::floats, &Gradients::dbias},
+    {"alibi_slopes", &Operands::alibi_slopes, 2, Holds::floats, &Gradients::dalibi_slopes, &Gradients::slope_sums,
+     SumsOver::splits},
+    {"sinks", &Operands::sinks, 2, Holds::floats, &Gradients::dsinks, &Gradients::sink_sums},
+};
+
+// Edges as compressed sparse rows; the bias of the Operands is [batch, num_heads, 1, num_edges]. Or transposed: row j holds
+// the queries that see key j, ascending, and `edges` says where each edge stands in the bias.
+struct Csr {
+  Tensor indptr, indices;  // int32 or int64, [1, 1, 1, rows + 1] and [1, 1, 1, num_edges]
+  int64_t num_edges;
+  const int64_t* edges;  // null: in the order of indices
+};
+
+}  // namespace fastattn

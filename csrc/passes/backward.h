@@ -1,0 +1,378 @@
+// The backward pass of one unit: a range of keys of one key head, against the query heads that share it.
+//
+//   loop 1  query heads: Q, dout, out packed when first seen, as panels (queries in the lanes) and rows
+//   loop 2    key tiles of n_block keys, copied to Real
+//   loop 3      blocks of query panels
+//   loop 4        panels: S^T = K Q^T, dP^T = V dout^T; modifications, masks; P^T, dS^T; dQ^T += K^T dS^T
+//               dV += P^T dout, dK += dS^T Q, over all panels of the block at once
+//
+// P^T and dS^T stand as [key][query of the block], so that one tile of them is lanes for dQ and scalars for dK and dV.
+#pragma once
+#include "backward_layout.h"
+#include "scores/dropout.h"
+#include "scores/skip.h"
+
+namespace fastattn::FASTATTN_ISA {
+
+// A panel's dq [head_dim][NR] to the tensor, and q . dq, of which the scale's gradient is the sum; rows: [NR][head_dim].
+template <class Real>
+void store_dq(const Operands& p, const Gradients& g, int64_t batch, int64_t head, int64_t query, int64_t count,
+              int64_t NR, const Real* dq, Real* rows) {
+  transpose(dq, NR, p.head_dim, NR, rows, p.head_dim);
+  const Real scale = (Real)scale_of(p, head);
+  for (int64_t r = 0; r < count; r++) {
+    Real* row = rows + r * p.head_dim;
+    if (g.scale_sums)
+      g.scale_sums[(batch * p.num_heads + head) * p.seqlen_q + query + r] =
+          scale_gradient(p, batch, head, query + r, row);
+    if (!g.dq) continue;
+    for (int64_t d = 0; d < p.head_dim; d++) row[d] *= scale;
+    store_row(row, (Real)1, p.head_dim, g.dq, batch, head, query + r);
+  }
+}
+
+template <class Real, int NV>
+class KeyRange {
+  static constexpr int L = VL<Real>, NR = NV * L, R = MR<NV>;
+
+  const Operands& p;
+  const Gradients& g;
+  const BackwardBlocking& b;
+  const KeyUnit& u;
+  BackwardScratch<Real> s;
+  Modifier<Real, NV> modifier;
+  const bool careful;
+  bool any_masked = false, finite = true, skips = false;
+  const int64_t D, Dv, k_lo, k_hi;  // keys of the unit
+  ScoreGradients<Real, NV> score_gradients;
+  int64_t head = 0;          // the query head of this turn
+  int64_t lo = 0, keys = 0;  // the tile of this turn
+  Real key_norm = 0;         // its largest
+  int64_t skipped_pairs = 0;
+
+ public:
+  // careful: NaN or Inf must not leak from behind a mask.
+  KeyRange(const Operands& p, const Gradients& g, const BackwardBlocking& b, const KeyUnit& u, char* memory,
+           bool careful)
+      : p(p),
+        g(g),
+        b(b),
+        u(u),
+        s(backward_layout<Real>(p, b, memory)),
+        modifier(p, s.modifier, true),
+        careful(careful),
+        D(p.head_dim),
+        Dv(p.head_dim_v),
+        k_lo(u.split * b.split_keys),
+        k_hi(smaller(p.seqlen_k, k_lo + b.split_keys)),
+        score_gradients(p, g, u, b.num_splits, {k_lo, k_hi}, s.key_sum, s.modifier.rows) {}
+
+  // partial: null, or the unit's dq of its first query head, those of the others `stride` bytes apart. False: there is
+  // NaN or Inf in some gradient, maybe from behind a mask.
+  bool run(char* partial, int64_t stride) {
+    const int64_t range = round_up(k_hi - k_lo, b.n_block), group_size = p.num_heads / p.num_heads_k;
+    clear(s.dk, range * column_panels(D, NR) * NR);
+    clear(s.dv, range * column_panels(Dv, NR) * NR);
+    for (int64_t i = 0; i < group_size && p.seqlen_q; i++) {  // no query: no bias of a query to load
+      head = u.head_k * group_size + i;
+      score_gradients.start_head(head, range);
+      place_panels(partial ? (Real*)(partial + i * stride) : nullptr);
+      for (lo = k_lo; lo < k_hi; lo += b.n_block) visit_tile();
+      prepare_the_rest();
+      finish_dq(!partial);
+      score_gradients.finish_head([&](int64_t query) { return s.panels[query / NR].sums; });
+    }
+    finish_keys(g.dk, s.dk, D);
+    finish_keys(g.dv, s.dv, Dv);
+    if (finite || !any_masked || careful) {
+      if (skipped_pairs) __atomic_fetch_add(p.skipped_pairs, skipped_pairs, __ATOMIC_RELAXED);
+      return true;
+    }
+    return false;
+  }
+
+ private:
+  static void clear(Real* x, int64_t n) {
+    for (int64_t i = 0; i < n; i += L) store(x + i, Vec<Real>{});
+  }
+
+  void place_panels(Real* partial) {
+    skips = skips_in_head(p, slope_of<Real>(p, u.batch, head));
+    for (int64_t query = 0; query < p.seqlen_q; query += NR) {
+      GradientPanel<Real>& panel = s.panels[query / NR];
+      const int64_t rows = smaller<int64_t>(NR, p.seqlen_q - query);
+      panel.lanes = {u.batch, head, query, rows, visited_range(p, u.batch, head, query, rows), {}};
+      if (partial) panel.dq = partial + query * D;
+      clear(panel.dq, D * NR);
+      clear(panel.sums.slope, NR);
+      s.prepared[query / b.block_rows] = false;
+    }
+  }
+
+  // A block is prepared when some key of the unit is seen from it: few are, if the mask is a narrow window.
+  void prepare_block(int64_t query) {
+    if (s.prepared[query / b.block_rows]) return;
+    s.prepared[query / b.block_rows] = true;
+    for (const int64_t end = smaller(query + b.block_rows, p.seqlen_q); query < end; query += NR) prepare(query);
+  }
+
+  void prepare_the_rest() {
+    if (score_gradients.wants_all_queries())
+      for (int64_t query = 0; query < p.seqlen_q; query += b.block_rows) prepare_block(query);
+  }
+
+  // Rows query ... of the head into the panel and the row copies. Those of q come scaled for dk, those of dout by what
+  // dropout gives the weights that it leaves, for dv and dP.
+  void prepare(int64_t query) {
+    GradientPanel<Real>& panel = s.panels[query / NR];
+    const int64_t rows = smaller<int64_t>(NR, p.seqlen_q - query);
+    prepare_panel(p, u.batch, head, query, rows, NR, panel, s.rows);
+    const Real scale = (Real)scale_of(p, head), keep_factor = (Real)p.keep_factor;
+    for (int64_t r = 0; r < NR; r++) {
+      Real* dout = s.rows + r * Dv;
+      if (r >= rows) {
+        for (int64_t d = 0; d < Dv; d++) dout[d] = 0;
+        panel.softmax.top[r] = 0;
+        panel.softmax.log_sum[r] = (Real)__builtin_inf();
+        continue;
+      }
+      load_row(p.q, u.batch, head, query + r, D, s.row);
+      for (int64_t d = 0; d < D; d++) s.row[d] *= scale;
+      copy_row(s.row, D, query + r, s.q_rows);
+      load_row(g.dout, u.batch, head, query + r, Dv, dout);
+      panel.softmax.top[r] = *(const Real*)at(p.lse_parts, u.batch, head, query + r, 0);
+      panel.softmax.log_sum[r] = *(const Real*)at(p.lse_parts, u.batch, head, query + r, 1);
+      for (int64_t d = 0; d < Dv; d++) s.row[d] = dout[d] * keep_factor;
+      copy_row(s.row, Dv, query + r, s.dout_rows);
+    }
+    transpose(s.rows, Dv, (int64_t)NR, Dv, panel.dout, (int64_t)NR);
+    find_delta(panel, query, rows);
+    if (p.drops())
+      for (int64_t i = 0; i < Dv * NR; i++) panel.dout[i] *= keep_factor;
+    if (skips) prepare_skipping(panel);
+    if (score_gradients.wants_all_queries()) score_gradients.add_rows_alone(panel.softmax, query, rows);
+  }
+
+  // A row whose q or dout is not finite gets a norm that is not. Where softcap divides, q may be larger than in the panel.
+  void prepare_skipping(const GradientPanel<Real>& panel) {
+    find_norms<Real, NV>(p, panel);
+    for (int v = 0; v < NV; v++) {
+      const Vec<Real> norm = load(panel.norms + v * L);
+      Vec<Real> poison = norm * (Real)larger(p.softcap, 1.0) * (Real)0;
+      for (int64_t i = v * L; i < Dv * NR; i += NR) poison += load(panel.dout + i) * (Real)0;
+      store(panel.norms + v * L, norm + poison);
+    }
+    for (int r = 0; r < NR; r++) {
+      const bool blind = panel.softmax.log_sum[r] == (Real)__builtin_inf();
+      panel.reference[r] = blind ? (Real)unseen : panel.softmax.top[r] + panel.softmax.log_sum[r];
+    }
+  }
+
+  // In the order of the product dP = V dout^T: where a row sees one key and out is its value, dS is exactly 0.
+  void find_delta(const GradientPanel<Real>& panel, int64_t query, int64_t rows) {
+    for (int64_t r = 0; r < NR; r++) {
+      Real* out = s.rows + r * Dv;
+      if (r < rows)
+        load_row(p.out, u.batch, head, query + r, Dv, out);
+      else
+        for (int64_t d = 0; d < Dv; d++) out[d] = 0;
+    }
+    transpose(s.rows, Dv, (int64_t)NR, Dv, s.out, (int64_t)NR);
+    for (int v = 0; v < NV; v++) {
+      Vec<Real> sum{};
+      for (int64_t i = v * L; i < Dv * NR; i += NR) sum += load(panel.dout + i) * load(s.out + i);
+      store(panel.softmax.delta + v * L, sum);
+    }
+    if (g.dlse)
+      for (int64_t r = 0; r < rows; r++) panel.softmax.delta[r] -= *(const Real*)at(g.dlse, u.batch, head, query + r);
+  }
+
+  // `row` (padded, changed past its columns) to its place among the column panels of its block.
+  void copy_row(Real* row, int64_t columns, int64_t query, Real* copies) {
+    const int64_t panels = column_panels(columns, NR), block = query / b.block_rows, r = query % b.block_rows;
+    for (int64_t d = columns; d < panels * NR; d++) row[d] = 0;
+    Real* to = copies + (block * panels * b.block_rows + r) * NR;
+    for (int64_t c = 0; c < panels; c++) memcpy(to + c * b.block_rows * NR, row + c * NR, NR * sizeof(Real));
+  }
+
+  void visit_tile() {
+    Range visits{0, (p.seqlen_q + b.block_rows - 1) / b.block_rows};  // blocks of queries, or list entries
+    if (p.blocks) {
+      const int64_t list = p.blocks->index(u.batch, head, lo / p.blocks->block_k);
+      visits = {p.blocks->first[list], p.blocks->first[list + 1]};
+    }
+    if (visits.lo == visits.hi) return;
+    keys = smaller<int64_t>(b.n_block, k_hi - lo);
+    for (int64_t j = 0; j < keys; j++) {
+      load_row(p.k, u.batch, u.head_k, lo + j, D, s.k + j * s.k_stride);
+      load_row(p.v, u.batch, u.head_k, lo + j, Dv, s.v + j * s.v_stride);
+    }
+    if (skips) key_norm = largest_norm<Real>({s.k, s.k_stride}, keys, D);
+    modifier.load_tile(u.batch, head, 0, {lo, lo + keys});
+    for (int64_t i = visits.lo; i < visits.hi; i++) {
+      const Visit visit = p.blocks ? p.blocks->visits[i] : Visit{(int32_t)i, -1};
+      if (p.blocks) modifier.use_bitmap(p.blocks->bitmap(visit), lo);
+      visit_block(visit.block * b.block_rows);
+    }
+  }
+
+  void visit_block(int64_t query) {
+    const int64_t rows = smaller<int64_t>(b.block_rows, p.seqlen_q - query), panels = (rows + NR - 1) / NR;
+    GradientPanel<Real>* panel = s.panels + query / NR;
+    bool any = false;
+    for (int64_t i = 0; i < panels; i++) {
+      panel[i].seen = modifier.seen_by(panel[i].lanes, lo, lo + keys);
+      any |= panel[i].seen.hi != 0;
+      any_masked |= panel[i].seen.hi - panel[i].seen.lo < keys;
+    }
+    if (!any) return;
+    prepare_block(query);
+    if (skips && !any_counts(panel, panels)) return;
+    for (int64_t i = 0; i < panels; i++) visit_panel(panel[i], i * NR);
+    const int64_t block = query / b.block_rows, tile = (lo - k_lo) / b.n_block;
+    if (g.dv) add_to_keys(panel, panels, rows, s.p, s.dout_rows, Dv, block, tile, s.dv);
+    if (g.dk) add_to_keys(panel, panels, rows, s.ds, s.q_rows, D, block, tile, s.dk);
+  }
+
+  // Takes what a panel gets only zeros from out of what it sees; whether anything is left. What may be masked only goes
+  // where any_masked is no news: the gradients' NaN follow from it.
+  bool any_counts(GradientPanel<Real>* panel, int64_t panels) {
+    bool any = false;
+    for (int64_t i = 0; i < panels; i++) {
+      Range& seen = panel[i].seen;
+      if (seen.hi && (any_masked || !modifier.may_mask(panel[i], seen.lo, seen.hi)) &&
+          negligible<Real, NV>(p, panel[i], panel[i].reference, key_norm, seen.lo, seen.hi)) {
+        skipped_pairs += panel[i].lanes.rows * (seen.hi - seen.lo);
+        seen = {0, 0};
+      }
+      any |= seen.hi != 0;
+    }
+    return any;
+  }
+
+  // P^T and dS^T of one panel against the tile, and its dQ.
+  void visit_panel(const GradientPanel<Real>& panel, int64_t column) {
+    const Range seen = panel.seen;
+    const int64_t n = seen.hi - seen.lo, skipped = n ? seen.lo - lo : keys, stride = s.tile_stride;
+    Real *weights = s.p + column, *ds = s.ds + column;
+    clear_rows<Real, NV>(weights, stride, skipped), clear_rows<Real, NV>(ds, stride, skipped);
+    if (!n) return;
+    const int64_t end = skipped + n;
+    clear_rows<Real, NV>(weights + end * stride, stride, keys - end);
+    clear_rows<Real, NV>(ds + end * stride, stride, keys - end);
+    weights += skipped * stride, ds += skipped * stride;
+
+    const Real *k = s.k + skipped * s.k_stride, *v = s.v + skipped * s.v_stride;
+    each_tile<R>(n, [&](int64_t j, auto tile) {
+      row_tile<false, Real, tile, NV>(k + j * s.k_stride, s.k_stride, panel.q, D, s.scores + j * NR);
+    });
+    Real* slope = p.softcap > 0.0 ? s.slope : nullptr;
+    any_masked |= modifier.apply(panel, seen.lo, seen.hi, skipped, s.scores, slope);
+    each_tile<R>(n, [&](int64_t j, auto tile) {
+      row_tile<false, Real, tile, NV>(v + j * s.v_stride, s.v_stride, panel.dout, Dv, s.dp + j * NR);
+    });
+    if (p.drops()) {
+      each_kept<Real, NV>(p, panel, seen.lo, n,
+                          [&](int64_t j, int v, auto kept) { store(s.kept + (j * NV + v) * L, (Vec<Real>)kept); });
+      weigh<true, Real, NV>(s.scores, s.dp, s.kept, n, panel.softmax, weights, ds, stride);
+    } else {
+      weigh<false, Real, NV>(s.scores, s.dp, nullptr, n, panel.softmax, weights, ds, stride);
+    }
+    score_gradients.add(panel, panel.sums, seen, ds, stride, slope);
+    if (!g.needs_dq()) return;
+    if (careful)
+      for (int64_t d = 0; d < D; d++) select_column<Real, NV>(k + d, s.k_stride, ds, stride, n, panel.dq + d * NR);
+    else
+      each_tile<R>(D, [&](int64_t d, auto tile) {
+        column_tile<Real, tile, NV>(k + d, s.k_stride, ds, stride, n, panel.dq + d * NR);
+      });
+  }
+
+  // gradient [key][columns] += weights [key][query] rows [query][columns], for the tile and the block.
+  void add_to_keys(const GradientPanel<Real>* panel, int64_t panels, int64_t rows, const Real* weights,
+                   const Real* copies, int64_t columns, int64_t block, int64_t tile, Real* gradient) {
+    const int64_t column = column_panels(columns, NR);
+    for (int64_t c = 0; c < column; c++) {
+      const Real* from = copies + (block * column + c) * b.block_rows * NR;
+      Real* to = gradient + (tile * column + c) * b.n_block * NR;
+      each_tile<R>(keys, [&](int64_t j, auto size) {
+        const Range seeing = panels_that_see(panel, panels, lo + j, lo + j + size);
+        const int64_t first = seeing.lo * NR, steps = smaller(seeing.hi * NR, rows) - first;
+        const Real *w = weights + j * s.tile_stride + first, *x = from + first * NR;
+        if (careful)
+          for (int r = 0; r < size; r++) select_row<Real, NV>(w + r * s.tile_stride, x, steps, to + (j + r) * NR);
+        else
+          row_tile<true, Real, size, NV>(w, s.tile_stride, x, steps, to + j * NR);
+      });
+    }
+  }
+
+  // From the first to the last panel that sees one of the keys from ... to - 1.
+  static Range panels_that_see(const GradientPanel<Real>* panel, int64_t panels, int64_t from, int64_t to) {
+    auto sees = [&](int64_t i) { return panel[i].seen.lo < to && from < panel[i].seen.hi; };
+    int64_t first = 0, last = panels;
+    while (first < last && !sees(first)) first++;
+    while (first < last && !sees(last - 1)) last--;
+    return {first, last};
+  }
+
+  void finish_dq(bool stores) {
+    for (int64_t query = 0; query < p.seqlen_q; query += NR) {
+      const GradientPanel<Real>& panel = s.panels[query / NR];
+      if (any_masked && finite) finite = all_finite(panel.dq, D * NR);
+      if (stores && g.needs_dq()) store_dq(p, g, u.batch, head, query, panel.lanes.rows, NR, panel.dq, s.rows);
+    }
+  }
+
+  void finish_keys(const Tensor& t, const Real* gradient, int64_t columns) {
+    if (!t) return;
+    const int64_t panels = column_panels(columns, NR);
+    if (any_masked && finite) finite = all_finite(gradient, round_up(k_hi - k_lo, b.n_block) * panels * NR);
+    for (int64_t key = k_lo; key < k_hi; key++) {
+      const int64_t tile = (key - k_lo) / b.n_block, j = (key - k_lo) % b.n_block;
+      for (int64_t c = 0; c < panels; c++)
+        for (int64_t d = 0; d < NR; d++) s.row[c * NR + d] = gradient[((tile * panels + c) * b.n_block + j) * NR + d];
+      store_row(s.row, (Real)1, columns, t, u.batch, u.head_k, key);
+    }
+  }
+};
+
+template <class Real, int NV>
+void run_key_range(const Operands& p, const Gradients& g, const BackwardBlocking& b, const KeyUnit& u, char* partial,
+                   int64_t stride, char* memory) {
+  if (KeyRange<Real, NV>(p, g, b, u, memory, false).run(partial, stride)) return;
+  Gradients again = g;  // what has been added to dbias stays: it is the same in both
+  if (again.dense_bias()) again.dbias = Tensor{};
+  KeyRange<Real, NV>(p, again, b, u, memory, true).run(partial, stride);  // rare, and keeps the check out of the loop
+}
+
+template <class Real>
+void run_key_unit(const Operands& p, const Gradients& g, const BackwardBlocking& b, const KeyUnit& u, char* partial,
+                  int64_t stride, char* memory) {
+  const int64_t group_size = p.num_heads / p.num_heads_k;
+  for (int32_t batch = 0; batch < u.batches; batch++)
+    for (int32_t head_k = 0; head_k < u.heads_k; head_k++) {
+      const KeyUnit one{u.batch + batch, u.head_k + head_k, u.split, 1, 1};
+      char* own = partial ? partial + (batch * p.num_heads + head_k * group_size) * stride : nullptr;
+      if (b.lanes == VL<Real>)
+        run_key_range<Real, 1>(p, g, b, one, own, stride, memory);
+      else
+        run_key_range<Real, max_vectors>(p, g, b, one, own, stride, memory);
+    }
+}
+
+template <class Real>
+void combine_dq(const Operands& p, const Gradients& g, const BackwardBlocking& b, int64_t batch, int64_t head,
+                int64_t row, const char* partial, char* memory) {
+  const int64_t NR = b.lanes, n = p.head_dim * NR;
+  Real *sum = (Real*)memory, *rows = sum + n;
+  for (int64_t query = row; query < smaller(row + b.block_rows, p.seqlen_q); query += NR) {
+    const Real* part = (const Real*)partial + query * p.head_dim;
+    for (int64_t i = 0; i < n; i++) sum[i] = part[i];
+    for (int split = 1; split < b.num_splits; split++)
+      for (int64_t i = 0; i < n; i++) sum[i] += part[split * b.partial_size + i];
+    store_dq(p, g, batch, head, query, smaller(NR, p.seqlen_q - query), NR, sum, rows);
+  }
+}
+
+}  // namespace fastattn::FASTATTN_ISA

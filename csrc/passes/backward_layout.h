@@ -1,0 +1,123 @@
+// How the backward pass cuts a shape into units and blocks, and the memory of one thread for a unit.
+#pragma once
+#include "blocking.h"
+#include "scores/gradients.h"
+#include "scores/modify.h"
+
+namespace fastattn::FASTATTN_ISA {
+
+constexpr int64_t block_queries = 128, backward_few_units = 8, min_unit_keys = 512;
+
+// Columns of a row copy or a gradient: panels of NR columns beside each other.
+FASTATTN_INLINE int64_t column_panels(int64_t columns, int64_t NR) { return (columns + NR - 1) / NR; }
+
+template <class Real>
+BackwardBlocking make_backward_blocking(const Operands& p, const Gradients& g) {
+  BackwardBlocking b{};
+  b.lanes = panel_lanes<Real>(p.seqlen_q, p.blocks);
+  b.block_rows = p.blocks ? (int)p.blocks->block_q
+                          : (int)smaller(round_up(block_queries * 4 / sizeof(Real), b.lanes),
+                                         round_up(larger<int64_t>(p.seqlen_q, 1), b.lanes));
+  const int64_t tile_rows = b.lanes == VL<Real> ? MR<1> : MR<max_vectors>;
+  b.n_block = (int)(key_block * 4 / sizeof(Real) / tile_rows * tile_rows);
+  if (p.blocks) b.n_block = (int)tile_of_block(p.blocks->block_k, key_block * 4 / sizeof(Real));
+  const int64_t units = g.dense_bias() && !g.dbias.stride[1] ? 1 : p.num_heads_k;
+  int64_t splits = units && units < backward_few_units ? backward_few_units / units : 1;
+  splits = larger<int64_t>(1, smaller(splits, p.seqlen_k / min_unit_keys));
+  const int64_t step = p.blocks ? p.blocks->block_k : b.n_block;
+  b.split_keys = larger(step, round_up((p.seqlen_k + splits - 1) / splits, step));
+  b.num_splits = (int)larger<int64_t>(1, (p.seqlen_k + b.split_keys - 1) / b.split_keys);
+  b.partial_size = round_up(p.seqlen_q, b.lanes) * p.head_dim;
+  return b;
+}
+
+template <class Real>
+struct GradientPanel : Panel<Real> {
+  Real *dout, *dq;  // [head_dim_v][NR], [head_dim][NR]
+  LaneSums<Real> sums;
+  Range seen;  // keys of this turn's tile that some lane sees
+  Softmax<Real> softmax;
+  Real* reference;  // [NR], of skip.h
+};
+
+// The memory of one thread while it computes a unit.
+template <class Real>
+struct BackwardScratch {
+  GradientPanel<Real>* panels;
+  bool* prepared;             // [blocks], of the query head of this turn
+  Real *q_rows, *dout_rows;   // [blocks][column panels][block_rows][NR]
+  Real *dk, *dv;              // [tiles][column panels][n_block][NR]
+  Real *k, *v;                // [n_block][stride]
+  Real *scores, *dp, *slope;  // [n_block][NR]
+  Real* kept;                 // [n_block][NR], the mask of dropout
+  Real *p, *ds;               // [n_block][tile_stride]
+  Real* key_sum;              // [keys of the range][vector], of dS
+  ModifierMemory<Real> modifier;
+  Real* out;   // [head_dim_v][NR]
+  Real* rows;  // [NR][widest head dim], rows on their way to or from lanes
+  Real* row;   // one, padded
+  int64_t k_stride, v_stride, tile_stride, bytes;
+};
+
+template <class Real>
+BackwardScratch<Real> backward_layout(const Operands& p, const BackwardBlocking& b, char* memory) {
+  Arena arena{memory};
+  BackwardScratch<Real> s;
+  const int64_t NR = b.lanes, panels = (p.seqlen_q + NR - 1) / NR, D = p.head_dim, Dv = p.head_dim_v;
+  const int64_t blocks = (p.seqlen_q + b.block_rows - 1) / b.block_rows, widest = larger(D, Dv);
+  const int64_t keys = b.n_block, range = smaller(b.split_keys, round_up(p.seqlen_k, b.n_block));
+  s.panels = arena.take<GradientPanel<Real>>(panels);
+  for (int64_t i = 0; i < panels; i++) {
+    GradientPanel<Real> panel{take_panel<Real>(arena, D, NR), nullptr, nullptr, {}, {}, {}, nullptr};
+    panel.dout = arena.take<Real>(Dv * NR);
+    panel.dq = b.num_splits == 1 ? arena.take<Real>(D * NR) : nullptr;
+    panel.sums = {arena.take<Real>(NR)};
+    panel.softmax = {arena.take<Real>(NR), arena.take<Real>(NR), arena.take<Real>(NR)};
+    panel.reference = arena.take<Real>(NR);
+    if (memory) s.panels[i] = panel;
+  }
+  s.prepared = arena.take<bool>(blocks);
+  s.q_rows = arena.take<Real>(blocks * b.block_rows * column_panels(D, NR) * NR);
+  s.dout_rows = arena.take<Real>(blocks * b.block_rows * column_panels(Dv, NR) * NR);
+  s.dk = arena.take<Real>(range * column_panels(D, NR) * NR);
+  s.dv = arena.take<Real>(range * column_panels(Dv, NR) * NR);
+  s.k_stride = round_up(D, 16) + 16, s.v_stride = round_up(Dv, 16) + 16;  // never a power of two
+  s.tile_stride = round_up(b.block_rows, 64 / sizeof(Real)) + 64 / sizeof(Real);
+  s.k = arena.take<Real>(keys * s.k_stride), s.v = arena.take<Real>(keys * s.v_stride);
+  s.scores = arena.take<Real>(keys * NR), s.dp = arena.take<Real>(keys * NR), s.slope = arena.take<Real>(keys * NR);
+  s.kept = arena.take<Real>(p.drops() ? keys * NR : 0);
+  s.p = arena.take<Real>(keys * s.tile_stride), s.ds = arena.take<Real>(keys * s.tile_stride);
+  s.key_sum = arena.take<Real>(range * VL<Real>);
+  s.modifier = take_modifier<Real>(arena, keys, NR);
+  s.out = arena.take<Real>(Dv * NR);
+  s.rows = arena.take<Real>(NR * widest), s.row = arena.take<Real>(round_up(widest, NR));
+  s.bytes = arena.used;
+  return s;
+}
+
+template <class Real>
+int64_t backward_scratch_bytes(const Operands& p, const BackwardBlocking& b) {
+  return backward_layout<Real>(p, b, nullptr).bytes;
+}
+
+// Blocks count as wholly seen or not at all.
+inline double count_pairs(const Operands& p, const BackwardBlocking& b, const KeyUnit& u) {
+  const int64_t group_size = p.num_heads / p.num_heads_k, k_lo = u.split * b.split_keys, k_hi = k_lo + b.split_keys;
+  double pairs = 0;
+  if (p.blocks) {
+    for (int64_t key = k_lo; key < smaller(k_hi, p.seqlen_k); key += p.blocks->block_k)
+      for (int64_t head = u.head_k * group_size; head < (u.head_k + u.heads_k) * group_size; head++) {
+        const int64_t list = p.blocks->index(u.batch, head, key / p.blocks->block_k);
+        pairs += (double)(p.blocks->first[list + 1] - p.blocks->first[list]) * p.blocks->block_q * p.blocks->block_k;
+      }
+    return pairs * u.batches;
+  }
+  for (int64_t query = 0; query < p.seqlen_q; query += b.block_rows) {
+    const int64_t rows = smaller<int64_t>(b.block_rows, p.seqlen_q - query);
+    const Range seen = visited_range(p, u.batch, u.head_k * group_size, query, rows);
+    pairs += (double)rows * larger<int64_t>(0, smaller(seen.hi, k_hi) - larger(seen.lo, k_lo));
+  }
+  return pairs * group_size * u.batches * u.heads_k;
+}
+
+}  // namespace fastattn::FASTATTN_ISA

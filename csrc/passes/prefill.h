@@ -1,0 +1,323 @@
+// The forward pass of one unit: a block of query rows against the keys that it sees, tile by tile.
+//
+//   loop 1  key tiles of n_block keys: converted to Real if need be, shared by all panels
+//   loop 2    panels of NR query rows: one vector lane a row
+//   loop 3      register tiles of MR keys: scores^T = K Q^T          (multiply)
+//               score modifications, masks, online softmax           (modify.h, softmax.h)
+//   loop 4      register tiles of MR columns: out^T += V^T P^T       (multiply)
+#pragma once
+#include "blocking.h"
+#include "scores/dropout.h"
+#include "scores/modify.h"
+#include "scores/sinks.h"
+#include "scores/skip.h"
+#include "tile/products.h"
+
+namespace fastattn::FASTATTN_ISA {
+
+template <class Real>
+struct ForwardPanel : Panel<Real> {
+  Real* out;  // [head_dim_v][NR]
+  Running<Real> run;
+  bool skips;  // the tile of this turn
+};
+
+// The memory of one thread while it computes a unit.
+template <class Real>
+struct Scratch {
+  ForwardPanel<Real>* panels;
+  Real *scores[2], *seen;    // [n_block][NR]; scores before the softmax where they must be kept
+  Real *largest, *tile_sum;  // [NR]
+  ModifierMemory<Real> modifier;
+  Real* rows;      // rows on their way to or from lanes
+  Real *k, *v[2];  // [n_block][stride], converted tiles; v outlives its tile by one panel
+  int64_t k_stride, v_stride, bytes;
+};
+
+template <class Real>
+Scratch<Real> forward_layout(const Operands& p, const Blocking& b, char* memory) {
+  Arena arena{memory};
+  Scratch<Real> s;
+  const int64_t NR = b.lanes, keys = b.n_block, panels = b.rows / b.lanes;
+  s.panels = arena.take<ForwardPanel<Real>>(panels);
+  for (int64_t i = 0; i < panels; i++) {
+    ForwardPanel<Real> panel{take_panel<Real>(arena, p.head_dim, NR), nullptr, {}, false};
+    panel.out = arena.take<Real>(p.head_dim_v * NR);
+    panel.run = {arena.take<Real>(NR), arena.take<Real>(NR), arena.take<Real>(NR)};
+    if (memory) s.panels[i] = panel;
+  }
+  for (Real*& scores : s.scores) scores = arena.take<Real>(keys * NR);
+  s.seen = arena.take<Real>(keys * NR);
+  s.largest = arena.take<Real>(NR), s.tile_sum = arena.take<Real>(NR);
+  s.modifier = take_modifier<Real>(arena, keys, NR);
+  s.rows = arena.take<Real>(NR * larger(p.head_dim, p.head_dim_v));
+  s.k_stride = round_up(p.head_dim, 16) + 16;  // never a power of two, which would thrash the L1
+  s.v_stride = round_up(p.head_dim_v, 16) + 16;
+  s.k = arena.take<Real>(keys * s.k_stride);
+  for (Real*& v : s.v) v = arena.take<Real>(keys * s.v_stride);
+  s.bytes = arena.used;
+  return s;
+}
+
+template <class Real>
+int64_t scratch_bytes(const Operands& p, const Blocking& b) {
+  return forward_layout<Real>(p, b, nullptr).bytes;
+}
+
+// The keys that a unit visits.
+inline void find_keys(const Operands& p, const Blocking& b, Unit& u) {
+  const int64_t rows = smaller<int64_t>(b.rows, b.heads_per_unit * p.seqlen_q - u.row);
+  Range seen = visited_range(p, u.batch, u.head, u.row, rows);
+  u.k_lo = larger(seen.lo, u.split * b.split_keys);
+  u.k_hi = smaller(seen.hi, (u.split + 1) * b.split_keys);
+  if (!p.blocks) return (void)(u.keys = larger<int64_t>(0, u.k_hi - u.k_lo));
+  u.keys = 0;
+  each_key_tile(p.blocks, p.blocks->index(u.batch, u.head, u.row / b.rows), u.k_lo, u.k_hi, b.n_block,
+                [&](const KeyTile& tile) { u.keys += tile.hi - tile.lo; });
+}
+
+// Rows [rows][head_dim_v], not yet normalized, into out and lse.
+template <class Real>
+void finish_rows(const Operands& p, const Lanes& lanes, const Real* out, const Real* max, const Real* sum) {
+  for (int64_t r = 0; r < lanes.rows; r++) {
+    const QueryRow s = stacked_row(p, lanes.head, lanes.row + r);
+    const Normalizer n = normalizer(max[r], sum[r], sink_of(p, lanes.batch, s.head));
+    for (const Tensor* t : {&p.out, &p.out_exact})
+      if (*t)
+        store_row(out + r * p.head_dim_v, (Real)(n.factor * p.keep_factor), p.head_dim_v, *t, lanes.batch, s.head,
+                  s.query);
+    if (p.lse) *(Real*)at(p.lse, lanes.batch, s.head, s.query) = (Real)n.lse();
+    if (p.lse_parts) {
+      *(Real*)at(p.lse_parts, lanes.batch, s.head, s.query, 0) = (Real)n.top;
+      *(Real*)at(p.lse_parts, lanes.batch, s.head, s.query, 1) = (Real)n.log2_total();
+    }
+  }
+}
+
+// A panel's scores of one tile on their way to its output: they are weighed while the next panel's are computed.
+template <class Real, int NV>
+struct Pending {
+  ForwardPanel<Real>* panel = nullptr;
+  Weigher<Real, NV> weigher{};
+  Real* scores = nullptr;
+  int64_t key = 0, keys = 0;
+  TileRows<Real> v{};
+  bool select = false;  // some key is masked and v may not be finite
+};
+
+template <class Real, int NV>
+class ForwardUnit {
+  static constexpr int NR = NV * VL<Real>;
+
+  struct LoadedTile {
+    KeyTile keys;
+    TileRows<Real> k, v;
+  };
+
+  const Operands& p;
+  const Blocking& b;
+  const Unit& u;
+  Scratch<Real> s;
+  const bool careful;
+  int64_t rows;
+  int panels;
+  Modifier<Real, NV> modifier;
+  bool any_masked = false, skips = false;
+  int tiles = 0, items = 0;
+  int64_t skipped_pairs = 0;
+  int64_t fetched = 0;
+  Pending<Real, NV> pending;
+
+ public:
+  // careful: NaN or Inf in v must not leak from behind a mask.
+  ForwardUnit(const Operands& p, const Blocking& b, const Unit& u, char* memory, bool careful)
+      : p(p),
+        b(b),
+        u(u),
+        s(forward_layout<Real>(p, b, memory)),
+        careful(careful),
+        modifier(p, s.modifier, b.heads_per_unit == 1) {
+    rows = smaller<int64_t>(b.rows, b.heads_per_unit * p.seqlen_q - u.row);
+    panels = (int)((rows + NR - 1) / NR);
+    for (int i = 0; i < panels; i++) {
+      ForwardPanel<Real>& panel = s.panels[i];
+      prepare_panel(p, u.batch, u.head, u.row + i * NR, smaller<int64_t>(NR, rows - i * NR), NR, panel, s.rows);
+      for (int r = 0; r < NR; r++) panel.run.max[r] = (Real)-__builtin_inf();
+      if (p.alibi_slopes) look_ahead<Real, NV>(p, panel, s.rows, s.k, panel.run.max);
+      for (int r = 0; r < NR; r++) {
+        if (r >= panel.lanes.rows || panel.lo[r] >= panel.hi[r]) panel.run.max[r] = unseen;
+        panel.run.shift[r] = panel.run.max[r] == (Real)-__builtin_inf() ? 0 : panel.run.max[r];
+        panel.run.sum[r] = 0;
+      }
+      skips = skips_in_head(p, panel.slopes[0]);
+      if (skips) find_norms<Real, NV>(p, panel);
+      for (int64_t j = 0; j < p.head_dim_v * NR; j++) panel.out[j] = 0;
+    }
+  }
+
+  // NaN or Inf in v shows in out whatever its weight, 0 * NaN being NaN. False: behind some mask there may be one.
+  bool run() {
+    const int64_t list = p.blocks ? p.blocks->index(u.batch, u.head, u.row / b.rows) : 0;
+    each_key_tile(p.blocks, list, u.k_lo, u.k_hi, b.n_block, [&](const KeyTile& keys) {
+      if (skips && !counts(keys)) return;
+      const LoadedTile tile = load_tile(keys);
+      const int first = items;
+      for (int i = 0; i < panels; i++)
+        if (!s.panels[i].skips) visit(s.panels[i], tile);
+      if (items != first) tiles++;  // a tile that no panel sees must not turn to the v that `pending` still reads
+    });
+    accumulate();
+    if (any_masked && !careful)
+      for (int i = 0; i < panels; i++)
+        if (!all_finite(s.panels[i].out, p.head_dim_v * NR)) return false;
+    return true;
+  }
+
+  void finish(const Partial& partial) {
+    const int64_t Dv = p.head_dim_v;
+    if (skipped_pairs) __atomic_fetch_add(p.skipped_pairs, skipped_pairs, __ATOMIC_RELAXED);
+    for (int i = 0; i < panels; i++) {
+      const ForwardPanel<Real>& panel = s.panels[i];
+      transpose(panel.out, (int64_t)NR, Dv, (int64_t)NR, s.rows, Dv);
+      if (b.num_splits == 1) {
+        finish_rows(p, panel.lanes, s.rows, panel.run.max, panel.run.sum);
+        continue;
+      }
+      const int64_t row = (int64_t)i * NR, n = panel.lanes.rows * sizeof(Real);
+      memcpy((Real*)partial.out + row * Dv, s.rows, n * Dv);
+      memcpy((Real*)partial.max + row, panel.run.max, n);
+      memcpy((Real*)partial.sum + row, panel.run.sum, n);
+    }
+  }
+
+ private:
+  // Whether some panel gets more than zeros from the tile; the others skip it.
+  bool counts(const KeyTile& tile) {
+    const int64_t count = (p.seqlen_k + b.n_block - 1) / b.n_block, head_k = u.head / (p.num_heads / p.num_heads_k);
+    const int64_t index = tile.lo / b.n_block, key = index * b.n_block,
+                  keys = smaller<int64_t>(b.n_block, p.seqlen_k - key);
+    double* facts = p.tile_facts + ((u.batch * p.num_heads_k + head_k) * count + index) * 2;
+    const double norm = known(facts, [&] {
+      return largest_norm(tile_rows(p.k, u.batch, head_k, key, keys, p.head_dim, s.k, s.k_stride), keys, p.head_dim);
+    });
+    auto finite = [&] {
+      Real* buffer = s.v[tiles % 2];
+      return rows_finite(tile_rows(p.v, u.batch, head_k, key, keys, p.head_dim_v, buffer, s.v_stride), keys,
+                         p.head_dim_v);
+    };
+    bool any = false;
+    for (int i = 0; i < panels; i++) {
+      ForwardPanel<Real>& panel = s.panels[i];
+      const Range seen = panel.lanes.visited;
+      const int64_t k0 = larger(tile.lo, seen.lo), k1 = smaller(tile.hi, seen.hi);
+      panel.skips = k0 >= k1 || (negligible<Real, NV>(p, panel, panel.run.max, (Real)norm, k0, k1) &&
+                                 known(facts + 1, finite) == 1.0);
+      if (k0 < k1 && panel.skips) skipped_pairs += panel.lanes.rows * (k1 - k0);
+      any |= !panel.skips;
+    }
+    return any;
+  }
+
+  // The queries of the unit that follows, some with each tile: a narrow mask leaves no time to wait for them.
+  void prefetch_next_queries() {
+    constexpr int64_t at_once = 32;
+    const int64_t first = u.row + b.rows + fetched,
+                  last = smaller(smaller(first + at_once, u.row + 2 * b.rows), p.seqlen_q);
+    for (int64_t r = first; r < last; r++) prefetch_row(p.q, u.batch, u.head, r, p.head_dim);
+    fetched += at_once;
+  }
+
+  LoadedTile load_tile(const KeyTile& tile) {
+    prefetch_next_queries();
+    const int64_t head_k = u.head / (p.num_heads / p.num_heads_k), keys = tile.hi - tile.lo;
+    modifier.load_tile(u.batch, u.head, u.row, tile);
+    return {tile, tile_rows(p.k, u.batch, head_k, tile.lo, keys, p.head_dim, s.k, s.k_stride),
+            tile_rows(p.v, u.batch, head_k, tile.lo, keys, p.head_dim_v, s.v[tiles % 2], s.v_stride)};
+  }
+
+  // One panel against one tile: its scores now, its output when the next panel's scores are computed.
+  void visit(ForwardPanel<Real>& panel, const LoadedTile& tile) {
+    const auto [k0, k1] = modifier.seen_by(panel.lanes, tile.keys.lo, tile.keys.hi);
+    const int64_t keys = k1 - k0, skipped = k0 - tile.keys.lo;
+    if (!keys) return;
+    Real* scores = s.scores[items++ % 2];
+    for (int r = 0; r < NR; r++) s.largest[r] = (Real)-__builtin_inf();
+    pending.weigher.spread(keys, p.head_dim);
+    scores_product<Real, NV>({tile.k.data + skipped * tile.k.stride, tile.k.stride}, keys, panel.q, p.head_dim, scores,
+                             s.largest, pending.weigher);
+    accumulate();
+
+    const bool masked = modifier.apply(panel, k0, k1, skipped, scores);
+    const bool moved = modifier.raises();
+    if (moved || outgrown<Real, NV>(s.largest, panel.run.max)) {
+      if (moved || masked) find_max<Real, NV>(scores, keys, s.largest);
+      update_max<Real, NV>(s.largest, panel.run, panel.out, p.head_dim_v);
+    }
+    for (int r = 0; r < NR; r++) s.tile_sum[r] = 0;
+
+    pending.panel = &panel;
+    pending.weigher = {scores, scores + keys * NR, panel.run.shift, s.tile_sum, 0, 0};
+    pending.scores = scores;
+    pending.key = k0, pending.keys = keys;
+    pending.v = {tile.v.data + skipped * tile.v.stride, tile.v.stride};
+    pending.select = masked && careful;
+    if (pending.select) memcpy(s.seen, scores, keys * NR * sizeof(Real));
+    any_masked |= masked;
+  }
+
+  void accumulate() {
+    if (!pending.panel) return;
+    pending.weigher.finish();
+    ForwardPanel<Real>& panel = *pending.panel;
+    for (int r = 0; r < NR; r++) panel.run.sum[r] += s.tile_sum[r];
+    if (p.drops()) drop<Real, NV>(p, panel, pending.key, pending.keys, pending.scores);
+    if (pending.select)
+      select_out<Real, NV>(pending.v, pending.scores, s.seen, pending.keys, p.head_dim_v, panel.out);
+    else
+      out_product<Real, NV>(pending.v, p.head_dim_v, pending.scores, pending.keys, panel.out);
+    pending.panel = nullptr;
+  }
+};
+
+template <class Real, int NV>
+void run_unit_lanes(const Operands& p, const Blocking& b, const Unit& u, const Partial& partial, char* memory) {
+  ForwardUnit<Real, NV> unit(p, b, u, memory, false);
+  if (unit.run()) return unit.finish(partial);
+  ForwardUnit<Real, NV> again(p, b, u, memory, true);  // rare, and keeps the check out of the loop
+  again.run();
+  again.finish(partial);
+}
+
+template <class Real>
+void run_unit(const Operands& p, const Blocking& b, const Unit& u, const Partial& partial, char* memory) {
+  if (b.lanes == VL<Real>)
+    run_unit_lanes<Real, 1>(p, b, u, partial, memory);
+  else
+    run_unit_lanes<Real, max_vectors>(p, b, u, partial, memory);
+}
+
+// Partial results of a row block, split after split: out [splits][rows][Dv], max and sum [splits][rows].
+template <class Real>
+void combine(const Operands& p, const Blocking& b, const Unit& u, const Partial& first, char* memory) {
+  const int64_t Dv = p.head_dim_v, rows = smaller<int64_t>(b.rows, b.heads_per_unit * p.seqlen_q - u.row);
+  const Real lowest = (Real)-__builtin_inf();
+  Real* row = (Real*)memory;
+  for (int64_t r = 0; r < rows; r++) {
+    const Real *out = (const Real*)first.out + r * Dv, *max = (const Real*)first.max + r;
+    const Real* sum = (const Real*)first.sum + r;
+    Real top = lowest, total = 0;
+    for (int s = 0; s < b.num_splits; s++) top = larger(top, max[s * b.rows]);
+    for (int64_t d = 0; d < Dv; d++) row[d] = 0;
+    for (int s = 0; s < b.num_splits; s++) {
+      if (sum[s * b.rows] == 0) continue;  // no key seen
+      const Real own = max[s * b.rows] == lowest ? 0 : max[s * b.rows], reference = top == lowest ? 0 : top;
+      const Real weight = (Real)__builtin_exp2((double)own - reference);
+      total += sum[s * b.rows] * weight;
+      for (int64_t d = 0; d < Dv; d++) row[d] += out[s * b.rows * Dv + d] * weight;
+    }
+    const Lanes one{u.batch, u.head, u.row + r, 1, {}, {}};
+    finish_rows(p, one, row, &top, &total);
+  }
+}
+
+}  // namespace fastattn::FASTATTN_ISA

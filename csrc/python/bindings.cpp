@@ -1,0 +1,116 @@
+// The Python module: its functions, the GIL, and which Python error a C++ exception becomes.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "arguments.h"
+#include "drive/driver.h"
+#include "signature.h"
+
+namespace py = pybind11;
+using fastattn::Operands;
+using fastattn::python::BackwardArguments;
+using fastattn::python::Bound;
+using fastattn::python::ForwardArguments;
+
+namespace {
+
+// multiply-adds, a few microseconds: below it, giving up the GIL costs more than it gives
+constexpr double tiny_work = 1e5;
+
+// Runs a METH_FASTCALL function of the arguments that `Arguments` lists, without pybind11's argument conversion, which
+// would cost more than a tiny call. calculate(bound) may or may not let go of the GIL.
+template <class Arguments, class Calculate>
+PyObject* call(PyObject* const* args, Py_ssize_t count, bool csr, Calculate calculate) {
+  constexpr Py_ssize_t expected = sizeof(Arguments) / sizeof(PyObject*);
+  try {
+    if (count != expected) throw std::invalid_argument("takes " + std::to_string(expected) + " arguments");
+    Arguments arguments;
+    memcpy(&arguments, args, sizeof arguments);
+    Bound bound(arguments, csr);
+    calculate(bound);
+  } catch (py::error_already_set& error) {
+    error.restore();
+    return nullptr;
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+    return nullptr;
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+  Py_RETURN_NONE;
+}
+
+PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return call<ForwardArguments>(args, count, false, [](const Bound& bound) {
+    const Operands& p = bound.p;
+    const double pairs = (double)p.batch * p.num_heads * p.seqlen_q * p.seqlen_k;
+    if (pairs * (p.head_dim + p.head_dim_v) < tiny_work) return fastattn::forward(p, 1);
+    py::gil_scoped_release release;
+    fastattn::forward(p, bound.threads);
+  });
+}
+
+PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return call<BackwardArguments>(args, count, false, [](const Bound& bound) {
+    py::gil_scoped_release release;
+    fastattn::backward(bound.p, bound.g, bound.threads);
+  });
+}
+
+PyObject* csr_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return call<ForwardArguments>(args, count, true, [](const Bound& bound) {
+    py::gil_scoped_release release;
+    fastattn::csr_forward(bound.p, bound.lists, bound.threads);
+  });
+}
+
+PyObject* csr_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return call<BackwardArguments>(args, count, true, [](const Bound& bound) {
+    py::gil_scoped_release release;
+    fastattn::csr_backward(bound.p, bound.g, bound.lists, bound.threads);
+  });
+}
+
+PyMethodDef fast_methods[] = {
+    {"signature", (PyCFunction)(void (*)())fastattn::python::signature, METH_FASTCALL, fastattn::python::signature_doc},
+    {"forward", (PyCFunction)(void (*)())forward, METH_FASTCALL,
+     "forward(q, k, v, out, lse, lse_parts, out_exact, terms, threads): fills out, and those of lse, lse_parts and "
+     "out_exact that are not None."},
+    {"backward", (PyCFunction)(void (*)())backward, METH_FASTCALL,
+     "backward(q, k, v, out, lse_parts, terms, dout, dlse, dq, dk, dv, grads, threads): out in the compute dtype. "
+     "Fills "
+     "those of dq, dk, dv that are not None, adds to the gradients in grads, a Terms."},
+    {"csr_forward", (PyCFunction)(void (*)())csr_forward, METH_FASTCALL,
+     "csr_forward(q, k, v, out, lse, lse_parts, out_exact, edges, threads): as forward, with an Edges."},
+    {"csr_backward", (PyCFunction)(void (*)())csr_backward, METH_FASTCALL,
+     "csr_backward(q, k, v, out, lse_parts, edges, dout, dlse, dq, dk, dv, grads, threads): as backward, with two "
+     "Edges."},
+    {nullptr, nullptr, 0, nullptr}};
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  m.doc() = "fastattn's compiled CPU kernels.";
+  PyModule_AddFunctions(m.ptr(), fast_methods);
+  m.def("bind_fields", fastattn::python::bind_fields, py::arg("kind"), py::arg("fields"),
+        "Names the fields of Terms or Edges in their order, once, before a function gets one.");
+  m.def("isa", [] { return fastattn::instruction_set().name; }, "The instruction set that the kernels run on.");
+  m.def("skipped_pairs", fastattn::skipped_pairs,
+        "How many (query, key) pairs the calls of this process have skipped because their weights are 0.");
+  m.def(
+      "fma_rate",
+      [](const std::string& dtype, double seconds, int threads) {
+        const fastattn::DType type = fastattn::python::dtype_of(dtype);
+        py::gil_scoped_release release;
+        return fastattn::fma_rate(type, seconds, threads);
+      },
+      py::arg("dtype"), py::arg("seconds"), py::arg("threads"),
+      "Peak multiply-add rate of `threads` threads together, in FLOP/s, measured on registers for `seconds`.");
+}

@@ -1,0 +1,84 @@
+// Where the rows of a tensor lie: all that kernels know of layouts. A kernel names a row by batch, head and position and
+// asks for one row, for a run of rows beside each other (`tile_rows`) or for listed rows (`gather_rows`).
+//
+//   dense   row i of (batch, head) lies `stride[2]` behind row i - 1: `at` is the only place that says so
+//   csr     the same tensors, read by `gather_rows` at the keys that a query lists
+//
+// A layout to come answers here: packed sequences add the start of their sequence in `at`; pages look up theirs there,
+// and `tile_rows`, which copies where rows do not lie in one run, cuts a run at its pages. How many rows a sequence has
+// is asked in scores/intervals.h: `row_range` bounds the keys of a query.
+#pragma once
+#include "convert.h"
+#include "tile/microkernel.h"
+
+namespace fastattn::FASTATTN_ISA {
+
+FASTATTN_INLINE char* at(const Tensor& t, int64_t b, int64_t h, int64_t row, int64_t column = 0) {
+  int64_t offset = b * t.stride[0] + h * t.stride[1] + row * t.stride[2] + column * t.stride[3];
+  return t.data + offset * bytes_of(t.dtype);
+}
+
+// Row `row` as Real.
+template <class Real>
+FASTATTN_INLINE void load_row(const Tensor& t, int64_t batch, int64_t head, int64_t row, int64_t columns, Real* to) {
+  load_row(at(t, batch, head, row), t.dtype, t.stride[3], columns, to);
+}
+template <class Real>
+FASTATTN_INLINE void store_row(const Real* from, Real factor, int64_t columns, const Tensor& t, int64_t batch,
+                               int64_t head, int64_t row) {
+  store_row(from, factor, columns, at(t, batch, head, row), t.dtype, t.stride[3]);
+}
+
+// The one element of a row that has one.
+template <class Real>
+FASTATTN_INLINE Real load_number(const Tensor& t, int64_t batch, int64_t head, int64_t row = 0, int64_t column = 0) {
+  return load_scalar<Real>(at(t, batch, head, row, column), t.dtype);
+}
+
+// Whether the rows can be read as they lie: Real, side by side.
+template <class Real>
+FASTATTN_INLINE bool lies_as(const Tensor& t) {
+  return t.dtype == dtype_of<Real> && t.stride[3] == 1;
+}
+
+// Rows from `row` on and their columns from `column` on, if they lie as Real.
+template <class Real>
+FASTATTN_INLINE TileRows<Real> rows_in_place(const Tensor& t, int64_t batch, int64_t head, int64_t row,
+                                             int64_t column = 0) {
+  return {(const Real*)at(t, batch, head, row, column), t.stride[2]};
+}
+
+// Rows row ... row + count - 1: in place if they lie as Real, else converted into buffer, `stride` apart.
+template <class Real>
+TileRows<Real> tile_rows(const Tensor& t, int64_t batch, int64_t head, int64_t row, int64_t count, int64_t columns,
+                         Real* buffer, int64_t stride) {
+  if (lies_as<Real>(t)) return rows_in_place<Real>(t, batch, head, row);
+  for (int64_t j = 0; j < count; j++) load_row(t, batch, head, row + j, columns, buffer + j * stride);
+  return {buffer, stride};
+}
+
+// Rows listed[0] ... listed[n - 1]: in place if they are whole vectors of Real, else copied, padded by the zeros that
+// `copies` has there already.
+template <class Real>
+FASTATTN_INLINE void gather_rows(const Tensor& t, int64_t batch, int64_t head, const int64_t* listed, int64_t n,
+                                 int64_t columns, Real* copies, const Real** rows) {
+  const int64_t stride = round_up(columns, VL<Real>), row_bytes = t.stride[2] * bytes_of(t.dtype);
+  const char* first = at(t, batch, head, 0);
+  if (lies_as<Real>(t) && stride == columns) {
+    for (int64_t j = 0; j < n; j++) rows[j] = (const Real*)(first + listed[j] * row_bytes);
+  } else {
+    for (int64_t j = 0; j < n; j++) {
+      load_row(first + listed[j] * row_bytes, t.dtype, t.stride[3], columns, copies + j * stride);
+      rows[j] = copies + j * stride;
+    }
+  }
+}
+
+// Fetches `columns` elements of a row, if they lie side by side.
+FASTATTN_INLINE void prefetch_row(const Tensor& t, int64_t batch, int64_t head, int64_t row, int64_t columns) {
+  const char* first = at(t, batch, head, row);
+  const int64_t bytes = columns * bytes_of(t.dtype);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(first + i, 0, 2);
+}
+
+}  // namespace fastattn::FASTATTN_ISA

@@ -1,0 +1,113 @@
+// The additive bias and the bool mask, which is a bias of 0 or -inf; and the gradient of the bias.
+#pragma once
+#include "intervals.h"
+#include "rows/transpose.h"
+#include "tile/softmax.h"
+
+namespace fastattn::FASTATTN_ISA {
+
+// A bias in log2 units. A finite one stays finite: finfo.min pushes a key away, only -inf masks it; +inf stays too.
+template <class Real>
+FASTATTN_INLINE Vec<Real> bias_log2(Vec<Real> bias) {
+  const Vec<Real> limit = splat((Real)(sizeof(Real) == 8 ? 8e307 : 1.5e38));
+  const Vec<Real> b = vmax(-limit, bias * (Real)log2e);
+  return b > limit && bias < (Real)__builtin_inf() ? limit : b;
+}
+
+// scores[j][lane] += bias[j] (natural log), -inf selects; whether anything is masked.
+template <class Real, int NV>
+bool add_key_bias(Real* scores, int64_t keys, const Real* bias) {
+  constexpr int L = VL<Real>, NR = NV * L;
+  const Real lowest = (Real)-__builtin_inf();
+  bool masked = false;
+  for (int64_t j = 0; j < keys; j++) {
+    const bool gone = bias[j] == lowest;
+    masked |= gone;
+    const Vec<Real> b = bias_log2<Real>(splat(bias[j]));
+    for (int v = 0; v < NV; v++) {
+      Real* s = scores + j * NR + v * L;
+      store(s, gone ? splat(lowest) : load(s) + b);
+    }
+  }
+  return masked;
+}
+
+// The same with a bias for each score, [keys][NR].
+template <class Real, int NV>
+bool add_bias(Real* scores, int64_t keys, const Real* bias) {
+  constexpr int L = VL<Real>, NR = NV * L;
+  const Vec<Real> lowest = splat((Real)-__builtin_inf());
+  auto masked = lowest > lowest;
+  for (int64_t i = 0; i < keys * NR; i += L) {
+    Vec<Real> b = load(bias + i);
+    auto gone = b == lowest;
+    masked |= gone;
+    store(scores + i, gone ? lowest : load(scores + i) + bias_log2<Real>(b));
+  }
+  return any<Real>(masked);
+}
+
+// Fetches what load_bias will want of the next tile: rows lie too far apart for the hardware to foresee.
+FASTATTN_INLINE void prefetch_next(const char* row, const Tensor& t, int64_t keys) {
+  const int64_t bytes = keys * bytes_of(t.dtype);
+  if (t.stride[3] == 1)
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + bytes + i, 0, 2);
+}
+
+// The bias and mask of the lanes for `keys` keys from `key`, transposed to [keys][NR]; -inf where the mask is False.
+template <class Real>
+void load_bias(const Operands& p, const Lanes& lanes, int64_t key, int64_t keys, int NR, Real* rows, Real* bias) {
+  const Real lowest = (Real)-__builtin_inf();
+  const Tensor& first = p.bias ? p.bias : p.mask;
+  Real* mask_row = rows + (int64_t)NR * keys;
+  const QueryRow q = stacked_row(p, lanes.head, lanes.row);
+  const bool whole = lanes.rows == NR && q.query + NR <= p.seqlen_q;  // rows of one head, a lane each
+  if (whole && !(p.bias && p.mask) && lies_as<Real>(first)) {
+    const TileRows<Real> tile = rows_in_place<Real>(first, lanes.batch, q.head, q.query, key);
+    for (int64_t r = 0; r < NR; r++) prefetch_next(at(first, lanes.batch, q.head, q.query + r, key), first, keys);
+    return transpose(tile.data, tile.stride, (int64_t)NR, keys, bias, (int64_t)NR);
+  }
+  for (int64_t r = 0; r < NR; r++) {
+    Real* row = rows + r * keys;
+    if (r >= lanes.rows) {
+      for (int64_t j = 0; j < keys; j++) row[j] = 0;
+      continue;
+    }
+    const QueryRow s = stacked_row(p, lanes.head, lanes.row + r);
+    const char* source = at(first, lanes.batch, s.head, s.query, key);
+    prefetch_next(source, first, keys);
+    load_row(source, first.dtype, first.stride[3], keys, row);
+    if (p.bias && p.mask) {
+      load_row(at(p.mask, lanes.batch, s.head, s.query, key), p.mask.dtype, p.mask.stride[3], keys, mask_row);
+      for (int64_t j = 0; j < keys; j++) row[j] = mask_row[j] == lowest ? lowest : row[j];
+    }
+  }
+  transpose(rows, keys, (int64_t)NR, keys, bias, (int64_t)NR);
+}
+
+// sums[key][vector] += rows at `stride`, [keys][NR].
+template <class Real, int NV>
+void add_key_sums(const Real* ds, int64_t stride, int64_t keys, Real* sums) {
+  constexpr int L = VL<Real>;
+  for (int64_t j = 0; j < keys; j++) {
+    Vec<Real> sum = load(ds + j * stride);
+    for (int v = 1; v < NV; v++) sum += load(ds + j * stride + v * L);
+    store(sums + j * L, load(sums + j * L) + sum);
+  }
+}
+
+// dbias [query][key] += dS of a panel, rows of keys at `stride`; rows: [NR][keys].
+template <class Real, int NV>
+void add_dense_bias(const Tensor& dbias, const Lanes& lanes, int64_t head, const Real* ds, int64_t stride, Range seen,
+                    Real* rows) {
+  constexpr int64_t NR = NV * VL<Real>;
+  const int64_t n = seen.hi - seen.lo;
+  transpose(ds, stride, n, NR, rows, n);
+  for (int64_t r = 0; r < lanes.rows; r++) {
+    Real* to = (Real*)at(dbias, lanes.batch, head, lanes.row + r, seen.lo);
+    const Real* row = rows + r * n;
+    for (int64_t j = 0; j < n; j++) to[j] += row[j];
+  }
+}
+
+}  // namespace fastattn::FASTATTN_ISA

@@ -1,0 +1,71 @@
+// Dropout bits from Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), the same as
+// in fastattn/dropout.py: keyed by the seed, counter (key / 4, query, head, batch), a word for each of four keys.
+#pragma once
+#include "panel.h"
+
+namespace fastattn::FASTATTN_ISA {
+
+// A 32-bit word in each 64-bit lane; what stands in the upper half is of no meaning.
+typedef uint64_t Words __attribute__((vector_size(FASTATTN_WIDTH)));
+
+// The 64-bit products of the lower halves.
+FASTATTN_INLINE Words multiply_words(Words a, uint32_t b) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
+#elif defined(__AVX2__)
+  return (Words)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+#elif defined(__x86_64__)
+  return (Words)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
+#else
+  return (a & 0xffffffff) * b;
+#endif
+}
+
+struct Counter {
+  Words c[4];
+};
+
+FASTATTN_INLINE Counter philox(Counter x, uint64_t seed) {
+  uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; round++) {
+    const Words product0 = multiply_words(x.c[0], 0xd2511f53), product1 = multiply_words(x.c[2], 0xcd9e8d57);
+    x = {{product1 >> 32 ^ x.c[1] ^ key0, product1, product0 >> 32 ^ x.c[3] ^ key1, product0}};
+    key0 += 0x9e3779b9, key1 += 0xbb67ae85;
+  }
+  return x;
+}
+
+// Calls apply(j, v, kept) for keys key + j and the panel's vectors v; kept: a mask of the lanes whose weight stays.
+template <class Real, int NV, class Apply>
+FASTATTN_INLINE void each_kept(const Operands& p, const Panel<Real>& panel, int64_t key, int64_t keys,
+                               const Apply& apply) {
+  typedef typename VecOf<Real>::words Lane;
+  constexpr int L = VL<Real>;
+  for (int64_t quad = key / 4; quad * 4 < key + keys; quad++)
+    for (int v = 0; v < NV; v++) {
+      // Of float lanes, the even ones come in the lower halves and the odd ones in the upper.
+      const Words query = (Words)load_words<Real>(panel.queries + v * L),
+                  head = (Words)load_words<Real>(panel.heads + v * L);
+      const Words first = Words{} + (uint64_t)quad, last = Words{} + (uint64_t)panel.lanes.batch;
+      const Counter even = philox({{first, query, head, last}}, p.seed);
+      Counter odd{};
+      if constexpr (sizeof(Real) == 4) odd = philox({{first, query >> 32, head >> 32, last}}, p.seed);
+      for (int i = 0; i < 4; i++) {
+        const int64_t j = quad * 4 + i - key;
+        if (j >= 0 && j < keys)
+          apply(j, v, (Lane)((even.c[i] & 0xffffffff) | odd.c[i] << 32) >= (typename VecOf<Real>::word)p.drop_below);
+      }
+    }
+}
+
+// weights [keys][NR] of dropped keys become 0.
+template <class Real, int NV>
+void drop(const Operands& p, const Panel<Real>& panel, int64_t key, int64_t keys, Real* weights) {
+  each_kept<Real, NV>(p, panel, key, keys, [&](int64_t j, int v, auto kept) {
+    Real* w = weights + (j * NV + v) * VL<Real>;
+    store(w, kept ? load(w) : Vec<Real>{});
+  });
+}
+
+}  // namespace fastattn::FASTATTN_ISA
