@@ -124,7 +124,7 @@ def attention(
         softmax_scale, softcap, lo, hi, *_ = terms
         terms = Terms(
             softmax_scale if scale is None else scale, softcap, lo, hi, k_start, k_end, mask, block_mask, bias,
-            alibi_slopes, sinks, dropout_p, seed, skip_negligible,
+            alibi_slopes, sinks, dropout_p, seed, skip_negligible, problem.seqlen_k - problem.seqlen_q,
         )  # fmt: skip
     _note(choice)
     out, lse = kernel(problem, q, k, v, terms)
@@ -324,7 +324,7 @@ def _problem(
         softcap=softcap > 0.0, sinks=sinks is not None, learned_scale=scale is not None, dropout=dropout_p > 0.0,
         lse=bool(return_lse), needs_grad=needs_grad, transformed=transformed,
     )  # fmt: skip
-    return problem, Terms(softmax_scale, float(softcap), lo, hi, skip_negligible=skip_negligible)
+    return problem, Terms(softmax_scale, float(softcap), lo, hi, skip_negligible=skip_negligible, query_start=seqlen_k - seqlen_q)
 
 
 def _check_real(name: str, value) -> float:

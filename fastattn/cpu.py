@@ -4,6 +4,8 @@ from pathlib import Path
 
 import torch
 
+from .problem import Edges, Terms
+
 try:
     from . import _C
 except ImportError as error:  # a wheel built without a compiler, or for another platform
@@ -21,13 +23,15 @@ def unavailable() -> str | None:
     return None
 
 
-def signature(q, k, v) -> bytes | None:
+def signature(q, k, v) -> tuple | None:
     """Shapes and dtypes of three plain 4-D CPU tensors as a dictionary key; None for any other."""
     return None
 
 
 if _C is not None:
     signature = _C.signature  # noqa: F811  (straight, without a Python frame)
+    _C.bind_fields("Terms", Terms._fields)
+    _C.bind_fields("Edges", Edges._fields)
 
 
 def isa() -> str:
@@ -70,12 +74,14 @@ def backward(problem, q, k, v, terms, saved, dout, dlse, wanted):
     """Gradients, None where not `wanted` (backward signature of dispatch.Row)."""
     dq, dk, dv = (_empty_like(x) if want else None for x, want in zip((q, k, v), wanted, strict=False))
     inputs = (terms.bias, terms.alibi_slopes, terms.sinks, terms.softmax_scale)
-    sums: list[torch.Tensor | None] = [None] * 4
-    for i, x in enumerate(inputs):
+    names = ("bias", "alibi_slopes", "sinks", "softmax_scale")
+    grads: dict[str, torch.Tensor | None] = dict.fromkeys(Terms._fields)
+    for i, (name, x) in enumerate(zip(names, inputs, strict=True)):
         if wanted[3 + i]:  # a sum of many terms, unless it is of as many as there are scores
             dense = i == 0 and x.dim() > 1 and x.shape[-1] != 1 and x.shape[-2] != 1
-            sums[i] = x.new_zeros(x.shape, dtype=_compute_dtype(problem) if dense else torch.float64)
-    _C.backward(q, k, v, *saved, terms, dout, dlse, dq, dk, dv, *sums, _get_num_threads())
+            grads[name] = x.new_zeros(x.shape, dtype=_compute_dtype(problem) if dense else torch.float64)
+    _C.backward(q, k, v, *saved, terms, dout, dlse, dq, dk, dv, Terms(**grads), _get_num_threads())
+    sums = (grads[name] for name in names)
     return dq, dk, dv, *(y if y is None else y.to(x.dtype) for x, y in zip(inputs, sums, strict=True))
 
 

@@ -4,12 +4,10 @@ The rows of dispatch.KERNELS with layout "csr" get `Edges` in the place of `Term
 and bias.
 """
 
-from typing import NamedTuple
-
 import torch
 
 from . import api, autograd, cpu, dispatch, reference
-from .problem import FLOATS, Problem
+from .problem import FLOATS, Edges, Problem
 
 
 def attention_csr(
@@ -80,15 +78,6 @@ def attention_csr(
     return (out, lse) if return_lse else out
 
 
-class Edges(NamedTuple):
-    """What a call adds to q, k and v, checked but for the entries of the lists; see `attention_csr`."""
-
-    indptr: torch.Tensor
-    indices: torch.Tensor
-    bias: torch.Tensor | None
-    softmax_scale: float
-
-
 def _problem(q, k, v, indptr, indices, edge_bias, softmax_scale, return_lse) -> tuple[Problem, Edges]:
     """Validate everything but the entries of the lists."""
     inputs = [x for x in (q, k, v, edge_bias) if x is not None]
@@ -126,7 +115,7 @@ def _problem(q, k, v, indptr, indices, edge_bias, softmax_scale, return_lse) -> 
 
 
 def forward(problem, q, k, v, edges):
-    """(out, lse) of the compiled kernel, which checks the lists (kernel signature of dispatch.Row)."""
+    """(out, lse) of the compiled kernel (kernel signature of dispatch.Row)."""
     if problem.needs_grad:
         return autograd.differentiable(problem, q, k, v, edges, (edges.bias,), _forward, "cpu")
     out, lse, _ = _forward(problem, q, k, v, edges)
@@ -135,11 +124,12 @@ def forward(problem, q, k, v, edges):
 
 def _forward(problem, q, k, v, edges):
     """(out, lse or None, what `backward` wants saved, as of cpu.forward_for_backward: None without needs_grad)"""
+    _check_lists(edges.indptr, edges.indices, problem.seqlen_k)
     out, dtype = cpu._empty_out(problem, q), cpu._compute_dtype(problem)
     lse = q.new_empty(out.shape[:3], dtype=dtype) if problem.lse else None
     lse_parts = q.new_empty((*out.shape[:3], 2), dtype=dtype) if problem.needs_grad else None
     out_exact = torch.empty_like(out, dtype=dtype) if problem.needs_grad and out.dtype != dtype else None
-    cpu._C.csr_forward(q, k, v, out, lse, lse_parts, *_lists(edges), out_exact, torch.get_num_threads())
+    cpu._C.csr_forward(q, k, v, out, lse, lse_parts, out_exact, edges, torch.get_num_threads())
     return out, lse, (out if out_exact is None else out_exact, lse_parts)
 
 
@@ -148,17 +138,9 @@ def backward(problem, q, k, v, edges, saved, dout, dlse, wanted):
     out, lse_parts = saved
     dq, dk, dv = (torch.empty_like(x) if want else None for x, want in zip((q, k, v), wanted, strict=False))
     dbias = edges.bias.new_zeros(edges.bias.shape, dtype=out.dtype) if wanted[3] else None
-    results = dq, dk, dv, _with_row(dbias)
-    cpu._C.csr_backward(q, k, v, out, None, lse_parts, *_lists(edges), dout, dlse, *results, torch.get_num_threads())
+    grads = Edges(None, None, dbias, None)
+    cpu._C.csr_backward(q, k, v, out, lse_parts, edges, dout, dlse, dq, dk, dv, grads, torch.get_num_threads())
     return dq, dk, dv, dbias if dbias is None else dbias.to(edges.bias.dtype)
-
-
-def _lists(edges) -> tuple:
-    return edges.softmax_scale, edges.indptr, edges.indices, _with_row(edges.bias)
-
-
-def _with_row(x: torch.Tensor | None) -> torch.Tensor | None:
-    return x if x is None else x.unsqueeze(-2)  # broadcastable to [batch, num_heads, 1, edges]
 
 
 def run_reference(problem, q, k, v, edges):

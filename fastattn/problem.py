@@ -91,6 +91,7 @@ class Terms(NamedTuple):
     softmax_scale        a float, or a tensor: one number or [num_heads]
     softcap              0.0: off
     diagonal_lo, _hi     query i sees keys j with diagonal_lo <= j - i <= diagonal_hi (masks.UNBOUNDED: no bound)
+    query_start          position of query 0 among the keys: seqlen_k - seqlen_q
     k_start, k_end       int32, broadcastable to [batch, num_heads, seqlen_q]: query i sees k_start <= j < k_end
     mask, bias           broadcastable to [batch, num_heads, seqlen_q, seqlen_k]
     block_mask           of batch or 1, num_heads or 1, and these lengths; with it, no k_start, k_end, mask
@@ -115,3 +116,13 @@ class Terms(NamedTuple):
     dropout_p: float = 0.0
     seed: int | None = None
     skip_negligible: bool | None = None
+    query_start: int = 0
+
+
+class Edges(NamedTuple):
+    """What a call adds to q, k and v, checked but for the entries of the lists; see `attention_csr`."""
+
+    indptr: torch.Tensor
+    indices: torch.Tensor
+    bias: torch.Tensor | None
+    softmax_scale: float

@@ -33,8 +33,12 @@ PAGE = mmap.PAGESIZE
 
 def fill(out, lse, q, k, v, causal=False, **kwargs):
     """The kernel into tensors of the caller's, without the allocations of fastattn.attention."""
-    hi = k.shape[2] - q.shape[2] if causal else UNBOUNDED
-    terms = Terms(q.shape[3] ** -0.5, kwargs.pop("softcap", 0.0), -UNBOUNDED, hi, **kwargs)
+    start = k.shape[2] - q.shape[2]
+    hi = start if causal else UNBOUNDED
+    softcap = kwargs.pop("softcap", 0.0)
+    terms = Terms(
+        softmax_scale=q.shape[3] ** -0.5, softcap=softcap, diagonal_lo=-UNBOUNDED, diagonal_hi=hi, query_start=start, **kwargs
+    )
     cpu._C.forward(q, k, v, out, lse, None, None, terms, 1)
     return out, lse
 
@@ -331,7 +335,7 @@ def test_forward_and_backward_do_not_leak():
                 torch.autograd.grad([out, lse], leaves, [dout, torch.zeros_like(lse)])  # else nobody goes through it
             if i % 50 == 0:
                 with pytest.raises(ValueError, match="dimensions"):
-                    cpu._C.backward(*[qkv[0][0]] * 5, terms, dout, *[None] * 8, 1)
+                    cpu._C.backward(*[qkv[0][0]] * 5, terms, dout, *[None] * 5, 1)
 
     call(800)
     before, objects, tensors = resident(), sys.getallocatedblocks(), count_tensors()
