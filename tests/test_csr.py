@@ -535,10 +535,10 @@ def guarded_calls(say, dtype, side):
             placed = [x if x is None else Guarded(x, side) for x in (q, k, v, indptr, indices, bias, dout)]
             written = [x if x is None else Guarded(x, side) for x in (out, lse, parts, exact, *grads)]
             q, k, v, indptr, indices, bias, dout = (x and x.tensor for x in placed)
-            out, lse, parts, exact, dq, dk, dv, dbias = (x and x.tensor for x in written)
-            edges, grads = Edges(indptr, indices, bias, 0.3), Edges(None, None, dbias, None)
+            out, lse, parts, exact, *grads, dbias = (x and x.tensor for x in written)
+            edges, dedges = Edges(indptr, indices, bias, 0.3), Edges(None, None, dbias, None)
             cpu._C.csr_forward(q, k, v, out, lse, parts, exact, edges, 1)
-            cpu._C.csr_backward(q, k, v, exact, parts, edges, dout, None, dq, dk, dv, grads, 1)
+            cpu._C.csr_backward(q, k, v, exact, parts, edges, dout, None, *grads, dedges, 1)
             for x in written:
                 assert x is None or x.assert_untouched_outside() is None
 
