@@ -76,9 +76,7 @@ def extension(target: str, headers: list[str]) -> Extension:
     return Extension(
         "fastattn._C",
         sources=sorted(
-            path.relative_to(ROOT).as_posix()
-            for path in ROOT.glob("csrc/**/*.cpp")
-            if not path.name.startswith("isa_")
+            path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/**/*.cpp") if not path.name.startswith("isa_")
         ),
         include_dirs=["csrc"],
         define_macros=[(f"FASTATTN_HAVE_{isa.upper()}", "1") for isa in isas],

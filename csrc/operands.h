@@ -72,6 +72,9 @@ struct Operands {
   double* tile_facts = nullptr;      // of a forward pass that skips: [batch][num_heads_k][tiles][2], -1: not found yet
   int64_t* skipped_pairs = nullptr;  // counts the (query, key) pairs that were skipped
 
+  // Query heads that share a key head, and the key head of a query head; most often without a division.
+  int64_t group_size() const { return num_heads == num_heads_k ? 1 : num_heads / num_heads_k; }
+  int64_t head_k(int64_t head) const { return num_heads == num_heads_k ? head : head / group_size(); }
   bool drops() const { return keep_factor != 1.0; }
   // Whether tiles that change nothing are looked for in some head (skip.h). A bias may be anything.
   bool may_skip() const { return !bias && (skip_negligible < 0 ? alibi_slopes && seqlen_q >= 128 : skip_negligible); }

@@ -33,7 +33,7 @@ void run_key_unit(void* context, int64_t index, int) {
   BackwardPass& pass = *(BackwardPass*)context;
   const KeyUnit& unit = pass.units[index];
   const BackwardBlocking& b = pass.blocking;
-  const int64_t group_size = pass.p.num_heads / pass.p.num_heads_k;
+  const int64_t group_size = pass.p.group_size();
   char* partial = nullptr;
   if (b.num_splits > 1)
     partial = pass.partial(unit.batch, unit.head_k * group_size) + unit.split * (pass.head_bytes / b.num_splits);
@@ -51,8 +51,7 @@ void combine_dq(void* context, int64_t index, int) {
 
 }  // namespace
 
-void backward(const Operands& operands, const Gradients& wanted, int threads) {
-  Operands p = operands;
+void backward(Operands& p, const Gradients& wanted, int threads) {
   if (!p.batch || !p.num_heads_k) return;
   std::optional<OwnedLists> lists;
   if (p.block_mask) p.blocks = &lists.emplace(p, true).lists;

@@ -10,10 +10,11 @@ const InstructionSet& instruction_set();
 
 inline int64_t element_bytes(const Operands& p) { return p.q.dtype == DType::float64 ? 8 : 4; }  // when computing
 
-void forward(const Operands& operands, int threads);
+// Completes `p` by what is found on the way: lists of blocks, norms of tiles.
+void forward(Operands& p, int threads);
 
 // dq, dk, dv and the sums of a forward pass that has filled out and lse_parts.
-void backward(const Operands& operands, const Gradients& gradients, int threads);
+void backward(Operands& p, const Gradients& gradients, int threads);
 
 // How many (query, key) pairs all calls of this process have left out because their weights are 0 (skip.h).
 int64_t skipped_pairs();
@@ -21,8 +22,8 @@ int64_t* skipped_counter();
 
 // Attention along edges and its gradients. std::invalid_argument, before anything is computed, if an entry of the lists is
 // out of range.
-void csr_forward(const Operands& operands, const Csr& lists, int threads);
-void csr_backward(const Operands& operands, const Gradients& gradients, const Csr& lists, int threads);
+void csr_forward(const Operands& p, const Csr& lists, int threads);
+void csr_backward(const Operands& p, const Gradients& gradients, const Csr& lists, int threads);
 
 // Peak of independent multiply-adds, FLOP/s summed over `threads`, measured for `seconds`.
 double fma_rate(DType dtype, double seconds, int threads);

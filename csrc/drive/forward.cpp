@@ -47,8 +47,7 @@ int64_t skipped = 0;  // over all calls; added to atomically, without std, which
 int64_t* skipped_counter() { return &skipped; }
 int64_t skipped_pairs() { return __atomic_load_n(&skipped, __ATOMIC_RELAXED); }
 
-void forward(const Operands& operands, int threads) {
-  Operands p = operands;
+void forward(Operands& p, int threads) {
   if (!p.batch || !p.num_heads || !p.seqlen_q) return;
   std::optional<OwnedLists> lists;
   if (p.block_mask) p.blocks = &lists.emplace(p, false).lists;

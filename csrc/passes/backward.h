@@ -70,7 +70,7 @@ class KeyRange {
   // partial: null, or the unit's dq of its first query head, those of the others `stride` bytes apart. False: there is
   // NaN or Inf in some gradient, maybe from behind a mask.
   bool run(char* partial, int64_t stride) {
-    const int64_t range = round_up(k_hi - k_lo, b.n_block), group_size = p.num_heads / p.num_heads_k;
+    const int64_t range = round_up(k_hi - k_lo, b.n_block), group_size = p.group_size();
     clear(s.dk, range * column_panels(D, NR) * NR);
     clear(s.dv, range * column_panels(Dv, NR) * NR);
     for (int64_t i = 0; i < group_size && p.seqlen_q; i++) {  // no query: no bias of a query to load
@@ -349,7 +349,7 @@ void run_key_range(const Operands& p, const Gradients& g, const BackwardBlocking
 template <class Real>
 void run_key_unit(const Operands& p, const Gradients& g, const BackwardBlocking& b, const KeyUnit& u, char* partial,
                   int64_t stride, char* memory) {
-  const int64_t group_size = p.num_heads / p.num_heads_k;
+  const int64_t group_size = p.group_size();
   for (int32_t batch = 0; batch < u.batches; batch++)
     for (int32_t head_k = 0; head_k < u.heads_k; head_k++) {
       const KeyUnit one{u.batch + batch, u.head_k + head_k, u.split, 1, 1};

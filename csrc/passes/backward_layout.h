@@ -102,7 +102,7 @@ int64_t backward_scratch_bytes(const Operands& p, const BackwardBlocking& b) {
 
 // Blocks count as wholly seen or not at all.
 inline double count_pairs(const Operands& p, const BackwardBlocking& b, const KeyUnit& u) {
-  const int64_t group_size = p.num_heads / p.num_heads_k, k_lo = u.split * b.split_keys, k_hi = k_lo + b.split_keys;
+  const int64_t group_size = p.group_size(), k_lo = u.split * b.split_keys, k_hi = k_lo + b.split_keys;
   double pairs = 0;
   if (p.blocks) {
     for (int64_t key = k_lo; key < smaller(k_hi, p.seqlen_k); key += p.blocks->block_k)

@@ -30,7 +30,7 @@ constexpr int64_t unit_rows = 128, key_block = 128, few_units = 32, min_split_ke
 template <class Real>
 Blocking make_blocking(const Operands& p) {
   Blocking b{};
-  const int64_t group_size = p.num_heads_k ? p.num_heads / p.num_heads_k : 1;
+  const int64_t group_size = p.num_heads_k ? p.group_size() : 1;
   b.heads_per_unit = (int)(p.seqlen_q < unit_rows && !p.blocks ? group_size : 1);
   const int64_t stacked = p.seqlen_q * b.heads_per_unit;
   b.lanes = panel_lanes<Real>(stacked, p.blocks);

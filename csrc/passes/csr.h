@@ -153,7 +153,7 @@ class CsrRows {
         b(b),
         s(csr_layout<Real>(p, memory)),
         chunk(*s.chunk),
-        group_size(p.num_heads / p.num_heads_k),
+        group_size(p.group_size()),
         scale((Real)(p.softmax_scale * log2e)),
         stats((QueryStats<Real>*)stats) {
     clear(s.x, s.x_columns), clear(s.y, s.y_columns), clear(s.y_sum, s.y_columns);

@@ -193,7 +193,7 @@ class ForwardUnit {
  private:
   // Whether some panel gets more than zeros from the tile; the others skip it.
   bool counts(const KeyTile& tile) {
-    const int64_t count = (p.seqlen_k + b.n_block - 1) / b.n_block, head_k = u.head / (p.num_heads / p.num_heads_k);
+    const int64_t count = (p.seqlen_k + b.n_block - 1) / b.n_block, head_k = p.head_k(u.head);
     const int64_t index = tile.lo / b.n_block, key = index * b.n_block,
                   keys = smaller<int64_t>(b.n_block, p.seqlen_k - key);
     double* facts = p.tile_facts + ((u.batch * p.num_heads_k + head_k) * count + index) * 2;
@@ -229,7 +229,7 @@ class ForwardUnit {
 
   LoadedTile load_tile(const KeyTile& tile) {
     prefetch_next_queries();
-    const int64_t head_k = u.head / (p.num_heads / p.num_heads_k), keys = tile.hi - tile.lo;
+    const int64_t head_k = p.head_k(u.head), keys = tile.hi - tile.lo;
     modifier.load_tile(u.batch, u.head, u.row, tile);
     return {tile, tile_rows(p.k, u.batch, head_k, tile.lo, keys, p.head_dim, s.k, s.k_stride),
             tile_rows(p.v, u.batch, head_k, tile.lo, keys, p.head_dim_v, s.v[tiles % 2], s.v_stride)};

@@ -36,6 +36,18 @@ Fields terms_fields("Terms", names_of_terms());
 enum EdgesField : size_t { kIndptr, kIndices, kEdgeBias, kEdgesScale };
 Fields edges_fields("Edges", {"indptr", "indices", "bias", "softmax_scale"});
 
+double number(PyObject* object) {
+  const double x = PyFloat_AsDouble(object);
+  if (x == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+  return x;
+}
+
+int64_t integer(PyObject* object) {
+  const long long x = PyLong_AsLongLong(object);
+  if (x == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return x;
+}
+
 bool is_number(PyObject* object) { return PyFloat_Check(object) || PyLong_Check(object); }
 
 // A distance between positions, far beyond any sequence at most, so that adding a position to it cannot overflow.
@@ -133,67 +145,7 @@ Tensor result(PyObject* object, const char* name, const Sizes& sizes, DType dtyp
   return object == Py_None ? Tensor{} : exact(written(object), name, sizes, dtype, missing_right);
 }
 
-}  // namespace
-
-void bind_fields(const std::string& kind, const std::vector<std::string>& fields) {
-  if (kind != "Terms" && kind != "Edges") refuse(kind.c_str(), "is no kind of arguments: it must be Terms or Edges");
-  (kind == "Terms" ? terms_fields : edges_fields).bind(fields);
-}
-
-double number(PyObject* object) {
-  const double x = PyFloat_AsDouble(object);
-  if (x == -1.0 && PyErr_Occurred()) throw py::error_already_set();
-  return x;
-}
-
-int64_t integer(PyObject* object) {
-  const long long x = PyLong_AsLongLong(object);
-  if (x == -1 && PyErr_Occurred()) throw py::error_already_set();
-  return x;
-}
-
-Bound::Bound(const ForwardArguments& a, bool csr) {
-  read_tensors(a.q, a.k, a.v);
-  const DType real = compute_dtype(p.q.dtype);
-  p.out = exact(written(a.out), "out", queries(p, p.head_dim_v), p.q.dtype);
-  p.lse = result(a.lse, "lse", queries(p, 1), real, 1);
-  p.lse_parts = result(a.lse_parts, "lse_parts", queries(p, 2), real);
-  p.out_exact = result(a.out_exact, "out_exact", queries(p, p.head_dim_v), real);
-  csr ? read_edges(a.extras) : read_terms(a.extras);
-  threads = (int)integer(a.threads);
-}
-
-Bound::Bound(const BackwardArguments& a, bool csr) {
-  read_tensors(a.q, a.k, a.v);
-  const DType real = compute_dtype(p.q.dtype);
-  if (a.lse_parts == Py_None) refuse("lse_parts", "must be given");
-  p.out = exact(read(a.out, owned), "out", queries(p, p.head_dim_v), real);
-  p.lse_parts = exact(read(a.lse_parts, owned), "lse_parts", queries(p, 2), real);
-  csr ? read_edges(a.extras) : read_terms(a.extras);
-  g.dout = exact(read(a.dout, owned), "dout", queries(p, p.head_dim_v), p.q.dtype);
-  if (a.dlse != Py_None) g.dlse = exact(read(a.dlse, owned), "dlse", queries(p, 1), real, 1);
-  g.dq = result(a.dq, "dq", queries(p, p.head_dim), p.q.dtype);
-  g.dk = result(a.dk, "dk", keys(p, p.head_dim), p.q.dtype);
-  g.dv = result(a.dv, "dv", keys(p, p.head_dim_v), p.q.dtype);
-  csr ? read_edge_grads(a.grads) : read_grads(a.grads);
-  threads = (int)integer(a.threads);
-}
-
-void Bound::read_tensors(PyObject* q_object, PyObject* k_object, PyObject* v_object) {
-  const View q = read(q_object, owned), k = read(k_object, owned), v = read(v_object, owned);
-  if (q.ndim != 4 || k.ndim != 4 || v.ndim != 4) refuse("q, k and v", "must have 4 dimensions");
-  if (!is_float(q.dtype)) refuse("q", "must have a float dtype");
-  p.batch = q.shape[0], p.num_heads = q.shape[1], p.seqlen_q = q.shape[2], p.head_dim = q.shape[3];
-  p.num_heads_k = k.shape[1], p.seqlen_k = k.shape[2], p.head_dim_v = v.shape[3];
-  if (p.num_heads && (!p.num_heads_k || p.num_heads % p.num_heads_k))
-    refuse("num_heads", "must be a multiple of num_heads_k");
-  check_sizes(p);
-  p.q = exact(q, "q", queries(p, p.head_dim), q.dtype);
-  p.k = exact(k, "k", keys(p, p.head_dim), q.dtype);
-  p.v = exact(v, "v", keys(p, p.head_dim_v), q.dtype);
-}
-
-void Bound::read_terms(PyObject* object) {
+void read_terms(PyObject* object, Operands& p, Owned& owned) {
   const Fields::Values terms = terms_fields.of(object);
   for (size_t i = 0; i < num_tensor_terms; i++) {
     const TensorTerm& term = tensor_terms[i];
@@ -217,7 +169,7 @@ void Bound::read_terms(PyObject* object) {
   if (terms[kSkipNegligible] != Py_None) p.skip_negligible = integer(terms[kSkipNegligible]) != 0;
 }
 
-void Bound::read_edges(PyObject* object) {
+void read_edges(PyObject* object, Operands& p, Csr& lists, Owned& owned) {
   const Fields::Values edges = edges_fields.of(object);
   p.softmax_scale = number(edges[kEdgesScale]);
   const View indices = read(edges[kIndices], owned);
@@ -229,7 +181,7 @@ void Bound::read_edges(PyObject* object) {
   check_dtype(p.bias, "edge_bias", Holds::floats);
 }
 
-void Bound::read_grads(PyObject* object) {
+void read_grads(PyObject* object, const Operands& p, Gradients& g) {
   const Fields::Values grads = terms_fields.of(object);
   for (size_t i = 0; i < num_tensor_terms; i++) {
     const TensorTerm& term = tensor_terms[i];
@@ -244,7 +196,7 @@ void Bound::read_grads(PyObject* object) {
   }
 }
 
-void Bound::read_edge_grads(PyObject* object) {
+void read_edge_grads(PyObject* object, const Operands& p, const Csr& lists, Gradients& g) {
   const Fields::Values grads = edges_fields.of(object);
   for (size_t field : {kIndptr, kIndices, kEdgesScale})
     if (grads[field] != Py_None) refuse("a gradient", "is given for what has none");
@@ -252,6 +204,58 @@ void Bound::read_edge_grads(PyObject* object) {
   g.dbias = reduced(with_row(written(grads[kEdgeBias]), "dedge_bias"), "dedge_bias", edge_scores(p, lists));
   if (!p.bias || g.dbias.dtype != compute_dtype(p.q.dtype)) refuse("dedge_bias", "has a wrong dtype");
   if (lists.num_edges > 1 && !g.dbias.stride[3]) refuse("dedge_bias", "must have an element an edge");
+}
+
+}  // namespace
+
+void bind_fields(const std::string& kind, const std::vector<std::string>& fields) {
+  if (kind != "Terms" && kind != "Edges") refuse(kind.c_str(), "is no kind of arguments: it must be Terms or Edges");
+  (kind == "Terms" ? terms_fields : edges_fields).bind(fields);
+}
+
+Bound::Bound(const ForwardArguments& a, bool csr) {
+  read_inputs(a.q, a.k, a.v);
+  const DType real = compute_dtype(p.q.dtype);
+  p.out = exact(written(a.out), "out", queries(p, p.head_dim_v), p.q.dtype);
+  p.lse = result(a.lse, "lse", queries(p, 1), real, 1);
+  p.lse_parts = result(a.lse_parts, "lse_parts", queries(p, 2), real);
+  p.out_exact = result(a.out_exact, "out_exact", queries(p, p.head_dim_v), real);
+  read_extras(a.extras, csr);
+  threads = (int)integer(a.threads);
+}
+
+BoundBackward::BoundBackward(const BackwardArguments& a, bool csr) {
+  read_inputs(a.q, a.k, a.v);
+  const DType real = compute_dtype(p.q.dtype);
+  if (a.lse_parts == Py_None) refuse("lse_parts", "must be given");
+  p.out = exact(read(a.out, owned), "out", queries(p, p.head_dim_v), real);
+  p.lse_parts = exact(read(a.lse_parts, owned), "lse_parts", queries(p, 2), real);
+  read_extras(a.extras, csr);
+  g.dout = exact(read(a.dout, owned), "dout", queries(p, p.head_dim_v), p.q.dtype);
+  if (a.dlse != Py_None) g.dlse = exact(read(a.dlse, owned), "dlse", queries(p, 1), real, 1);
+  g.dq = result(a.dq, "dq", queries(p, p.head_dim), p.q.dtype);
+  g.dk = result(a.dk, "dk", keys(p, p.head_dim), p.q.dtype);
+  g.dv = result(a.dv, "dv", keys(p, p.head_dim_v), p.q.dtype);
+  csr ? read_edge_grads(a.grads, p, lists, g) : read_grads(a.grads, p, g);
+  threads = (int)integer(a.threads);
+}
+
+void Bound::read_inputs(PyObject* q_object, PyObject* k_object, PyObject* v_object) {
+  const View q = read(q_object, owned), k = read(k_object, owned), v = read(v_object, owned);
+  if (q.ndim != 4 || k.ndim != 4 || v.ndim != 4) refuse("q, k and v", "must have 4 dimensions");
+  if (!is_float(q.dtype)) refuse("q", "must have a float dtype");
+  p.batch = q.shape[0], p.num_heads = q.shape[1], p.seqlen_q = q.shape[2], p.head_dim = q.shape[3];
+  p.num_heads_k = k.shape[1], p.seqlen_k = k.shape[2], p.head_dim_v = v.shape[3];
+  if (p.num_heads && (!p.num_heads_k || p.num_heads % p.num_heads_k))
+    refuse("num_heads", "must be a multiple of num_heads_k");
+  check_sizes(p);
+  p.q = exact(q, "q", queries(p, p.head_dim), q.dtype);
+  p.k = exact(k, "k", keys(p, p.head_dim), q.dtype);
+  p.v = exact(v, "v", keys(p, p.head_dim_v), q.dtype);
+}
+
+void Bound::read_extras(PyObject* extras, bool csr) {
+  csr ? read_edges(extras, p, lists, owned) : read_terms(extras, p, owned);
 }
 
 }  // namespace fastattn::python

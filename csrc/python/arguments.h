@@ -4,10 +4,6 @@
 
 namespace fastattn::python {
 
-double number(PyObject* object);
-int64_t integer(PyObject* object);
-
-// The tensors that every forward call begins with, and every backward call.
 struct ForwardArguments {
   PyObject *q, *k, *v, *out, *lse, *lse_parts, *out_exact, *extras, *threads;
 };
@@ -15,25 +11,33 @@ struct BackwardArguments {
   PyObject *q, *k, *v, *out, *lse_parts, *extras, *dout, *dlse, *dq, *dk, *dv, *grads, *threads;
 };
 
-// A call: what it reads and writes, and what must live until it ends. extras: a Terms, or of the csr layout an Edges.
-struct Bound {
+// A call: what it reads and writes, and what must live until it ends. `extras` is a Terms, or an Edges of the csr layout.
+class Bound {
+ protected:
   Owned owned;
+
+  Bound() = default;
+  void read_inputs(PyObject* q, PyObject* k, PyObject* v);
+  void read_extras(PyObject* extras, bool csr);
+
+ public:
   Operands p{};
-  Gradients g{};
   Csr lists{};  // of the csr layout
   int threads = 1;
 
   Bound(const ForwardArguments& arguments, bool csr);
-  Bound(const BackwardArguments& arguments, bool csr);
+};
+class BoundBackward : public Bound {
+ public:
+  Gradients g{};
 
- private:
-  void read_tensors(PyObject* q, PyObject* k, PyObject* v);
-  void read_terms(PyObject* terms);
-  void read_edges(PyObject* edges);
-  void read_grads(PyObject* grads);
-  void read_edge_grads(PyObject* grads);
+  BoundBackward(const BackwardArguments& arguments, bool csr);
 };
 
 void bind_fields(const std::string& kind, const std::vector<std::string>& fields);
+
+// signature(q, k, v, *extras): the shapes and dtypes of a call's tensors as a dictionary key, cheaper than their Python
+// attributes.
+PyObject* signature(PyObject*, PyObject* const* args, Py_ssize_t count);
 
 }  // namespace fastattn::python

@@ -8,13 +8,9 @@
 
 #include "arguments.h"
 #include "drive/driver.h"
-#include "signature.h"
 
 namespace py = pybind11;
-using fastattn::Operands;
-using fastattn::python::BackwardArguments;
-using fastattn::python::Bound;
-using fastattn::python::ForwardArguments;
+using namespace fastattn::python;
 
 namespace {
 
@@ -23,7 +19,7 @@ constexpr double tiny_work = 1e5;
 
 // Runs a METH_FASTCALL function of the arguments that `Arguments` lists, without pybind11's argument conversion, which
 // would cost more than a tiny call. calculate(bound) may or may not let go of the GIL.
-template <class Arguments, class Calculate>
+template <class Bound, class Arguments, class Calculate>
 PyObject* call(PyObject* const* args, Py_ssize_t count, bool csr, Calculate calculate) {
   constexpr Py_ssize_t expected = sizeof(Arguments) / sizeof(PyObject*);
   try {
@@ -48,8 +44,8 @@ PyObject* call(PyObject* const* args, Py_ssize_t count, bool csr, Calculate calc
 }
 
 PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return call<ForwardArguments>(args, count, false, [](const Bound& bound) {
-    const Operands& p = bound.p;
+  return call<Bound, ForwardArguments>(args, count, false, [](Bound& bound) {
+    fastattn::Operands& p = bound.p;
     const double pairs = (double)p.batch * p.num_heads * p.seqlen_q * p.seqlen_k;
     if (pairs * (p.head_dim + p.head_dim_v) < tiny_work) return fastattn::forward(p, 1);
     py::gil_scoped_release release;
@@ -58,28 +54,33 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return call<BackwardArguments>(args, count, false, [](const Bound& bound) {
+  return call<BoundBackward, BackwardArguments>(args, count, false, [](auto& bound) {
     py::gil_scoped_release release;
     fastattn::backward(bound.p, bound.g, bound.threads);
   });
 }
 
 PyObject* csr_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return call<ForwardArguments>(args, count, true, [](const Bound& bound) {
+  return call<Bound, ForwardArguments>(args, count, true, [](auto& bound) {
     py::gil_scoped_release release;
     fastattn::csr_forward(bound.p, bound.lists, bound.threads);
   });
 }
 
 PyObject* csr_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return call<BackwardArguments>(args, count, true, [](const Bound& bound) {
+  return call<BoundBackward, BackwardArguments>(args, count, true, [](auto& bound) {
     py::gil_scoped_release release;
     fastattn::csr_backward(bound.p, bound.g, bound.lists, bound.threads);
   });
 }
 
 PyMethodDef fast_methods[] = {
-    {"signature", (PyCFunction)(void (*)())fastattn::python::signature, METH_FASTCALL, fastattn::python::signature_doc},
+    {"signature", (PyCFunction)(void (*)())signature, METH_FASTCALL,
+     "signature(q, k, v, *extras) -> (key, (batch, seqlen_q, seqlen_k)), or None where a tensor is not a plain CPU "
+     "tensor "
+     "or where batch or seqlen_k differ. The key holds the dtypes, the other sizes of q, k and v, and of each of up to "
+     "8 "
+     "extras (a tensor or None) its rank and which of its sizes equal 1, batch, num_heads, seqlen_q or seqlen_k."},
     {"forward", (PyCFunction)(void (*)())forward, METH_FASTCALL,
      "forward(q, k, v, out, lse, lse_parts, out_exact, terms, threads): fills out, and those of lse, lse_parts and "
      "out_exact that are not None."},
@@ -99,7 +100,7 @@ PyMethodDef fast_methods[] = {
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "fastattn's compiled CPU kernels.";
   PyModule_AddFunctions(m.ptr(), fast_methods);
-  m.def("bind_fields", fastattn::python::bind_fields, py::arg("kind"), py::arg("fields"),
+  m.def("bind_fields", bind_fields, py::arg("kind"), py::arg("fields"),
         "Names the fields of Terms or Edges in their order, once, before a function gets one.");
   m.def("isa", [] { return fastattn::instruction_set().name; }, "The instruction set that the kernels run on.");
   m.def("skipped_pairs", fastattn::skipped_pairs,
@@ -107,7 +108,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def(
       "fma_rate",
       [](const std::string& dtype, double seconds, int threads) {
-        const fastattn::DType type = fastattn::python::dtype_of(dtype);
+        const fastattn::DType type = dtype_of(dtype);
         py::gil_scoped_release release;
         return fastattn::fma_rate(type, seconds, threads);
       },

@@ -35,6 +35,7 @@ struct ExchangeAPI {
 struct TensorType {
   PyTypeObject* type = nullptr;  // owned, as is_neg, so that no other type takes its address
   PyObject* is_neg = nullptr;
+  PyCFunction is_neg_in_c = nullptr;  // the same without a detour, where it is torch's own method; else null
   const ExchangeAPI* api = nullptr;
 };
 
@@ -50,7 +51,9 @@ inline bool find_tensor_type(PyTypeObject* type, TensorType& found) {
   PyErr_Clear();
   Py_INCREF(type);
   Py_XDECREF(found.type), Py_XDECREF(found.is_neg);
-  found = {type, is_neg, api};
+  const bool in_c = Py_IS_TYPE(is_neg, &PyMethodDescr_Type);
+  const PyMethodDef* method = in_c ? ((PyMethodDescrObject*)is_neg)->d_method : nullptr;
+  found = {type, is_neg, method && method->ml_flags == METH_NOARGS ? method->ml_meth : nullptr, api};
   return true;
 }
 
@@ -69,7 +72,8 @@ inline const TensorType* tensor_type(PyTypeObject* type) {
 // Whether a tensor's elements are stored with the other sign (z.conj().imag), which DLPack does not tell; -1 and a Python
 // error if that cannot be known.
 inline int is_negated(const TensorType& type, PyObject* tensor) {
-  PyObject* answer = PyObject_Vectorcall(type.is_neg, &tensor, 1, nullptr);
+  PyObject* answer =
+      type.is_neg_in_c ? type.is_neg_in_c(tensor, nullptr) : PyObject_Vectorcall(type.is_neg, &tensor, 1, nullptr);
   if (!answer) return -1;
   const int negated = answer == Py_False ? 0 : PyObject_IsTrue(answer);
   Py_DECREF(answer);

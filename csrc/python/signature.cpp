@@ -1,8 +1,4 @@
-#include "signature.h"
-
-#include <cstdint>
-#include <initializer_list>
-
+#include "arguments.h"
 #include "dlpack_exchange.h"
 
 namespace fastattn::python {

@@ -60,10 +60,18 @@ const dlpack::TensorType& type_of(PyObject* tensor) {
   return *type;
 }
 
-bool is_negated(PyObject* tensor) {
-  const int negated = dlpack::is_negated(type_of(tensor), tensor);
-  if (negated < 0) throw py::error_already_set();
-  return negated;
+bool negated(const dlpack::TensorType& type, PyObject* tensor) {
+  const int answer = dlpack::is_negated(type, tensor);
+  if (answer < 0) throw py::error_already_set();
+  return answer;
+}
+
+View view_of(const dlpack::TensorType& type, PyObject* tensor) {
+  const View view = raw_view(type, tensor);
+  if (view.data) return view;
+  for (int i = 0; i < view.ndim; i++)
+    if (view.shape[i] == 0) return view;
+  throw std::invalid_argument("a tensor has elements but no memory (fake, meta or freed)");
 }
 
 }  // namespace
@@ -88,20 +96,15 @@ bool is_index(DType dtype) { return dtype == DType::int32 || dtype == DType::int
 
 bool is_float(DType dtype) { return dtype != DType::boolean && dtype != DType::uint8 && !is_index(dtype); }
 
-View written(PyObject* tensor) {
-  const View view = raw_view(type_of(tensor), tensor);
-  bool empty = false;
-  for (int i = 0; i < view.ndim; i++) empty |= view.shape[i] == 0;
-  if (!view.data && !empty) throw std::invalid_argument("a tensor has elements but no memory (fake, meta or freed)");
-  return view;
-}
+View written(PyObject* tensor) { return view_of(type_of(tensor), tensor); }
 
 View read(PyObject* tensor, Owned& owned) {
-  const View view = written(tensor);
-  if (!is_negated(tensor)) return view;
+  const dlpack::TensorType& type = type_of(tensor);
+  if (!negated(type, tensor)) return view_of(type, tensor);
   owned.push_back(py::handle(tensor).attr("resolve_neg")());
-  if (is_negated(owned.back().ptr())) throw std::invalid_argument("a tensor stays negated after resolve_neg()");
-  return written(owned.back().ptr());
+  PyObject* copy = owned.back().ptr();
+  if (negated(type_of(copy), copy)) throw std::invalid_argument("a tensor stays negated after resolve_neg()");
+  return written(copy);
 }
 
 Tensor broadcast(const View& view, const char* name, const int64_t (&sizes)[4], int missing_right) {

@@ -27,7 +27,8 @@ FASTATTN_INLINE QueryRow stacked_row(const Operands& p, int64_t head, int64_t r)
 
 // The union of the rows' ranges, empty ones left out.
 FASTATTN_INLINE Range visited_range(const Operands& p, int64_t batch, int64_t head, int64_t row, int64_t rows) {
-  if (!p.k_start && !p.k_end && row / p.seqlen_q == (row + rows - 1) / p.seqlen_q) {  // monotone: the ends suffice
+  const bool one_head = row + rows <= p.seqlen_q || row / p.seqlen_q == (row + rows - 1) / p.seqlen_q;
+  if (!p.k_start && !p.k_end && one_head) {  // the ranges move with the rows: the first and the last one suffice
     QueryRow first = stacked_row(p, head, row), last = stacked_row(p, head, row + rows - 1);
     int64_t lo = larger<int64_t>(0, first.query + p.diagonal_lo);
     int64_t hi = smaller(p.seqlen_k, last.query + p.diagonal_hi + 1);

@@ -164,7 +164,7 @@ void look_ahead(const Operands& p, const Panel<Real>& panel, const Real* q, Real
       const int64_t r = smaller<int64_t>(first + i, lanes.rows - 1);
       const QueryRow row = stacked_row(p, lanes.head, lanes.row + r);
       const int64_t nearest = smaller(larger(row.query + p.query_start, panel.lo[r]), panel.hi[r] - 1);
-      const int64_t head_k = row.head / (p.num_heads / p.num_heads_k), last = larger(panel.lo[r], nearest - 15);
+      const int64_t head_k = p.head_k(row.head), last = larger(panel.lo[r], nearest - 15);
       int64_t key = nearest;
       while (key >= last && !sees(p, lanes.batch, row, key)) key--;
       const bool seen = key >= last && panel.lo[r] < panel.hi[r] && is_steep(p, panel.slopes[r]);

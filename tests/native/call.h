@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "driver.h"
+#include "drive/driver.h"
 
 using fastattn::DType;
 
@@ -256,25 +256,25 @@ struct Call {
   std::vector<Array*> strided_gradients() { return {&dq, &dk, &dv}; }
   std::vector<Array*> summed_gradients() { return {&dbias, &dalibi_slopes, &dsinks, &dscales}; }
 
-  fastattn::Problem problem() const {
-    fastattn::Problem p{};
+  fastattn::Operands problem() const {
+    fastattn::Operands p{};
     p.batch = batch, p.num_heads = num_heads, p.num_heads_k = num_heads_k;
     p.seqlen_q = seqlen_q, p.seqlen_k = seqlen_k, p.head_dim = head_dim, p.head_dim_v = head_dim_v;
     p.q = q.tensor(), p.k = k.tensor(), p.v = v.tensor();
     p.mask = mask.tensor(), p.bias = bias.tensor(), p.alibi_slopes = alibi_slopes.tensor();
     p.sinks = sinks.tensor(), p.scales = scales.tensor(), p.k_start = k_start.tensor(), p.k_end = k_end.tensor();
     p.softmax_scale = scales ? NAN : softmax_scale;
-    p.softcap = softcap, p.diagonal_lo = lo, p.diagonal_hi = hi;
+    p.softcap = softcap, p.diagonal_lo = lo, p.diagonal_hi = hi, p.query_start = seqlen_k - seqlen_q;
     p.keep_factor = 1 / (1 - dropout_p), p.drop_below = (uint32_t)(dropout_p * 4294967296), p.seed = seed;
     return p;
   }
-  fastattn::Problem forward_problem() const {
-    fastattn::Problem p = problem();
+  fastattn::Operands forward_problem() const {
+    fastattn::Operands p = problem();
     p.out = out.tensor(), p.lse = lse.tensor(), p.lse_parts = lse_parts.tensor(), p.out_exact = out_exact.tensor();
     return p;
   }
-  fastattn::Problem backward_problem() const {
-    fastattn::Problem p = problem();
+  fastattn::Operands backward_problem() const {
+    fastattn::Operands p = problem();
     p.out = out_exact ? out_exact.tensor() : out.tensor(), p.lse_parts = lse_parts.tensor();
     return p;
   }

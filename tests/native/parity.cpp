@@ -19,7 +19,7 @@ class Check {
   Call& c;
   const char* what;
   const uint64_t seed;
-  const fastattn::Problem forward_problem, backward_problem;
+  const fastattn::Operands forward_problem, backward_problem;
   const fastattn::Gradients gradients;
 
  public:
@@ -37,12 +37,12 @@ class Check {
     std::vector<std::string> inputs;
     for (const Array* a : c.inputs()) inputs.push_back(*a ? a->with_guards() : "");
     Definition expected(c);
-    fastattn::forward(forward_problem, 1);
+    run_forward(1);
     compare_forward(expected);
     const std::vector<std::string> forward = bits(c.outputs());
     same_forward(forward);
     clear_gradients();
-    fastattn::backward(backward_problem, gradients, 1);
+    run_backward(1);
     compare_backward(expected);
     same_backward();
     if (bits(c.outputs()) != forward) say("backward wrote into out");
@@ -99,6 +99,15 @@ class Check {
     compare("dsinks", c.dsinks, expected.dsinks), compare("dscales", c.dscales, expected.dscales);
   }
 
+  void run_forward(int threads) {
+    fastattn::Operands p = forward_problem;
+    fastattn::forward(p, threads);
+  }
+  void run_backward(int threads) {
+    fastattn::Operands p = backward_problem;
+    fastattn::backward(p, gradients, threads);
+  }
+
   static std::vector<std::string> bits(const std::vector<Array*>& arrays) {
     std::vector<std::string> all;
     for (const Array* a : arrays) all.push_back(*a ? a->contents() : "");
@@ -120,10 +129,10 @@ class Check {
       run();
       if (bits(c.outputs()) != expected) say(how);
     };
-    again("other bits with two threads", [&] { fastattn::forward(forward_problem, 2); });
-    again("other bits with three threads", [&] { fastattn::forward(forward_problem, 3); });
-    again("other bits within a parallel region", [&] { nested([&] { fastattn::forward(forward_problem, 2); }); });
-    fastattn::Problem out_alone = forward_problem;
+    again("other bits with two threads", [&] { run_forward(2); });
+    again("other bits with three threads", [&] { run_forward(3); });
+    again("other bits within a parallel region", [&] { nested([&] { run_forward(2); }); });
+    fastattn::Operands out_alone = forward_problem;
     out_alone.lse = out_alone.lse_parts = out_alone.out_exact = {};
     fastattn::forward(out_alone, 1);
     if (bits(c.outputs()) != expected) say("other bits with out alone");
@@ -142,9 +151,9 @@ class Check {
       run();
       if (bits(c.strided_gradients()) != strided || bits(c.summed_gradients()) != summed) say(how);
     };
-    again("other gradients with two threads", [&] { fastattn::backward(backward_problem, gradients, 2); });
+    again("other gradients with two threads", [&] { run_backward(2); });
     again("other gradients within a parallel region",
-          [&] { nested([&] { fastattn::backward(backward_problem, gradients, 2); }); });
+          [&] { nested([&] { run_backward(2); }); });
   }
 };
 
@@ -237,7 +246,7 @@ int main(int argc, char** argv) {
   const int count = argc > 1 ? std::atoi(argv[1]) : 300;
   const uint64_t first = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 0;
   try {
-    std::printf("%s\n", fastattn::kernels().name);
+    std::printf("%s\n", fastattn::instruction_set().name);
     philox_is_right() ? passed++ : failed++;
     check_chosen();
     for (int i = 0; i < count; i++) check_random(first + i);

@@ -418,16 +418,25 @@ def test_wrong_arguments_of_the_extension_are_errors():
         (7, parts, "dlse has a wrong number"),
         (8, q.double(), "dq has another dtype"),
         (9, q[..., :4], "dk has a size"),
-        (11, q.new_zeros(4, 4).double(), "dbias has a wrong dtype"),
-        (11, q.new_zeros(4), "dbias has a wrong dtype"),
-        (11, q.new_zeros(1).expand(4), "dbias must be contiguous"),
-        (13, q.new_zeros(1).double(), "a gradient has no tensor"),
-        (14, q.new_zeros(1).double(), "a gradient has no tensor"),
-        (14, q.new_zeros(1), "must be float64"),
+        (5, none, "must be real number"),
+        (11, None, "must be the Terms"),
+        (11, none._replace(bias=q.new_zeros(4).double()), "dbias has no tensor"),
+        (11, none._replace(sinks=q.new_zeros(1).double()), "dsinks has no tensor"),
+        (11, none._replace(softmax_scale=q.new_zeros(1).double()), "dsoftmax_scale has no tensor"),
+        (11, none._replace(mask=q.new_zeros(1).double()), "dmask is no gradient"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            cpu._C.backward(*good[:position], wrong, *good[position + 1 :])
+    good[5] = terms._replace(bias=q.new_zeros(4), sinks=q.new_zeros(1))
+    for wrong, message in (
+        (none._replace(bias=q.new_zeros(4, 4).double()), "dbias has a wrong dtype"),
+        (none._replace(bias=q.new_zeros(4)), "dbias has a wrong dtype"),
+        (none._replace(bias=q.new_zeros(1).expand(4)), "dbias must be contiguous"),
+        (none._replace(sinks=q.new_zeros(1)), "dsinks has a wrong dtype"),
     ):
         with pytest.raises(ValueError, match=message):
-            cpu._C.backward(*good[:position], wrong, *good[position + 1 :])
-    with pytest.raises(ValueError, match="takes 16 arguments"):
+            cpu._C.backward(*good[:11], wrong, 1)
+    with pytest.raises(ValueError, match="takes 13 arguments"):
         cpu._C.backward(*good[:-1])
 
 

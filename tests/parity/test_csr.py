@@ -472,7 +472,7 @@ def guarded_calls(say, dtype, side):
             say((d, dv, bias))
             (q, k, v, indptr, indices), kwargs = inputs(Graph(head_dim=d, head_dim_v=dv, dtype=dtype, bias=bias))
             indices[-1], indices[0] = 52, 0
-            bias = kwargs["edge_bias"].unsqueeze(-2) if bias else None
+            bias = kwargs["edge_bias"] if bias else None
             real = torch.float64 if dtype == "float64" else torch.float32
             dout = torch.randn(2, 4, 37, dv).to(q.dtype)
             out, lse, parts = torch.empty_like(dout), *(torch.empty(2, 4, 37, *s, dtype=real) for s in ((), (2,)))
@@ -481,10 +481,10 @@ def guarded_calls(say, dtype, side):
             placed = [x if x is None else Guarded(x, side) for x in (q, k, v, indptr, indices, bias, dout)]
             written = [x if x is None else Guarded(x, side) for x in (out, lse, parts, exact, *grads)]
             q, k, v, indptr, indices, bias, dout = (x and x.tensor for x in placed)
-            out, lse, parts, exact, *grads = (x and x.tensor for x in written)
-            lists = 0.3, indptr, indices, bias
-            cpu._C.csr_forward(q, k, v, out, lse, parts, *lists, exact, 1)
-            cpu._C.csr_backward(q, k, v, exact, None, parts, *lists, dout, None, *grads, 1)
+            out, lse, parts, exact, *grads, dbias = (x and x.tensor for x in written)
+            edges, dedges = Edges(indptr, indices, bias, 0.3), Edges(None, None, dbias, None)
+            cpu._C.csr_forward(q, k, v, out, lse, parts, exact, edges, 1)
+            cpu._C.csr_backward(q, k, v, exact, parts, edges, dout, None, *grads, dedges, 1)
             for x in written:
                 assert x is None or x.assert_untouched_outside() is None
 

@@ -26,7 +26,7 @@ def build(folder: Path, cxx: str, isas: dict[str, list[str]], *flags: str) -> tu
     objects = {isa: folder / f"{isa}.o" for isa in isas}
     common = [*flags, "-I", ROOT / "csrc", "-fopenmp"]
     jobs = [[ROOT / f"csrc/isa_{isa}.cpp", "-c", "-o", objects[isa], *isas[isa], *common] for isa in isas]
-    host_only = [path for path in ROOT.glob("csrc/*.cpp") if not re.match("isa_|bindings", path.name)]
+    host_only = ROOT.glob("csrc/drive/*.cpp")
     sources = [ROOT / "tests/native/parity.cpp", *sorted(host_only)]
     host = [*setup.COMMON_FLAGS, *[f"-DFASTATTN_HAVE_{isa.upper()}" for isa in isas], *common, "-Wall", "-Wextra"]
     with ThreadPoolExecutor(setup.jobs()) as pool:

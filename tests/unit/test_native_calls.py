@@ -1,0 +1,119 @@
+"""The extension's own entries: negated views, fields by name, sizes that overflow, signatures."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastattn
+from fastattn.backends import cpu
+from fastattn.layouts.edges import Edges
+from fastattn.terms import Terms
+
+pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="the CPU kernels are not built")
+VIEWS = {
+    "contiguous": lambda x: torch._neg_view(-x),
+    "imaginary": lambda x: torch.complex(torch.zeros_like(x), -x).conj().imag,
+    "odd strides": lambda x: torch._neg_view(torch.stack([-x] * 3, -1).flatten(-2))[..., ::3],
+    "as_strided": lambda x: (z := torch.complex(x * 0, -x).conj().imag).as_strided(z.shape, z.stride()),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("name", ["q", "k", "v", "bias", "alibi_slopes", "sinks", "softmax_scale"])
+def test_negated_views_keep_their_sign(name, view):
+    tensors = {x: torch.randn(1, 2, 5, 8) for x in "qkv"}
+    tensors |= {"bias": torch.randn(2, 5, 5), "alibi_slopes": torch.rand(2), "sinks": torch.randn(2)}
+    tensors |= {"softmax_scale": torch.rand(2)}
+    dout = torch.randn(1, 2, 5, 8)
+
+    def results(tensors, dout):
+        leaves = {x: t.detach().requires_grad_() for x, t in tensors.items()}
+        out = fastattn.attention(**leaves, backend="cpu")
+        return [out, *torch.autograd.grad(out, list(leaves.values()), dout)]
+
+    expected = results(tensors, dout)
+    negated = VIEWS[view](tensors[name])
+    assert negated.is_neg() and torch.equal(negated, tensors[name])
+    for actual in (results(tensors | {name: negated}, dout), results(tensors, VIEWS[view](dout))):
+        assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
+
+
+def test_a_tensor_that_stays_negated_is_an_error():
+    class Stubborn(torch.Tensor):
+        def is_neg(self):
+            return True
+
+        def resolve_neg(self):
+            return self
+
+    q = torch.ones(1, 1, 2, 4)
+    with pytest.raises(ValueError, match="stays negated"):
+        terms = Terms(softmax_scale=0.5, diagonal_lo=0, diagonal_hi=0)
+        cpu._C.forward(q.as_subclass(Stubborn), q, q, q.clone(), None, None, None, terms, 1)
+
+
+@pytest.mark.parametrize("kind, fields", [("Terms", Terms._fields), ("Edges", Edges._fields)])
+def test_fields_are_bound_by_name(kind, fields):
+    try:
+        for name in fields:
+            with pytest.raises(ValueError, match=f"{kind}: the field {name} is missing"):
+                cpu._C.bind_fields(kind, [x for x in fields if x != name])
+        with pytest.raises(ValueError, match="the field colour is unknown"):
+            cpu._C.bind_fields(kind, [*fields, "colour"])
+        with pytest.raises(ValueError, match="Nothing"):
+            cpu._C.bind_fields("Nothing", fields)
+    finally:
+        cpu._C.bind_fields(kind, fields)
+
+
+HUGE = """
+import torch
+from fastattn.backends import cpu
+from fastattn.layouts.edges import Edges
+from fastattn.terms import Terms
+terms, n = Terms(softmax_scale=0.5, diagonal_lo=0, diagonal_hi=0), {size}
+def x(*shape): return torch.zeros(1).expand(*shape)
+def refused(function, *arguments):
+    try: function(*arguments, 1)
+    except (ValueError, MemoryError): return
+    raise AssertionError(function)
+b, h, sq, d, dv = {shape}
+q, k, v, out, parts = x(b, h, sq, d), x(b, h, 1, d), x(b, h, 1, dv), x(b, h, sq, dv), x(b, h, sq, 2)
+edges = Edges(torch.zeros(2, dtype=torch.long), torch.zeros(0, dtype=torch.long), None, 0.5)
+refused(cpu._C.forward, q, k, v, out, None, None, None, terms)
+refused(cpu._C.csr_forward, q, k, v, out, None, None, None, edges)
+grads = Terms(*[None] * len(Terms._fields))
+refused(cpu._C.backward, q, k, v, out, parts, terms, out, None, q, k, v, grads)
+refused(cpu._C.csr_backward, q, k, v, out, parts, edges, out, None, q, k, v, Edges(None, None, None, None))
+"""
+
+
+@pytest.mark.parametrize("shape", ["1, 1, 1, n, 1", "1, 1, 1, 1, n", "n, 1, 1, 1, 1", "1, n, 1, 1, 1", "1, 1, n, 1, 1"])
+@pytest.mark.parametrize("size", ["2**60", "2**62 // 3", "2**61"])
+def test_sizes_that_overflow_are_refused(size, shape):
+    code = HUGE.format(size=size, shape=shape)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-1000:]
+
+
+def test_signature():
+    def key(b, h, sq, sk, d, *extras, dtype=torch.float32):
+        qkv = (torch.zeros(b, h, n, d, dtype=dtype) for n in (sq, sk, sk))
+        return cpu._C.signature(*qkv, *extras)
+
+    first, lengths = key(2, 4, 5, 7, 8)
+    assert lengths == (2, 5, 7)
+    assert key(3, 4, 6, 9, 8) == (first, (3, 6, 9))
+    for other in (key(2, 3, 5, 7, 8), key(2, 4, 5, 7, 9), key(2, 4, 5, 7, 8, dtype=torch.float64)):
+        assert other[0] != first
+    bias = key(2, 4, 5, 7, 8, torch.zeros(4, 5, 7), None)[0]
+    assert key(2, 4, 6, 9, 8, torch.zeros(4, 6, 9), None)[0] == bias
+    wrong = [torch.zeros(4, 6, 8), torch.zeros(1, 6, 9), torch.zeros(6, 9), torch.zeros(4, 6, 9).half(), None]
+    assert all(key(2, 4, 6, 9, 8, x, None)[0] != bias for x in wrong)
+    assert key(2, 4, 5, 7, 8, torch.zeros(2, 2, device="meta")) is None
+    assert key(2, 4, 5, 7, 8, torch.zeros(1, 1, 1, 1, 1)) is None
+    q, k = torch.zeros(2, 4, 5, 8), torch.zeros(2, 4, 7, 8)
+    assert cpu._C.signature(q, k, k[:, :, :6]) is None and cpu._C.signature(q, k[:1], k[:1]) is None
+    assert cpu._C.signature(q[0], k, k) is None and cpu._C.signature(q, k, 5) is None
