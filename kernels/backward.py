@@ -33,7 +33,7 @@ def backward(problem, q, k, v, terms, saved, dout, dlse, wanted):
     delta, dslopes, dsinks, dscale = row_sums(True), row_sums(want_slopes), row_sums(want_sinks), row_sums(want_scale)
     dbias = _empty_dbias(problem, terms.bias) if want_bias else None
     if out.numel():
-        call = _Call(problem, q, k, v, out, dout, dlse, terms, lse_parts, wanted)
+        call = BackwardPass(problem, q, k, v, out, dout, dlse, terms, lse_parts, wanted)
         exact = row_sums(any(wanted[3:]))  # weights were rounded to 16 bits in out, which these gradients would show
         if exact is not None:
             call.launch_query("totals", None, None, exact, None, None)
@@ -72,16 +72,16 @@ def _empty_dbias(problem, bias) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.float32, device=bias.device)
 
 
-class _Call:
+class BackwardPass:
     """What the launches of one backward pass have in common."""
 
     def __init__(self, problem, q, k, v, out, dout, dlse, terms, lse_parts, wanted):
         self.problem, self.inputs, self.terms, self.lse_parts = problem, (q, k, v, dout), terms, lse_parts
-        self.lists, self.transposed = block_lists.of(terms.block_mask), None
+        self.lists, self.transposed = block_lists.lists_of(terms.block_mask), None
         if self.lists:
-            self.transposed = block_lists.of(terms.block_mask.transpose())
-        self.launches = launch.of((
-            "backward", wanted, dout.stride(), out.stride(), launch.alignment(out, dout), launch.describe(dlse),
+            self.transposed = block_lists.lists_of(terms.block_mask.transpose())
+        self.launches = launch.launches_of((
+            "backward", wanted, dout.stride(), out.stride(), launch.alignment(out, dout), launch.facts_of(dlse),
             self.lists and (self.lists.key, self.transposed.key), *launch.call_key(problem, q, k, v, terms),
         ))  # fmt: skip
         if "block_m" not in self.launches:
@@ -173,6 +173,6 @@ class _Call:
 
             table = "query" if name == "totals" else name
             block_size = self.lists and self.lists.block_size
-            return launch.choose(table, problem, device, tensors, plan_with, block_size)
+            return launch.plan_with_best_tiles(table, problem, device, tensors, plan_with, block_size)
 
         launch.run(self.launches, name, tensors, plan)

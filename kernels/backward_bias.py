@@ -24,7 +24,7 @@ def bias_kernel(
     dbias,         # [batch or 1, num_heads or 1, seqlen_q or 1, seqlen_k or 1]; 1: summed over
     k_start, k_end, mask, bias, alibi_slopes, softmax_scale,  # as in prefill.forward_kernel
     seed: tl.int64,
-    counts, indices, bitmap_ids, full_counts, full_indices, bitmaps,  # of a block mask (`lists.of`), or None
+    counts, indices, bitmap_ids, full_counts, full_indices, bitmaps,  # of a block mask (`lists.lists_of`), or None
     list_strides, num_bitmaps, dbias_strides,
     q_strides, k_strides, v_strides, dout_strides, start_strides, end_strides, mask_strides, bias_strides,
     slope_strides, scale_stride,
@@ -88,8 +88,8 @@ def bias_kernel(
             number = row_number(b, h, m, num_heads, seqlen_q)
             statistics = load_statistics(lse_parts + 2 * number, delta + number, rows_left, BLOCK_M, True)
             terms = terms_of(
-                of_mask, of_bias, alibi_slopes, slope_strides, softmax_scale, scale_stride, softcap, threshold, keep_factor,
-                seed, b, h, LEARNED_SCALE,
+                of_mask, of_bias, alibi_slopes, slope_strides, softmax_scale, scale_stride, softcap, threshold,
+                keep_factor, seed, b, h, LEARNED_SCALE,
             )  # fmt: skip
             acc += gradients_of_scores(
                 s, dp, Place(batch, head // group_size, head), row, col, terms, lengths, bitmap, statistics, bounds,

@@ -66,7 +66,7 @@ def query_kernel(
     dscales,       # likewise
     k_start, k_end, mask, bias, alibi_slopes, softmax_scale,  # as in prefill.forward_kernel
     seed: tl.int64,
-    counts, indices, bitmap_ids, full_counts, full_indices, bitmaps,  # of a block mask (`lists.of`), or None
+    counts, indices, bitmap_ids, full_counts, full_indices, bitmaps,  # of a block mask (`lists.lists_of`), or None
     list_strides, num_bitmaps, dq_strides,
     q_strides, k_strides, v_strides, dout_strides, start_strides, end_strides, mask_strides, bias_strides,
     slope_strides, scale_stride,

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import outputs
 from . import launch, tuning
 from .attend import attend_range, store_rows
 from .bounds import key_range, limits_of, row_bounds
@@ -104,7 +105,7 @@ def decode_kernel(
         if sinks is not None:
             sink = load_sink(sinks, sink_stride, h)
         store_rows(
-            state, sink, rows_of(out, out_strides, b, h, m, WIDE, GATHERED=True), None, lse, None, statistics, inside, left,
+            state, sink, rows_of(out, out_strides, b, h, m, WIDE, True), None, lse, None, statistics, inside, left,
             keep_factor, BLOCK_M, DIMS, DROPOUT,
         )  # fmt: skip
 
@@ -154,10 +155,10 @@ def combine_kernel(
 
 def forward(problem, q, k, v, terms):
     """Forward pass of few queries, without gradients (kernel signature of dispatch.Row)."""
-    out, lse, *_ = launch.empty_results(problem, q, False)
+    out, lse, *_ = outputs.empty_results(problem, q, False)
     if not out.numel():
         return out, lse
-    launches = launch.of(("decode", *launch.call_key(problem, q, k, v, terms)))
+    launches = launch.launches_of(("decode", *launch.call_key(problem, q, k, v, terms)))
     if "splits" not in launches:
         launches["splits"] = split_keys(problem, launch.device_facts(q.get_device()))
     keys_per_split, num_splits = launches["splits"]
@@ -171,7 +172,7 @@ def forward(problem, q, k, v, terms):
         def plan_with(tiles):
             return _plan(problem, q, k, v, out, terms, keys_per_split, num_splits, device, tiles)
 
-        return launch.choose("decode", problem, device, tensors, plan_with)
+        return launch.plan_with_best_tiles("decode", problem, device, tensors, plan_with)
 
     launch.run(launches, "decode", tensors, plan)
     if num_splits > 1:

@@ -107,7 +107,7 @@ NOTHING = (None,) * 6
 """In place of the tensors, where there is no block mask."""
 
 
-def of(block_mask) -> Lists | None:
+def lists_of(block_mask) -> Lists | None:
     """The lists as a kernel takes them, made once for a mask; None of None."""
     if block_mask is None:
         return None

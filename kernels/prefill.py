@@ -7,6 +7,7 @@ what no query sees is not visited.
 import triton
 import triton.language as tl
 
+from .. import outputs
 from . import launch, lists
 from .attend import attend_lists, attend_range, store_rows
 from .bounds import key_range, limits_of, row_bounds
@@ -34,7 +35,7 @@ def forward_kernel(
     alibi_slopes,  # [batch, num_heads] by strides, or None
     softmax_scale,  # a number, or with LEARNED_SCALE [num_heads] by stride
     seed: tl.int64,
-    counts, indices, bitmap_ids, full_counts, full_indices, bitmaps,  # of a block mask (`lists.of`), or None
+    counts, indices, bitmap_ids, full_counts, full_indices, bitmaps,  # of a block mask (`lists.lists_of`), or None
     sinks,         # [num_heads], or None
     k_descriptor,  # tensor descriptor of k in blocks of [1, 1, BLOCK_N, D0], or None
     v_descriptor,  # likewise
@@ -118,9 +119,9 @@ def forward_for_backward(problem, q, k, v, terms):
 
 def _forward(problem, q, k, v, terms, for_backward: bool):
     """(out, lse or None, out in float32, lse_parts), the last two for a backward pass."""
-    out, lse, out_exact, lse_parts = launch.empty_results(problem, q, for_backward)
+    out, lse, out_exact, lse_parts = outputs.empty_results(problem, q, for_backward)
     if out.numel():
-        of_mask = lists.of(terms.block_mask)
+        of_mask = lists.lists_of(terms.block_mask)
         extras = (terms.k_start, terms.k_end, terms.mask, terms.bias, terms.alibi_slopes, terms.softmax_scale)
         of_blocks = of_mask.tensors if of_mask else lists.NOTHING
         tensors = (q, k, v, out, out_exact, lse, lse_parts, *extras, terms.seed or 0, *of_blocks, terms.sinks)
@@ -132,9 +133,9 @@ def _forward(problem, q, k, v, terms, for_backward: bool):
             def plan_with(tiles):
                 return _plan(problem, q, k, v, out, terms, of_mask, device, tiles)
 
-            return launch.choose("prefill", problem, device, tensors, plan_with, of_mask and of_mask.block_size)
+            return launch.plan_with_best_tiles("prefill", problem, device, tensors, plan_with, of_mask and of_mask.block_size)
 
-        launch.run(launch.of(key), "prefill", tensors, plan)
+        launch.run(launch.launches_of(key), "prefill", tensors, plan)
     return out, lse, out if out_exact is None else out_exact, lse_parts
 
 

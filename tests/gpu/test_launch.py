@@ -75,7 +75,7 @@ def only_direct_launches():
         raise AssertionError("a second call prepares again")
 
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name in ((JITFunction, "run"), (JITFunction, "warmup"), (launch, "choose"), (tuning, "_read")):
+        for owner, name in ((JITFunction, "run"), (JITFunction, "warmup"), (launch, "plan_with_best_tiles"), (tuning, "_read")):
             patch.setattr(owner, name, refuse)
         yield
 
@@ -190,10 +190,10 @@ def test_a_cached_launch_is_that_of_this_call(launched, seqlen_q, seqlen_k, back
 
     calls, fresh = variants(seqlen_q, seqlen_k), {}
     for name, variant in calls.items():
-        launch._launches.clear()
+        launch.forget()
         fresh[name] = launches_of(variant)
     assert len(set(map(str, fresh.values()))) == len(calls)  # each of them matters
-    launch._launches.clear()
+    launch.forget()
     for _ in range(2):
         for name, variant in calls.items():
             assert launches_of(variant) == fresh[name], name

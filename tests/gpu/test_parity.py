@@ -129,7 +129,7 @@ def reloading(monkeypatch):
     look_up = config._look_up
 
     def forget():
-        launch._launches.clear(), tuning.tiles.cache_clear()
+        launch.forget(), tuning.tiles.cache_clear()
 
     monkeypatch.setattr(config, "_look_up", lambda *args: look_up(*args)._replace(BLOCK_M=16, BLOCK_N=32, reload=True))
     forget()

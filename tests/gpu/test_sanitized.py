@@ -53,7 +53,7 @@ def session(monkeypatch):
 
 
 def clear_caches():
-    launch._launches.clear(), api._plans.clear(), dispatch.select.cache_clear()
+    launch.forget(), api._plans.clear(), dispatch.select.cache_clear()
 
 
 SMALL = Case(batch=1, num_heads=2, num_heads_k=1, seqlen_q=100, seqlen_k=150, head_dim=64)
