@@ -31,10 +31,11 @@ def attend(
     window = Window(queries.rows, queries.local_rows, cols, queries.left, left, col)
 
     # loads before the product: of two layouts the compiler keeps the later one for the running maximum and sum
-    added = 0.0
+    added = None
     if MASKED:
         seen = seen_in(queries.bounds, terms, bitmap, window, 0, n, TILE, FLAGS, False)
-        seen, added = hide_biased(seen, terms, window, 0, n)
+        if terms.bias.ptr is not None:
+            seen, added = hide_biased(seen, terms, window, 0, n)
 
     if TILE.RELOAD:
         s = product_of_chunks(
@@ -119,7 +120,8 @@ def add_poison(
             seen = visible(col, queries.bounds.first[:, None], queries.bounds.last[:, None], HAS_FIRST)
             window = Window(queries.rows, queries.local_rows, 0, queries.left, 1, col)
             seen = hide_masked(seen, terms, window, 0, n)
-            seen, _ = hide_biased(seen, terms, window, 0, n)
+            if terms.bias.ptr is not None:
+                seen, _ = hide_biased(seen, terms, window, 0, n)
             if bitmap is not None:
                 seen = seen & bit(bitmap, queries.local_rows, col - lo)
             acc0 = tl.where(seen & bad0, acc0 + v0, acc0)

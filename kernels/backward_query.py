@@ -13,7 +13,7 @@ from .lists import masked_tile, open_lists, unmasked_tile
 from .rows import block_of_queries, lengths_of, row_number, rows_of, skip
 from .scores import add_row_sums, flags_of, terms_of
 from .state import Dims, Keys, Place, QuerySums, RowSums, Tile
-from .tile import empty_both, finite_or, load_factor, store_both
+from .tile import empty_both, finite_or, load_factor, store_columns
 
 
 @triton.jit
@@ -155,4 +155,6 @@ def query_kernel(
         tl.store(dscales + number, sums.rows.scale, mask=rows < seqlen_q)
     if dq is not None:
         of_dq = rows_of(dq, dq_strides, b, h, m, WIDE)
-        store_both(of_dq, sums.dq0, sums.dq1, left, BLOCK_M, D0, D1, HEAD_DIM, terms.scale)
+        store_columns(of_dq, sums.dq0 * terms.scale, left, BLOCK_M, 0, D0, HEAD_DIM)
+        if D1 > 0:
+            store_columns(of_dq, sums.dq1 * terms.scale, left, BLOCK_M, D0, D1, HEAD_DIM)

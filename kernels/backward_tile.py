@@ -58,8 +58,8 @@ def gradients_of_scores(
     if MASKED:
         seen = seen_in(bounds, terms, bitmap, window, m, n, TILE, FLAGS, TRANSPOSED)
     s, derivative = multiplied(s, terms, FLAGS)
-    added = 0.0
-    if MASKED:
+    added = None
+    if terms.bias.ptr is not None:
         seen, added = hide_biased(seen, terms, window, m, n)
     s = shifted(s, added, terms, window, lengths, FLAGS)
     if FLAGS.MODIFIED:

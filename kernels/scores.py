@@ -77,12 +77,9 @@ def hide_masked(seen, terms, window, m, n):
 
 @triton.jit
 def hide_biased(seen, terms, window, m, n):
-    """(`seen` without the keys that the bias hides, the bias for `shifted`), as `seen_in`."""
-    added = 0.0
-    if terms.bias.ptr is not None:
-        added = load_scores(tile_of(terms.bias, m, n), window)
-        seen = seen & is_seen(added)
-    return seen, added
+    """(`seen` without the keys that the bias hides, the bias for `shifted`), as `seen_in`; there has to be a bias."""
+    added = load_scores(tile_of(terms.bias, m, n), window)
+    return seen & is_seen(added), added
 
 
 @triton.jit
@@ -99,7 +96,7 @@ def multiplied(s, terms, FLAGS: tl.constexpr):
 @triton.jit
 def shifted(s, added, terms, window, lengths, FLAGS: tl.constexpr):
     """Scores with what is added to them."""
-    if terms.bias.ptr is not None:
+    if added is not None:
         s += bias_log2(added)
     if FLAGS.ALIBI:
         s -= terms.slope * distances(window, lengths)
