@@ -201,6 +201,17 @@ def test_offsets_beyond_32_bits(dim):
         assert torch.equal(far[name], expected), name
 
 
+@pytest.mark.parametrize("seqlen_q", [1, 5])
+def test_a_result_may_be_changed_in_place(seqlen_q):
+    """Also one in [batch, seqlen, num_heads, head_dim] memory: autograd forbids it where a function returns a view."""
+    q, k, v = (torch.randn(2, s, 4, 16, device=DEVICE).half().transpose(1, 2) for s in (seqlen_q, 7, 7))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    out = fastattn.attention(q, k, v, backend="triton")
+    assert seqlen_q == 1 or out.stride(1) < out.stride(2)
+    out.add_(1.0)
+    torch.autograd.grad(out.sum(), (q, k, v))
+
+
 # --- mistakes that must not pass -------------------------------------------------------------------------------------
 
 
