@@ -49,7 +49,11 @@ def backward(problem, q, k, v, terms, saved, dout, dlse, wanted):
     """Gradients (backward signature of dispatch.Row)."""
     if CHECK and terms.block_mask is not None:
         _check(terms.block_mask.transpose())
-    return _kernel("backward").backward(problem, q, k, v, terms, saved, dout, dlse, wanted)
+    names = ("bias", "alibi_slopes", "sinks", "softmax_scale")
+    wants = type(terms)(**dict.fromkeys(terms._fields, False) | dict(zip(names, wanted[3:], strict=True)))
+    wanted = (*wanted[:3], wants)
+    *grads, of_terms = _kernel("backward").backward(problem, q, k, v, terms, saved, dout, dlse, wanted)
+    return *grads, *(getattr(of_terms, name) for name in names)
 
 
 def _check(block_mask) -> None:
