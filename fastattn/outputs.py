@@ -1,4 +1,4 @@
-"""The tensors that a kernel writes its results to: their dtypes and their order in memory, the same for all backends."""
+"""What a kernel writes its results to: dtypes and order in memory, the same for all backends."""
 
 import torch
 

@@ -228,7 +228,8 @@ def call_key(problem, q, k, v, terms) -> tuple:
         extras = facts_of(k_start, k_end, mask, bias, alibi_slopes, sinks)
     return (
         problem, q.get_device(), q.stride(), k.stride(), v.stride(), alignment(q, k, v), extras, terms.softcap,
-        terms.diagonal_lo, terms.diagonal_hi, terms.dropout_p, facts_of(scale) if isinstance(scale, torch.Tensor) else scale <= 0.0, precision(problem),
+        terms.diagonal_lo, terms.diagonal_hi, terms.dropout_p,
+        facts_of(scale) if isinstance(scale, torch.Tensor) else scale <= 0.0, precision(problem),
     )  # fmt: skip
 
 

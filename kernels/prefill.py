@@ -133,7 +133,9 @@ def _forward(problem, q, k, v, terms, for_backward: bool):
             def plan_with(tiles):
                 return _plan(problem, q, k, v, out, terms, of_mask, device, tiles)
 
-            return launch.plan_with_best_tiles("prefill", problem, device, tensors, plan_with, of_mask and of_mask.block_size)
+            return launch.plan_with_best_tiles(
+                "prefill", problem, device, tensors, plan_with, of_mask and of_mask.block_size
+            )
 
         launch.run(launch.launches_of(key), "prefill", tensors, plan)
     return out, lse, out if out_exact is None else out_exact, lse_parts

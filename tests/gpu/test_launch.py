@@ -77,7 +77,12 @@ def only_direct_launches():
         raise AssertionError("a second call prepares again")
 
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name in ((JITFunction, "run"), (JITFunction, "warmup"), (launch, "plan_with_best_tiles"), (tuning, "_read")):
+        for owner, name in (
+            (JITFunction, "run"),
+            (JITFunction, "warmup"),
+            (launch, "plan_with_best_tiles"),
+            (tuning, "_read"),
+        ):
             patch.setattr(owner, name, refuse)
         yield
 
