@@ -38,7 +38,7 @@ def prepare(kind: str, patch: pytest.MonkeyPatch) -> tuple[Callable, Callable, C
     if kind == "dense bias":
         kwargs |= {"bias": torch.empty(8, 512, 512, dtype=torch.bfloat16, device="meta")}
     q, k, v = (torch.empty(1, 8, s, 64, dtype=torch.bfloat16, device="meta") for s in (seqlen_q, 512, 512))
-    entries, launches, results, forward = [], [], launch.empty_results, module.forward
+    entries, launches, results, forward = [], [], outputs.empty_results, module.forward
 
     def note(seen, function):
         def noted(*args):
@@ -60,7 +60,7 @@ def prepare(kind: str, patch: pytest.MonkeyPatch) -> tuple[Callable, Callable, C
         attention()
     (entry,) = entries
     made = results(entry[0], q, False)
-    patch.setattr(launch, "empty_results", lambda *args: made)
+    patch.setattr(outputs, "empty_results", lambda *args: made)
     parts = decode.empty_parts(entry[0], q, 64)
     patch.setattr(decode, "empty_parts", lambda *args: parts)
     prepared = []

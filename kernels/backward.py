@@ -20,21 +20,22 @@ from .backward_query import query_kernel
 
 
 def backward(problem, q, k, v, terms, saved, dout, dlse, wanted):
-    """Gradients of q, k, v, bias, alibi_slopes, sinks, softmax_scale, None where not `wanted` (backward signature of
+    """Gradients of q, k, v, and those of the terms by name: None where not `wanted` (backward signature of
     dispatch.Row). saved: of `prefill.forward_for_backward`."""
     out, lse_parts = saved
-    want_q, want_k, want_v, want_bias, want_slopes, want_sinks, want_scale = wanted
-    dq, dk, dv = (torch.empty_like(x) if want else None for x, want in zip((q, k, v), wanted, strict=False))
+    want_q, want_k, want_v, wants = wanted
+    dq, dk, dv = (torch.empty_like(x) if want else None for x, want in zip((q, k, v), wanted[:3], strict=True))
     rows = (problem.batch, problem.num_heads, problem.seqlen_q)
 
     def row_sums(want) -> torch.Tensor | None:
         return q.new_empty(rows, dtype=torch.float32) if want else None
 
-    delta, dslopes, dsinks, dscale = row_sums(True), row_sums(want_slopes), row_sums(want_sinks), row_sums(want_scale)
-    dbias = _empty_dbias(problem, terms.bias) if want_bias else None
+    delta, dslopes = row_sums(True), row_sums(wants.alibi_slopes)
+    dsinks, dscale = row_sums(wants.sinks), row_sums(wants.softmax_scale)
+    dbias = _empty_dbias(problem, terms.bias) if wants.bias else None
     if out.numel():
-        call = _Call(problem, q, k, v, out, dout, dlse, terms, lse_parts, wanted)
-        exact = row_sums(any(wanted[3:]))  # weights were rounded to 16 bits in out, which these gradients would show
+        call = BackwardPass(problem, q, k, v, out, dout, dlse, terms, lse_parts, wanted)
+        exact = row_sums(any(wants))  # weights were rounded to 16 bits in out, which these gradients would show
         if exact is not None:
             call.launch_query("totals", None, None, exact, None, None)
         num_m = -(-problem.seqlen_q // call.block_m)
@@ -42,22 +43,22 @@ def backward(problem, q, k, v, terms, saved, dout, dlse, wanted):
         call.launch_delta(out, dlse, exact, delta, dsinks, bounds)
         if (want_k or want_v) and problem.seqlen_k:
             call.launch_key_value(delta, bounds, dk, dv)
-        if want_q or want_slopes or want_scale:
+        if want_q or wants.alibi_slopes or wants.softmax_scale:
             call.launch_query("query", delta, dq, None, dslopes, dscale)
-        if want_bias and dbias.numel():
+        if wants.bias and dbias.numel():
             call.launch_bias(delta, dbias)
     else:
         for x in (dq, dk, dv, dslopes, dsinks, dscale, dbias):
             if x is not None:
                 x.zero_()
-    slopes, scale = terms.alibi_slopes, terms.softmax_scale
-    return (
-        dq, dk, dv,
-        None if dbias is None else _sum_to(dbias, terms.bias),
-        None if dslopes is None else _sum_to(dslopes.sum(-1, dtype=torch.float64), slopes),
-        None if dsinks is None else _sum_to(dsinks.sum((0, 2), dtype=torch.float64), terms.sinks),
-        None if dscale is None else _sum_to(dscale.sum((0, 2), dtype=torch.float64), scale),
-    )  # fmt: skip
+    sums = {
+        "bias": dbias,
+        "alibi_slopes": None if dslopes is None else dslopes.sum(-1, dtype=torch.float64),
+        "sinks": None if dsinks is None else dsinks.sum((0, 2), dtype=torch.float64),
+        "softmax_scale": None if dscale is None else dscale.sum((0, 2), dtype=torch.float64),
+    }
+    grads = {name: x if x is None else _sum_to(x, getattr(terms, name)) for name, x in sums.items()}
+    return dq, dk, dv, type(terms)(**dict.fromkeys(terms._fields) | grads)
 
 
 def _sum_to(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -72,16 +73,16 @@ def _empty_dbias(problem, bias) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.float32, device=bias.device)
 
 
-class _Call:
+class BackwardPass:
     """What the launches of one backward pass have in common."""
 
     def __init__(self, problem, q, k, v, out, dout, dlse, terms, lse_parts, wanted):
         self.problem, self.inputs, self.terms, self.lse_parts = problem, (q, k, v, dout), terms, lse_parts
-        self.lists, self.transposed = block_lists.of(terms.block_mask), None
+        self.lists, self.transposed = block_lists.lists_of(terms.block_mask), None
         if self.lists:
-            self.transposed = block_lists.of(terms.block_mask.transpose())
-        self.launches = launch.of((
-            "backward", wanted, dout.stride(), out.stride(), launch.alignment(out, dout), launch.describe(dlse),
+            self.transposed = block_lists.lists_of(terms.block_mask.transpose())
+        self.launches = launch.launches_of((
+            "backward", wanted, dout.stride(), out.stride(), launch.alignment(out, dout), launch.facts_of(dlse),
             self.lists and (self.lists.key, self.transposed.key), *launch.call_key(problem, q, k, v, terms),
         ))  # fmt: skip
         if "block_m" not in self.launches:
@@ -173,6 +174,6 @@ class _Call:
 
             table = "query" if name == "totals" else name
             block_size = self.lists and self.lists.block_size
-            return launch.choose(table, problem, device, tensors, plan_with, block_size)
+            return launch.plan_with_best_tiles(table, problem, device, tensors, plan_with, block_size)
 
         launch.run(self.launches, name, tensors, plan)

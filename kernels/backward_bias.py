@@ -5,8 +5,12 @@ import triton.language as tl
 
 from . import launch
 from .backward_tile import gradients_of_scores, load_statistics, product
+from .bounds import limits_of, row_bounds
 from .lists import find_tile, open_lists
-from .tile import limits_of, load_both, load_scale, load_slope, row_bounds, scores_of, widen
+from .rows import lengths_of, row_number, rows_of
+from .scores import flags_of, terms_of
+from .state import Place, Tile
+from .tile import load_factor
 
 
 @triton.jit(do_not_specialize=[*launch.SIZES, "num_bitmaps", "batches", "heads"])
@@ -20,7 +24,7 @@ def bias_kernel(
     dbias,         # [batch or 1, num_heads or 1, seqlen_q or 1, seqlen_k or 1]; 1: summed over
     k_start, k_end, mask, bias, alibi_slopes, softmax_scale,  # as in prefill.forward_kernel
     seed: tl.int64,
-    counts, indices, bitmap_ids, full_counts, full_indices, bitmaps,  # of a block mask (`lists.of`), or None
+    counts, indices, bitmap_ids, full_counts, full_indices, bitmaps,  # of a block mask (`lists.lists_of`), or None
     list_strides, num_bitmaps, dbias_strides,
     q_strides, k_strides, v_strides, dout_strides, start_strides, end_strides, mask_strides, bias_strides,
     slope_strides, scale_stride,
@@ -34,9 +38,11 @@ def bias_kernel(
     WIDE: tl.constexpr, RELOAD: tl.constexpr, ROWS_SUMMED: tl.constexpr, COLS_SUMMED: tl.constexpr,
 ):  # fmt: skip
     """dS summed over what the bias is broadcast over: `batches` batches, `heads` heads, rows, columns."""
-    # 1. which block of the bias, and the range of what is summed over
-    HAS_FIRST: tl.constexpr = HAS_LO or k_start is not None
-    FLAGS: tl.constexpr = (HAS_FIRST, SOFTCAP, alibi_slopes is not None, DROPOUT, LEARNED_SCALE, EXACT, PRECISION)
+    # 1. what is known when this is compiled; which block of the bias, and the range of what is summed over
+    TILE: tl.constexpr = Tile(BLOCK_M, BLOCK_N, RELOAD, PRECISION)
+    FLAGS: tl.constexpr = flags_of(
+        k_start, k_end, mask, bias, alibi_slopes, counts, HAS_LO, HAS_HI, SOFTCAP, DROPOUT, LEARNED_SCALE, EXACT
+    )
     num_m, num_n = tl.cdiv(seqlen_q, BLOCK_M), tl.cdiv(seqlen_k, BLOCK_N)
     m_blocks, n_blocks = 1, 1  # of the bias
     if not ROWS_SUMMED:
@@ -56,47 +62,39 @@ def bias_kernel(
         head, batch = head_first + index % heads, batch_first + index // heads
         b, h, hk = tl.cast(batch, tl.int64), tl.cast(head, tl.int64), tl.cast(head // group_size, tl.int64)
         m, n = tl.cast(row, tl.int64), tl.cast(col, tl.int64)
-        rows_left, keys_left = seqlen_q - row, seqlen_k - col
+        lengths = lengths_of(batch, seqlen_q, seqlen_k)
+        rows_left, keys_left = lengths.queries - row, lengths.keys - col
         limits = limits_of(k_start, start_strides, k_end, end_strides, diagonal_lo, diagonal_hi, b, h)
-        bounds = row_bounds(row + tl.arange(0, BLOCK_M), limits, seqlen_q, seqlen_k, HAS_LO, HAS_HI)
-        is_visited, bitmap = (tl.min(bounds[0]) < col + BLOCK_N) & (tl.max(bounds[1]) > col), None
+        bounds = row_bounds(row + tl.arange(0, BLOCK_M), limits, lengths, HAS_LO, HAS_HI)
+        is_visited, bitmap = (tl.min(bounds.first) < col + BLOCK_N) & (tl.max(bounds.last) > col), None
         if counts is not None:
             visits = open_lists(
                 (counts, indices, bitmap_ids, full_counts, full_indices, bitmaps), list_strides, num_bitmaps, b, h, row,
-                seqlen_k, BLOCK_Q, BLOCK_K, True,
+                lengths.keys, BLOCK_Q, BLOCK_K, True,
             )  # fmt: skip
             is_listed, bitmap = find_tile(col, visits, BLOCK_Q, BLOCK_K, 128)
             is_visited = is_visited & is_listed
         if is_visited:
-            scores = scores_of(mask, mask_strides, bias, bias_strides, b, h, 0, WIDE)
-            q_head = q + b * q_strides[0] + h * q_strides[1] + m * q_strides[2]
-            k_head = k + b * k_strides[0] + hk * k_strides[1] + n * k_strides[2]
-            v_head = v + b * v_strides[0] + hk * v_strides[1] + n * v_strides[2]
-            dout_head = dout + b * dout_strides[0] + h * dout_strides[1] + m * dout_strides[2]
-            of_q = (q_head, widen(q_strides, WIDE), rows_left)
-            if not RELOAD:
-                of_q = load_both(q_head, widen(q_strides, WIDE), rows_left, BLOCK_M, D0, D1, HEAD_DIM)
-            s, _, _ = product(
-                of_q, k_head, widen(k_strides, WIDE), keys_left, BLOCK_M, BLOCK_N, D0, D1, HEAD_DIM, True, PRECISION,
-                RELOAD,
+            of_mask = rows_of(mask, mask_strides, b, h, 0, WIDE)
+            of_bias = rows_of(bias, bias_strides, b, h, 0, WIDE)
+            of_q = rows_of(q, q_strides, b, h, m, WIDE, LOOP=True)
+            of_k = rows_of(k, k_strides, b, hk, n, WIDE, LOOP=True)
+            of_v = rows_of(v, v_strides, b, hk, n, WIDE, LOOP=True)
+            of_dout = rows_of(dout, dout_strides, b, h, m, WIDE, LOOP=True)
+            of_q = load_factor(of_q, rows_left, BLOCK_M, D0, D1, HEAD_DIM, RELOAD)
+            s, _, _ = product(of_q, of_k, keys_left, BLOCK_M, BLOCK_N, D0, D1, HEAD_DIM, True, TILE)
+            of_dout = load_factor(of_dout, rows_left, BLOCK_M, E0, E1, HEAD_DIM_V, RELOAD)
+            dp, _, _ = product(of_dout, of_v, keys_left, BLOCK_M, BLOCK_N, E0, E1, HEAD_DIM_V, True, TILE)
+            number = row_number(b, h, m, num_heads, seqlen_q)
+            statistics = load_statistics(lse_parts + 2 * number, delta + number, rows_left, BLOCK_M, True)
+            terms = terms_of(
+                of_mask, of_bias, alibi_slopes, slope_strides, softmax_scale, scale_stride, softcap, threshold,
+                keep_factor, seed, b, h, LEARNED_SCALE,
             )  # fmt: skip
-            of_dout = (dout_head, widen(dout_strides, WIDE), rows_left)
-            if not RELOAD:
-                of_dout = load_both(dout_head, widen(dout_strides, WIDE), rows_left, BLOCK_M, E0, E1, HEAD_DIM_V)
-            dp, _, _ = product(
-                of_dout, v_head, widen(v_strides, WIDE), keys_left, BLOCK_M, BLOCK_N, E0, E1, HEAD_DIM_V, True,
-                PRECISION, RELOAD,
-            )  # fmt: skip
-            of_row = (b * num_heads + h) * seqlen_q + m
-            statistics = load_statistics(lse_parts + 2 * of_row, delta + of_row, rows_left, BLOCK_M, True)
-            scale = load_scale(softmax_scale, scale_stride, h, LEARNED_SCALE)
-            slope = load_slope(alibi_slopes, slope_strides, b, h)
-            _, ds, _ = gradients_of_scores(
-                s, dp, scores, bitmap, (batch, head, row, col), statistics, bounds,
-                (seqlen_q, seqlen_k, scale, softcap, slope, threshold, keep_factor, seed), BLOCK_M, BLOCK_N, FLAGS,
-                True, False,
-            )  # fmt: skip
-            acc += ds
+            acc += gradients_of_scores(
+                s, dp, Place(batch, head // group_size, head), row, col, terms, lengths, bitmap, statistics, bounds,
+                TILE, FLAGS, True, False,
+            ).scores  # fmt: skip
 
     # 3. epilogue
     row, col = m_first * BLOCK_M, n_first * BLOCK_N

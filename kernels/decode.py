@@ -9,9 +9,15 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import outputs
 from . import launch, tuning
 from .attend import attend_range, store_rows
-from .tile import LOG2E, key_range, limits_of, load_both, load_scale, load_slope, natural_lse, normalizer, row_bounds
+from .bounds import key_range, limits_of, row_bounds
+from .rows import lengths_of, row_number, rows_of
+from .scores import flags_of, terms_of
+from .softmax import load_sink, natural_lse, normalizer
+from .state import Dims, KeyRange, Keys, Place, Queries, Tile
+from .tile import load_factor
 
 
 @triton.jit(do_not_specialize=[*launch.SIZES, "keys_per_split", "num_splits", "batch_size"])
@@ -36,80 +42,71 @@ def decode_kernel(
     ANY_SIGN: tl.constexpr, LEARNED_SCALE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     SPLIT: tl.constexpr, RELOAD: tl.constexpr,
 ):  # fmt: skip
-    # 1. bounds
-    HAS_FIRST: tl.constexpr = HAS_LO or k_start is not None
-    BOUNDED: tl.constexpr = HAS_FIRST or HAS_HI or k_end is not None
-    EVERYWHERE: tl.constexpr = mask is not None or bias is not None
-    TILE: tl.constexpr = (BLOCK_M, BLOCK_N, RELOAD)
-    DIMS: tl.constexpr = (HEAD_DIM, D0, D1, HEAD_DIM_V, E0, E1)
-    FLAGS: tl.constexpr = (HAS_FIRST, SOFTCAP, alibi_slopes is not None, DROPOUT, ANY_SIGN, PRECISION)
+    # 1. what is known when this is compiled; which queries, and the keys that they see
+    TILE: tl.constexpr = Tile(BLOCK_M, BLOCK_N, RELOAD, PRECISION)
+    DIMS: tl.constexpr = Dims(HEAD_DIM, D0, D1, HEAD_DIM_V, E0, E1)
+    FLAGS: tl.constexpr = flags_of(
+        k_start, k_end, mask, bias, alibi_slopes, None, HAS_LO, HAS_HI, SOFTCAP, DROPOUT, ANY_SIGN, False
+    )
     num_rows, num_heads_k = group_size * seqlen_q, num_heads // group_size
     num_m = tl.cdiv(num_rows, BLOCK_M)
     split, pid = tl.program_id(0) % num_splits, tl.program_id(0) // num_splits
     row, pid = pid % num_m * BLOCK_M, pid // num_m
     head_k, batch = pid % num_heads_k, pid // num_heads_k
+    lengths = lengths_of(batch, seqlen_q, seqlen_k)
     b, hk = batch.to(tl.int64), head_k.to(tl.int64)
-    local_rows, rows_left = tl.arange(0, BLOCK_M), num_rows - row
+    local_rows, left = tl.arange(0, BLOCK_M), num_rows - row
     packed = tl.minimum(row + local_rows, num_rows - 1)
     heads, rows = head_k * group_size + packed // seqlen_q, packed % seqlen_q
     h, m = heads.to(tl.int64), rows.to(tl.int64)
     limits = limits_of(k_start, start_strides, k_end, end_strides, diagonal_lo, diagonal_hi, b, h)
-    bounds = row_bounds(rows, limits, seqlen_q, seqlen_k, HAS_LO, HAS_HI)
-    lo, hi, common_lo, common_hi = key_range(bounds, seqlen_k, BLOCK_N, HAS_FIRST, BOUNDED, EVERYWHERE)
-    lo, hi = tl.maximum(lo, split * keys_per_split), tl.minimum(hi, (split + 1) * keys_per_split)
+    bounds = row_bounds(rows, limits, lengths, HAS_LO, HAS_HI)
+    all_keys = key_range(bounds, lengths.keys, BLOCK_N, FLAGS)
+    lo, hi = tl.maximum(all_keys.lo, split * keys_per_split), tl.minimum(all_keys.hi, (split + 1) * keys_per_split)
     hi = tl.maximum(lo, hi)
-    common_lo, common_hi = tl.maximum(tl.minimum(common_lo, hi), lo), tl.maximum(tl.minimum(common_hi, hi), lo)
+    common_lo = tl.maximum(tl.minimum(all_keys.common_lo, hi), lo)
+    common_hi = tl.maximum(tl.minimum(all_keys.common_hi, hi), lo)
 
-    # 2. q, and where the rest is: pointers of [BLOCK_M, 1], since heads change within a tile
-    q += (b * q_strides[0] + h * q_strides[1] + m * q_strides[2])[:, None]
-    k += b * k_strides[0] + hk * k_strides[1]
-    v += b * v_strides[0] + hk * v_strides[1]
-    wide = tl.full([], 0, tl.int64) if WIDE else 0
-    k_tile, v_tile = (k_strides[2] + wide, k_strides[3] + wide), (v_strides[2] + wide, v_strides[3] + wide)
-    keys = (k, k_tile, None, v, v_tile, None)
-    place = (batch, head_k, heads[:, None], rows[:, None], local_rows[:, None], rows_left)
-    if mask is not None:
-        mask += (b * mask_strides[0] + h * mask_strides[1] + m * mask_strides[2])[:, None]
-    if bias is not None:
-        bias += (b * bias_strides[0] + h * bias_strides[1] + m * bias_strides[2])[:, None]
-    scores = (mask, (0, mask_strides[3] + wide), bias, (0, bias_strides[3] + wide))
-    of_q = (q, (0, q_strides[3] + wide), rows_left)
-    if not RELOAD:
-        of_q = load_both(q, (0, q_strides[3] + wide), rows_left, BLOCK_M, D0, D1, HEAD_DIM)
-    scale = load_scale(softmax_scale, scale_stride, h[:, None], LEARNED_SCALE)
-    slope = load_slope(alibi_slopes, slope_strides, b, h[:, None])
-    numbers = (seqlen_q, seqlen_k, scale, softcap, slope, threshold, seed)
+    # 2. q, and where the rest is: heads change within a tile
+    of_q = rows_of(q, q_strides, b, h, m, WIDE, True)
+    keys = Keys(rows_of(k, k_strides, b, hk, 0, WIDE), None, rows_of(v, v_strides, b, hk, 0, WIDE), None)
+    place, positions, places = Place(batch, head_k, heads[:, None]), rows[:, None], local_rows[:, None]
+    of_mask = rows_of(mask, mask_strides, b, h, m, WIDE, True)
+    of_bias = rows_of(bias, bias_strides, b, h, m, WIDE, True)
+    factor = load_factor(of_q, left, BLOCK_M, D0, D1, HEAD_DIM, RELOAD)
+    terms = terms_of(
+        of_mask, of_bias, alibi_slopes, slope_strides, softmax_scale, scale_stride, softcap, threshold, keep_factor,
+        seed, b, h[:, None], LEARNED_SCALE,
+    )  # fmt: skip
+    queries = Queries(factor, place, positions, places, left, bounds)
 
     # 3. loops
-    visited = (lo, hi, common_lo, common_hi)
-    state = attend_range(
-        of_q, keys, place, bounds, scores, numbers, visited, TILE, DIMS, FLAGS, EVERYWHERE, EVERYWHERE or BOUNDED
-    )
+    visited = KeyRange(lo, hi, common_lo, common_hi)
+    state = attend_range(queries, keys, terms, lengths, visited, TILE, DIMS, FLAGS)
 
     # 4. epilogue
     inside = row + local_rows < num_rows
-    statistics = (b * num_heads + h) * seqlen_q + m
+    statistics = row_number(b, h, m, num_heads, seqlen_q)
     if SPLIT:
         rows_of_split = tl.cast(batch_size, tl.int64) * num_heads * seqlen_q
         maximum = out + rows_of_split * num_splits * HEAD_DIM_V
         total = maximum + rows_of_split * num_splits
         statistics += split * rows_of_split
-        tl.store(maximum + statistics, state[3], mask=inside)
-        tl.store(total + statistics, state[2], mask=inside)
+        tl.store(maximum + statistics, state.maximum, mask=inside)
+        tl.store(total + statistics, state.total, mask=inside)
         out += statistics[:, None] * HEAD_DIM_V
         cols = tl.arange(0, E0)[None, :]
-        tl.store(out + cols, state[0], mask=inside[:, None] & (cols < HEAD_DIM_V))
+        tl.store(out + cols, state.acc0, mask=inside[:, None] & (cols < HEAD_DIM_V))
         if E1 > 0:
             cols = E0 + tl.arange(0, E1)[None, :]
-            tl.store(out + cols, state[1], mask=inside[:, None] & (cols < HEAD_DIM_V))
+            tl.store(out + cols, state.acc1, mask=inside[:, None] & (cols < HEAD_DIM_V))
     else:
         sink = tl.full([BLOCK_M], float("-inf"), tl.float32)
         if sinks is not None:
-            sink = tl.load(sinks + h * sink_stride).to(tl.float32) * LOG2E
-        out += (b * out_strides[0] + h * out_strides[1] + m * out_strides[2])[:, None]
+            sink = load_sink(sinks, sink_stride, h)
         store_rows(
-            state, sink, out, (0, out_strides[3] + wide), None, lse, None, statistics, inside, rows_left, keep_factor,
-            BLOCK_M, DIMS, DROPOUT,
+            state, sink, rows_of(out, out_strides, b, h, m, WIDE, True), None, lse, None, statistics, inside, left,
+            keep_factor, BLOCK_M, DIMS, DROPOUT,
         )  # fmt: skip
 
 
@@ -148,7 +145,7 @@ def combine_kernel(
         m_i = m_new
     sink = float("-inf")
     if sinks is not None:
-        sink = tl.load(sinks + h * sink_stride).to(tl.float32) * LOG2E
+        sink = load_sink(sinks, sink_stride, h)
     factor, top, log2_total = normalizer(m_i, l_i, sink)
     if lse is not None:
         tl.store(lse + r + tl.arange(0, 1), natural_lse(top, log2_total))
@@ -158,10 +155,10 @@ def combine_kernel(
 
 def forward(problem, q, k, v, terms):
     """Forward pass of few queries, without gradients (kernel signature of dispatch.Row)."""
-    out, lse, *_ = launch.empty_results(problem, q, False)
+    out, lse, *_ = outputs.empty_results(problem, q, False)
     if not out.numel():
         return out, lse
-    launches = launch.of(("decode", *launch.call_key(problem, q, k, v, terms)))
+    launches = launch.launches_of(("decode", *launch.call_key(problem, q, k, v, terms)))
     if "splits" not in launches:
         launches["splits"] = split_keys(problem, launch.device_facts(q.get_device()))
     keys_per_split, num_splits = launches["splits"]
@@ -175,7 +172,7 @@ def forward(problem, q, k, v, terms):
         def plan_with(tiles):
             return _plan(problem, q, k, v, out, terms, keys_per_split, num_splits, device, tiles)
 
-        return launch.choose("decode", problem, device, tensors, plan_with)
+        return launch.plan_with_best_tiles("decode", problem, device, tensors, plan_with)
 
     launch.run(launches, "decode", tensors, plan)
     if num_splits > 1:

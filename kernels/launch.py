@@ -1,5 +1,7 @@
-"""From a call to a compiled kernel, with as little Python as possible: compiled once per signature, launched directly.
+"""From a call to a compiled kernel, with as little Python as possible.
 
+What decides about machine code is compiled once (`_loaded`): kernel, dtypes, alignment, constexprs, kinds of strides,
+and no length. Grid and arguments of the latest calls are remembered (`_launches`), and computed for any other.
 The same for a GPU, for Triton's interpreter (CPU tensors, TRITON_INTERPRET=1) and for compiling alone (meta tensors).
 """
 
@@ -8,29 +10,24 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-import triton
-from triton import knobs
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import config, tuning
 from .config import SMEM, Device
+from .triton_internals import (
+    Loaded,
+    compile_and_load,
+    interpreted,
+    is_profiled,
+    kind_of_integer,
+    same_descriptors,
+    specialized,
+)
 
 SIZES = ["seed", "threshold", "diagonal_lo", "diagonal_hi", "num_heads", "group_size", "seqlen_q", "seqlen_k"]
 """Arguments whose values never decide about the machine code."""
 
 DIAGONAL_LIMIT = 1 << 30  # of diagonal offsets and of sequence lengths: positions are 32-bit
-
-
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter."""
-    return not isinstance(_probe, JITFunction)
-
-
-@triton.jit
-def _probe():
-    pass
 
 
 @cache
@@ -49,7 +46,8 @@ def device_facts(index: int) -> Device:
 
 current_device = torch.cuda.current_device
 _launches: dict[tuple, dict] = {}
-_MAX_LAUNCHES = 4096
+_MAX_LAUNCHES = 1024
+_loaded: dict[tuple, Loaded] = {}
 
 
 class Plan(NamedTuple):
@@ -64,8 +62,8 @@ class Plan(NamedTuple):
     describe: Callable | None = None
 
 
-def of(key: tuple) -> dict:
-    """The kernels of a call by name, for `run`, and what else it remembers.
+def launches_of(key: tuple) -> dict:
+    """The launches of a call by name, for `run`, and what else it remembers.
 
     `key` has to determine their plans, and dtypes, strides and alignment of the tensors that they get.
     """
@@ -77,6 +75,11 @@ def of(key: tuple) -> dict:
     return launches
 
 
+def forget() -> None:
+    """For tests: as in a new process."""
+    _launches.clear(), _loaded.clear()
+
+
 def run(launches: dict, name: str, tensors: tuple, make_plan: Callable[[], Plan]) -> None:
     """Launch a kernel as make_plan() says."""
     launch = launches.get(name)
@@ -85,7 +88,7 @@ def run(launches: dict, name: str, tensors: tuple, make_plan: Callable[[], Plan]
     launch(tensors)
 
 
-def choose(
+def plan_with_best_tiles(
     kernel: str, problem, device: Device, tensors: tuple, plan_with: Callable[[config.Config], Plan], block_size=None
 ) -> Plan:
     """plan_with(tiles) for the tiles of the table, or measured ones, or ones that are measured now.
@@ -107,13 +110,12 @@ def choose(
 
 def _prepare(tensors, plan: Plan) -> Callable:
     kernel, programs, arguments, constexprs, options, describe = plan
-    described = describe(*tensors[1:3]) if describe else ()
     device = tensors[0].get_device()
     if interpreted():
+        described = describe(*tensors[1:3]) if describe else ()
         return lambda tensors: kernel[(programs,)](*tensors, *described, *arguments, **constexprs)
-    compiled = kernel.warmup(*tensors, *described, *arguments, grid=(programs,), **constexprs, **options)
-    start_with_hooks, start, hooks = compiled[programs, 1, 1], compiled.run, knobs.runtime  # loads it
-    function, metadata, get_stream = compiled.function, compiled.packed_metadata, driver.active.get_current_stream
+    loaded = _load(tensors, plan, device)
+    start, function, metadata, get_stream, start_with_hooks = loaded
     tail = (*arguments, *[constexprs[name] for name in kernel.arg_names if name in constexprs])
 
     def launch(tensors):
@@ -121,13 +123,44 @@ def _prepare(tensors, plan: Plan) -> Callable:
             with torch.cuda.device(device):
                 return launch(tensors)
         if describe is not None:
-            tensors += describe(*tensors[1:3])
-        if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:  # somebody profiles
-            start_with_hooks(*tensors, *tail, stream=get_stream(device))
+            tensors = (*tensors, *describe(*tensors[1:3]))
+        if is_profiled():
+            start_with_hooks(programs)(*tensors, *tail, stream=get_stream(device))
         else:
             start(programs, 1, 1, get_stream(device), function, metadata, None, None, None, *tensors, *tail)
 
     return launch
+
+
+_are_specialized = cache(specialized)
+
+
+def _load(tensors, plan: Plan, device: int) -> Loaded:
+    """The kernel that was compiled for such a launch, compiled now if there is none."""
+    described = plan.describe(*tensors[1:3]) if plan.describe else ()
+    arguments = (*tensors, *described, *plan.arguments)
+    kinds = tuple(map(_kind_of, arguments, _are_specialized(plan.kernel)))
+    key = (plan.kernel, device, kinds, tuple(plan.constexprs.items()), tuple(plan.options.items()))
+    loaded = _loaded.get(key)
+    if loaded is None:
+        loaded = _loaded[key] = compile_and_load(plan.kernel, arguments, plan.constexprs, plan.options)
+    return loaded
+
+
+def _kind_of(argument, is_specialized: bool):
+    """What Triton's code depends on of an argument."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, tuple):
+        try:
+            return tuple(map(kind_of_integer, argument))
+        except TypeError:  # tuples in it
+            return tuple([_kind_of(x, is_specialized) for x in argument])
+    if isinstance(argument, int):
+        return kind_of_integer(argument) if is_specialized else int
+    if isinstance(argument, TensorDescriptor):
+        return argument.base.dtype, tuple(argument.block_shape)
+    return type(argument)
 
 
 def descriptors(device: Device, k, v, rows: int, constexprs: dict) -> Callable:
@@ -136,15 +169,7 @@ def descriptors(device: Device, k, v, rows: int, constexprs: dict) -> Callable:
     has_tma = device.arch.startswith("sm_") and int(device.arch[3:]) >= 90
     if not has_tma or constexprs["D1"] or constexprs["E1"] or not all(map(_allows_descriptor, (k, v))):
         return lambda k, v: (None, None)
-    kd, vd = vars(_descriptor(k, rows, constexprs["D0"])), vars(_descriptor(v, rows, constexprs["E0"]))
-    new = object.__new__
-
-    def describe(k, v):
-        of_k, of_v = new(TensorDescriptor), new(TensorDescriptor)  # not by its class: checked once, by the first call
-        of_k.__dict__, of_v.__dict__ = kd | {"base": k}, vd | {"base": v}
-        return of_k, of_v
-
-    return describe
+    return same_descriptors(_descriptor(k, rows, constexprs["D0"]), _descriptor(v, rows, constexprs["E0"]))
 
 
 def _allows_descriptor(x: torch.Tensor) -> bool:
@@ -185,7 +210,7 @@ def precision(problem) -> str:
     return "ieee" if exact else "tf32"
 
 
-def describe(*extras: torch.Tensor | None) -> tuple:
+def facts_of(*extras: torch.Tensor | None) -> tuple:
     """What a launch depends on of the optional tensors."""
     return tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0) for x in extras])
 
@@ -197,38 +222,15 @@ def is_of_any_sign(softmax_scale: float | torch.Tensor) -> bool:
 
 def call_key(problem, q, k, v, terms) -> tuple:
     """What decides about the launch of a forward kernel."""
-    scale, softcap, lo, hi, k_start, k_end, mask, _, bias, alibi_slopes, sinks, dropout_p, *_ = terms
-    extras = None
+    k_start, k_end, mask, bias = terms.k_start, terms.k_end, terms.mask, terms.bias
+    alibi_slopes, sinks, scale, extras = terms.alibi_slopes, terms.sinks, terms.softmax_scale, None
     if not (k_start is k_end is mask is bias is alibi_slopes is sinks is None):
-        extras = describe(k_start, k_end, mask, bias, alibi_slopes, sinks)
+        extras = facts_of(k_start, k_end, mask, bias, alibi_slopes, sinks)
     return (
-        problem, q.get_device(), q.stride(), k.stride(), v.stride(), alignment(q, k, v), extras, softcap, lo, hi,
-        dropout_p, describe(scale) if isinstance(scale, torch.Tensor) else scale <= 0.0, precision(problem),
+        problem, q.get_device(), q.stride(), k.stride(), v.stride(), alignment(q, k, v), extras, terms.softcap,
+        terms.diagonal_lo, terms.diagonal_hi, terms.dropout_p,
+        facts_of(scale) if isinstance(scale, torch.Tensor) else scale <= 0.0, precision(problem),
     )  # fmt: skip
-
-
-def empty_results(problem, q: torch.Tensor, for_backward: bool) -> tuple[torch.Tensor, ...]:
-    """(out, lse, out_exact, lse_parts) to write to; None where not needed.
-
-    for_backward: out_exact too, where out has 16 bits, because delta would be off by what rounding takes from out.
-    """
-    shape = (problem.batch, problem.num_heads, problem.seqlen_q)
-    lse = q.new_empty(shape, dtype=torch.float32) if problem.lse else None
-    if not for_backward:
-        return empty_out(problem, q), lse, None, None
-    rounds, lse_parts = problem.dtype != "float32", q.new_empty((*shape, 2), dtype=torch.float32)
-    out_exact = q.new_empty((*shape, problem.head_dim_v), dtype=torch.float32) if rounds else None
-    return empty_out(problem, q), lse, out_exact, lse_parts
-
-
-def empty_out(problem, q: torch.Tensor) -> torch.Tensor:
-    """[batch, num_heads, seqlen_q, head_dim_v] in q's memory order."""
-    if problem.head_dim == problem.head_dim_v and q.is_contiguous():
-        return torch.empty_like(q)
-    b, h, s, d = problem.batch, problem.num_heads, problem.seqlen_q, problem.head_dim_v
-    if q.stride(1) < q.stride(2) and s > 1:  # [batch, seqlen, num_heads, head_dim] memory
-        return q.new_empty((b, s, h, d)).transpose(1, 2)
-    return q.new_empty((b, h, s, d))
 
 
 def clamp_diagonal(terms) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from . import launch
+from .state import Bitmap, Listed, Visits
 
 
 @triton.jit
@@ -19,8 +20,7 @@ def open_lists(
     lists, strides, num_bitmaps, batch, head, start, length, ACROSS: tl.constexpr, ALONG: tl.constexpr,
     EVERYWHERE: tl.constexpr,
 ):  # fmt: skip
-    """The visits of the tile that begins at `start`: (lists of its line, how many full blocks need no mask, how many
-    other blocks it visits, (whole blocks, blocks) that there are, bitmaps of its first row, how many bitmaps).
+    """The visits of the tile that begins at `start`.
 
     The last block needs a mask if it reaches past `length`, and with EVERYWHERE each does.
     """
@@ -39,57 +39,56 @@ def open_lists(
         last = tl.load(full_indices + full_count - 1, mask=full_count > 0, other=-1)
         unmasked = tl.where(whole == 0, 0, full_count - tl.where(last >= whole, 1, 0))
     bitmaps += start % ACROSS * (ALONG // 8)
-    opened = (count, indices, bitmap_ids, full_count, full_indices)
-    return opened, unmasked, count + full_count - unmasked, (whole, tl.cdiv(length, ALONG)), bitmaps, num_bitmaps
+    listed = Listed(count, indices, bitmap_ids, full_count, full_indices)
+    masked = count + full_count - unmasked
+    return Visits(listed, unmasked, masked, whole, tl.cdiv(length, ALONG), bitmaps, num_bitmaps)
 
 
 @triton.jit
 def unmasked_tile(step, visits, ALONG: tl.constexpr, BLOCK: tl.constexpr):
     """First position of a tile of BLOCK in the loop without masks, in which a block takes ALONG / BLOCK steps."""
     STEPS: tl.constexpr = ALONG // BLOCK
-    block = tl.load(visits[0][4] + step // STEPS)
-    return tl.minimum(tl.maximum(block, 0), visits[3][0] - 1) * ALONG + step % STEPS * BLOCK
+    block = tl.load(visits.listed.full_indices + step // STEPS)
+    return tl.minimum(tl.maximum(block, 0), visits.whole - 1) * ALONG + step % STEPS * BLOCK
 
 
 @triton.jit
 def masked_tile(step, visits, ACROSS: tl.constexpr, ALONG: tl.constexpr, BLOCK: tl.constexpr):
-    """(first position, bitmap for `tile.bits`) of a tile in the loop with masks: partial blocks, then the full ones
-    that the other loop left, whose bitmap is not read."""
-    opened, unmasked, _, num_blocks, _, _ = visits
-    count, indices, bitmap_ids, _, full_indices = opened
+    """(first position, bitmap) of a tile in the loop with masks: partial blocks, then the full ones that the other
+    loop left, whose bitmap is not read."""
+    listed = visits.listed
     STEPS: tl.constexpr = ALONG // BLOCK
     index, offset = step // STEPS, step % STEPS * BLOCK
-    is_full = index >= count
-    partial = tl.load(indices + index, mask=index < count, other=0)
-    full = tl.load(full_indices + unmasked + index - count, mask=is_full, other=0)
-    block = tl.minimum(tl.maximum(tl.where(is_full, full, partial), 0), num_blocks[1] - 1)
-    number = tl.load(bitmap_ids + index, mask=index < count, other=0)
+    is_full = index >= listed.count
+    partial = tl.load(listed.indices + index, mask=index < listed.count, other=0)
+    full = tl.load(listed.full_indices + visits.unmasked + index - listed.count, mask=is_full, other=0)
+    block = tl.minimum(tl.maximum(tl.where(is_full, full, partial), 0), visits.blocks - 1)
+    number = tl.load(listed.bitmap_ids + index, mask=index < listed.count, other=0)
     return block * ALONG + offset, bitmap_of(number, is_full, offset, visits, ACROSS, ALONG)
 
 
 @triton.jit
 def bitmap_of(number, is_full, offset, visits, ACROSS: tl.constexpr, ALONG: tl.constexpr):
-    """For `tile.bits`: bitmap `number` from the tile's row and `offset` on; of a full block, nothing is read."""
-    bitmaps, num_bitmaps = visits[4], visits[5]
-    number = tl.minimum(tl.maximum(number, 0), num_bitmaps - 1).to(tl.int64)
-    start = bitmaps + number * (ACROSS * ALONG // 8) + offset // 8
-    return start, ALONG // 8, tl.where(is_full | (num_bitmaps == 0), 0, ALONG)
+    """Bitmap `number` from the tile's row and `offset` on; of a full block, nothing is read."""
+    number = tl.minimum(tl.maximum(number, 0), visits.count - 1).to(tl.int64)
+    start = visits.bitmaps + number * (ACROSS * ALONG // 8) + offset // 8
+    return Bitmap(start, ALONG // 8, tl.where(is_full | (visits.count == 0), 0, ALONG))
 
 
 @triton.jit
 def find_tile(start, visits, ACROSS: tl.constexpr, ALONG: tl.constexpr, CHUNK: tl.constexpr):
-    """(whether the lists name the block of the tile from position `start` on, its bitmap for `tile.bits`)"""
-    count, indices, bitmap_ids, full_count, full_indices = visits[0]
+    """(whether the lists name the block of the tile from position `start` on, its bitmap)"""
+    listed = visits.listed
     block, place, is_full = start // ALONG, -1, False
-    for first in range(0, count, CHUNK):
+    for first in range(0, listed.count, CHUNK):
         at = first + tl.arange(0, CHUNK)
-        found = tl.load(indices + at, mask=at < count, other=-1) == block
+        found = tl.load(listed.indices + at, mask=at < listed.count, other=-1) == block
         place = tl.maximum(place, tl.max(tl.where(found, at, -1)))
-    for first in range(0, full_count, CHUNK):
+    for first in range(0, listed.full_count, CHUNK):
         at = first + tl.arange(0, CHUNK)
-        found = tl.load(full_indices + at, mask=at < full_count, other=-1) == block
+        found = tl.load(listed.full_indices + at, mask=at < listed.full_count, other=-1) == block
         is_full = is_full | (tl.max(found.to(tl.int32)) > 0)
-    number = tl.load(bitmap_ids + place, mask=place >= 0, other=0)
+    number = tl.load(listed.bitmap_ids + place, mask=place >= 0, other=0)
     return is_full | (place >= 0), bitmap_of(number, is_full, start % ALONG, visits, ACROSS, ALONG)
 
 
@@ -108,7 +107,7 @@ NOTHING = (None,) * 6
 """In place of the tensors, where there is no block mask."""
 
 
-def of(block_mask) -> Lists | None:
+def lists_of(block_mask) -> Lists | None:
     """The lists as a kernel takes them, made once for a mask; None of None."""
     if block_mask is None:
         return None

@@ -7,10 +7,16 @@ what no query sees is not visited.
 import triton
 import triton.language as tl
 
+from .. import outputs
 from . import launch, lists
 from .attend import attend_lists, attend_range, store_rows
+from .bounds import key_range, limits_of, row_bounds
 from .lists import open_lists
-from .tile import LOG2E, key_range, limits_of, load_both, load_scale, load_slope, row_bounds, scores_of, widen
+from .rows import block_of_queries, lengths_of, row_number, rows_of
+from .scores import flags_of, terms_of
+from .softmax import load_sink
+from .state import Dims, Keys, Place, Queries, Tile
+from .tile import load_factor
 
 
 @triton.jit(do_not_specialize=[*launch.SIZES, "num_bitmaps"])
@@ -21,7 +27,7 @@ def forward_kernel(
     out,           # [batch, num_heads, seqlen_q, head_dim_v]
     out_exact,     # likewise, float32 and contiguous, or None: out before it was rounded to 16 bits
     lse,           # [batch, num_heads, seqlen_q], contiguous, or None
-    lse_parts,     # [batch, num_heads, seqlen_q, 2], contiguous, or None: top, log2_total (`tile.normalizer`)
+    lse_parts,     # [batch, num_heads, seqlen_q, 2], contiguous, or None: top, log2_total (`softmax.normalizer`)
     k_start,       # [batch, num_heads, seqlen_q] by strides, or None
     k_end,         # likewise
     mask,          # [batch, num_heads, seqlen_q, seqlen_k] by strides, bool, or None
@@ -29,7 +35,7 @@ def forward_kernel(
     alibi_slopes,  # [batch, num_heads] by strides, or None
     softmax_scale,  # a number, or with LEARNED_SCALE [num_heads] by stride
     seed: tl.int64,
-    counts, indices, bitmap_ids, full_counts, full_indices, bitmaps,  # of a block mask (`lists.of`), or None
+    counts, indices, bitmap_ids, full_counts, full_indices, bitmaps,  # of a block mask (`lists.lists_of`), or None
     sinks,         # [num_heads], or None
     k_descriptor,  # tensor descriptor of k in blocks of [1, 1, BLOCK_N, D0], or None
     v_descriptor,  # likewise
@@ -45,63 +51,58 @@ def forward_kernel(
     ANY_SIGN: tl.constexpr, LEARNED_SCALE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     RELOAD: tl.constexpr,
 ):  # fmt: skip
-    # 1. bounds
-    HAS_FIRST: tl.constexpr = HAS_LO or k_start is not None
-    BOUNDED: tl.constexpr = HAS_FIRST or HAS_HI or k_end is not None
-    EVERYWHERE: tl.constexpr = mask is not None or bias is not None  # any tile may hide a key
-    TILE: tl.constexpr = (BLOCK_M, BLOCK_N, RELOAD)
-    DIMS: tl.constexpr = (HEAD_DIM, D0, D1, HEAD_DIM_V, E0, E1)
-    FLAGS: tl.constexpr = (HAS_FIRST, SOFTCAP, alibi_slopes is not None, DROPOUT, ANY_SIGN, PRECISION)
-    num_m = tl.cdiv(seqlen_q, BLOCK_M)
-    m_block = tl.program_id(0) % num_m
-    if HAS_HI and counts is None:
-        m_block = num_m - 1 - m_block  # causal: longest first
-    head, batch = tl.program_id(0) // num_m % num_heads, tl.program_id(0) // num_m // num_heads
+    # 1. what is known when this is compiled; which queries, and the keys that they see
+    TILE: tl.constexpr = Tile(BLOCK_M, BLOCK_N, RELOAD, PRECISION)
+    DIMS: tl.constexpr = Dims(HEAD_DIM, D0, D1, HEAD_DIM_V, E0, E1)
+    FLAGS: tl.constexpr = flags_of(
+        k_start, k_end, mask, bias, alibi_slopes, counts, HAS_LO, HAS_HI, SOFTCAP, DROPOUT, ANY_SIGN, False
+    )
+    batch, head, m_block = block_of_queries(num_heads, seqlen_q, BLOCK_M, HAS_HI and counts is None)
+    lengths = lengths_of(batch, seqlen_q, seqlen_k)
     row, head_k = m_block * BLOCK_M, head // group_size
     b, h, hk, m = batch.to(tl.int64), head.to(tl.int64), head_k.to(tl.int64), row.to(tl.int64)
-    rows, rows_left = row + tl.arange(0, BLOCK_M), seqlen_q - row
+    rows, left = row + tl.arange(0, BLOCK_M), lengths.queries - row
     limits = limits_of(k_start, start_strides, k_end, end_strides, diagonal_lo, diagonal_hi, b, h)
-    bounds = row_bounds(rows, limits, seqlen_q, seqlen_k, HAS_LO, HAS_HI)
+    bounds = row_bounds(rows, limits, lengths, HAS_LO, HAS_HI)
 
     # 2. q, and where the rest is
-    q += b * q_strides[0] + h * q_strides[1] + m * q_strides[2]
-    k += b * k_strides[0] + hk * k_strides[1]
-    v += b * v_strides[0] + hk * v_strides[1]
-    keys = (k, widen(k_strides, WIDE), k_descriptor, v, widen(v_strides, WIDE), v_descriptor)
-    place = (batch, head_k, head, rows[:, None], tl.arange(0, BLOCK_M)[:, None], rows_left)
-    scores = scores_of(mask, mask_strides, bias, bias_strides, b, h, m, WIDE)
-    of_q = (q, widen(q_strides, WIDE), rows_left)
-    if not RELOAD:
-        of_q = load_both(q, widen(q_strides, WIDE), rows_left, BLOCK_M, D0, D1, HEAD_DIM)
-    scale = load_scale(softmax_scale, scale_stride, h, LEARNED_SCALE)
-    slope = load_slope(alibi_slopes, slope_strides, b, h)
-    numbers = (seqlen_q, seqlen_k, scale, softcap, slope, threshold, seed)
+    of_q = rows_of(q, q_strides, b, h, m, WIDE)
+    keys = Keys(
+        rows_of(k, k_strides, b, hk, 0, WIDE), k_descriptor, rows_of(v, v_strides, b, hk, 0, WIDE), v_descriptor
+    )  # fmt: skip
+    place, positions, places = Place(batch, head_k, head), rows[:, None], tl.arange(0, BLOCK_M)[:, None]
+    of_mask = rows_of(mask, mask_strides, b, h, m, WIDE)
+    of_bias = rows_of(bias, bias_strides, b, h, m, WIDE)
+    factor = load_factor(of_q, left, BLOCK_M, D0, D1, HEAD_DIM, RELOAD)
+    terms = terms_of(
+        of_mask, of_bias, alibi_slopes, slope_strides, softmax_scale, scale_stride, softcap, threshold, keep_factor,
+        seed, b, h, LEARNED_SCALE,
+    )  # fmt: skip
+    queries = Queries(factor, place, positions, places, left, bounds)
 
     # 3. loops
     if counts is None:
-        visited = key_range(bounds, seqlen_k, BLOCK_N, HAS_FIRST, BOUNDED, EVERYWHERE)
-        state = attend_range(
-            of_q, keys, place, bounds, scores, numbers, visited, TILE, DIMS, FLAGS, EVERYWHERE, EVERYWHERE or BOUNDED
-        )
+        visited = key_range(bounds, lengths.keys, BLOCK_N, FLAGS)
+        state = attend_range(queries, keys, terms, lengths, visited, TILE, DIMS, FLAGS)
     else:
+        EVERYWHERE: tl.constexpr = FLAGS.EVERYWHERE or FLAGS.BOUNDED
         visits = open_lists(
             (counts, indices, bitmap_ids, full_counts, full_indices, bitmaps), list_strides, num_bitmaps, b, h, row,
-            seqlen_k, BLOCK_Q, BLOCK_K, EVERYWHERE or BOUNDED,
+            lengths.keys, BLOCK_Q, BLOCK_K, EVERYWHERE,
         )  # fmt: skip
         state = attend_lists(
-            of_q, keys, place, bounds, scores, numbers, visits, BLOCK_Q, BLOCK_K, TILE, DIMS, FLAGS,
-            EVERYWHERE or BOUNDED,
+            queries, keys, terms, lengths, visits, BLOCK_Q, BLOCK_K, TILE, DIMS, FLAGS, EVERYWHERE
         )  # fmt: skip
 
     # 4. epilogue
     sink = float("-inf")
     if sinks is not None:
-        sink = tl.load(sinks + h * sink_stride).to(tl.float32) * LOG2E
-    out += b * out_strides[0] + h * out_strides[1] + m * out_strides[2]
-    statistics = (b * num_heads + h) * seqlen_q + rows
+        sink = load_sink(sinks, sink_stride, h)
+    of_out = rows_of(out, out_strides, b, h, m, WIDE)
+    statistics = row_number(b, h, rows, num_heads, seqlen_q)
     store_rows(
-        state, sink, out, widen(out_strides, WIDE), out_exact, lse, lse_parts, statistics, rows < seqlen_q, rows_left,
-        keep_factor, BLOCK_M, DIMS, DROPOUT,
+        state, sink, of_out, out_exact, lse, lse_parts, statistics, rows < seqlen_q,
+        left, keep_factor, BLOCK_M, DIMS, DROPOUT,
     )  # fmt: skip
 
 
@@ -118,9 +119,9 @@ def forward_for_backward(problem, q, k, v, terms):
 
 def _forward(problem, q, k, v, terms, for_backward: bool):
     """(out, lse or None, out in float32, lse_parts), the last two for a backward pass."""
-    out, lse, out_exact, lse_parts = launch.empty_results(problem, q, for_backward)
+    out, lse, out_exact, lse_parts = outputs.empty_results(problem, q, for_backward)
     if out.numel():
-        of_mask = lists.of(terms.block_mask)
+        of_mask = lists.lists_of(terms.block_mask)
         extras = (terms.k_start, terms.k_end, terms.mask, terms.bias, terms.alibi_slopes, terms.softmax_scale)
         of_blocks = of_mask.tensors if of_mask else lists.NOTHING
         tensors = (q, k, v, out, out_exact, lse, lse_parts, *extras, terms.seed or 0, *of_blocks, terms.sinks)
@@ -132,9 +133,11 @@ def _forward(problem, q, k, v, terms, for_backward: bool):
             def plan_with(tiles):
                 return _plan(problem, q, k, v, out, terms, of_mask, device, tiles)
 
-            return launch.choose("prefill", problem, device, tensors, plan_with, of_mask and of_mask.block_size)
+            return launch.plan_with_best_tiles(
+                "prefill", problem, device, tensors, plan_with, of_mask and of_mask.block_size
+            )
 
-        launch.run(launch.of(key), "prefill", tensors, plan)
+        launch.run(launch.launches_of(key), "prefill", tensors, plan)
     return out, lse, out if out_exact is None else out_exact, lse_parts
 
 

@@ -36,10 +36,19 @@ def file_of(device: Device) -> Path:
     return directory() / (re.sub(r"[^A-Za-z0-9]+", "-", device.name or device.arch).strip("-") + ".json")
 
 
-@lru_cache(maxsize=4096)
 def tiles(kernel: str, problem, device: Device) -> Config:
-    """The measured tiles of a kernel for such a problem, else those of the table."""
+    """The measured tiles of a kernel for such a problem, else those of the table. Of its lengths, only the number of
+    queries matters, and only to decoding."""
+    seqlen_q = problem.seqlen_q if kernel == "decode" else 0
+    return _tiles_of_kind(kernel, problem._replace(batch=1, seqlen_q=seqlen_q, seqlen_k=0), device)
+
+
+@lru_cache(maxsize=4096)
+def _tiles_of_kind(kernel: str, problem, device: Device) -> Config:
     return _read(file_of(device)).get(name_of(kernel, problem)) or TABLES[kernel](problem, device)
+
+
+tiles.cache_clear = _tiles_of_kind.cache_clear
 
 
 def name_of(kernel: str, problem) -> str:

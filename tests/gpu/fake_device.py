@@ -127,6 +127,8 @@ class Specialized(NamedTuple):
 @contextmanager
 def nothing_compiled() -> Iterator[list[tuple]]:
     """Inside `fake_gpu`, kernels are specialized and launched but not compiled, in no time; yields the launches."""
+    from fastattn.kernels import launch
+
     launched, keys, warmup, hook = [], [], JITFunction.warmup, knobs.runtime.jit_cache_hook
 
     def note(*, key, **others) -> bool:
@@ -142,3 +144,4 @@ def nothing_compiled() -> Iterator[list[tuple]]:
         yield launched
     finally:
         knobs.runtime.jit_cache_hook, JITFunction.warmup = hook, warmup
+        launch.forget()

@@ -5,6 +5,7 @@ again, compares with the former, and asks for what must hold.
 """
 
 import argparse
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
+KERNELS = Path(__file__).parents[2] / "kernels"
 GOLDEN = Path(__file__).with_name("golden.json")
 DOCUMENT = Path(__file__).parents[2] / "docs" / "triton.md"
 BEGIN, END = "<!-- make kernel-report: begin -->", "<!-- end -->"
@@ -279,6 +281,14 @@ def document_with(text: str) -> str:
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}"
 
 
+def hash_of_sources() -> str:
+    """Of the kernels as they are: golden.json says what Triton made of the sources with the hash that it holds."""
+    found = hashlib.sha256()
+    for path in sorted(KERNELS.glob("**/*.py")):
+        found.update(path.relative_to(KERNELS).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()[:16]
+
+
 def read_golden() -> dict:
     golden = json.loads(GOLDEN.read_text())
     kernels: dict = {}
@@ -296,7 +306,8 @@ def write_golden(golden: dict) -> None:
         for name, kernel in kernels.items()
     ]
     text = ",\n".join(rows)
-    GOLDEN.write_text(f'{{"triton": "{golden["triton"]}", "kernels": [\n{text}\n]}}\n')
+    head = f'"triton": "{golden["triton"]}", "sources": "{golden["sources"]}"'
+    GOLDEN.write_text(f'{{{head}, "kernels": [\n{text}\n]}}\n')
 
 
 def main() -> None:
@@ -315,7 +326,7 @@ def main() -> None:
     made = compile_all([case for case in CASES if arch_name(case[0]) in chosen])
     kept = read_golden()["kernels"] if options.arch else {}
     kernels = {name: made.get(name) or kept[name] for name in map(arch_name, ARCHS) if name in made or name in kept}
-    golden = {"triton": triton.__version__, "kernels": kernels}
+    golden = {"triton": triton.__version__, "sources": hash_of_sources(), "kernels": kernels}
     write_golden(golden)
     DOCUMENT.write_text(document_with(table(golden)))
     print(table(golden))

@@ -3,6 +3,8 @@
 How long that takes is a measurement: `python bench/launch.py`.
 """
 
+import gc
+import weakref
 from contextlib import contextmanager
 
 import process
@@ -75,7 +77,12 @@ def only_direct_launches():
         raise AssertionError("a second call prepares again")
 
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name in ((JITFunction, "run"), (JITFunction, "warmup"), (launch, "choose"), (tuning, "_read")):
+        for owner, name in (
+            (JITFunction, "run"),
+            (JITFunction, "warmup"),
+            (launch, "plan_with_best_tiles"),
+            (tuning, "_read"),
+        ):
             patch.setattr(owner, name, refuse)
         yield
 
@@ -190,10 +197,10 @@ def test_a_cached_launch_is_that_of_this_call(launched, seqlen_q, seqlen_k, back
 
     calls, fresh = variants(seqlen_q, seqlen_k), {}
     for name, variant in calls.items():
-        launch._launches.clear()
+        launch.forget()
         fresh[name] = launches_of(variant)
     assert len(set(map(str, fresh.values()))) == len(calls)  # each of them matters
-    launch._launches.clear()
+    launch.forget()
     for _ in range(2):
         for name, variant in calls.items():
             assert launches_of(variant) == fresh[name], name
@@ -205,6 +212,34 @@ def test_the_cache_has_an_end(launches, monkeypatch):
         call(kwargs={"softcap": softcap})
         assert len(launch._launches) <= 2 and any(argument is softcap for argument in launches[-1].args)
     assert len(launches) == 5
+
+
+def test_a_thousand_lengths_compile_a_few_kernels(launched):
+    """A cache that grows by one token a step: what is compiled depends on kinds of strides (1, divisible by 16)."""
+    for seqlen_k in range(1000, 2000):
+        call(seqlen_q=1, seqlen_k=seqlen_k)
+    assert len(launched) >= 1000 and len(launch._loaded) <= 4
+    assert len({(name, key) for name, key, *_ in launched}) <= 4
+
+
+def test_a_slice_of_a_cache_compiles_one_kernel(launched):
+    cache = empty(2, 2, 4096, 64)
+    q = empty(2, 4, 1, 64)
+    for seqlen_k in range(3000, 3100):
+        fastattn.attention(q, cache[:, :, :seqlen_k], cache[:, :, :seqlen_k], backend="triton")
+    assert len({(name, key) for name, key, *_ in launched}) == len(launch._loaded) <= 2  # decoding, `combine`
+
+
+def test_no_tensor_outlives_its_call(launched):
+    """Not even in the descriptors (TMA) of a launch that is remembered."""
+    k, v = empty(2, 2, 256, 64), empty(2, 2, 256, 64)
+    known = [weakref.ref(x) for x in (k, v)]
+    fastattn.attention(empty(2, 4, 256, 64), k, v, backend="triton")
+    assert any(isinstance(x, TensorDescriptor) for *_, args in launched for x in args)
+    launched.clear()
+    del k, v
+    gc.collect()
+    assert [x() for x in known] == [None, None] and launch._launches
 
 
 def test_another_device_is_current(launches, monkeypatch):

@@ -129,7 +129,7 @@ def reloading(monkeypatch):
     look_up = config._look_up
 
     def forget():
-        launch._launches.clear(), tuning.tiles.cache_clear()
+        launch.forget(), tuning.tiles.cache_clear()
 
     monkeypatch.setattr(config, "_look_up", lambda *args: look_up(*args)._replace(BLOCK_M=16, BLOCK_N=32, reload=True))
     forget()
@@ -199,6 +199,17 @@ def test_offsets_beyond_32_bits(dim):
     far = backward.gradients(*(far_apart(x, dim) for x in (q, k, v)), kwargs, dout, backend="triton")
     for name, expected in near.items():
         assert torch.equal(far[name], expected), name
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 5])
+def test_a_result_may_be_changed_in_place(seqlen_q):
+    """Also one in [batch, seqlen, num_heads, head_dim] memory: autograd forbids it where a function returns a view."""
+    q, k, v = (torch.randn(2, s, 4, 16, device=DEVICE).half().transpose(1, 2) for s in (seqlen_q, 7, 7))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    out = fastattn.attention(q, k, v, backend="triton")
+    assert seqlen_q == 1 or out.stride(1) < out.stride(2)
+    out.add_(1.0)
+    torch.autograd.grad(out.sum(), (q, k, v))
 
 
 # --- mistakes that must not pass -------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def device(monkeypatch, tmp_path):
 
 
 def clear_caches():
-    tuning._read.cache_clear(), tuning.tiles.cache_clear(), launch._launches.clear()
+    tuning._read.cache_clear(), tuning.tiles.cache_clear(), launch.forget()
 
 
 def names(launches) -> list[str]:
@@ -57,7 +57,7 @@ def test_a_process_that_comes_later_compiles_nothing(device, arguments, expected
     assert command.main(["warmup", SHAPE, "--causal", "0", *arguments]) == 0
     assert names(device) == expected and hits == [False] * len(expected)
     assert "1,4,2,64,96,32 bfloat16: 100%" in capsys.readouterr().err
-    hits.clear(), launch._launches.clear()
+    hits.clear(), launch.forget()
     with compiling_for(90) as later:
         command.main(["warmup", "3,4,2,200,70,32", "--causal", "0", *arguments])
     assert names(later) == expected and hits == [True] * len(expected)
@@ -161,7 +161,7 @@ def test_a_sweep_adds_to_the_file(device, times, tmp_path):
         command.main(["warmup", "1,4,2,1,512,32", "--causal", "0", "--tune"])
         assert len(times) > first
         measured = len(times)
-        launch._launches.clear()
+        launch.forget()
         command.main(["warmup", SHAPE, "1,4,2,1,512,32", "--causal", "0", "--tune"])
     assert len(times) == measured  # what is in the file is not measured again
     assert json.loads((tmp_path / "tuned" / "fake.json").read_text()).keys() == found.keys() | {

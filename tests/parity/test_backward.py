@@ -409,7 +409,8 @@ def test_wrong_arguments_of_the_extension_are_errors():
     q = torch.randn(1, 1, 4, 8)
     parts = torch.zeros(1, 1, 4, 2)
     terms = Terms(softmax_scale=1.0, diagonal_lo=-100, diagonal_hi=100)
-    good = [q, q, q, q, parts, terms, q, None, q, q, q, None, None, None, None, 1]
+    none = Terms(*[None] * len(Terms._fields))
+    good = [q, q, q, q, parts, terms, q, None, q, q, q, none, 1]
     cpu._C.backward(*[x.clone() if isinstance(x, torch.Tensor) else x for x in good])
     for position, wrong, message in (
         (4, None, "lse_parts must be given"),

@@ -13,6 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import fastattn
 from backward import SLACK, strided
 from fastattn.backends import cpu
+from fastattn.layouts.edges import Edges
 from forward import DTYPES, INF, NAN, TOLERANCE, exactly_these, max_error
 from graphs import Graph, inputs, run
 from guarded import Guarded, in_child, reset_peak, status

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 import fastattn
 from fastattn import UnsupportedError, dispatch
 from fastattn.backends import cpu
+from fastattn.layouts.edges import Edges
 from graphs import Graph, inputs, run
 
 pytestmark = [
