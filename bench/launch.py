@@ -20,7 +20,7 @@ from rich.table import Table
 
 import fastattn
 from fake_device import FakeDriver
-from fastattn import BlockMask, Mask, plans
+from fastattn import BlockMask, Mask, outputs, plans
 from fastattn.kernels import decode, launch, prefill
 from kernel_report import compiling_for, without_device
 

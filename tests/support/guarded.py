@@ -14,6 +14,7 @@ PAGE = mmap.PAGESIZE
 
 
 libc = ctypes.CDLL(None, use_errno=True)
+libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 UNTOUCHED = 0xA5

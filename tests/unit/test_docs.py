@@ -1,4 +1,4 @@
-"""The documents say what the code does: the support matrix is generated, the Python in README.md runs."""
+"""The documents say what the code does: the support matrix is generated, the Python in them runs."""
 
 import re
 from pathlib import Path
@@ -8,16 +8,20 @@ import pytest
 from fastattn import dispatch
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+README, GUIDE, SUPPORT = ((ROOT / path).read_text() for path in ("README.md", "docs/guide.md", "docs/support.md"))
+PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README + GUIDE, re.S)
 
 
 @pytest.mark.parametrize("layout", ["dense", "csr"])
 def test_support_matrix_is_the_table_of_kernels(layout):
-    assert dispatch.support_matrix(layout) in README, f"paste dispatch.support_matrix({layout!r}) into README.md"
+    assert dispatch.support_matrix(layout) in SUPPORT, f"paste dispatch.support_matrix({layout!r}) into docs/support.md"
 
 
-@pytest.mark.parametrize("block", PYTHON_BLOCKS, ids=[block.splitlines()[0][:40] for block in PYTHON_BLOCKS])
+def test_readme_is_short():
+    assert len(README.splitlines()) < 140
+
+
+@pytest.mark.parametrize("block", PYTHON_BLOCKS, ids=lambda block: block.splitlines()[-1][:40])
 def test_python_in_readme_runs(block):
     if "transformers" in block:
         pytest.importorskip("transformers")
@@ -25,14 +29,17 @@ def test_python_in_readme_runs(block):
 
 
 def test_every_environment_variable_is_documented():
-    sources = [*ROOT.glob("fastattn/**/*.py"), *ROOT.glob("csrc/*.cpp"), ROOT / "setup.py"]
+    sources = [*ROOT.glob("fastattn/**/*.py"), *ROOT.glob("csrc/**/*.cpp"), ROOT / "setup.py"]
     used = {name for path in sources for name in re.findall(r"[\"'](FASTATTN_[A-Z_]+)[\"']", path.read_text())}
-    documented = README + (ROOT / "CONTRIBUTING.md").read_text()
+    documented = README + GUIDE + (ROOT / "CONTRIBUTING.md").read_text()
     assert sorted(name for name in used if name not in documented) == []
 
 
-@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+@pytest.mark.parametrize(
+    "path",
+    ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/guide.md", "docs/support.md", "docs/triton.md"],
+)
 def test_files_that_the_documents_name_exist(path):
     text = (ROOT / path).read_text()
-    named = re.findall(r"`((?:fastattn|csrc|tests|bench|examples|docs)/[\w./]+\.\w+)`", text)
+    named = re.findall(r"`((?:fastattn|csrc|kernels|tests|bench|examples|docs)/[\w./]+\.\w+)`", text)
     assert [name for name in named if not (ROOT / name).exists()] == []

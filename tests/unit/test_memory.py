@@ -21,7 +21,7 @@ from fastattn.backends import cpu
 from fastattn.masks import UNBOUNDED
 from fastattn.terms import Terms
 from forward import DTYPES, assert_same_bits, dtypes, run
-from guarded import Guarded, in_child, libc, reset_peak, resident, status
+from guarded import Guarded, in_child, reset_peak, resident, status
 
 pytestmark = [
     pytest.mark.skipif(cpu.unavailable() is not None, reason="the CPU kernels are not built"),
@@ -71,8 +71,6 @@ def _seqlens(tensors):
 
 
 # --- guard pages -----------------------------------------------------------------------------------------------------
-
-libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 GUARDED_SHAPES = [  # batch, num_heads, seqlen_q, seqlen_k, head_dim, head_dim_v
