@@ -138,6 +138,6 @@ $(VENV)/.vision: $(VENV)/.demo
 ifeq ($(wildcard fastattn/_C*.so),)
 .PHONY: $(EXT)
 endif
-$(EXT): $(VENV)/.torch setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.h)
+$(EXT): $(VENV)/.torch setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 	$(PY) setup.py --quiet build_ext --inplace
 	touch $@

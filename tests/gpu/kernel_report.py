@@ -101,7 +101,7 @@ def compiling_for(arch: int | str) -> Iterator[list]:
     from fastattn.kernels import config, launch
 
     def clear():
-        launch._launches.clear(), plans.forget()
+        launch.forget(), plans.forget()
 
     device = config.Device(arch_name(arch), SHARED_MEMORY[arch], 100, "fake")
     rows = [row for row in dispatch.KERNELS if row.backend == "triton"]

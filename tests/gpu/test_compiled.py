@@ -15,7 +15,7 @@ import triton.language as tl  # noqa: E402
 from triton.runtime.errors import OutOfResources  # noqa: E402
 
 import kernel_report  # noqa: E402
-import test_launch  # noqa: E402
+import launching  # noqa: E402
 from fake_device import SHARED_MEMORY, fake_gpu, nothing_compiled  # noqa: E402
 from fastattn.kernels import config, tuning  # noqa: E402
 from kernel_report import ARCHS, MORE, SPECS, arch_name, attend, compiling_for, describe  # noqa: E402
@@ -102,7 +102,7 @@ ALONE = (
 def test_nothing_spills_beside_one_modifier(kind, arch):
     """A spec has none or all of them."""
     with compiling_for(arch) as launches:
-        test_launch.call(**test_launch.variants(256, 256)[kind], head_dim=128, backward=True)
+        launching.call(**launching.variants(256, 256)[kind], head_dim=128, backward=True)
     loops = [loop for launch in launches for loop in describe(launch.binary)["loops"]]
     assert loops and [loop for loop in loops if loop["spills"]] == []
 

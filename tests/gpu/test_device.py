@@ -13,7 +13,7 @@ import torch  # noqa: E402
 import fastattn  # noqa: E402
 from cases import Case  # noqa: E402
 from fastattn import Mask, dispatch  # noqa: E402
-from test_parity import assert_backward, assert_forward, on_device  # noqa: E402
+from on_device import assert_backward, assert_forward, on_device  # noqa: E402
 
 (PREFILL,) = [row for row in dispatch.KERNELS if row.name == "triton.prefill"]
 SMALL = Case(batch=2, num_heads=4, num_heads_k=2, seqlen_q=300, head_dim=64, dtype="bfloat16", causal=True)

@@ -11,7 +11,7 @@ import fastattn  # noqa: E402
 from cases import BLOCK_SIZES, Case, inputs  # noqa: E402
 from fastattn import BlockMask, Mask  # noqa: E402
 from fastattn.backends import triton as gpu  # noqa: E402
-from test_parity import DEVICE, assert_backward, on_device, to  # noqa: E402
+from on_device import DEVICE, assert_backward, on_device, to  # noqa: E402
 
 BLOCKS = Case(batch=2, num_heads=4, num_heads_k=2, seqlen_q=150, seqlen_k=170, head_dim=24, head_dim_v=40)
 EVERYTHING = {

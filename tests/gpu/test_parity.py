@@ -3,8 +3,6 @@
 `make test-triton` interprets, `make test-gpu` runs the same on a device.
 """
 
-import dataclasses
-
 import process
 
 process.require_runnable()
@@ -17,18 +15,17 @@ import backward  # noqa: E402
 import canaries  # noqa: E402
 import fastattn  # noqa: E402
 import isas  # noqa: E402
-from accuracy import assert_accuracy, plain  # noqa: E402
 from cases import CASES, Case, inputs  # noqa: E402
-from fastattn import BlockMask, Mask, UnsupportedError, dispatch  # noqa: E402
+from fastattn import UnsupportedError, dispatch  # noqa: E402
 from fastattn.kernels import config, launch, tuning  # noqa: E402
 from fastattn.scores.dropout import dropout_mask  # noqa: E402
+from on_device import DEVICE, assert_backward, assert_forward, on_device  # noqa: E402
 
 if process.INTERPRETED:
     from strict_interpreter import harden
 
     harden()
 
-DEVICE = "cpu" if process.INTERPRETED else "cuda"
 DTYPES = ("float32", "bfloat16", "float16")
 ROWS = [row for row in dispatch.KERNELS if row.backend == "triton"]
 FORWARD = [row for row in ROWS if row.supports["direction"] == {"forward"}]
@@ -45,18 +42,6 @@ def in_every_dtype(cases, first: int = 0) -> list:
     return [pytest.param(case, id=str(case), marks=[] if quick[case] else [pytest.mark.slow]) for case in quick]
 
 
-def to(device: str, x):
-    if isinstance(x, Mask):
-        k_start, k_end = (bound if bound is None else bound.to(device) for bound in (x.k_start, x.k_end))
-        return dataclasses.replace(x, k_start=k_start, k_end=k_end)
-    return x.to(device) if isinstance(x, (torch.Tensor, BlockMask)) else x
-
-
-def on_device(case: Case) -> tuple[list, dict]:
-    qkv, kwargs = inputs(case)
-    return [to(DEVICE, x) for x in qkv], {name: to(DEVICE, x) for name, x in kwargs.items()}
-
-
 def problem_of(case: Case) -> fastattn.problem.Problem:
     (q, k, v), kwargs = on_device(case)
     with fastattn.record() as calls:
@@ -71,16 +56,6 @@ def assert_refused(row: dispatch.Row, case: Case, reasons: list[str]) -> None:
     assert all(reason in str(refusal.value) for reason in reasons)
 
 
-def assert_forward(row: dispatch.Row, case: Case) -> None:
-    """One row on one case."""
-    (q, k, v), kwargs = on_device(case)
-    with isas.only(row):
-        out, lse = fastattn.attention(q, k, v, **kwargs, return_lse=True, backend=row.backend)
-    assert fastattn.last_call().kernel == row.name
-    (q, k, v), kwargs = inputs(case)
-    assert_accuracy((out.cpu(), lse.cpu()), q, k, v, **kwargs)
-
-
 @pytest.mark.parametrize("row", FORWARD, ids=lambda row: row.name)
 @pytest.mark.parametrize("case", in_every_dtype(CASES))
 def test_forward_parity(case, row):
@@ -89,27 +64,6 @@ def test_forward_parity(case, row):
         assert_refused(row, case, reasons)
     else:
         assert_forward(row, case)
-
-
-def assert_backward(case: Case) -> None:
-    """By the rule of tests/parity/test_backward.py, whose gradients of "cpu" come from the Triton kernels here."""
-    gradients = backward.gradients
-
-    def on_device_or_reference(q, k, v, kwargs, dout, dlse=None, backend="cpu", of_scores=False):
-        if backend != "cpu":
-            with plain(q.dtype):
-                return gradients(q, k, v, kwargs, dout, dlse, backend, of_scores)
-        kwargs = {name: to(DEVICE, x) for name, x in kwargs.items()}
-        q, k, v, dout, dlse = (to(DEVICE, x) for x in (q, k, v, dout, dlse))
-        found = gradients(q, k, v, kwargs, dout, dlse, "triton", of_scores)
-        assert (
-            fastattn.last_call().kernel.startswith("triton.") and fastattn.last_call().problem.direction == "backward"
-        )
-        return {name: x.cpu() for name, x in found.items()}
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backward, "gradients", on_device_or_reference)
-        backward.assert_parity(case, of_scores=True)
 
 
 @pytest.mark.parametrize("case", in_every_dtype(CASES, first=1))
