@@ -50,11 +50,13 @@ def check_window(window_size, argument: str = "window_size") -> tuple[int | None
 
 def diagonal_bounds(windows: tuple[Window, ...], seqlen_q: int, seqlen_k: int) -> tuple[int, int]:
     """(lo, hi) such that all `windows` together allow exactly lo <= key - query <= hi; +-UNBOUNDED where open."""
-    lo, hi = -UNBOUNDED, UNBOUNDED
-    for window in windows:
-        offset = seqlen_k - seqlen_q if window.alignment == "bottom_right" else 0
-        lo = lo if window.left is None else max(lo, offset - window.left)
-        hi = hi if window.right is None else min(hi, offset + window.right)
+    lo, hi = NO_BOUNDS
+    for left, right, alignment in windows:
+        offset = seqlen_k - seqlen_q if alignment == "bottom_right" else 0
+        if left is not None and offset - left > lo:
+            lo = offset - left
+        if right is not None and offset + right < hi:
+            hi = offset + right
     return lo, hi
 
 
