@@ -1,9 +1,13 @@
 """Every test starts from the same seed, and reads NaN from memory that nobody wrote."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
+
+# An assertion there shows its values when it fails, as one in a test does.
+pytest.register_assert_rewrite(*(path.stem for path in Path(__file__).parent.glob("support/*.py")))
 
 # The tests set these themselves. FASTATTN_CPU_ISA stays: the whole suite can run on a narrower instruction set.
 for name in ("FASTATTN_BACKEND", "FASTATTN_FALLBACK"):

@@ -1,16 +1,14 @@
-"""The backward kernel against the reference in float64, and through autograd as a user meets it."""
+"""The backward kernel against the reference in float64: values, strides, rules, bits."""
 
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
-from torch.utils.checkpoint import checkpoint
 
 import fastattn
 from backward import INF, NAN, SHAPES, assert_parity, cotangents, gradients, strided
 from cases import CASES, Case, inputs
 from fastattn import Mask, dispatch
 from fastattn.backends import cpu
-from fastattn.terms import Terms
 from forward import DTYPES
 from isas import run_tests_on, supported_isas
 
@@ -301,144 +299,6 @@ def test_each_result_alone(results):
         torch.testing.assert_close(x, y)
     if results == "lse":
         assert (grads[0][2] == 0).all()
-
-
-# --- torch's machinery -----------------------------------------------------------------------------------------------
-
-
-def leaves_of(case):
-    (q, k, v), kwargs = inputs(case)
-    return [x.requires_grad_() for x in (q, k, v)], kwargs
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpoint(use_reentrant):
-    leaves, kwargs = leaves_of(Case(batch=2, num_heads=2, seqlen_q=40, head_dim=16, causal=True))
-
-    def call(q, k, v):
-        return fastattn.attention(q, k, v, **kwargs, backend="cpu")
-
-    expected = torch.autograd.grad(call(*leaves).square().sum(), leaves)
-    checkpoint(call, *leaves, use_reentrant=use_reentrant).square().sum().backward()
-    for x, grad in zip(leaves, expected, strict=True):
-        assert torch.equal(x.grad, grad)
-
-
-def test_anomaly_mode():
-    leaves, kwargs = leaves_of(Case(batch=2, num_heads=2, seqlen_q=40, head_dim=16))
-    with torch.autograd.detect_anomaly(check_nan=True):
-        fastattn.attention(*leaves, **kwargs, backend="cpu").sum().backward()
-
-
-def test_autocast_as_sdpa_does():
-    leaves, _ = leaves_of(Case(batch=2, num_heads=2, seqlen_q=40, head_dim=16))
-    grads = []
-    for function in (fastattn.scaled_dot_product_attention, torch.nn.functional.scaled_dot_product_attention):
-        with torch.autocast("cpu", torch.bfloat16):
-            out = function(*leaves)
-        assert out.dtype == torch.bfloat16
-        grads.append(torch.autograd.grad(out.float().square().sum(), leaves))
-        assert all(grad.dtype == torch.float32 for grad in grads[-1])
-    for x, y in zip(*grads, strict=True):
-        torch.testing.assert_close(x, y, atol=2e-2, rtol=2e-2)
-
-
-def test_changed_input_is_an_error():
-    leaves, kwargs = leaves_of(Case(seqlen_q=4))
-    q = leaves[0] * 1.0
-    out = fastattn.attention(q, *leaves[1:], **kwargs)
-    q.add_(1.0)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        out.sum().backward()
-
-
-def test_result_changed_in_place():
-    """As with torch's function: fine where the backward pass saves another tensor, which 16 bits do, else an error."""
-    for dtype in (torch.bfloat16, torch.float32):
-        memory = torch.randn(3, 1, 5, 2, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
-        leaves = [x.transpose(1, 2).requires_grad_() for x in memory]
-        expected = torch.autograd.grad(2.0 * fastattn.attention(*leaves).sum(), leaves)
-        out = fastattn.attention(*leaves)
-        out.mul_(2.0)
-        if dtype == torch.float32:
-            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-                out.sum().backward()
-        else:
-            for x, y in zip(torch.autograd.grad(out.sum(), leaves), expected, strict=True):
-                assert torch.equal(x, y)
-
-
-def test_backward_twice():
-    leaves, kwargs = leaves_of(Case(seqlen_q=4))
-    out = fastattn.attention(*leaves, **kwargs)
-    first, second = (torch.autograd.grad(out.sum(), leaves, retain_graph=True) for _ in range(2))
-    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
-
-
-def test_hooks_see_what_is_saved():
-    """Nothing n x n: no saved tensor has more elements than the inputs and out."""
-    leaves, kwargs = leaves_of(Case(batch=1, num_heads=1, seqlen_q=300, head_dim=8, causal=True))
-    sizes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-        fastattn.attention(*leaves, **kwargs)
-    assert sizes and max(sizes) <= leaves[0].numel()
-
-
-def test_record_shows_both_directions():
-    leaves, kwargs = leaves_of(Case(seqlen_q=4))
-    with fastattn.record() as calls:
-        fastattn.attention(*leaves, **kwargs).sum().backward()
-    assert [(call.kernel, call.problem.direction) for call in calls] == [
-        ("cpu.prefill", "forward"),
-        ("cpu.backward", "backward"),
-    ]
-
-
-def test_transforms_run_on_the_reference():
-    q, k, v = (torch.randn(3, 1, 2, 5, 8) for _ in range(3))
-    actual = torch.vmap(fastattn.attention)(q, k, v)
-    assert fastattn.last_call().kernel == "reference" and fastattn.last_call().problem.transformed
-    torch.testing.assert_close(actual, torch.stack([fastattn.attention(*x) for x in zip(q, k, v, strict=True)]))
-    per_sample = torch.vmap(torch.func.grad(lambda q, k, v: fastattn.attention(q, k, v).square().sum()))(q, k, v)
-    x = q.clone().requires_grad_()
-    sum(fastattn.attention(*y).square().sum() for y in zip(x, k, v, strict=True)).backward()
-    torch.testing.assert_close(per_sample, x.grad)
-
-
-def test_wrong_arguments_of_the_extension_are_errors():
-    q = torch.randn(1, 1, 4, 8)
-    parts = torch.zeros(1, 1, 4, 2)
-    terms = Terms(softmax_scale=1.0, diagonal_lo=-100, diagonal_hi=100)
-    none = Terms(*[None] * len(Terms._fields))
-    good = [q, q, q, q, parts, terms, q, None, q, q, q, none, 1]
-    cpu._C.backward(*[x.clone() if isinstance(x, torch.Tensor) else x for x in good])
-    for position, wrong, message in (
-        (4, None, "lse_parts must be given"),
-        (3, q.double(), "out has another dtype"),
-        (6, q[:, :, :2], "dout has a size"),
-        (7, parts, "dlse has a wrong number"),
-        (8, q.double(), "dq has another dtype"),
-        (9, q[..., :4], "dk has a size"),
-        (5, none, "must be real number"),
-        (11, None, "must be the Terms"),
-        (11, none._replace(bias=q.new_zeros(4).double()), "dbias has no tensor"),
-        (11, none._replace(sinks=q.new_zeros(1).double()), "dsinks has no tensor"),
-        (11, none._replace(softmax_scale=q.new_zeros(1).double()), "dsoftmax_scale has no tensor"),
-        (11, none._replace(mask=q.new_zeros(1).double()), "dmask is no gradient"),
-    ):
-        with pytest.raises((ValueError, TypeError), match=message):
-            cpu._C.backward(*good[:position], wrong, *good[position + 1 :])
-    good[5] = terms._replace(bias=q.new_zeros(4), sinks=q.new_zeros(1))
-    for wrong, message in (
-        (none._replace(bias=q.new_zeros(4, 4).double()), "dbias has a wrong dtype"),
-        (none._replace(bias=q.new_zeros(4)), "dbias has a wrong dtype"),
-        (none._replace(bias=q.new_zeros(1).expand(4)), "dbias must be contiguous"),
-        (none._replace(sinks=q.new_zeros(1)), "dsinks has a wrong dtype"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            cpu._C.backward(*good[:11], wrong, 1)
-    with pytest.raises(ValueError, match="takes 13 arguments"):
-        cpu._C.backward(*good[:-1])
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -103,7 +103,8 @@ def test_python_under_sanitizers(tmp_path):
     flags = " ".join([*SANITIZE, "-g1"])
     build_environment = {"CFLAGS": flags, "CXXFLAGS": flags, "LDFLAGS": SANITIZE[0], "FASTATTN_BUILD_EXT": "1"}
     output(sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", cwd=tmp_path, **build_environment)
-    files = ["tests/parity/test_prefill.py", "tests/unit/test_memory.py", "tests/unit/test_threads.py"]
+    files = [f"tests/parity/test_{name}.py" for name in ("prefill", "prefill_bits", "prefill_rules")]
+    files += ["tests/unit/test_memory.py", "tests/unit/test_threads.py"]
     # what allocates is slower and larger under the sanitizer, which ends a process without memory; the other ISAs have
     # run in test_parity
     selected = "not leak and not extra_memory and not out_of_memory and not every_isa"

@@ -60,3 +60,32 @@ def run(*tensors, backend="cpu", **kwargs):
     result = fastattn.attention_csr(*tensors, **kwargs, return_lse=True, backend=backend)
     assert fastattn.last_call().kernel == f"{backend}.csr"
     return result
+
+
+BIASES = (None, "edge", "head", "full", "batch")
+
+
+def cotangents(q, v):
+    generator = torch.Generator().manual_seed(1)
+    shape = (*q.shape[:3], v.shape[3])
+    return tuple(torch.randn(s, generator=generator, dtype=torch.float64) for s in (shape, shape[:3]))
+
+
+def results(tensors, kwargs, backend="cpu", dout=None, dlse=None) -> dict[str, torch.Tensor]:
+    """out, lse and the gradients of q, k, v, edge_bias; an lse of -inf takes no cotangent."""
+    leaves = dict(zip("qkv", tensors, strict=False)) | kwargs
+    leaves = {name: x.detach().requires_grad_() for name, x in leaves.items()}
+    options = {name: leaves[name] for name in kwargs}
+    out, lse = run(*(leaves[name] for name in "qkv"), *tensors[3:], **options, backend=backend)
+    both = cotangents(*(tensors[i] for i in (0, 2)))
+    weights = [(both[0] if dout is None else dout).to(out.dtype), (both[1] if dlse is None else dlse).to(lse.dtype)]
+    grads = torch.autograd.grad([out, lse.masked_fill(lse == -INF, 0.0)], list(leaves.values()), weights)
+    if backend == "cpu":
+        assert fastattn.last_call().kernel == "cpu.csr_backward"
+    return {"out": out.detach(), "lse": lse.detach()} | {f"d{name}": x for name, x in zip(leaves, grads, strict=True)}
+
+
+def assert_same(actual: dict, expected: dict):
+    for name, x in expected.items():
+        y = actual[name]
+        assert (y.shape, y.dtype) == (x.shape, x.dtype) and torch.equal(x, y), name

@@ -120,10 +120,10 @@ def test_the_native_entry_refuses_what_does_not_fit(place):
     good = [q, q, q, torch.empty_like(q), None, None, None, edges, 1]
     cpu._C.csr_forward(*good)
     for wrong in NATIVE[place]:
-        if isinstance(place, str):
-            place, wrong = 7, edges._replace(**{place: wrong})
+        by_name = isinstance(place, str)
+        argument, wrong = (7, edges._replace(**{place: wrong})) if by_name else (place, wrong)
         with pytest.raises((ValueError, TypeError, AttributeError)):
-            cpu._C.csr_forward(*good[:place], wrong, *good[place + 1 :])
+            cpu._C.csr_forward(*good[:argument], wrong, *good[argument + 1 :])
     with pytest.raises(ValueError, match="9 arguments"):
         cpu._C.csr_forward(*good[:-1])
 

@@ -1,9 +1,5 @@
 """Which kernel runs, who may choose it, and how a user finds out."""
 
-import importlib.util
-import os
-import subprocess
-import sys
 import threading
 import warnings
 from pathlib import Path
@@ -16,7 +12,6 @@ from cases import CASES, inputs
 from fastattn import FallbackWarning, UnsupportedError, dispatch, plans
 from fastattn.backends import cpu
 from fastattn.backends import reference as reference_backend
-from fastattn.backends import triton as gpu
 from fastattn.dispatch import KERNELS, Row, refuse, select, text_of
 from fastattn.problem import MASK_KINDS, Problem
 
@@ -384,106 +379,3 @@ def test_fallback_policy_is_checked(fresh_fallbacks, monkeypatch):
     monkeypatch.setenv("FASTATTN_FALLBACK", "loud")
     with pytest.raises(ValueError, match="FASTATTN_FALLBACK='loud' must be one of warn, silent, error"):
         fastattn.attention(*wide_qkv())
-
-
-# --- environment and import ------------------------------------------------------------------------------------------
-
-
-def python(code, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
-    )
-
-
-def test_environment_names_the_backend_in_every_thread():
-    code = """
-import threading, torch, fastattn
-q = torch.randn(1, 1, 2, 8)
-def run():
-    fastattn.attention(q, q, q)
-    print(fastattn.last_call().kernel)
-    with fastattn.use(None):
-        fastattn.explain(q, q, q)
-run()
-thread = threading.Thread(target=run)
-thread.start()
-thread.join()
-"""
-    result = python(code, FASTATTN_BACKEND="reference")
-    assert result.stdout.split() == ["reference", "reference"], result.stderr
-
-
-def test_environment_with_an_unknown_backend():
-    result = python("import fastattn", FASTATTN_BACKEND="tpu")
-    assert result.returncode == 1
-    assert "ValueError: FASTATTN_BACKEND='tpu' is not a backend; choose one of cpu, triton, reference" in result.stderr
-
-
-@pytest.mark.parametrize(
-    "installed, cuda, reason",
-    [
-        (False, False, "Triton is not installed (pip install triton)"),
-        (False, True, "Triton is not installed (pip install triton)"),
-        (True, False, "there is no CUDA or ROCm device (with TRITON_INTERPRET=1, Triton interprets calls"),
-        (True, True, None),
-    ],
-)  # fmt: skip
-def test_the_triton_rows_say_what_is_missing(installed, cuda, reason, monkeypatch):
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: object() if installed else None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(gpu, "INTERPRETED", False)
-    dispatch._answer.cache_clear()
-    try:
-        rows = [row for row in KERNELS if row.backend == "triton"]
-        refusals = {row.name: refuse(row, PROBLEM._replace(device="cuda"))[:1] for row in rows}
-    finally:
-        dispatch._answer.cache_clear()
-    if reason is None:
-        assert gpu.unavailable() is None and refusals["triton.prefill"] == []
-    else:
-        assert rows and all(reason in refusal[0] for refusal in refusals.values())
-
-
-@pytest.mark.skipif(gpu.unavailable() is None, reason="the Triton kernels can run here")
-def test_a_backend_that_cannot_run_says_why():
-    with pytest.raises(UnsupportedError) as caught:
-        fastattn.attention(*qkv(), backend="triton")
-    assert gpu.unavailable() in str(caught.value)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_the_interpreter_takes_cpu_tensors():
-    """For people who debug kernels; triton is imported by the first call, not with the package."""
-    code = """
-import sys, torch, fastattn
-print("triton" in sys.modules)
-q, k, v = (torch.randn(1, 2, 20, 16, requires_grad=True) for _ in range(3))
-out = fastattn.attention(q, k, v, causal=True)
-print(fastattn.last_call().kernel)
-dq, = torch.autograd.grad(out.sum(), q)
-print(fastattn.last_call().kernel)
-expected = fastattn.attention(q, k, v, causal=True, backend="reference")
-torch.testing.assert_close(out, expected)
-torch.testing.assert_close(dq, torch.autograd.grad(expected.sum(), q)[0])
-print("triton" in sys.modules)
-"""
-    result = python(code, FASTATTN_BACKEND="triton", TRITON_INTERPRET="1")
-    assert result.stdout.split() == ["False", "triton.prefill", "triton.backward", "True"], result.stderr
-
-
-def test_import_stays_light():
-    """No optional package is imported, and CUDA is left alone."""
-    code = """
-import sys, torch
-before = set(sys.modules)
-import fastattn
-new = {name.split(".")[0] for name in set(sys.modules) - before}
-print(*sorted(new & {"triton", "transformers", "diffusers", "timm", "onnx", "onnxruntime", "numpy", "matplotlib"}))
-print(torch.cuda.is_initialized())
-"""
-    result = python(code, FASTATTN_BACKEND="")
-    assert result.stdout.splitlines() == ["", "False"], result.stderr
-
-
-def test_public_names():
-    assert all(hasattr(fastattn, name) for name in fastattn.__all__) and fastattn.__all__ == sorted(fastattn.__all__)

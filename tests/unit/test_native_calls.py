@@ -1,4 +1,4 @@
-"""The extension's own entries: negated views, fields by name, sizes that overflow, signatures."""
+"""The extension's own entries: negated views, fields by name, wrong arguments, sizes that overflow, signatures."""
 
 import subprocess
 import sys
@@ -117,3 +117,39 @@ def test_signature():
     q, k = torch.zeros(2, 4, 5, 8), torch.zeros(2, 4, 7, 8)
     assert cpu._C.signature(q, k, k[:, :, :6]) is None and cpu._C.signature(q, k[:1], k[:1]) is None
     assert cpu._C.signature(q[0], k, k) is None and cpu._C.signature(q, k, 5) is None
+
+
+def test_wrong_arguments_of_the_extension_are_errors():
+    q = torch.randn(1, 1, 4, 8)
+    parts = torch.zeros(1, 1, 4, 2)
+    terms = Terms(softmax_scale=1.0, diagonal_lo=-100, diagonal_hi=100)
+    none = Terms(*[None] * len(Terms._fields))
+    good = [q, q, q, q, parts, terms, q, None, q, q, q, none, 1]
+    cpu._C.backward(*[x.clone() if isinstance(x, torch.Tensor) else x for x in good])
+    for position, wrong, message in (
+        (4, None, "lse_parts must be given"),
+        (3, q.double(), "out has another dtype"),
+        (6, q[:, :, :2], "dout has a size"),
+        (7, parts, "dlse has a wrong number"),
+        (8, q.double(), "dq has another dtype"),
+        (9, q[..., :4], "dk has a size"),
+        (5, none, "must be real number"),
+        (11, None, "must be the Terms"),
+        (11, none._replace(bias=q.new_zeros(4).double()), "dbias has no tensor"),
+        (11, none._replace(sinks=q.new_zeros(1).double()), "dsinks has no tensor"),
+        (11, none._replace(softmax_scale=q.new_zeros(1).double()), "dsoftmax_scale has no tensor"),
+        (11, none._replace(mask=q.new_zeros(1).double()), "dmask is no gradient"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            cpu._C.backward(*good[:position], wrong, *good[position + 1 :])
+    good[5] = terms._replace(bias=q.new_zeros(4), sinks=q.new_zeros(1))
+    for wrong, message in (
+        (none._replace(bias=q.new_zeros(4, 4).double()), "dbias has a wrong dtype"),
+        (none._replace(bias=q.new_zeros(4)), "dbias has a wrong dtype"),
+        (none._replace(bias=q.new_zeros(1).expand(4)), "dbias must be contiguous"),
+        (none._replace(sinks=q.new_zeros(1)), "dsinks has a wrong dtype"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cpu._C.backward(*good[:11], wrong, 1)
+    with pytest.raises(ValueError, match="takes 13 arguments"):
+        cpu._C.backward(*good[:-1])
