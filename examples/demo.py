@@ -105,7 +105,7 @@ A Longformer, and a vision transformer on a large image, with sparse attention:
     make neighborhood"""
 
 
-def first_call() -> fastattn.dispatch.Call:
+def first_call() -> fastattn.calls.Call:
     """The record of a tiny attention call: which kernel this machine gets."""
     with torch.no_grad():
         fastattn.attention(*(torch.randn(1, 1, 8, 16) for _ in range(3)))

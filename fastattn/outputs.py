@@ -23,13 +23,13 @@ def empty_out(problem, q: torch.Tensor) -> torch.Tensor:
 def empty_results(problem, q: torch.Tensor, for_backward: bool) -> tuple[torch.Tensor | None, ...]:
     """(out, lse, out_exact, lse_parts) for a kernel to fill; None where not needed.
 
-    out_exact is out in the compute dtype, where out is rounded to 16 bits: delta of the backward pass would be off by
-    what rounding takes. lse_parts [batch, num_heads, seqlen_q, 2] is lse in units of log2 as the sum of two numbers.
+    out_exact, contiguous, is out in the compute dtype, where out is rounded to 16 bits: delta of the backward pass
+    would be off by what rounding takes. lse_parts [batch, num_heads, seqlen_q, 2] is lse in units of log2 as the sum of two numbers.
     """
     out, dtype = empty_out(problem, q), compute_dtype(problem)
     rows = out.shape[:3]
     lse = q.new_empty(rows, dtype=dtype) if problem.lse else None
     if not for_backward:
         return out, lse, None, None
-    out_exact = None if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
+    out_exact = None if out.dtype == dtype else q.new_empty(out.shape, dtype=dtype)
     return out, lse, out_exact, q.new_empty((*rows, 2), dtype=dtype)
