@@ -19,7 +19,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 BUILD_EXT = os.environ.get("FASTATTN_BUILD_EXT", "auto")
-ERROR_FILE = "_build_error.txt"  # fastattn/cpu.py reads it
+ERROR_FILE = "_build_error.txt"  # fastattn/backends/cpu.py reads it
 
 # x86-64-v2, spelled out for compilers older than its name (GCC 11). In every x86 row, to override a -march in CFLAGS.
 X86_64_V2 = ["-march=x86-64", "-mcx16", "-mpopcnt", "-msse4.2"]

@@ -6,7 +6,7 @@
 #define FASTATTN_NV 2
 #define FASTATTN_MR 10
 #define FASTATTN_MR_NARROW 8
-#ifndef FASTATTN_WIDE_L1  // tests/test_native.py wants both
+#ifndef FASTATTN_WIDE_L1  // tests/parity/test_native.py wants both
 #define FASTATTN_WIDE_L1 (48 << 10)
 #endif
 #include "isa.h"

@@ -23,8 +23,9 @@ def empty_out(problem, q: torch.Tensor) -> torch.Tensor:
 def empty_results(problem, q: torch.Tensor, for_backward: bool) -> tuple[torch.Tensor | None, ...]:
     """(out, lse, out_exact, lse_parts) for a kernel to fill; None where not needed.
 
-    out_exact, contiguous, is out in the compute dtype, where out is rounded to 16 bits: delta of the backward pass
-    would be off by what rounding takes. lse_parts [batch, num_heads, seqlen_q, 2] is lse in units of log2 as the sum of two numbers.
+    out_exact    out in the compute dtype, contiguous, where out is rounded to 16 bits: delta of the backward pass would
+                 be off by what rounding takes
+    lse_parts    [batch, num_heads, seqlen_q, 2], lse in units of log2 as the sum of two numbers
     """
     out, dtype = empty_out(problem, q), compute_dtype(problem)
     rows = out.shape[:3]

@@ -86,7 +86,13 @@ def coverage(
              (a sink's share counts as kept)
     """
     value = k[..., :1]
-    kept = mask if within is None else mask & within
+    try:
+        kept = mask if within is None else mask & within
+    except TypeError:
+        kinds = f"{type(mask).__name__} and {type(within).__name__}"
+        raise TypeError(
+            f"mask and within are a {kinds}; give two that `&` combines (to_dense turns masks into tensors)"
+        ) from None
     lse, total = (attention(q, k, value, mask=m, return_lse=True, **options)[1] for m in (kept, within))
     return torch.exp(lse - total).clamp(max=1.0).masked_fill(total == -math.inf, 1.0)
 

@@ -1,4 +1,4 @@
-"""Dropout of weights: the bits of fastattn/dropout.py."""
+"""Dropout of weights: the bits of fastattn/scores/dropout.py."""
 
 import triton
 import triton.language as tl

@@ -1,5 +1,5 @@
 // Dropout bits from Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), the same as
-// in fastattn/dropout.py: keyed by the seed, counter (key / 4, query, head, batch), a word for each of four keys.
+// in fastattn/scores/dropout.py: keyed by the seed, counter (key / 4, query, head, batch), a word for each of four keys.
 #pragma once
 #include "panel.h"
 

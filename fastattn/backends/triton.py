@@ -51,7 +51,7 @@ def prefill_for_backward(problem, q, k, v, terms):
 
 def backward(problem, q, k, v, terms, saved, dout, dlse, wanted):
     """Gradients."""
-    _check(terms.block_mask and terms.block_mask.transpose())
+    _check(None if terms.block_mask is None else terms.block_mask.transpose())
     return _kernel("backward").backward(problem, q, k, v, terms, saved, dout, dlse, wanted)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import pad
 
 from ..api import attention
-from ..checks import check_tensors
+from ..checks import check_tensors, one_line
 from ..masks.intervals import Mask
 from ..torch_internals import is_any_autocast_enabled as _any_autocast
 
@@ -40,6 +40,8 @@ def scaled_dot_product_attention(
     Raises TypeError or ValueError where torch raises RuntimeError. Beyond torch: NaN in a masked key or value never
     reaches the result, masks of rank 0 and 1 work, and a float mask may have any float dtype.
     """
+    if isinstance(dropout_p, torch.Tensor) or isinstance(is_causal, torch.Tensor):
+        dropout_p, is_causal = _one_value("dropout_p", dropout_p), _one_value("is_causal", is_causal)
     try:
         if _any_autocast() and torch.is_autocast_enabled(query.device.type):
             query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
@@ -61,6 +63,13 @@ def scaled_dot_product_attention(
         mask, bias = _mask_and_bias(attn_mask, is_causal, (*q[:3], k[2]))
         return attention(query, key, value, mask=mask, bias=bias, softmax_scale=scale, dropout_p=dropout_p)
     return _any_rank(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+
+
+def _one_value(name: str, value):
+    """A number or a flag that came as a tensor, as torch's function takes it."""
+    if isinstance(value, torch.Tensor) and value.numel() != 1:
+        raise TypeError(f"{name}={one_line(value)} must be one number or flag")
+    return value.item() if isinstance(value, torch.Tensor) else value
 
 
 def _any_rank(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> torch.Tensor:

@@ -153,3 +153,36 @@ def test_wrong_arguments_of_the_extension_are_errors():
             cpu._C.backward(*good[:11], wrong, 1)
     with pytest.raises(ValueError, match="takes 13 arguments"):
         cpu._C.backward(*good[:-1])
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("name", ["q", "k", "v", "edge_bias"])
+def test_negated_views_along_edges(name, view):
+    tensors = {x: torch.randn(1, 2, 4, 8) for x in "qkv"} | {"edge_bias": torch.randn(2, 6)}
+    lists = {"indptr": torch.tensor([0, 2, 2, 5, 6]), "indices": torch.tensor([1, 3, 0, 2, 3, 2])}
+    expected = fastattn.attention_csr(**tensors, **lists)
+    negated = VIEWS[view](tensors[name])
+    assert negated.is_neg() and torch.equal(negated, tensors[name])
+    assert torch.equal(fastattn.attention_csr(**tensors | {name: negated}, **lists), expected)
+
+
+def test_fields_are_found_by_name_wherever_they_stand():
+    """In a process of its own: places are learned once."""
+    code = """
+import torch, fastattn
+from collections import namedtuple
+from fastattn.backends import cpu
+from fastattn.terms import Terms
+
+q = torch.randn(1, 2, 5, 8)
+expected = fastattn.attention(q, q, q, causal=True, bias=torch.ones(5, 5) / 3, sinks=torch.ones(2))
+Backwards = namedtuple("Backwards", Terms._fields[::-1])
+cpu._C.bind_fields("Terms", Backwards._fields)
+values = dict(softmax_scale=8**-0.5, diagonal_hi=0, bias=torch.ones(5, 5) / 3, sinks=torch.ones(2))
+terms = Backwards(**Terms(**values)._asdict())
+out = torch.empty_like(q)
+cpu._C.forward(q, q, q, out, None, None, None, terms, 1)
+assert torch.equal(out, expected)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
