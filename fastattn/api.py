@@ -8,8 +8,9 @@ from . import dispatch, plans
 from .calls import current_backend, note
 from .checks import check_flag, check_tensors
 from .differentiable import Differentiable
+from .layouts import csr
+from .masks import flex
 from .masks.block_mask import BlockMask
-from .masks.flex import from_flex, is_flex
 from .masks.intervals import Mask, Window, check_window
 from .plans import Bound, known, recall, signature
 from .scores.dropout import check_seed
@@ -162,8 +163,6 @@ class Explanation(str):
 def explain(*args, backend: str | None = None, **kwargs) -> Explanation:
     """Which kernel `attention`, or with lists of edges `attention_csr`, with these arguments would run, and why each
     other one would not. Computes nothing."""
-    from .layouts import csr
-
     backend = current_backend() if backend is None else dispatch.check_backend(backend, "backend")
     if len(args) > 3 or "indptr" in kwargs:
         bound = csr.bind(*args, backend=backend, **kwargs)
@@ -221,8 +220,8 @@ def _add_mask(tensors: dict, mask, window_size) -> tuple[Window, ...]:
         tensors["mask"] = mask
     elif isinstance(mask, BlockMask):
         tensors["block_mask"] = mask
-    elif is_flex(mask):
-        tensors["block_mask"] = from_flex(mask)
+    elif flex.is_flex(mask):
+        tensors["block_mask"] = flex.converted(mask, BlockMask.from_flex)
     elif mask is not None:
         raise TypeError(f"mask must be a Mask, a BlockMask or a bool tensor, got {type(mask).__name__}")
     return windows if window_size is None else (*windows, Window(*check_window(window_size)))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
+from .backends import cpu
 from .backends.triton import INTERPRETED
 from .checks import one_line
 from .problem import FLOATS, LENGTHS, MASK_KINDS, Problem
@@ -250,8 +251,7 @@ def rows_of(backend: str | None, layout: str) -> list[Row]:
 
 def isa_of(row: Row) -> str | None:
     """The instruction set that a row's kernel runs on; RuntimeError if FASTATTN_CPU_ISA names one it cannot run on."""
-    missing = row.backend != "cpu" or _missing(row)
-    return None if missing else importlib.import_module("fastattn.backends.cpu").isa()
+    return None if row.backend != "cpu" or _missing(row) else cpu.isa()
 
 
 def forget() -> None:

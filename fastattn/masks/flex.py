@@ -23,12 +23,10 @@ def is_flex(mask) -> bool:
     return module is not None and isinstance(mask, module.BlockMask)
 
 
-def from_flex(mask) -> "BlockMask":
-    """`BlockMask.from_flex`, once for every object."""
-    from .block_mask import BlockMask
-
+def converted(mask, convert: Callable) -> "BlockMask":
+    """convert(mask), once for every object."""
     if mask not in _converted:
-        _converted[mask] = BlockMask.from_flex(mask)
+        _converted[mask] = convert(mask)
     return _converted[mask]
 
 
