@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from typing import NamedTuple
 
 from . import dispatch
-from .dispatch import UnsupportedError, check_backend
+from .dispatch import Choice, UnsupportedError, check_backend
 from .plans import Bound
 from .problem import Problem
 
@@ -63,34 +63,28 @@ def note(call: Bound) -> None:
 
     UnsupportedError if every kernel refuses the call.
     """
-    choice = call.choice
+    choice, problem, _, backend = call
     if choice is None:
-        raise dispatch.unsupported(call.problem, call.backend)
+        raise dispatch.unsupported(problem, backend)
     if choice.is_fallback:
-        _report_fallback(call)
-    _state.last = last = [choice, call.problem, call.backend]  # not the call itself: nobody may keep its tensors
+        _report_fallback(_record_of(choice, problem, backend))
+    _state.last = last = choice, problem, backend  # not the call itself: nobody may keep its tensors
     if recorders := _recorders.get():
+        _state.last = last = _record_of(*last)
         for calls in recorders:
-            calls.append(_call_of(last))
+            calls.append(last)
 
 
-def _call_of(last: list) -> Call:
-    """The record of a call, made when somebody asks: [choice, problem, backend] becomes [Call]."""
-    if len(last) == 1:
-        return last[0]
-    choice, problem, backend = last
-    last[:] = [_record_of(choice, problem, backend)]
-    return last[0]
-
-
-def _record_of(choice, problem: Problem, backend: str | None) -> Call:
+def _record_of(choice: Choice, problem: Problem, backend: str | None) -> Call:
     return Call(problem, choice.row.name, choice.isa, dispatch.reason_for(choice.row, problem, backend))
 
 
 def last_call() -> Call | None:
     """What ran for the latest attention call of this thread: problem, kernel, ISA, reason. None before the first."""
     last = getattr(_state, "last", None)
-    return last if last is None else _call_of(last)
+    if last is not None and not isinstance(last, Call):
+        last = _state.last = _record_of(*last)  # made when somebody asks
+    return last
 
 
 @contextmanager
@@ -135,10 +129,10 @@ class use(ContextDecorator):
             warnings.warn(text + "; FASTATTN_BACKEND sets the backend of a whole process", RuntimeWarning, 2)
 
 
-def _report_fallback(call: Bound) -> None:
-    policy, (problem, _, _, reason) = _fallback_policy(), _record_of(call.choice, call.problem, call.backend)
-    memory = "O(edges * head_dim)" if problem.layout == "csr" else "O(n^2)"
-    message = f"[{problem}] needs the reference, {memory} memory: {reason}"
+def _report_fallback(call: Call) -> None:
+    policy, reason = _fallback_policy(), call.reason
+    memory = "O(edges * head_dim)" if call.problem.layout == "csr" else "O(n^2)"
+    message = f"[{call.problem}] needs the reference, {memory} memory: {reason}"
     if policy == "error":
         raise UnsupportedError(f"{message} (FASTATTN_FALLBACK=error)")
     fallbacks[reason] += 1
