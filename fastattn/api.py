@@ -88,7 +88,7 @@ def attention(
     if backend is None:
         backend = current_backend()
     bound = None
-    if mask is window_size is alibi_slopes is bias is sinks is seed is None:
+    if mask is window_size is alibi_slopes is bias is sinks is seed is None and (causal is False or causal is True):
         settings = causal, softmax_scale, softcap, dropout_p, skip_negligible, return_lse, backend
         bound = recall(q, k, v, settings)
     bound = bound or bind(
@@ -120,7 +120,8 @@ def bind(
     bias=None, sinks=None, dropout_p=0.0, seed=None, skip_negligible=None, return_lse=False, backend=None,
 ) -> Bound:  # fmt: skip
     """The call that these arguments of `attention` are, checked. It computes nothing and draws no seed."""
-    tensors, windows = {}, ()
+    tensors, windows, seed = {}, (), check_seed(seed)
+    causal = check_flag("causal", causal, '; mask=Mask.causal("top_left") is torch\'s alignment')
     settings = causal, softmax_scale, softcap, dropout_p, skip_negligible, return_lse, backend
     try:
         needs_grad = _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -142,14 +143,13 @@ def bind(
     except TypeError:  # an argument is not hashable: the checks say which
         plan = None
     if plan is None:
-        if causal is not False and check_flag("causal", causal, '; mask=Mask.causal("top_left") is torch\'s alignment'):
-            windows += _CAUSAL
+        windows = (*windows, *_CAUSAL) if causal else windows
         names = ("softmax_scale", "softcap", "dropout_p", "skip_negligible")
         facts = {"lse": check_flag("return_lse", return_lse), "needs_grad": needs_grad}
         numbers = dict(zip(names, settings[1:5], strict=True))
         plan = plans.make(key, q, k, v, windows, tensors, numbers, facts, backend)
     if seed is not None:
-        tensors["seed"] = check_seed(seed)
+        tensors["seed"] = seed
     bound = plan.at(lengths)
     return bound._replace(terms=plans.with_values(bound.terms, tensors)) if tensors else bound
 

@@ -5,6 +5,7 @@ import torch
 from . import dispatch
 from .calls import note
 from .plans import Bound
+from .torch_internals import is_transformed
 
 
 class Differentiable(torch.autograd.Function):
@@ -36,10 +37,12 @@ class Differentiable(torch.autograd.Function):
         kind = type(ctx.terms)
         terms = tuple.__new__(kind, [x if y is None else y for x, y in zip(ctx.terms, tensors, strict=True)])
         # Grad mode is on in here for create_graph=True alone: somebody will differentiate this gradient.
-        twice = torch.is_grad_enabled()
-        problem = ctx.problem._replace(direction="backward", needs_grad=twice, lse=dlse is not None)
-        # A gradient of this gradient is nothing that the kernels of a named backend have.
-        backend = None if twice else ctx.choice.row.backend
+        twice, transformed = torch.is_grad_enabled(), is_transformed()
+        problem = ctx.problem._replace(
+            direction="backward", needs_grad=twice, lse=dlse is not None, transformed=transformed
+        )
+        # A derivative of this gradient is nothing that the kernels of a named backend have.
+        backend = None if twice or transformed else ctx.choice.row.backend
         choices = dispatch.choices_of(problem, backend)
         choice = dispatch.first_that_takes(choices, problem)
         note(Bound(choice, problem, terms, backend))

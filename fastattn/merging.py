@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .checks import check_tensors
+from .checks import check_tensors, dtype_name
+from .scores import FLOATS
 
 
 def merge(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -20,7 +21,8 @@ def merge(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> tuple[t
     no part in its row, whatever its out holds; a query that no part sees gives out = 0 and lse = -inf.
 
     Differentiable in outs and lses, to any order. Memory: O(size of outs). A sink belongs to one part only, or it is
-    counted as often as there are parts; dropout keeps its meaning where each part drops its own keys.
+    counted as often as there are parts; an lse of +inf gives NaN. Dropout keeps its meaning where each part drops its
+    own keys.
 
     Raises TypeError or ValueError that names the argument. Method: the split of FlashAttention-2 and Flash-Decoding
     (arXiv 2307.08691; Dao, Haziza, Massa, Sizov, 2023).
@@ -50,8 +52,8 @@ def _checked(outs, lses) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
             raise TypeError(f"{name} must be a list of tensors, one a part, got {type(parts).__name__}")
         check_tensors(**{f"{name}[{i}]": x for i, x in enumerate(parts)})
         for i, x in enumerate(parts):
-            if not x.is_floating_point():
-                raise TypeError(f"{name}[{i}] has dtype {x.dtype}; it must be a float")
+            if dtype_name(x.dtype) not in FLOATS:
+                raise TypeError(f"{name}[{i}] has dtype {x.dtype}; supported are {', '.join(FLOATS)}")
             if (x.shape, x.dtype, x.device) != (parts[0].shape, parts[0].dtype, parts[0].device):
                 raise ValueError(
                     f"{name}[{i}] is {x.dtype} {tuple(x.shape)} on {x.device}, {name}[0] {parts[0].dtype} "

@@ -22,6 +22,8 @@ def concatenated(masks: Sequence["BlockMask"], dim: int) -> tuple[Grid, Blocks]:
     if not masks:
         raise ValueError("masks is empty; at least one mask is needed")
     for mask in masks:
+        if not hasattr(mask, "seq_lengths"):
+            raise TypeError(f"masks must consist of BlockMasks, got {one_line(mask)}")
         check_same_grid(masks[0], mask)
     sizes = [mask.shape[dim] for mask in masks]
     others = {mask.shape[1 - dim] for mask in masks} - {1}

@@ -111,3 +111,16 @@ def test_transforms_run_on_the_reference():
     x = q.clone().requires_grad_()
     sum(fastattn.attention(*y).square().sum() for y in zip(x, k, v, strict=True)).backward()
     torch.testing.assert_close(per_sample, x.grad)
+
+
+def test_a_tangent_of_the_output_gradient_is_kept():
+    """Forward-mode derivatives that begin behind the forward pass."""
+    q, k, v = (torch.randn(1, 2, 5, 8, dtype=torch.float64) for _ in range(3))
+    z = q.clone().requires_grad_()
+    out = fastattn.attention(z, k, v)
+    cotangent, tangent = torch.randn_like(out), torch.randn_like(out)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(cotangent, tangent)
+        (grad,) = torch.autograd.grad(out, z, dual, retain_graph=True)
+        found = torch.autograd.forward_ad.unpack_dual(grad).tangent
+    torch.testing.assert_close(found, torch.autograd.grad(out, z, tangent)[0])

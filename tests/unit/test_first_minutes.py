@@ -40,6 +40,7 @@ WIDE = torch.ones(3, 3)
         (lambda: BlockMask.from_mask(Mask(), seqlen_q=4, block_size=WIDE), TypeError, r"block_size=tensor\(shape"),
         (lambda: BlockMask.cat([BlockMask.from_mask(Mask(), seqlen_q=4)], dim=WIDE), ValueError, r"dim=tensor\(shape"),
         (lambda: BlockMask.cat(WIDE), TypeError, r"masks must be a sequence.*tensor\(shape"),
+        (lambda: BlockMask.cat([1]), TypeError, "masks must consist of BlockMasks, got 1"),
         (lambda: fastattn.select_blocks(X, X, top_k=WIDE), TypeError, r"top_k=tensor\(shape"),
         (lambda: fastattn.select_blocks(X, X, top_k=1, causal=WIDE), TypeError, r"causal=tensor\(shape"),
         (lambda: fastattn.select_blocks(X, X, top_k=1, softmax_scale=WIDE), TypeError, "softmax_scale is a tensor"),
@@ -65,6 +66,12 @@ def test_flags_and_numbers_that_mean_their_default():
     for options in ({"causal": None}, {"causal": 0}, {"return_lse": None}, {"softcap": False}, {"dropout_p": 0}):
         assert torch.equal(fastattn.attention(X, X, X, **options), expected)
     assert torch.equal(fastattn.attention(X, X, X, softmax_scale=True), fastattn.attention(X, X, X, softmax_scale=1.0))
+
+
+def test_a_number_that_equals_a_flag_is_none_whatever_was_called_before():
+    fastattn.attention(X, X, X, causal=True)
+    with pytest.raises(TypeError, match="causal=1.0 must be True or False"):
+        fastattn.attention(X, X, X, causal=1.0)
 
 
 def test_torch_takes_a_tensor_with_one_number_for_a_number():
