@@ -120,15 +120,22 @@ def bind(
     bias=None, sinks=None, dropout_p=0.0, seed=None, skip_negligible=None, return_lse=False, backend=None,
 ) -> Bound:  # fmt: skip
     """The call that these arguments of `attention` are, checked. It computes nothing and draws no seed."""
-    tensors, windows, seed = {}, (), check_seed(seed)
-    causal = check_flag("causal", causal, '; mask=Mask.causal("top_left") is torch\'s alignment')
+    tensors, windows = {}, ()
+    if seed is not None:
+        check_seed(seed)
+    if causal is not True and causal is not False:
+        causal = check_flag("causal", causal, '; mask=Mask.causal("top_left") is torch\'s alignment')
     settings = causal, softmax_scale, softcap, dropout_p, skip_negligible, return_lse, backend
     try:
         needs_grad = _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        windows = _add_mask(tensors, mask, window_size)
-        for name, x in (("bias", bias), ("alibi_slopes", alibi_slopes), ("sinks", sinks)):
-            if x is not None:
-                tensors[name] = x
+        if mask is not None or window_size is not None:
+            windows = _add_mask(tensors, mask, window_size)
+        if bias is not None:
+            tensors["bias"] = bias
+        if alibi_slopes is not None:
+            tensors["alibi_slopes"] = alibi_slopes
+        if sinks is not None:
+            tensors["sinks"] = sinks
         if isinstance(softmax_scale, _Tensor):
             tensors["softmax_scale"], settings = softmax_scale, (causal, None, *settings[2:])
         if _is_grad_enabled() and not needs_grad:
@@ -151,7 +158,7 @@ def bind(
     if seed is not None:
         tensors["seed"] = seed
     bound = plan.at(lengths)
-    return bound._replace(terms=plans.with_values(bound.terms, tensors)) if tensors else bound
+    return plans.with_values(bound, tensors) if tensors else bound
 
 
 class Explanation(str):

@@ -2,15 +2,16 @@
 
 import torch
 
-from . import dispatch
 from .calls import note
-from .plans import Bound
+from .plans import backward_of
 from .torch_internals import is_transformed
+
+_new, _Tensor = tuple.__new__, torch.Tensor
 
 
 class Differentiable(torch.autograd.Function):
-    """(out, lse) of a row that has `train`, as apply(choice, problem, terms, q, k, v, *terms): each field of the
-    terms is an argument of its own, since autograd sees no tensors inside a tuple.
+    """(out, lse) of a row that has `train`, as apply(choice, problem, terms, q, k, v, *terms): each field of the terms
+    is an argument of its own, since autograd sees no tensors inside a tuple.
 
     Saves its inputs, out (in float32 where it has 16 bits), and two numbers a row; nothing n x n.
     """
@@ -21,32 +22,36 @@ class Differentiable(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.choice, ctx.problem, ctx.num_saved = choice, problem, len(saved)
         # Tensors only as saved tensors: autograd checks their versions, and hooks may move them.
-        ctx.terms = tuple.__new__(type(terms), [None if isinstance(x, torch.Tensor) else x for x in terms])
-        tensors = [x if isinstance(x, torch.Tensor) else None for x in terms]
-        ctx.save_for_backward(q, k, v, *saved, *tensors)
+        ctx.places = places = [place for place, x in enumerate(terms) if isinstance(x, _Tensor)]
+        ctx.terms = _replaced(terms, places, [None] * len(places))
+        ctx.save_for_backward(q, k, v, *saved, *[terms[place] for place in places])
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        q, k, v, *tensors = ctx.saved_tensors
-        saved, tensors = tensors[: ctx.num_saved], tensors[ctx.num_saved :]
+        q, k, v, *saved = ctx.saved_tensors
+        saved, tensors = saved[: ctx.num_saved], saved[ctx.num_saved :]
+        want_q, want_k, want_v, *wants = ctx.needs_input_grad[3:]
         if dout is None and dlse is None:
-            return (None,) * (6 + len(tensors))
+            return (None,) * (6 + len(wants))
         if dout is None:
             dout = q.new_zeros(()).expand(saved[0].shape)
-        kind = type(ctx.terms)
-        terms = tuple.__new__(kind, [x if y is None else y for x, y in zip(ctx.terms, tensors, strict=True)])
+        terms = _replaced(ctx.terms, ctx.places, tensors)
         # Grad mode is on in here for create_graph=True alone: somebody will differentiate this gradient.
-        twice, transformed = torch.is_grad_enabled(), is_transformed()
-        problem = ctx.problem._replace(
-            direction="backward", needs_grad=twice, lse=dlse is not None, transformed=transformed
-        )
-        # A derivative of this gradient is nothing that the kernels of a named backend have.
-        backend = None if twice or transformed else ctx.choice.row.backend
-        choices = dispatch.choices_of(problem, backend)
-        choice = dispatch.first_that_takes(choices, problem)
-        note(Bound(choice, problem, terms, backend))
-        want_q, want_k, want_v, *wants = ctx.needs_input_grad[3:]
-        wanted = want_q, want_k, want_v, tuple.__new__(kind, wants)
+        twice, transformed, has_dlse = torch.is_grad_enabled(), is_transformed(), dlse is not None
+        bound = backward_of(ctx.problem, ctx.choice.row.backend, twice, transformed, has_dlse)
+        note(bound)
+        choice, problem, _, _ = bound
+        wanted = want_q, want_k, want_v, _new(type(terms), wants)
         dq, dk, dv, grads = choice.forward(problem, q, k, v, terms, saved, dout, dlse, wanted)
         return None, None, None, dq, dk, dv, *grads
+
+
+def _replaced(terms: tuple, places: list[int], values: list) -> tuple:
+    """`terms`, of its own type, with `values` in `places`."""
+    if not places:
+        return terms
+    replaced = list(terms)
+    for place, value in zip(places, values, strict=True):
+        replaced[place] = value
+    return _new(type(terms), replaced)

@@ -1,5 +1,6 @@
 """Plans: what is found out once about a kind of call, whatever its lengths, and is looked up in later ones."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -67,6 +68,7 @@ def count() -> int:
 def forget() -> None:
     """Drop all plans and selections, after a change of dispatch.KERNELS."""
     known.clear()
+    backward_of.cache_clear()
     dispatch.forget()
 
 
@@ -139,9 +141,21 @@ def make(key: tuple, q, k, v, windows: tuple[Window, ...], tensors: dict, number
     return plan
 
 
-def with_values(terms: Terms, given: dict) -> Terms:
-    """`terms` with the tensors (and the seed) of one call in their places."""
+def with_values(bound: Bound, given: dict) -> Bound:
+    """`bound` with the tensors (and the seed) of one call in the places of its terms."""
+    choice, problem, terms, backend = bound
     values = list(terms)
     for name, value in given.items():
         values[_PLACES[name]] = value
-    return _new(Terms, values)
+    return _new(Bound, (choice, problem, _new(Terms, values), backend))
+
+
+@lru_cache(maxsize=1024)
+def backward_of(problem: Problem, backend: str, twice: bool, transformed: bool, has_dlse: bool) -> Bound:
+    """The call, without terms, that computes the gradients of `problem`, which ran on `backend`.
+
+    A derivative of these gradients (twice, transformed) is nothing that the kernels of a named backend have.
+    """
+    problem = problem._replace(direction="backward", needs_grad=twice, lse=has_dlse, transformed=transformed)
+    backend = None if twice or transformed else backend
+    return Bound(dispatch.first_that_takes(dispatch.choices_of(problem, backend), problem), problem, (), backend)

@@ -14,6 +14,7 @@ try:
 except ImportError as error:  # a wheel built without a compiler, or for another platform
     _C, _import_error = None, error
 
+_NO_GRADIENTS = Terms._make([None] * len(Terms._fields))
 _empty_like, _get_num_threads = torch.empty_like, torch.get_num_threads
 
 
@@ -67,6 +68,9 @@ def prefill_for_backward(problem, q, k, v, terms):
 def backward(problem, q, k, v, terms, saved, dout, dlse, wanted):
     """Gradients of a dense call."""
     dq, dk, dv = _empty_gradients(q, k, v, wanted)
+    if True not in wanted[3]:
+        _C.backward(q, k, v, *saved, terms, dout, dlse, dq, dk, dv, _NO_GRADIENTS, _get_num_threads())
+        return dq, dk, dv, _NO_GRADIENTS
     sums = [
         x.new_zeros(x.shape, dtype=_sum_dtype(problem, term, x)) if want else None
         for term, x, want in zip(TERMS, terms, wanted[3], strict=True)

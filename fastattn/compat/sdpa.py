@@ -40,7 +40,7 @@ def scaled_dot_product_attention(
     Raises TypeError or ValueError where torch raises RuntimeError. Beyond torch: NaN in a masked key or value never
     reaches the result, masks of rank 0 and 1 work, and a float mask may have any float dtype.
     """
-    if isinstance(dropout_p, torch.Tensor) or isinstance(is_causal, torch.Tensor):
+    if dropout_p.__class__ is not float or is_causal.__class__ is not bool:
         dropout_p, is_causal = _one_value("dropout_p", dropout_p), _one_value("is_causal", is_causal)
     try:
         if _any_autocast() and torch.is_autocast_enabled(query.device.type):
