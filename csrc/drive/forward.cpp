@@ -1,11 +1,11 @@
 // The forward pass of a whole call.
-#include <algorithm>
 #include <optional>
 #include <vector>
 
 #include "block_lists.h"
 #include "driver.h"
 #include "parallel.h"
+#include "units.h"
 
 namespace fastattn {
 namespace {
@@ -13,15 +13,13 @@ namespace {
 struct ForwardPass {
   const Operands& p;
   const Kernels& kernels;
-  Blocking blocking;
-  int64_t scratch_bytes;
-  std::vector<Unit> units;  // the splits of a row block stand together when they are made
-  std::vector<int64_t> order;
+  const Blocking blocking;
+  const int64_t scratch_bytes, element;
+  const Units units;
   std::vector<char> partials;  // out, max, sum of every row of every unit; empty without splits
-  int64_t element;
 
   Partial partial(int64_t unit) {
-    const int64_t row = unit * blocking.rows, rows = (int64_t)units.size() * blocking.rows, Dv = p.head_dim_v;
+    const int64_t row = unit * blocking.rows, rows = units.size() * blocking.rows, Dv = p.head_dim_v;
     char* max = partials.data() + (rows * Dv + row) * element;
     return {partials.data() + row * Dv * element, max, max + rows * element};
   }
@@ -29,15 +27,16 @@ struct ForwardPass {
 
 void run_unit(void* context, int64_t index, int) {
   ForwardPass& pass = *(ForwardPass*)context;
-  const int64_t unit = pass.order.empty() ? index : pass.order[index];
+  const int64_t unit = pass.units.place(index);
   const Partial partial = pass.blocking.num_splits > 1 ? pass.partial(unit) : Partial{};
-  pass.kernels.run_unit(pass.p, pass.blocking, pass.units[unit], partial, thread_scratch(pass.scratch_bytes));
+  pass.kernels.run_unit(pass.p, pass.blocking, pass.units.units[unit], partial, thread_scratch(pass.scratch_bytes));
 }
 
 void combine(void* context, int64_t index, int) {
   ForwardPass& pass = *(ForwardPass*)context;
   const int64_t unit = index * pass.blocking.num_splits;
-  pass.kernels.combine(pass.p, pass.blocking, pass.units[unit], pass.partial(unit), thread_scratch(pass.scratch_bytes));
+  pass.kernels.combine(pass.p, pass.blocking, pass.units.units[unit], pass.partial(unit),
+                       thread_scratch(pass.scratch_bytes));
 }
 
 int64_t skipped = 0;  // over all calls; added to atomically, without std, which kernels do not know
@@ -52,43 +51,19 @@ void forward(Operands& p, int threads) {
   std::optional<OwnedLists> lists;
   if (p.block_mask) p.blocks = &lists.emplace(p, false).lists;
   const Kernels& kernels = instruction_set().kernels_for(p.q.dtype);
-  ForwardPass pass{p, kernels, kernels.blocking(p), 0, {}, {}, {}, element_bytes(p)};
-  const Blocking& b = pass.blocking;
-  pass.scratch_bytes = kernels.scratch_bytes(p, b);
+  const Blocking b = kernels.blocking(p);
+  ForwardPass pass{p, kernels, b, kernels.scratch_bytes(p, b), element_bytes(p), Units(p, kernels, b, threads), {}};
   std::vector<double> tile_facts;
   if (p.may_skip()) {
     tile_facts.assign(p.batch * p.num_heads_k * ((p.seqlen_k + b.n_block - 1) / b.n_block) * 2, -1.0);
     p.tile_facts = tile_facts.data(), p.skipped_pairs = skipped_counter();
   }
+  if (b.num_splits > 1) pass.partials.resize(pass.units.size() * b.rows * (p.head_dim_v + 2) * pass.element);
 
-  // A head's row blocks longest first, so that the last units are short ones and the threads end together.
-  const int64_t stacked = b.heads_per_unit * p.seqlen_q, blocks = (stacked + b.rows - 1) / b.rows;
-  const int64_t splits = b.num_splits;
-  pass.units.reserve(p.batch * (p.num_heads / b.heads_per_unit) * blocks * splits);
-  double pairs = 0;
-  for (int64_t batch = 0; batch < p.batch; batch++)
-    for (int64_t head = 0; head < p.num_heads; head += b.heads_per_unit)
-      for (int64_t row = 0; row < stacked; row += b.rows)
-        for (int64_t split = 0; split < splits; split++) {
-          Unit unit{(int32_t)batch, (int32_t)head, (int32_t)split, row, 0, 0, 0};
-          kernels.find_keys(p, b, unit);
-          pairs += (double)unit.keys * std::min<int64_t>(b.rows, stacked - row);
-          pass.units.push_back(unit);
-        }
-  const double flops = 2 * pairs * (p.head_dim + p.head_dim_v);
-  if (threads > 1 && pass.units.size() > 1) {
-    const int64_t per_head = blocks * splits;
-    pass.order.resize(pass.units.size());
-    for (size_t i = 0; i < pass.order.size(); i++) pass.order[i] = (int64_t)i;
-    auto keys = [&](int64_t i) { return pass.units[i].keys; };
-    std::stable_sort(pass.order.begin(), pass.order.end(),
-                     [&](int64_t i, int64_t j) { return i / per_head != j / per_head ? i < j : keys(i) > keys(j); });
-  }
-  if (splits > 1) pass.partials.resize(pass.units.size() * b.rows * (p.head_dim_v + 2) * pass.element);
-
-  parallel_for((int64_t)pass.units.size(), threads, flops, run_unit, &pass);
+  const double flops = 2 * pass.units.pairs * (p.head_dim + p.head_dim_v);
+  parallel_for(pass.units.size(), threads, flops, run_unit, &pass);
   const double combine_flops = 4.0 * pass.partials.size() / pass.element;
-  if (splits > 1) parallel_for((int64_t)pass.units.size() / splits, threads, combine_flops, combine, &pass);
+  if (b.num_splits > 1) parallel_for(pass.units.size() / b.num_splits, threads, combine_flops, combine, &pass);
 }
 
 }  // namespace fastattn

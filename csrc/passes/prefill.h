@@ -76,6 +76,23 @@ inline void find_keys(const Operands& p, const Blocking& b, Unit& u) {
                 [&](const KeyTile& tile) { u.keys += tile.hi - tile.lo; });
 }
 
+// A panel before its first key: rows first ... first + rows - 1 of the unit, out [out_rows][NR] of 0. tmp: room for
+// [NR][head_dim], where the rows stay, scaled; key_row: for one.
+template <class Real, int NV>
+void start_panel(const Operands& p, const Unit& u, int64_t first, int64_t rows, ForwardPanel<Real>& panel,
+                 int64_t out_rows, Real* tmp, Real* key_row) {
+  constexpr int NR = NV * VL<Real>;
+  prepare_panel(p, u.batch, u.head, u.row + first, rows, NR, panel, tmp);
+  for (int r = 0; r < NR; r++) panel.run.max[r] = (Real)-__builtin_inf();
+  if (p.alibi_slopes) look_ahead<Real, NV>(p, panel, tmp, key_row, panel.run.max);
+  for (int r = 0; r < NR; r++) {
+    if (r >= panel.lanes.rows || panel.lo[r] >= panel.hi[r]) panel.run.max[r] = unseen;
+    panel.run.shift[r] = panel.run.max[r] == (Real)-__builtin_inf() ? 0 : panel.run.max[r];
+    panel.run.sum[r] = 0;
+  }
+  for (int64_t j = 0; j < out_rows * NR; j++) panel.out[j] = 0;
+}
+
 // Rows [rows][head_dim_v], not yet normalized, into out and lse.
 template <class Real>
 void finish_rows(const Operands& p, const Lanes& lanes, const Real* out, const Real* max, const Real* sum) {
@@ -141,17 +158,9 @@ class ForwardUnit {
     panels = (int)((rows + NR - 1) / NR);
     for (int i = 0; i < panels; i++) {
       ForwardPanel<Real>& panel = s.panels[i];
-      prepare_panel(p, u.batch, u.head, u.row + i * NR, smaller<int64_t>(NR, rows - i * NR), NR, panel, s.rows);
-      for (int r = 0; r < NR; r++) panel.run.max[r] = (Real)-__builtin_inf();
-      if (p.alibi_slopes) look_ahead<Real, NV>(p, panel, s.rows, s.k, panel.run.max);
-      for (int r = 0; r < NR; r++) {
-        if (r >= panel.lanes.rows || panel.lo[r] >= panel.hi[r]) panel.run.max[r] = unseen;
-        panel.run.shift[r] = panel.run.max[r] == (Real)-__builtin_inf() ? 0 : panel.run.max[r];
-        panel.run.sum[r] = 0;
-      }
+      start_panel<Real, NV>(p, u, i * NR, smaller<int64_t>(NR, rows - i * NR), panel, p.head_dim_v, s.rows, s.k);
       skips = skips_in_head(p, panel.slopes[0]);
       if (skips) find_norms<Real, NV>(p, panel);
-      for (int64_t j = 0; j < p.head_dim_v * NR; j++) panel.out[j] = 0;
     }
   }
 
@@ -248,11 +257,7 @@ class ForwardUnit {
     accumulate();
 
     const bool masked = modifier.apply(panel, k0, k1, skipped, scores);
-    const bool moved = modifier.raises();
-    if (moved || outgrown<Real, NV>(s.largest, panel.run.max)) {
-      if (moved || masked) find_max<Real, NV>(scores, keys, s.largest);
-      update_max<Real, NV>(s.largest, panel.run, panel.out, p.head_dim_v);
-    }
+    follow_max<Real, NV>(scores, keys, modifier.raises(), masked, s.largest, panel.run, panel.out, p.head_dim_v);
     for (int r = 0; r < NR; r++) s.tile_sum[r] = 0;
 
     pending.panel = &panel;

@@ -58,6 +58,16 @@ void update_max(const Real* largest, Running<Real> run, Real* out, int64_t out_r
   }
 }
 
+// The step of the online softmax before a tile's weights. largest: an upper bound of its scores, or, where they have been
+// modified since it was taken (moved: they may have risen; masked), what is found again.
+template <class Real, int NV>
+void follow_max(const Real* scores, int64_t keys, bool moved, bool masked, Real* largest, Running<Real> run, Real* out,
+                int64_t out_rows) {
+  if (!moved && !outgrown<Real, NV>(largest, run.max)) return;
+  if (moved || masked) find_max<Real, NV>(scores, keys, largest);
+  update_max<Real, NV>(largest, run, out, out_rows);
+}
+
 // scores -> weights 2^(scores - shift) in place, and their sums over the keys of the tile.
 template <class Real, int NV>
 struct Weigher {
