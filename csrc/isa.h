@@ -5,6 +5,7 @@
 #include "passes/backward.h"
 #include "passes/csr.h"
 #include "passes/prefill.h"
+#include "passes/tangent.h"
 
 namespace fastattn::FASTATTN_ISA {
 
@@ -29,6 +30,9 @@ constexpr Kernels make_kernels() {
   table.find_keys = find_keys;
   table.run_unit = run_unit<Real>;
   table.combine = combine<Real>;
+  table.tangent_blocking = make_tangent_blocking<Real>;
+  table.tangent_scratch_bytes = tangent_scratch_bytes<Real>;
+  table.run_tangent_unit = run_tangent_unit<Real>;
   table.backward_blocking = make_backward_blocking<Real>;
   table.backward_scratch_bytes = backward_scratch_bytes<Real>;
   table.count_pairs = count_pairs;

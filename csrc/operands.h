@@ -95,34 +95,41 @@ struct Gradients {
   bool needs_dq() const { return dq || scale_sums; }
 };
 
+// What a forward-mode pass reads and writes beside its Operands: the tangents of what these hold, and of out and lse.
+struct Tangents {
+  Tensor q, k, v, bias, alibi_slopes, sinks, scales;  // as what they are the tangents of; absent: zero
+  Tensor out, lse;                                    // as out and lse; lse may be absent
+};
+
 // Of what a unit leaves a number for a sum: [batch][num_heads][seqlen_q], [seqlen_k] or [num_splits].
 enum class SumsOver : int8_t { queries, keys, splits };
 
 enum class Holds : int8_t { floats, booleans, int32s };
 
 // A tensor that a call may add to q, k and v. `name` is that of its field in fastattn's Terms, of which the bindings read
-// the tensor and its gradient.
+// the tensor, its gradient and its tangent.
 struct TensorTerm {
   const char* name;
   Tensor Operands::* tensor;
   int missing_right;  // dimensions of [batch, num_heads, seqlen_q, seqlen_k] that it lacks on the right
   Holds holds;
   Tensor Gradients::* gradient = nullptr;  // null: it has none
+  Tensor Tangents::* tangent = nullptr;    // the same
   double* Gradients::* sums = nullptr;     // what the units leave for the gradient; null: bias, whose shape decides
   SumsOver over = SumsOver::queries;
   double Operands::* number = nullptr;  // where the field may be a number instead
 };
 
 inline constexpr TensorTerm tensor_terms[] = {
-    {"softmax_scale", &Operands::scales, 2, Holds::floats, &Gradients::dscales, &Gradients::scale_sums,
-     SumsOver::queries, &Operands::softmax_scale},
+    {"softmax_scale", &Operands::scales, 2, Holds::floats, &Gradients::dscales, &Tangents::scales,
+     &Gradients::scale_sums, SumsOver::queries, &Operands::softmax_scale},
     {"k_start", &Operands::k_start, 1, Holds::int32s},
     {"k_end", &Operands::k_end, 1, Holds::int32s},
     {"mask", &Operands::mask, 0, Holds::booleans},
-    {"bias", &Operands::bias, 0, Holds::floats, &Gradients::dbias},
-    {"alibi_slopes", &Operands::alibi_slopes, 2, Holds::floats, &Gradients::dalibi_slopes, &Gradients::slope_sums,
-     SumsOver::splits},
-    {"sinks", &Operands::sinks, 2, Holds::floats, &Gradients::dsinks, &Gradients::sink_sums},
+    {"bias", &Operands::bias, 0, Holds::floats, &Gradients::dbias, &Tangents::bias},
+    {"alibi_slopes", &Operands::alibi_slopes, 2, Holds::floats, &Gradients::dalibi_slopes, &Tangents::alibi_slopes,
+     &Gradients::slope_sums, SumsOver::splits},
+    {"sinks", &Operands::sinks, 2, Holds::floats, &Gradients::dsinks, &Tangents::sinks, &Gradients::sink_sums},
 };
 
 // Edges as compressed sparse rows; the bias of the Operands is [batch, num_heads, 1, num_edges]. Or transposed: row j holds

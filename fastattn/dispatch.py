@@ -25,7 +25,9 @@ class Row(NamedTuple):
     entry      kernel(problem, q, k, v, terms) -> (out, lse or None), with `Terms` (`Edges` for layout "csr").
                Of a backward row: kernel(problem, q, k, v, terms, saved, dout, dlse, wanted) -> (dq, dk, dv, grads).
                saved is what `train` kept; wanted is (want_q, want_k, want_v, wants), where wants has a bool in the
-               place of each term; grads has the gradient in the place of each wanted term, None in all others
+               place of each term; grads has the gradient in the place of each wanted term, None in all others.
+               Of a tangent row: kernel(problem, q, k, v, terms, tangents) -> (tout, tlse or None). tangents is (tq, tk,
+               tv, tterms), None where there is none; tterms is as terms, with tangents of tensors and None elsewhere
     available  a function that returns None, or why the kernel cannot run on this machine; None: always
     supports   Problem field -> plain container of accepted values; a field that is missing accepts anything
     train      as `entry`, but -> (out, lse or None, saved), for a call whose gradient will be asked of `backward`;
@@ -47,6 +49,7 @@ class Row(NamedTuple):
 
 _FORWARD = {"direction": {"forward"}}
 _BACKWARD = {"direction": {"backward"}, "needs_grad": {False}}
+_TANGENT = {"direction": {"tangent"}, "needs_grad": {False}}
 _DENSE = {"layout": {"dense"}, "mask": set(MASK_KINDS), "bias": {"none", *FLOATS}, "transformed": {False}}
 _HEADS = {"head_dim": range(1, 513), "head_dim_v": range(1, 513)}
 _CPU = {"device": {"cpu"}, "dtype": set(FLOATS), **_HEADS, **_DENSE}
@@ -83,6 +86,7 @@ _REFERENCE = "fastattn.backends.reference"
 
 KERNELS = (
     *_rows_of("cpu", "prefill", "backward", _CPU),
+    Row("cpu.tangent", "fastattn.backends.cpu:tangent", "fastattn.backends.cpu:unavailable", {**_CPU, **_TANGENT}),
     Row("triton.decode", "fastattn.backends.triton:decode", "fastattn.backends.triton:unavailable", _TRITON_DECODE),
     *_rows_of("triton", "prefill", "backward", _TRITON),
     *_rows_of("cpu", "csr", "csr_backward", _CPU_CSR),

@@ -1,4 +1,4 @@
-// The forward and the backward pass of a whole call: units from the shape, longest first, over the threads.
+// The forward, the backward and the forward-mode pass of a whole call: units from the shape, longest first, over the threads.
 #pragma once
 #include "kernels.h"
 
@@ -15,6 +15,9 @@ void forward(Operands& p, int threads);
 
 // dq, dk, dv and the sums of a forward pass that has filled out and lse_parts.
 void backward(Operands& p, const Gradients& gradients, int threads);
+
+// The tangents of out and lse, from the inputs and theirs alone.
+void tangent(Operands& p, const Tangents& tangents, int threads);
 
 // How many (query, key) pairs all calls of this process have left out because their weights are 0 (skip.h).
 int64_t skipped_pairs();

@@ -22,6 +22,7 @@ enum TermsField : size_t {
   kDropoutP,
   kSeed,
   kSkipNegligible,
+  num_terms_fields,
 };
 std::vector<const char*> names_of_terms() {
   std::vector<const char*> names;
@@ -196,6 +197,22 @@ void read_grads(PyObject* object, const Operands& p, Gradients& g) {
   }
 }
 
+// The tangents of terms; one of a tensor has its dtype and shape.
+void read_tangents(PyObject* object, const Operands& p, Tangents& t, Owned& owned) {
+  const Fields::Values tangents = terms_fields.of(object);
+  for (size_t i = 0; i < num_terms_fields; i++) {
+    if (tangents[i] == Py_None) continue;
+    const bool has_one = i < num_tensor_terms && tensor_terms[i].tangent;
+    if (!has_one) refuse("a tangent", "is given for what has none");
+    const TensorTerm& term = tensor_terms[i];
+    const std::string name = std::string("the tangent of ") + term.name;
+    if (!(p.*term.tensor)) refuse(name.c_str(), "has no tensor of which it is the tangent");
+    const Tensor& x = t.*term.tangent =
+                          broadcast(read(tangents[i], owned), name.c_str(), scores(p), term.missing_right);
+    check_dtype(x, name.c_str(), term.holds);
+  }
+}
+
 void read_edge_grads(PyObject* object, const Operands& p, const Csr& lists, Gradients& g) {
   const Fields::Values grads = edges_fields.of(object);
   for (size_t field : {kIndptr, kIndices, kEdgesScale})
@@ -237,6 +254,21 @@ BoundBackward::BoundBackward(const BackwardArguments& a, bool csr) {
   g.dk = result(a.dk, "dk", keys(p, p.head_dim), p.q.dtype);
   g.dv = result(a.dv, "dv", keys(p, p.head_dim_v), p.q.dtype);
   csr ? read_edge_grads(a.grads, p, lists, g) : read_grads(a.grads, p, g);
+  threads = (int)integer(a.threads);
+}
+
+BoundTangent::BoundTangent(const TangentArguments& a, bool csr) {
+  read_inputs(a.q, a.k, a.v);
+  read_extras(a.extras, csr);
+  auto tangent_of = [&](PyObject* object, const char* name, const Sizes& sizes) {
+    return object == Py_None ? Tensor{} : exact(read(object, owned), name, sizes, p.q.dtype);
+  };
+  t.q = tangent_of(a.tq, "tq", queries(p, p.head_dim));
+  t.k = tangent_of(a.tk, "tk", keys(p, p.head_dim));
+  t.v = tangent_of(a.tv, "tv", keys(p, p.head_dim_v));
+  read_tangents(a.textras, p, t, owned);
+  t.out = exact(written(a.tout), "tout", queries(p, p.head_dim_v), p.q.dtype);
+  t.lse = result(a.tlse, "tlse", queries(p, 1), compute_dtype(p.q.dtype), 1);
   threads = (int)integer(a.threads);
 }
 

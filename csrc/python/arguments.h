@@ -10,6 +10,9 @@ struct ForwardArguments {
 struct BackwardArguments {
   PyObject *q, *k, *v, *out, *lse_parts, *extras, *dout, *dlse, *dq, *dk, *dv, *grads, *threads;
 };
+struct TangentArguments {
+  PyObject *q, *k, *v, *extras, *tq, *tk, *tv, *textras, *tout, *tlse, *threads;
+};
 
 // A call: what it reads and writes, and what must live until it ends. `extras` is a Terms, or an Edges of the csr layout.
 class Bound {
@@ -32,6 +35,12 @@ class BoundBackward : public Bound {
   Gradients g{};
 
   BoundBackward(const BackwardArguments& arguments, bool csr);
+};
+class BoundTangent : public Bound {
+ public:
+  Tangents t{};
+
+  BoundTangent(const TangentArguments& arguments, bool csr);
 };
 
 void bind_fields(const std::string& kind, const std::vector<std::string>& fields);

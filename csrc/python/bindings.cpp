@@ -60,6 +60,13 @@ PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
+PyObject* tangent(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return call<BoundTangent, TangentArguments>(args, count, false, [](auto& bound) {
+    py::gil_scoped_release release;
+    fastattn::tangent(bound.p, bound.t, bound.threads);
+  });
+}
+
 PyObject* csr_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return call<Bound, ForwardArguments>(args, count, true, [](auto& bound) {
     py::gil_scoped_release release;
@@ -88,6 +95,9 @@ PyMethodDef fast_methods[] = {
      "backward(q, k, v, out, lse_parts, terms, dout, dlse, dq, dk, dv, grads, threads): out in the compute dtype. "
      "Fills "
      "those of dq, dk, dv that are not None, adds to the gradients in grads, a Terms."},
+    {"tangent", (PyCFunction)(void (*)())tangent, METH_FASTCALL,
+     "tangent(q, k, v, terms, tq, tk, tv, tterms, tout, tlse, threads): fills tout, and tlse if it is not None. Of the "
+     "tangents tq, tk, tv and those in tterms, a Terms, None is zero."},
     {"csr_forward", (PyCFunction)(void (*)())csr_forward, METH_FASTCALL,
      "csr_forward(q, k, v, out, lse, lse_parts, out_exact, edges, threads): as forward, with an Edges."},
     {"csr_backward", (PyCFunction)(void (*)())csr_backward, METH_FASTCALL,

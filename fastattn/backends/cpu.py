@@ -79,6 +79,14 @@ def backward(problem, q, k, v, terms, saved, dout, dlse, wanted):
     return dq, dk, dv, [y if y is None else y.to(x.dtype) for x, y in zip(terms, sums, strict=True)]
 
 
+def tangent(problem, q, k, v, terms, tangents):
+    """(tangent of out, that of lse or None) of a dense call."""
+    tout = empty_out(problem, q)
+    tlse = q.new_empty(tout.shape[:3], dtype=compute_dtype(problem)) if problem.lse else None
+    _C.tangent(q, k, v, terms, *tangents, tout, tlse, _get_num_threads())
+    return tout, tlse
+
+
 def _empty_gradients(q, k, v, wanted) -> list[torch.Tensor | None]:
     return [_empty_like(x) if want else None for x, want in zip((q, k, v), wanted, strict=False)]
 
