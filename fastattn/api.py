@@ -99,7 +99,8 @@ def attention(
     note(bound)
     choice, problem, terms, _ = bound
     if problem.dropout and terms.seed is None:
-        terms = terms._replace(seed=int(torch.randint(2**63 - 1, ())))
+        seed = torch.randint(2**63 - 1, ())
+        terms = terms._replace(seed=seed if problem.transformed else int(seed))  # under vmap, perhaps one a sample
     if choice.train is None:
         out, lse = choice.forward(problem, q, k, v, terms)
     else:

@@ -3,8 +3,9 @@
 import torch
 
 from .calls import note
-from .plans import backward_of
+from .plans import derivative_of
 from .torch_internals import is_transformed
+from .transforms.works import gradients_again
 
 _new, _Tensor = tuple.__new__, torch.Tensor
 
@@ -38,8 +39,10 @@ class Differentiable(torch.autograd.Function):
             dout = q.new_zeros(()).expand(saved[0].shape)
         terms = _replaced(ctx.terms, ctx.places, tensors)
         # Grad mode is on in here for create_graph=True alone: somebody will differentiate this gradient.
-        twice, transformed, has_dlse = torch.is_grad_enabled(), is_transformed(), dlse is not None
-        bound = backward_of(ctx.problem, ctx.choice.row.backend, twice, transformed, has_dlse)
+        if torch.is_grad_enabled() or is_transformed():
+            call = ctx.choice.row.backend, ctx.problem, (q, k, v), terms
+            return None, None, None, *gradients_again(*call, saved, dout, dlse, ctx.needs_input_grad[3:])
+        bound = derivative_of(ctx.problem, "backward", ctx.choice.row.backend, dlse is not None)
         note(bound)
         choice, problem, _, _ = bound
         wanted = want_q, want_k, want_v, _new(type(terms), wants)

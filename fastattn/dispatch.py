@@ -6,7 +6,7 @@ supports. An argument that a kernel cannot honour is a refusal, so nothing is ev
 
 import importlib
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 from .backends import cpu
@@ -26,8 +26,11 @@ class Row(NamedTuple):
                Of a backward row: kernel(problem, q, k, v, terms, saved, dout, dlse, wanted) -> (dq, dk, dv, grads).
                saved is what `train` kept; wanted is (want_q, want_k, want_v, wants), where wants has a bool in the
                place of each term; grads has the gradient in the place of each wanted term, None in all others.
-               Of a tangent row: kernel(problem, q, k, v, terms, tangents) -> (tout, tlse or None). tangents is (tq, tk,
-               tv, tterms), None where there is none; tterms is as terms, with tangents of tensors and None elsewhere
+               Of a tangent row: kernel(problem, q, k, v, terms, tangents) -> (tout, tlse or None), where tangents is
+               (tq, tk, tv, tterms): None in the place of what has no tangent.
+               Of a row of second derivatives: kernel(problem, q, k, v, terms, tangents, dout, dlse, names) -> gradients
+               of <dout, tout> + <dlse, tlse>, of which one cotangent may be None, by names: those of q, k, v and
+               terms, "d.out", "d.lse"
     available  a function that returns None, or why the kernel cannot run on this machine; None: always
     supports   Problem field -> plain container of accepted values; a field that is missing accepts anything
     train      as `entry`, but -> (out, lse or None, saved), for a call whose gradient will be asked of `backward`;
@@ -48,12 +51,12 @@ class Row(NamedTuple):
 
 
 _FORWARD = {"direction": {"forward"}}
-_BACKWARD = {"direction": {"backward"}, "needs_grad": {False}}
-_TANGENT = {"direction": {"tangent"}, "needs_grad": {False}}
-_DENSE = {"layout": {"dense"}, "mask": set(MASK_KINDS), "bias": {"none", *FLOATS}, "transformed": {False}}
+_BACKWARD = {"direction": {"backward"}}
+_TANGENT = {"direction": {"tangent"}}
+_DENSE = {"layout": {"dense"}, "mask": set(MASK_KINDS), "bias": {"none", *FLOATS}}
 _HEADS = {"head_dim": range(1, 513), "head_dim_v": range(1, 513)}
 _CPU = {"device": {"cpu"}, "dtype": set(FLOATS), **_HEADS, **_DENSE}
-_CPU_CSR = {field: _CPU[field] for field in ("device", "dtype", "bias", "transformed")} | {"layout": {"csr"}}
+_CPU_CSR = {field: _CPU[field] for field in ("device", "dtype", "bias")} | {"layout": {"csr"}}
 _TRITON = {
     "device": {"cuda", "cpu"} if INTERPRETED else {"cuda"},
     "dtype": {"float16", "bfloat16", "float32"},
@@ -83,6 +86,9 @@ def _rows_of(backend: str, forward: str, backward: str, supports: dict) -> tuple
 
 _OF_DENSE, _OF_CSR = {"layout": {"dense"}}, {"layout": {"csr"}}
 _REFERENCE = "fastattn.backends.reference"
+_DERIVATIVES = "tangent", "second"
+"""What the reference computes in blocks of rows, without n x n memory."""
+_TRANSFORMED = "fastattn.transforms.works:attention"
 
 KERNELS = (
     *_rows_of("cpu", "prefill", "backward", _CPU),
@@ -92,6 +98,8 @@ KERNELS = (
     *_rows_of("cpu", "csr", "csr_backward", _CPU_CSR),
     Row("reference.csr", f"{_REFERENCE}:csr", None, {**_OF_CSR, **_FORWARD}),
     Row("reference.csr_backward", f"{_REFERENCE}:csr_backward", None, {**_OF_CSR, "direction": {"backward"}}),
+    *(Row(f"reference.csr_{x}", f"{_REFERENCE}:csr_{x}", None, {**_OF_CSR, "direction": {x}}) for x in _DERIVATIVES),
+    *(Row(f"reference.{x}", f"{_REFERENCE}:{x}", None, {**_OF_DENSE, "direction": {x}}) for x in _DERIVATIVES),
     Row("reference.backward", f"{_REFERENCE}:backward", None, {**_OF_DENSE, "direction": {"backward"}}),
     Row("reference", f"{_REFERENCE}:forward", None, {**_OF_DENSE, **_FORWARD}),
 )
@@ -167,9 +175,12 @@ def _find_choices(problem: Problem, backend: str | None) -> tuple[Choice, ...]:
             is_passed_over = True
             continue
         lengths = tuple((field, accepted) for field, accepted in _supports(row, problem) if field in LENGTHS)
-        is_fallback = row.backend == "reference" and is_passed_over
+        is_fallback = row.backend == "reference" and is_passed_over and problem.direction not in _DERIVATIVES
         train = _load(row.train) if row.train and problem.needs_grad else None
-        choices.append(Choice(row, _load(row.entry), train, lengths, is_fallback, isa_of(row)))
+        forward = _load(row.entry)
+        if problem.transformed and problem.direction == "forward":
+            forward, train = partial(_load(_TRANSFORMED), row.backend), None
+        choices.append(Choice(row, forward, train, lengths, is_fallback, isa_of(row)))
         if not lengths:
             break
         is_passed_over = True

@@ -68,7 +68,7 @@ def count() -> int:
 def forget() -> None:
     """Drop all plans and selections, after a change of dispatch.KERNELS."""
     known.clear()
-    backward_of.cache_clear()
+    derivative_of.cache_clear()
     dispatch.forget()
 
 
@@ -151,11 +151,13 @@ def with_values(bound: Bound, given: dict) -> Bound:
 
 
 @lru_cache(maxsize=1024)
-def backward_of(problem: Problem, backend: str, twice: bool, transformed: bool, has_dlse: bool) -> Bound:
-    """The call, without terms, that computes the gradients of `problem`, which ran on `backend`.
-
-    A derivative of these gradients (twice, transformed) is nothing that the kernels of a named backend have.
-    """
-    problem = problem._replace(direction="backward", needs_grad=twice, lse=has_dlse, transformed=transformed)
-    backend = None if twice or transformed else backend
-    return Bound(dispatch.first_that_takes(dispatch.choices_of(problem, backend), problem), problem, (), backend)
+def derivative_of(problem: Problem, direction: str, backend: str, has_lse: bool) -> Bound:
+    """The call, without terms, that computes a derivative of `problem`, which ran on `backend`: gradients (direction
+    "backward"; has_lse: given one of lse), or what other backends may compute where this one does not ("tangent",
+    "second")."""
+    problem = problem._replace(direction=direction, needs_grad=False, lse=has_lse)
+    for asked in (backend, None)[: 1 if direction == "backward" else 2]:
+        choice = dispatch.first_that_takes(dispatch.choices_of(problem, asked), problem)
+        if choice is not None:
+            break
+    return Bound(choice, problem, (), asked)

@@ -5,6 +5,7 @@ import torch
 from torch.autograd import forward_ad
 
 _functorch = getattr(torch._C, "_functorch", None)
+_transforms = getattr(_functorch, "get_interpreter_stack", lambda: ())
 _transform_on_top = getattr(_functorch, "peek_interpreter_stack", lambda: None)
 _tangents = forward_ad if hasattr(forward_ad, "_current_level") else type("_NoTangents", (), {"_current_level": -1})
 
@@ -16,3 +17,17 @@ def is_transformed() -> bool:
     """Whether a forward-mode derivative or a torch.func transform is going on: tangents may hide in any tensor then,
     and tensors may have no memory."""
     return _tangents._current_level >= 0 or _transform_on_top() is not None
+
+
+def may_want_gradients(tensors: list[torch.Tensor]) -> bool:
+    """Whether a gradient may be asked of what is computed from these tensors inside of transforms."""
+    if any(transform.key() == _functorch.TransformType.Grad for transform in _transforms() or ()):
+        return True
+    return torch.is_grad_enabled() and any(_plain(x).requires_grad for x in tensors)
+
+
+def _plain(x: torch.Tensor) -> torch.Tensor:
+    """A tensor without the wrappers of transforms, which do not say that what is inside requires a gradient."""
+    while _functorch is not None and _functorch.is_functorch_wrapped_tensor(x):
+        x = _functorch.get_unwrapped(x)
+    return x

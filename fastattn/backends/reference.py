@@ -5,6 +5,9 @@ import torch
 from .. import reference
 from ..layouts.lists import check_entries
 from ..masks.intervals import UNBOUNDED, dense
+from ..transforms.blocks import over_blocks
+from ..transforms.formulas import second_function, tangent_function
+from ..transforms.slots import Call
 
 _NO_BOUNDS = (-UNBOUNDED, UNBOUNDED, None, None)
 _VISIBILITY = ("diagonal_lo", "diagonal_hi", "k_start", "k_end", "mask", "block_mask", "skip_negligible")
@@ -29,6 +32,41 @@ def csr(problem, q, k, v, edges):
 def csr_backward(problem, q, k, v, edges, saved, dout, dlse, wanted):
     """Gradients along edges that can be differentiated again."""
     return _gradients(problem, _along_edges, q, k, v, edges, dout, dlse, wanted)
+
+
+def tangent(problem, q, k, v, terms, tangents):
+    """Tangents of out and lse, in blocks of rows."""
+    outs = ("out", "lse") if problem.lse else ("out",)
+    call, tensors = _transformed(problem, q, k, v, terms, tangents)
+    out, *lse = over_blocks(tangent_function(call, tuple(tensors), outs), call, tensors)
+    return out, lse[0] if lse else None
+
+
+def second(problem, q, k, v, terms, tangents, dout, dlse, names):
+    """Second derivatives, in blocks of rows."""
+    call, tensors = _transformed(problem, q, k, v, terms, tangents)
+    tensors |= {slot: x for slot, x in (("d.out", dout), ("d.lse", dlse)) if x is not None}
+    found = over_blocks(second_function(call, tuple(tensors), tuple(names)), call, tensors)
+    return dict(zip(names, found, strict=True))
+
+
+def csr_tangent(problem, q, k, v, edges, tangents):
+    """Tangents along edges."""
+    check_entries(edges.indptr, edges.indices, problem.seqlen_k)
+    return tangent(problem, q, k, v, edges, tangents)
+
+
+def csr_second(problem, q, k, v, edges, tangents, dout, dlse, names):
+    """Second derivatives along edges."""
+    check_entries(edges.indptr, edges.indices, problem.seqlen_k)
+    return second(problem, q, k, v, edges, tangents, dout, dlse, names)
+
+
+def _transformed(problem, q, k, v, terms, tangents) -> tuple[Call, dict]:
+    call = Call(problem, "reference", terms, False)
+    tensors = {"q": q, "k": k, "v": v, **{name: getattr(terms, name) for name in call.term_slots}}
+    pairs = zip(("q", "k", "v", *terms._fields), (*tangents[:3], *tangents[3]), strict=True)
+    return call, tensors | {f"t.{name}": x for name, x in pairs if x is not None}
 
 
 def _dense(problem, q, terms):

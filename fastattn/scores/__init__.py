@@ -32,6 +32,8 @@ class Term(NamedTuple):
     modify    (scores, value, Place) -> scores, for the reference; None: it does not act on scores
     derive    (dscores after, scores before, value, Place) -> (dscores before, gradient of the value before it is summed
               to its shape, or None): the explicit derivative of `modify`
+    push      (tangent of the scores before, scores before, value, tangent of the value or None, Place) -> tangent of
+              the scores after: the forward-mode derivative of `modify`
     """
 
     name: str
@@ -44,6 +46,7 @@ class Term(NamedTuple):
     fact: tuple | None = None
     modify: Callable | None = None
     derive: Callable | None = None
+    push: Callable | None = None
     argument: str | None = None
 
 

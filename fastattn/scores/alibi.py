@@ -23,7 +23,11 @@ def _derive(dscores, scores, slopes, place):
     return dscores, (dscores * distance).sum((-1, -2))
 
 
+def _push(tscores, scores, slopes, tslopes, place):
+    return tscores if tslopes is None else add_alibi(tscores, tslopes, place)
+
+
 TERM = Term(
     "alibi_slopes", shapes=(("num_heads",), ("batch", "num_heads")), dtypes=FLOATS, gradient=True,
-    fact=("alibi", is_given, False), modify=add_alibi, derive=_derive,
+    fact=("alibi", is_given, False), modify=add_alibi, derive=_derive, push=_push,
 )  # fmt: skip

@@ -35,12 +35,21 @@ def dropout_mask(
     A weight is kept when its 32-bit word is at least dropout_p * 2^32.
     """
 
-    def index(size, dim):
-        return torch.arange(size, dtype=torch.int64, device=device).view([-1 if d == dim else 1 for d in range(4)])
+    sizes = batch, num_heads, seqlen_q, seqlen_k
+    return dropout_mask_at([(0, size) for size in sizes], dropout_p, seed, device)
 
-    quads = (seqlen_k + 3) // 4
-    counter = torch.broadcast_tensors(index(quads, 3), index(seqlen_q, 2), index(num_heads, 1), index(batch, 0))
-    words = torch.stack(philox(counter, seed), dim=-1).flatten(-2)[..., :seqlen_k]
+
+def dropout_mask_at(ranges, dropout_p: float, seed: int, device="cpu") -> torch.Tensor:
+    """The part of `dropout_mask` in these (start, end) of batch, num_heads, seqlen_q and seqlen_k."""
+
+    def index(start, end, dim):
+        positions = torch.arange(start, end, dtype=torch.int64, device=device)
+        return positions.view([-1 if d == dim else 1 for d in range(4)])
+
+    batch, heads, queries, (first, end) = ranges
+    quads = first // 4, (end + 3) // 4
+    counter = torch.broadcast_tensors(index(*quads, 3), index(*queries, 2), index(*heads, 1), index(*batch, 0))
+    words = torch.stack(philox(counter, seed), dim=-1).flatten(-2)[..., first - 4 * quads[0] : end - 4 * quads[0]]
     return words >= int(dropout_p * 2**32)
 
 

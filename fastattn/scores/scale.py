@@ -24,7 +24,13 @@ def _derive(dscores, scores, scale, place):
     return _of_heads(scores, scale) * dscores, by_head
 
 
+def _push(tscores, scores, scale, tscale, place):
+    tscores = _of_heads(scores, scale) * tscores
+    return tscores if tscale is None else tscores + _of_heads(scores, tscale) * scores
+
+
 TERM = Term(
     "softmax_scale", check=_check, shapes=((), ("1",), ("num_heads",)), dtypes=FLOATS, gradient=True,
-    fact=("learned_scale", lambda value: isinstance(value, torch.Tensor), False), modify=scale_scores, derive=_derive,
+    fact=("learned_scale", lambda value: isinstance(value, torch.Tensor), False), modify=scale_scores,
+    derive=_derive, push=_push,
 )  # fmt: skip

@@ -22,7 +22,11 @@ def _derive(dscores, scores, softcap, place):
     return dscores * (1.0 - torch.tanh(scores / softcap).square()), None
 
 
+def _push(tscores, scores, softcap, tsoftcap, place):
+    return tscores * (1.0 - torch.tanh(scores / softcap).square())
+
+
 TERM = Term(
     "softcap", 0.0, check=_check, fact=("softcap", lambda value: value > 0.0, False), modify=softcap_scores,
-    derive=_derive,
+    derive=_derive, push=_push,
 )  # fmt: skip

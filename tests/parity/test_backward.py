@@ -117,7 +117,7 @@ def test_gradcheck_of_score_tensors(kind, name):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_double_backward(kind, fresh_fallbacks):
-    """Through the reference, which is recorded."""
+    """On the kernel, and its derivative in blocks of rows: both are recorded, and none is a fallback."""
     q, k, v = (torch.randn(2, h, 7, d, dtype=torch.float64).requires_grad_() for h, d in ((4, 5), (2, 5), (2, 3)))
 
     def call(q, k, v):
@@ -125,9 +125,11 @@ def test_double_backward(kind, fresh_fallbacks):
         return out, lse.masked_fill(lse == -INF, 0.0)
 
     assert gradgradcheck(call, (q, k, v), fast_mode=True)
-    torch.autograd.grad(call(q, k, v)[0].sum(), q, create_graph=True)
-    assert fastattn.last_call().kernel == "reference.backward"
-    assert fastattn.last_call().problem.direction == "backward" and fresh_fallbacks
+    (grad,) = torch.autograd.grad(call(q, k, v)[0].sum(), q, create_graph=True)
+    assert fastattn.last_call().kernel == "cpu.backward" and fastattn.last_call().problem.direction == "backward"
+    grad.sum().backward()
+    assert fastattn.last_call().kernel == "reference.second" and fastattn.last_call().problem.direction == "second"
+    assert not fresh_fallbacks
 
 
 def test_double_backward_of_one_tensor_thrice():

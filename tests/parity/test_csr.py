@@ -234,8 +234,10 @@ def test_gradcheck(bias):
         assert gradcheck(call, leaves, fast_mode=False)
     assert {c.kernel for c in calls} == {"cpu.csr", "cpu.csr_backward"}
     assert gradgradcheck(call, leaves, fast_mode=True)
-    torch.autograd.grad(call(*leaves)[0].sum(), q, create_graph=True)
-    assert fastattn.last_call().kernel == "reference.csr_backward"
+    (grad,) = torch.autograd.grad(call(*leaves)[0].sum(), q, create_graph=True)
+    assert fastattn.last_call().kernel == "cpu.csr_backward"
+    grad.sum().backward()
+    assert fastattn.last_call().kernel == "reference.csr_second"
 
 
 def test_double_backward_of_one_tensor_thrice():

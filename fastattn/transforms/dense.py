@@ -1,0 +1,258 @@
+"""Tangents and second derivatives of a block of query rows of a dense call, in plain torch, so that they have
+derivatives again.
+
+With S the scores, P their softmax, t. a tangent, d. a cotangent and * the product of elements:
+
+    mu = sum_j P * t.S        t.P = P * (t.S - mu)        t.out = t.P V + P t.V        t.lse = mu
+
+A sink is one more key whose value is 0. Dropout multiplies P and t.P on their way to V.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from ..masks.block_mask import BlockMask
+from ..masks.intervals import dense
+from ..scores import Place
+from ..scores.dropout import dropout_mask_at
+from ..terms import SCORE_TERMS
+from .blocks import Block, gradients, source
+from .slots import Call, base
+
+
+def tangent(call: Call, block: Block, x: dict) -> dict:
+    """Tangents "out", "lse" of the results, given tangents "t.q", ... of inputs."""
+    x, visible = _without_nan(x, _visible(call, block, x), block)
+    w = _weights(call, block, x, visible, False)
+    return {"out": _pushed_out(w, x), "lse": w.mu[..., 0]}
+
+
+def second(call: Call, block: Block, x: dict) -> dict:
+    """Gradients of <d.out, t.out> + <d.lse, t.lse> by the inputs and by "d.out" and "d.lse"."""
+    x, visible = _without_nan(x, _visible(call, block, x), block)
+    w = _weights(call, block, x, visible, True)
+    found = {"d.lse": w.mu[..., 0]}
+    dlse = x["d.lse"][..., None] if "d.lse" in x else 0.0
+    if "d.out" in x:
+        found["d.out"] = _pushed_out(w, x)
+        found["v"] = _by_rows(_times(w.tp, w.keep), x["d.out"], x["v"])
+        dp = _times(_product(x["d.out"], x["v"]), w.keep)
+        dts = w.p * dp
+        delta = dts.sum(-1, keepdim=True) - dlse
+        dts, ds = _minus(dts, w.p, delta), w.tp * (dp - delta)
+        if "t.v" in x:
+            ds = torch.addcmul(ds, w.p, _times(_product(x["d.out"], x["t.v"]), w.keep))
+    else:
+        delta, dts, ds = -dlse, w.p * dlse, w.tp * dlse
+    total = ds.sum(-1, keepdim=True)
+    if w.sink is not None:
+        dsink = w.sink * (w.mu - w.tsink) * delta
+        total = total + dsink
+        found["sinks"] = (dsink - w.sink * total).sum((0, 2, 3))
+    ds, dts, of_terms = w.undo(_minus(ds, w.p, total), dts)
+    dq, dk = _by_keys(ds, x["k"]), _by_rows(ds, w.q, x["k"])
+    if "t.k" in x:
+        dq = _by_keys(dts, x["t.k"], dq)
+    if w.tq is not None:
+        dk = _by_rows(dts, w.tq, x["k"], dk)
+    return found | of_terms | {"q": dq * _factor(call), "k": dk}
+
+
+class _Weights(NamedTuple):
+    """Softmax of a block and its tangent.
+
+    p, tp        [b, H, rows, keys]
+    mu           mean of the tangents of the scores, [b, H, rows, 1]
+    sink, tsink  weights of the sinks, and tangents of their logits; None without sinks
+    q, tq        scaled by what is no tensor; tq is None where q has no tangent
+    undo         (cotangents of the scores, of their tangents) -> (those of the products, gradients of terms by name);
+                 of use only where it was asked for
+    keep         the factor of dropout, or None
+    """
+
+    p: torch.Tensor
+    tp: torch.Tensor
+    mu: torch.Tensor
+    sink: torch.Tensor | None
+    tsink: torch.Tensor | None
+    q: torch.Tensor
+    tq: torch.Tensor | None
+    undo: Callable
+    keep: torch.Tensor | None
+
+
+def _weights(call: Call, block: Block, x: dict, visible: torch.Tensor | None, undoes: bool) -> _Weights:
+    q, tq = x["q"] * _factor(call), x["t.q"] * _factor(call) if "t.q" in x else None
+    s, ts = _product(q, x["k"]), None if tq is None else _product(tq, x["k"])
+    if "t.k" in x:
+        ts = _product(q, x["t.k"], ts)
+    s, ts, undo = _modified(call, block, x, s, torch.zeros_like(s) if ts is None else ts, undoes)
+    sighted = sink = tsink = None
+    if visible is not None:
+        s, sighted = _masked(s, visible, x.get("sinks"))
+    if "sinks" in x:
+        column = x["sinks"].view(1, -1, 1, 1).expand(*s.shape[:3], 1)
+        p, sink = torch.softmax(torch.cat([s, column], -1), -1).split([s.shape[-1], 1], -1)
+        tsink = x["t.sinks"].view(1, -1, 1, 1) if "t.sinks" in x else torch.zeros_like(sink)
+    else:
+        p = torch.softmax(s, -1)
+    if sighted is not None:
+        p, sink = p * sighted, None if sink is None else sink * sighted
+    tp = p * ts
+    mu = tp.sum(-1, keepdim=True)
+    if sink is not None:
+        mu = mu + sink * tsink
+    tp = _minus(tp, p, mu)
+    return _Weights(p, tp, mu, sink, tsink, q, tq, undo, _keep(call, block, x))
+
+
+def _masked(
+    s: torch.Tensor, visible: torch.Tensor, sinks: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(scores without what is hidden, 0 for rows that see nothing and 1 for others; None: all see something)
+
+    A sum, which is several times as fast as masked_fill; rows that see nothing keep their scores, so that nothing
+    becomes NaN.
+    """
+    sighted = visible.any(-1, keepdim=True)
+    if sinks is not None:
+        sighted = sighted | (sinks > -torch.inf).view(-1, 1, 1)
+    if sighted.all():
+        sighted = None
+    else:
+        visible = visible | ~sighted
+    s = s + s.new_zeros(visible.shape).masked_fill_(~visible, -torch.inf)
+    return s, None if sighted is None else sighted.to(s.dtype)
+
+
+def _without_nan(x: dict, visible: torch.Tensor | None, block: Block) -> tuple[dict, torch.Tensor | None]:
+    """(the tensors, `visible`), where keys and values that no query of the block sees are 0: 0 * NaN would show."""
+    if visible is None or block.is_finite:
+        return x, visible
+    batch, heads, keys, _ = x["k"].shape
+    seen = visible.expand(batch, *x["q"].shape[1:3], keys).reshape(batch, heads, -1, keys).any(2)[..., None]
+    return x | {slot: y.where(seen, 0.0) for slot, y in x.items() if base(slot) in ("k", "v")}, visible
+
+
+def _modified(call: Call, block: Block, x: dict, s, ts, undoes: bool) -> tuple:
+    """(scores and their tangents after all modifications, `undo` of `_Weights`)"""
+    steps = [(term, value) for term in SCORE_TERMS if (value := _value(call, x, term)) is not None]
+    values = {term.name: value for term, value in steps if isinstance(value, torch.Tensor)}
+    create_graph, sources = torch.is_grad_enabled(), (s, ts)
+    with torch.set_grad_enabled(create_graph or undoes):
+        if undoes and steps:
+            sources, values = (source(s), source(ts)), {name: source(value) for name, value in values.items()}
+        s, ts = sources
+        for term, value in steps:
+            place, value = _place(call, block), values.get(term.name, value)
+            ts = term.push(ts, s, value, x.get(f"t.{term.name}"), place)
+            s = term.modify(s, value, place)
+
+    def undo(ds, dts):
+        if not steps:
+            return ds, dts, {}
+        ds, dts, *grads = gradients((s, ts), (*sources, *values.values()), (ds, dts), create_graph)
+        return ds, dts, dict(zip(values, grads, strict=True))
+
+    return s, ts, undo
+
+
+def _place(call: Call, block: Block) -> Place:
+    (start, end), (first, last) = block.ranges["seqlen_q"], block.ranges["seqlen_k"]
+    return Place(call.fixed.query_start + start - first, end - start, last - first)
+
+
+def _value(call: Call, x: dict, term):
+    """The value of a score modification; None where it is off, or a number that is a factor of q already."""
+    value = x.get(term.name, getattr(call.fixed, term.name))
+    if isinstance(value, torch.Tensor):
+        return value
+    return None if value == term.neutral or term.name == "softmax_scale" else value
+
+
+def _factor(call: Call) -> float:
+    return 1.0 if call.fixed.softmax_scale is None else call.fixed.softmax_scale
+
+
+def _visible(call: Call, block: Block, x: dict) -> torch.Tensor | None:
+    """True where a key is seen; None where all are."""
+    (start, end), (first, last) = block.ranges["seqlen_q"], block.ranges["seqlen_k"]
+    lo, hi = call.fixed.diagonal_lo, call.fixed.diagonal_hi
+    seen = [x["mask"]] if "mask" in x else []
+    if "k_start" in x or "k_end" in x or first - (end - 1) < lo or (last - 1) - start > hi:
+        bounds = (x[name] - first if name in x else None for name in ("k_start", "k_end"))
+        move = start - first
+        seen.append(dense(lo + move, hi + move, *bounds, end - start, last - first, x["q"].device))
+    if (block_mask := call.block_mask(block.batch)) is not None:
+        seen.append(_seen_blocks(block_mask, block))
+    if "bias" in x and (masks := x["bias"] == -torch.inf).any():
+        seen.append(~masks)
+    visible = None
+    for part in seen:
+        visible = part if visible is None else visible & part
+    return visible
+
+
+def _seen_blocks(mask: BlockMask, block: Block) -> torch.Tensor:
+    """The part of a block mask as a bool tensor."""
+    (start, end), (first, last), size = block.ranges["seqlen_q"], block.ranges["seqlen_k"], mask.BLOCK_SIZE[0]
+    rows = start // size, -(-end // size)
+    dims = "batch", "num_heads", "blocks"
+    part = Block({**block.ranges, "blocks": rows}, block.batch)
+    lists = {name: part.cut(x, dims[: x.dim()]) for name, x in mask.tensors().items() if name != "bitmaps"}
+    lengths = min(rows[1] * size, mask.seq_lengths[0]) - rows[0] * size, mask.seq_lengths[1]
+    seen = BlockMask(**lists, bitmaps=mask.bitmaps, BLOCK_SIZE=mask.BLOCK_SIZE, seq_lengths=lengths).to_dense()
+    return seen[:, :, start - rows[0] * size : end - rows[0] * size, first:last]
+
+
+def _keep(call: Call, block: Block, x: dict) -> torch.Tensor | None:
+    p = call.fixed.dropout_p
+    if p == 0.0:
+        return None
+    ranges = [block.ranges[name] for name in ("batch", "num_heads", "seqlen_q", "seqlen_k")]
+    seed = int(x.get("seed", call.fixed.seed))
+    return dropout_mask_at(ranges, p, seed, x["q"].device).to(x["q"].dtype) / (1.0 - p)
+
+
+def _minus(x: torch.Tensor, p: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """x - p * mean, in the memory of x where nobody will differentiate it."""
+    if torch.is_grad_enabled():
+        return torch.addcmul(x, p, mean, value=-1.0)
+    return x.addcmul_(p, mean, value=-1.0)
+
+
+def _times(p: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+    return p if keep is None else p * keep
+
+
+def _pushed_out(w: _Weights, x: dict) -> torch.Tensor:
+    out = _by_keys(_times(w.tp, w.keep), x["v"])
+    return _by_keys(_times(w.p, w.keep), x["t.v"], out) if "t.v" in x else out
+
+
+def _grouped(x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """[b * Hk, rows of all query heads that share a key head, ...] of [b, H, rows, ...]."""
+    return x.reshape(k.shape[0] * k.shape[1], -1, x.shape[-1])
+
+
+def _product(x: torch.Tensor, k: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
+    """x k^T (+ plus), [b, H, rows, keys], where heads share keys."""
+    rows, keys = _grouped(x, k), k.flatten(0, 1).transpose(1, 2)
+    found = rows @ keys if plus is None else torch.baddbmm(_grouped(plus, k), rows, keys)
+    return found.view(*x.shape[:3], k.shape[2])
+
+
+def _by_keys(p: torch.Tensor, v: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
+    """p v (+ plus), [b, H, rows, D]."""
+    rows, values = _grouped(p, v), v.flatten(0, 1)
+    found = rows @ values if plus is None else torch.baddbmm(_grouped(plus, v), rows, values)
+    return found.view(*p.shape[:3], v.shape[3])
+
+
+def _by_rows(p: torch.Tensor, x: torch.Tensor, k: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
+    """p^T x (+ plus), summed over the heads that share keys: [b, Hk, keys, D]."""
+    keys, rows = _grouped(p, k).transpose(1, 2), _grouped(x, k)
+    found = keys @ rows if plus is None else torch.baddbmm(plus.flatten(0, 1), keys, rows)
+    return found.view(*k.shape[:3], x.shape[3])
