@@ -312,12 +312,16 @@ class TangentUnit {
     const double sink = sink_of(p, u.batch, row.head);
     const Normalizer n = normalizer(panel.run.max[r], panel.run.sum[r], sink);
     const double tsink = t.sinks ? load_number<double>(t.sinks, u.batch, row.head) : 0, center = panel.center[r];
-    const double mean = panel.mean[r] * n.factor + delta_of_sink(sink, tsink - center, n.top + n.log2_total());
+    const double log_total = n.top + n.log2_total(), mean = panel.mean[r] * n.factor;
+    const Real shift = (Real)(mean + delta_of_sink(sink, tsink - center, log_total));
     const Real* out = s.rows + r * Dv;
     Real* tout = s.trows + r * Dv;
-    for (int64_t d = 0; d < Dv; d++) tout[d] -= (Real)mean * out[d];
+    for (int64_t d = 0; d < Dv; d++) tout[d] -= shift * out[d];
     store_row(tout, (Real)(n.factor * p.keep_factor), Dv, t.out, u.batch, row.head, row.query);
-    if (t.lse) *(Real*)at(t.lse, u.batch, row.head, row.query) = (Real)(center + mean);
+    const double of_keys =
+        mean + center * (panel.run.sum[r] * n.factor);  // whose weights may be tiny beside the sink's
+    if (t.lse)
+      *(Real*)at(t.lse, u.batch, row.head, row.query) = (Real)(of_keys + delta_of_sink(sink, tsink, log_total));
   }
 };
 

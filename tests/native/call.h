@@ -239,7 +239,8 @@ struct Call {
   double softmax_scale = 0.3, softcap = 0, dropout_p = 0;
   uint64_t seed = 0;
   Array q, k, v, mask, bias, alibi_slopes, sinks, scales, k_start, k_end, dout, dlse;
-  Array out, out_exact, lse, lse_parts, dq, dk, dv, dbias, dalibi_slopes, dsinks, dscales;
+  Array tq, tk, tv, tbias, talibi_slopes, tsinks, tscales;
+  Array tout, tlse, out, out_exact, lse, lse_parts, dq, dk, dv, dbias, dalibi_slopes, dsinks, dscales;
 
   DType compute_dtype() const { return dtype == DType::float64 ? DType::float64 : DType::float32; }
   int64_t group_size() const { return num_heads_k ? num_heads / num_heads_k : 1; }
@@ -250,8 +251,10 @@ struct Call {
            (!k_end || j < k_end.get(b, h, i, 0));
   }
   std::vector<const Array*> inputs() const {
-    return {&q, &k, &v, &mask, &bias, &alibi_slopes, &sinks, &scales, &k_start, &k_end, &dout, &dlse};
+    return {&q, &k, &v, &mask, &bias, &alibi_slopes, &sinks, &scales, &k_start, &k_end, &dout, &dlse,
+            &tq, &tk, &tv, &tbias, &talibi_slopes, &tsinks, &tscales};
   }
+  std::vector<Array*> tangent_outputs() { return {&tout, &tlse}; }
   std::vector<Array*> outputs() { return {&out, &out_exact, &lse, &lse_parts}; }
   std::vector<Array*> strided_gradients() { return {&dq, &dk, &dv}; }
   std::vector<Array*> summed_gradients() { return {&dbias, &dalibi_slopes, &dsinks, &dscales}; }
@@ -286,6 +289,11 @@ struct Call {
     return g;
   }
 
+  fastattn::Tangents tangents() const {
+    return {tq.tensor(),     tk.tensor(),      tv.tensor(),   tbias.tensor(), talibi_slopes.tensor(),
+            tsinks.tensor(), tscales.tensor(), tout.tensor(), tlse.tensor()};
+  }
+
   std::string text() const {
     const char* names[] = {"float32", "float64", "bfloat16", "float16"};
     std::string s = names[(int)dtype];
@@ -300,6 +308,8 @@ struct Call {
     };
     tell("mask", mask), tell("bias", bias), tell("alibi", alibi_slopes), tell("sinks", sinks), tell("scales", scales);
     tell("k_start", k_start), tell("k_end", k_end), tell("dlse", dlse);
+    tell("tq", tq), tell("tk", tk), tell("tv", tv), tell("tbias", tbias), tell("talibi", talibi_slopes);
+    tell("tsinks", tsinks), tell("tscales", tscales);
     if (softcap > 0) s += " softcap";
     if (dropout_p > 0) s += " dropout=" + std::to_string(dropout_p);
     return s;
@@ -325,6 +335,7 @@ class CallMaker {
     c.dout = tensor(c.dtype, B, H, Sq, c.head_dim_v, broadcasts_inputs());
     if (has & DLSE) c.dlse = strided(real, B, H, Sq, 1), fill(c.dlse);
     fill(c.dout);
+    make_tangents();
     if (has & POISON) poison();
     make_gradients();
   }
@@ -388,7 +399,7 @@ class CallMaker {
   void poison() {
     auto spoil = [&](Array& a, int64_t b, int64_t h, int64_t row) {
       const double poison = random.chance(50) ? NAN : infinity;
-      for (int64_t d = 0; d < a.size[3]; d++) a.set(b, h, row, d, poison);
+      for (int64_t d = 0; a && d < a.size[3]; d++) a.set(b, h, row, d, poison);
     };
     std::vector<bool> seen(B * Hk * Sk);
     for (int64_t b = 0; b < B; b++)
@@ -398,13 +409,28 @@ class CallMaker {
           for (int64_t j = 0; j < Sk; j++)
             if (c.sees(b, h, i, j)) any = seen[(b * Hk + h / c.group_size()) * Sk + j] = true;
           if (any) continue;
-          spoil(c.q, b, h, i);
+          spoil(c.q, b, h, i), spoil(c.tq, b, h, i);
           if (c.sinks) continue;  // its gradient is of dout and dlse, whatever the row sees
           spoil(c.dout, b, h, i);
-          if (c.dlse) spoil(c.dlse, b, h, i);
+          spoil(c.dlse, b, h, i);
         }
     for (int64_t n = 0; n < B * Hk * Sk; n++)
-      if (!seen[n]) spoil(c.k, n / Sk / Hk, n / Sk % Hk, n % Sk), spoil(c.v, n / Sk / Hk, n / Sk % Hk, n % Sk);
+      for (Array* a : {&c.k, &c.v, &c.tk, &c.tv})
+        if (!seen[n]) spoil(*a, n / Sk / Hk, n / Sk % Hk, n % Sk);
+  }
+
+  void make_tangents() {
+    auto like = [&](const Array& of, Array& tangent) {
+      if (!of || !random.chance(80)) return;
+      int order[4] = {0, 1, 2, 3};
+      if (has & STRIDES)
+        for (int i = 3; i > 0; i--) std::swap(order[i], order[random.between(0, i)]);
+      tangent = Array(of.dtype, of.size, order, 1);
+      fill(tangent);
+    };
+    like(c.q, c.tq), like(c.k, c.tk), like(c.v, c.tv), like(c.bias, c.tbias);
+    like(c.alibi_slopes, c.talibi_slopes), like(c.sinks, c.tsinks), like(c.scales, c.tscales);
+    c.tout = strided(c.dtype, B, H, Sq, c.head_dim_v), c.tlse = strided(c.compute_dtype(), B, H, Sq, 1);
   }
 
   void make_gradients() {

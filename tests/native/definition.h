@@ -40,6 +40,7 @@ class Definition {
   const int64_t D = c.head_dim, Dv = c.head_dim_v;
   const std::vector<double> q = c.q.expand(B, H, Sq, D), k = c.k.expand(B, Hk, Sk, D), v = c.v.expand(B, Hk, Sk, Dv);
   const std::vector<double> dout_rows = c.dout.expand(B, H, Sq, Dv);
+  const std::vector<double> tq = rows(c.tq, B, H, Sq, D), tk = rows(c.tk, B, Hk, Sk, D), tv = rows(c.tv, B, Hk, Sk, Dv);
 
   struct Key {  // one that the row sees
     int64_t j;
@@ -53,7 +54,8 @@ class Definition {
 
  public:
   Sums out{c.out}, lse{c.lse}, dq{c.dq}, dk{c.dk}, dv{c.dv};
-  Sums dbias{c.dbias}, dalibi_slopes{c.dalibi_slopes}, dsinks{c.dsinks}, dscales{c.dscales};
+  Sums tout{c.tout}, tlse{c.tlse}, dbias{c.dbias}, dalibi_slopes{c.dalibi_slopes}, dsinks{c.dsinks},
+      dscales{c.dscales};
 
   explicit Definition(const Call& call) : c(call) {
     for (int64_t b = 0; b < B; b++)
@@ -62,6 +64,9 @@ class Definition {
   }
 
  private:
+  static std::vector<double> rows(const Array& x, int64_t b, int64_t h, int64_t r, int64_t n) {
+    return x ? x.expand(b, h, r, n) : std::vector<double>(b * h * r * n);
+  }
   static Sum dot(const double* x, const double* y, int64_t n) {
     Sum sum;
     for (int64_t d = 0; d < n; d++) sum.add(x[d] * y[d], std::fabs(x[d] * y[d]));
@@ -109,7 +114,39 @@ class Definition {
     for (const Key& x : keys)
       for (int64_t d = 0; d < Dv; d++)
         out.add(b, h, i, d, x.weight * x.keep * x.v[d], std::fabs(x.weight * x.keep * x.v[d]) * doubt);
-    add_gradients(b, h, i, sink == -infinity ? 0 : std::exp(sink - top) / (double)total, doubt);
+    const double sink_weight = sink == -infinity ? 0 : std::exp(sink - top) / (double)total;
+    add_gradients(b, h, i, sink_weight, doubt);
+    add_tangents(b, h, i, sink_weight, doubt);
+  }
+
+  // tS = the tangent of a score, mean = sum of P tS, tout = sum of dropout(P) (tS V + tV) - mean * out, tlse = mean.
+  void add_tangents(int64_t b, int64_t h, int64_t i, double sink_weight, double doubt) {
+    const int64_t row = (b * H + h) * Sq + i, head_k = b * Hk + h / c.group_size();
+    auto number = [&](const Array& x, int64_t batch, int64_t query, int64_t key) {
+      return x ? x.get(batch, h, query, key) : 0;
+    };
+    const double tscale = number(c.tscales, 0, 0, 0), tslope = number(c.talibi_slopes, b, 0, 0),
+                 tsink = number(c.tsinks, 0, 0, 0), scale = scale_of(h);
+    std::vector<Sum> tscores;
+    Sum mean;
+    for (const Key& x : keys) {
+      const Sum by_q = dot(&tq[row * D], x.k, D), by_k = dot(&q[row * D], &tk[(head_k * Sk + x.j) * D], D);
+      const double tproduct = (by_q.value + by_k.value) * scale + tscale * x.product.value,
+                   size = (by_q.size + by_k.size) * std::fabs(scale) + std::fabs(tscale) * x.product.size;
+      Sum ts{tproduct * x.slope, size};  // the derivative of the softcap is a difference from 1
+      for (double term : {number(c.tbias, b, i, x.j), tslope * x.distance}) ts.add(term, std::fabs(term));
+      mean.add(x.weight * ts.value, x.weight * ts.size);
+      tscores.push_back(ts);
+    }
+    mean.add(sink_weight * tsink, sink_weight * std::fabs(tsink));
+    tlse.add(b, h, i, 0, mean.value, mean.size * doubt);
+    for (size_t n = 0; n < keys.size(); n++)
+      for (int64_t d = 0; d < Dv; d++) {
+        const Key& x = keys[n];
+        const double weight = x.weight * x.keep, tvalue = tv[(head_k * Sk + x.j) * Dv + d], value = x.v[d];
+        tout.add(b, h, i, d, weight * ((tscores[n].value - mean.value) * value + tvalue),
+                 weight * ((tscores[n].size + mean.size) * std::fabs(value) + std::fabs(tvalue)) * doubt);
+      }
   }
 
   // P = exp(scores - lse), dP = dropout(dout V^T), delta = rowsum(dP * P) - dlse, dS = P (dP - delta).

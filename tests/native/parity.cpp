@@ -1,4 +1,4 @@
-// The forward and the backward kernels against their definition in double, without torch and Python: for sanitizers and
+// The forward, the backward and the forward-mode kernels against their definition in double, without torch and Python: for sanitizers and
 // for machines that are only emulated.
 //
 //   parity [number of random problems] [first seed]      FASTATTN_CPU_ISA chooses the kernels, as everywhere
@@ -46,9 +46,12 @@ class Check {
     compare_backward(expected);
     same_backward();
     if (bits(c.outputs()) != forward) say("backward wrote into out");
+    run_tangent(1);
+    compare("tout", c.tout, expected.tout), compare("tlse", c.tlse, expected.tlse);
+    same_tangent();
     for (size_t i = 0; i < inputs.size(); i++)
       if (*c.inputs()[i] && c.inputs()[i]->with_guards() != inputs[i]) say("wrote into an input");
-    for (const auto& arrays : {c.outputs(), c.strided_gradients(), c.summed_gradients()})
+    for (const auto& arrays : {c.outputs(), c.strided_gradients(), c.summed_gradients(), c.tangent_outputs()})
       for (const Array* a : arrays)
         if (*a && !a->intact_beside_elements()) say("wrote beside a result");
   }
@@ -108,6 +111,11 @@ class Check {
     fastattn::backward(p, gradients, threads);
   }
 
+  void run_tangent(int threads) {
+    fastattn::Operands p = c.problem();
+    fastattn::tangent(p, c.tangents(), threads);
+  }
+
   static std::vector<std::string> bits(const std::vector<Array*>& arrays) {
     std::vector<std::string> all;
     for (const Array* a : arrays) all.push_back(*a ? a->contents() : "");
@@ -136,6 +144,13 @@ class Check {
     out_alone.lse = out_alone.lse_parts = out_alone.out_exact = {};
     fastattn::forward(out_alone, 1);
     if (bits(c.outputs()) != expected) say("other bits with out alone");
+  }
+
+  void same_tangent() {
+    const std::vector<std::string> expected = bits(c.tangent_outputs());
+    for (Array* a : c.tangent_outputs()) a->forget();
+    run_tangent(3);
+    if (bits(c.tangent_outputs()) != expected) say("other tangents with three threads");
   }
 
   void clear_gradients() {
