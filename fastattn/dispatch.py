@@ -49,7 +49,7 @@ class Row(NamedTuple):
 
 _FORWARD = {"direction": {"forward"}}
 _BACKWARD = {"direction": {"backward"}, "needs_grad": {False}}
-_TANGENT = {"direction": {"tangent"}, "needs_grad": {False}}
+_TANGENT = {"direction": {"tangent"}}
 _DENSE = {"layout": {"dense"}, "mask": set(MASK_KINDS), "bias": {"none", *FLOATS}, "transformed": {False}}
 _HEADS = {"head_dim": range(1, 513), "head_dim_v": range(1, 513)}
 _CPU = {"device": {"cpu"}, "dtype": set(FLOATS), **_HEADS, **_DENSE}
