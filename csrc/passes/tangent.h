@@ -268,8 +268,8 @@ class TangentUnit {
     if (t.alibi_slopes) add_alibi<Real, NV>(s.tscores, keys, panel.tslopes, panel.positions, key);
   }
 
-  // W in the place of tS. Where a tile weighs something beside all before it, the center moves to the mean, and what has
-  // been summed up with it; each lane decides for itself. run.sum is without the tile's weights, tile_sum, still.
+  // W in the place of tS. Where a tile weighs something beside all before it, the center moves to the mean, and what
+  // has been summed up with it; each lane decides for itself. run.sum is without the tile's weights, tile_sum, still.
   void weigh_tangents(const TangentPanel<Real>& panel, Real factor, int64_t keys) {
     auto outweighs = [&](int v) { return load(s.tile_sum + v * L) * (Real)4 > load(panel.run.sum + v * L); };
     auto some = outweighs(0);

@@ -1,5 +1,5 @@
-// The forward, the backward and the forward-mode kernels against their definition in double, without torch and Python: for sanitizers and
-// for machines that are only emulated.
+// The forward, the backward and the forward-mode kernels against their definition in double, without torch and Python:
+// for sanitizers and for machines that are only emulated.
 //
 //   parity [number of random problems] [first seed]      FASTATTN_CPU_ISA chooses the kernels, as everywhere
 //
