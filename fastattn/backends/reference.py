@@ -5,7 +5,7 @@ import torch
 from .. import reference
 from ..layouts.lists import check_entries
 from ..masks.intervals import UNBOUNDED, dense
-from ..transforms.blocks import over_blocks
+from ..transforms.blocks import gradients, over_blocks, source
 from ..transforms.formulas import second_function, tangent_function
 from ..transforms.slots import Call
 
@@ -19,8 +19,8 @@ def forward(problem, q, k, v, terms):
 
 
 def backward(problem, q, k, v, terms, saved, dout, dlse, wanted):
-    """Gradients that can be differentiated again: the forward pass once more."""
-    return _gradients(problem, _dense(problem, q, terms), q, k, v, terms, dout, dlse, wanted)
+    """Gradients: the forward pass once more, and autograd."""
+    return _gradients(_dense(problem, q, terms), q, k, v, terms, dout, dlse, wanted)
 
 
 def csr(problem, q, k, v, edges):
@@ -30,8 +30,8 @@ def csr(problem, q, k, v, edges):
 
 
 def csr_backward(problem, q, k, v, edges, saved, dout, dlse, wanted):
-    """Gradients along edges that can be differentiated again."""
-    return _gradients(problem, _along_edges, q, k, v, edges, dout, dlse, wanted)
+    """Gradients along edges."""
+    return _gradients(_along_edges, q, k, v, edges, dout, dlse, wanted)
 
 
 def tangent(problem, q, k, v, terms, tangents):
@@ -102,16 +102,15 @@ def _as_returned(problem, q, out, lse) -> tuple[torch.Tensor, torch.Tensor | Non
     return out, lse if problem.lse else None
 
 
-def _gradients(problem, call, q, k, v, terms, dout, dlse, wanted):
+def _gradients(call, q, k, v, terms, dout, dlse, wanted):
     """(dq, dk, dv, grads) of call(q, k, v, terms) = (out, lse) for cotangents, of which one may be None."""
     wanted = *wanted[:3], *wanted[3]
     with torch.enable_grad():
-        # Views, so that a tensor that is passed twice gets two gradients.
-        inputs = [x.view_as(x) if isinstance(x, torch.Tensor) else x for x in (q, k, v, *terms)]
+        inputs = [source(x) if want else x for x, want in zip((q, k, v, *terms), wanted, strict=True)]
         results = call(*inputs[:3], type(terms)._make(inputs[3:]))
+        pairs = [(y, dy) for y, dy in zip(results, (dout, dlse), strict=True) if dy is not None and y.requires_grad]
+        ys, dys = zip(*pairs, strict=True) if pairs else ((), ())
         sources = [x for x, want in zip(inputs, wanted, strict=True) if want]
-        pairs = [(y, dy) for y, dy in zip(results, (dout, dlse), strict=True) if dy is not None]
-        ys, dys = zip(*pairs, strict=True)
-        found = iter(torch.autograd.grad(ys, sources, dys, create_graph=problem.needs_grad, materialize_grads=True))
+        found = iter(gradients(ys, sources, dys, create_graph=False))
     dq, dk, dv, *grads = (next(found) if want else None for want in wanted)
     return dq, dk, dv, grads

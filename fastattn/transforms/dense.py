@@ -18,6 +18,7 @@ from ..masks.intervals import dense
 from ..scores import Place
 from ..scores.dropout import dropout_mask_at
 from ..terms import SCORE_TERMS
+from ..torch_internals import is_traced
 from .blocks import Block, gradients, source
 from .slots import Call, base
 
@@ -119,11 +120,11 @@ def _masked(
     sighted = visible.any(-1, keepdim=True)
     if sinks is not None:
         sighted = sighted | (sinks > -torch.inf).view(-1, 1, 1)
-    if sighted.all():
+    if not is_traced() and sighted.all():
         sighted = None
     else:
         visible = visible | ~sighted
-    s = s + s.new_zeros(visible.shape).masked_fill_(~visible, -torch.inf)
+    s = s + s.new_zeros(visible.shape).masked_fill(~visible, -torch.inf)
     return s, None if sighted is None else sighted.to(s.dtype)
 
 
@@ -132,7 +133,7 @@ def _without_nan(x: dict, visible: torch.Tensor | None, block: Block) -> tuple[d
     if visible is None or block.is_finite:
         return x, visible
     batch, heads, keys, _ = x["k"].shape
-    seen = visible.expand(batch, *x["q"].shape[1:3], keys).reshape(batch, heads, -1, keys).any(2)[..., None]
+    seen = _grouped(visible.expand(batch, *x["q"].shape[1:3], keys), x["k"]).any(1).view(batch, heads, keys, 1)
     return x | {slot: y.where(seen, 0.0) for slot, y in x.items() if base(slot) in ("k", "v")}, visible
 
 
@@ -187,8 +188,10 @@ def _visible(call: Call, block: Block, x: dict) -> torch.Tensor | None:
         seen.append(dense(lo + move, hi + move, *bounds, end - start, last - first, x["q"].device))
     if (block_mask := call.block_mask(block.batch)) is not None:
         seen.append(_seen_blocks(block_mask, block))
-    if "bias" in x and (masks := x["bias"] == -torch.inf).any():
-        seen.append(~masks)
+    if "bias" in x:
+        masks = x["bias"] == -torch.inf
+        if is_traced() or masks.any():
+            seen.append(~masks)
     visible = None
     for part in seen:
         visible = part if visible is None else visible & part
@@ -218,7 +221,7 @@ def _keep(call: Call, block: Block, x: dict) -> torch.Tensor | None:
 
 def _minus(x: torch.Tensor, p: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     """x - p * mean, in the memory of x where nobody will differentiate it."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or is_traced():
         return torch.addcmul(x, p, mean, value=-1.0)
     return x.addcmul_(p, mean, value=-1.0)
 
@@ -234,7 +237,8 @@ def _pushed_out(w: _Weights, x: dict) -> torch.Tensor:
 
 def _grouped(x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """[b * Hk, rows of all query heads that share a key head, ...] of [b, H, rows, ...]."""
-    return x.reshape(k.shape[0] * k.shape[1], -1, x.shape[-1])
+    batch, heads = k.shape[:2]
+    return x.reshape(batch * heads, x.shape[1] // heads * x.shape[2], x.shape[-1])
 
 
 def _product(x: torch.Tensor, k: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
