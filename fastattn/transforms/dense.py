@@ -114,8 +114,8 @@ def _masked(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(scores without what is hidden, 0 for rows that see nothing and 1 for others; None: all see something)
 
-    A sum, which is several times as fast as masked_fill; rows that see nothing keep their scores, so that nothing
-    becomes NaN.
+    A sum, which is several times as fast as masked_fill; rows that see nothing have scores of 0 until their weights
+    are 0, so that nothing becomes NaN.
     """
     sighted = visible.any(-1, keepdim=True)
     if sinks is not None:
@@ -123,7 +123,7 @@ def _masked(
     if not is_traced() and sighted.all():
         sighted = None
     else:
-        visible = visible | ~sighted
+        s, visible = s.masked_fill(~sighted, 0.0), visible | ~sighted
     s = s + s.new_zeros(visible.shape).masked_fill(~visible, -torch.inf)
     return s, None if sighted is None else sighted.to(s.dtype)
 
