@@ -24,11 +24,13 @@ class Block(NamedTuple):
     ranges     name of a dimension -> (start, end)
     batch      that of the whole call
     is_finite  whether all keys, values and their tangents are; a block has one query row otherwise
+    of_rows    what blocks of the same rows have found out for each other
     """
 
     ranges: dict[str, tuple[int, int]]
     batch: int
-    is_finite: bool = True
+    is_finite: bool
+    of_rows: dict
 
     def cut(self, x: torch.Tensor, dims: tuple[str, ...]) -> torch.Tensor:
         """The part of a tensor that belongs to the block; what it broadcasts over stays."""
@@ -140,18 +142,19 @@ def _blocks(call: Call, tensors: dict) -> Iterator[Block]:
         return
     if is_traced():
         sizes = {name: (0, getattr(problem, name)) for name in (*LENGTHS, "num_heads", "num_heads_k")}
-        yield Block(sizes, problem.batch)
+        yield Block(sizes, problem.batch, True, {})
         return
     # A sum is finite only if all of it is; where it overflows instead, blocks are needlessly small.
     is_finite = all(bool(x.sum().isfinite()) for slot, x in tensors.items() if base(slot) in ("k", "v"))
     for queries, others, scores in _row_ranges(call, problem, tensors, _ROWS if is_finite else 1):
         heads = min(max(_SCORES // max(scores * problem.group_size, 1), 1), problem.num_heads_k)
         batches = max(_SCORES // max(scores * problem.num_heads, 1), 1) if heads == problem.num_heads_k else 1
+        of_rows: dict = {}
         for b in _ranges(problem.batch, batches):
             for h in _ranges(problem.num_heads_k, heads):
                 ranges = {"batch": b, "num_heads_k": h, "seqlen_q": queries, **others}
                 ranges["num_heads"] = tuple(head * problem.group_size for head in h)
-                yield Block(ranges, problem.batch, is_finite)
+                yield Block(ranges, problem.batch, is_finite, of_rows)
 
 
 def _row_ranges(call: Call, problem, tensors: dict, rows: int) -> Iterator[tuple]:
