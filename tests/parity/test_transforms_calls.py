@@ -7,7 +7,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 import fastattn
 from eager import eager, ours
-from fastattn import Mask
+from fastattn import Mask, dispatch, plans
 from fastattn.backends import cpu
 
 pytestmark = [
@@ -210,3 +210,34 @@ def test_gradient_penalty():
         (out.sum() + sum(x.square().sum() for x in grads)).backward()
         found.append([x.grad for x in leaves])
     close(*found)
+
+
+def test_samples_have_the_bits_of_calls_of_their_own():
+    many = [torch.randn(3, 2, 4, 40, 16, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    grads = grad(squares(attention, causal=True), (0, 1, 2))
+    samples = list(zip(*many, strict=True))
+    assert torch.equal(vmap(attention)(*many), torch.stack([attention(*x) for x in samples]))
+    found, expected = vmap(grads)(*many), zip(*[grads(*x) for x in samples], strict=True)
+    assert all(torch.equal(x, torch.stack(parts)) for x, parts in zip(found, expected, strict=True))
+
+
+def test_rows_of_tangents_are_chosen_as_others(monkeypatch, fresh_fallbacks):
+    """A kernel before the reference runs what it takes, under every backend that is its own; nothing falls back."""
+    row = dispatch.Row(
+        "cpu.tangent", "fastattn.backends.reference:tangent", None, {"direction": {"tangent"}, "softcap": {False}}
+    )
+    monkeypatch.setattr(dispatch, "KERNELS", (row, *dispatch.KERNELS))
+    plans.forget()
+    try:
+        for backend, softcap, kernel in (
+            (None, 0.0, "cpu.tangent"),
+            ("cpu", 0.0, "cpu.tangent"),
+            ("reference", 0.0, "reference.tangent"),
+            ("cpu", 1.0, "reference.tangent"),
+        ):
+            jvp(lambda q: attention(q, K, V, softcap=softcap, backend=backend), (Q,), (V,))  # noqa: B023
+            assert fastattn.last_call().kernel == kernel
+    finally:
+        monkeypatch.undo()
+        plans.forget()
+    assert not fresh_fallbacks
