@@ -4,7 +4,7 @@ import torch
 
 from .calls import note
 from .plans import derivative_of
-from .torch_internals import is_transformed
+from .torch_internals import is_in_old_vmap, is_transformed
 from .transforms.works import gradients_again
 
 _new, _Tensor = tuple.__new__, torch.Tensor
@@ -39,7 +39,7 @@ class Differentiable(torch.autograd.Function):
             dout = q.new_zeros(()).expand(saved[0].shape)
         terms = _replaced(ctx.terms, ctx.places, tensors)
         # Grad mode is on in here for create_graph=True alone: somebody will differentiate this gradient.
-        if torch.is_grad_enabled() or is_transformed():
+        if torch.is_grad_enabled() or is_transformed() or is_in_old_vmap(dout if dlse is None else dlse):
             call = ctx.choice.row.backend, ctx.problem, (q, k, v), terms
             return None, None, None, *gradients_again(*call, saved, dout, dlse, ctx.needs_input_grad[3:])
         bound = derivative_of(ctx.problem, "backward", ctx.choice.row.backend, dlse is not None)

@@ -19,6 +19,34 @@ def is_transformed() -> bool:
     return _tangents._current_level >= 0 or _transform_on_top() is not None
 
 
+_mode_keys = getattr(torch._C, "_TorchDispatchModeKey", None)
+_mode = getattr(torch._C, "_get_dispatch_mode", lambda key: None)
+
+is_in_old_vmap = getattr(_functorch, "is_legacy_batchedtensor", lambda x: False)
+"""Whether a tensor is one of the vmap that `is_grads_batched` and torch.autograd.functional still use."""
+
+
+def is_traced() -> bool:
+    """Whether make_fx records what torch's operators do, as torch.func.linearize has it do: it would miss a kernel."""
+    return _mode_keys is not None and _mode(_mode_keys.PROXY) is not None
+
+
+def out_of_old_vmap(x: torch.Tensor) -> torch.Tensor:
+    """A tensor of the innermost old vmap with its samples along dimension 0."""
+    return torch._remove_batch_dim(x, _level_of_old_vmap(), 0, 0)
+
+
+def into_old_vmap(x: torch.Tensor) -> torch.Tensor:
+    """What `out_of_old_vmap` undoes."""
+    return torch._add_batch_dim(x, 0, _level_of_old_vmap())
+
+
+def _level_of_old_vmap() -> int:
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    return level
+
+
 def may_want_gradients(tensors: list[torch.Tensor]) -> bool:
     """Whether a gradient may be asked of what is computed from these tensors inside of transforms."""
     if any(transform.key() == _functorch.TransformType.Grad for transform in _transforms() or ()):

@@ -5,7 +5,8 @@ import torch
 from .. import reference
 from ..layouts.lists import check_entries
 from ..masks.intervals import UNBOUNDED, dense
-from ..transforms.blocks import over_blocks
+from ..torch_internals import is_traced
+from ..transforms.blocks import gradients, over_blocks, source
 from ..transforms.formulas import second_function, tangent_function
 from ..transforms.slots import Call
 
@@ -19,19 +20,19 @@ def forward(problem, q, k, v, terms):
 
 
 def backward(problem, q, k, v, terms, saved, dout, dlse, wanted):
-    """Gradients that can be differentiated again: the forward pass once more."""
-    return _gradients(problem, _dense(problem, q, terms), q, k, v, terms, dout, dlse, wanted)
+    """Gradients: the forward pass once more, and autograd."""
+    return _gradients(_dense(problem, q, terms), q, k, v, terms, dout, dlse, wanted)
 
 
 def csr(problem, q, k, v, edges):
     """Forward pass along edges, through which autograd can go."""
-    check_entries(edges.indptr, edges.indices, problem.seqlen_k)
+    _check(problem, edges)
     return _as_returned(problem, q, *_along_edges(q, k, v, edges))
 
 
 def csr_backward(problem, q, k, v, edges, saved, dout, dlse, wanted):
-    """Gradients along edges that can be differentiated again."""
-    return _gradients(problem, _along_edges, q, k, v, edges, dout, dlse, wanted)
+    """Gradients along edges."""
+    return _gradients(_along_edges, q, k, v, edges, dout, dlse, wanted)
 
 
 def tangent(problem, q, k, v, terms, tangents):
@@ -52,13 +53,13 @@ def second(problem, q, k, v, terms, tangents, dout, dlse, names):
 
 def csr_tangent(problem, q, k, v, edges, tangents):
     """Tangents along edges."""
-    check_entries(edges.indptr, edges.indices, problem.seqlen_k)
+    _check(problem, edges)
     return tangent(problem, q, k, v, edges, tangents)
 
 
 def csr_second(problem, q, k, v, edges, tangents, dout, dlse, names):
     """Second derivatives along edges."""
-    check_entries(edges.indptr, edges.indices, problem.seqlen_k)
+    _check(problem, edges)
     return second(problem, q, k, v, edges, tangents, dout, dlse, names)
 
 
@@ -78,6 +79,11 @@ def _dense(problem, q, terms):
         return reference.attention(q, k, v, visible=visible, **arguments)
 
     return call
+
+
+def _check(problem, edges) -> None:
+    if not is_traced():  # a trace has no values to look at
+        check_entries(edges.indptr, edges.indices, problem.seqlen_k)
 
 
 def _along_edges(q, k, v, edges):
@@ -102,16 +108,15 @@ def _as_returned(problem, q, out, lse) -> tuple[torch.Tensor, torch.Tensor | Non
     return out, lse if problem.lse else None
 
 
-def _gradients(problem, call, q, k, v, terms, dout, dlse, wanted):
+def _gradients(call, q, k, v, terms, dout, dlse, wanted):
     """(dq, dk, dv, grads) of call(q, k, v, terms) = (out, lse) for cotangents, of which one may be None."""
     wanted = *wanted[:3], *wanted[3]
     with torch.enable_grad():
-        # Views, so that a tensor that is passed twice gets two gradients.
-        inputs = [x.view_as(x) if isinstance(x, torch.Tensor) else x for x in (q, k, v, *terms)]
+        inputs = [source(x) if want else x for x, want in zip((q, k, v, *terms), wanted, strict=True)]
         results = call(*inputs[:3], type(terms)._make(inputs[3:]))
+        pairs = [(y, dy) for y, dy in zip(results, (dout, dlse), strict=True) if dy is not None and y.requires_grad]
+        ys, dys = zip(*pairs, strict=True) if pairs else ((), ())
         sources = [x for x, want in zip(inputs, wanted, strict=True) if want]
-        pairs = [(y, dy) for y, dy in zip(results, (dout, dlse), strict=True) if dy is not None]
-        ys, dys = zip(*pairs, strict=True)
-        found = iter(torch.autograd.grad(ys, sources, dys, create_graph=problem.needs_grad, materialize_grads=True))
+        found = iter(gradients(ys, sources, dys, create_graph=False))
     dq, dk, dv, *grads = (next(found) if want else None for want in wanted)
     return dq, dk, dv, grads

@@ -64,8 +64,8 @@ def attention_csr(
 
     Differentiable in q, k, v, edge_bias and through lse. Memory beyond inputs and outputs: O(seqlen_q) in the forward
     pass; the backward pass adds the transposed lists, 8 bytes an edge (16 with edge_bias). The reference, which runs
-    double backward, forward-mode derivatives and GPU tensors with a `FallbackWarning`, takes O(edges * head_dim). The
-    bits of a row depend on its own edges and their order alone: not on the number of threads, the run or the batch.
+    GPU tensors with a `FallbackWarning`, takes O(edges * head_dim). The bits of a row depend on its own edges and their
+    order alone: not on the number of threads, the run or the batch.
 
     Raises TypeError or ValueError that names the argument, its value and the rule, also for each entry of the lists,
     before anything is computed; `UnsupportedError` if the named backend refuses. Method: graph attention (GAT,

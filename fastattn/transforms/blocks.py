@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 
 from ..outputs import compute_dtype
+from ..problem import LENGTHS
+from ..torch_internals import is_traced
 from .slots import Call, base
 
 _ROWS = 128
@@ -22,11 +24,13 @@ class Block(NamedTuple):
     ranges     name of a dimension -> (start, end)
     batch      that of the whole call
     is_finite  whether all keys, values and their tangents are; a block has one query row otherwise
+    of_rows    what blocks of the same rows have found out for each other
     """
 
     ranges: dict[str, tuple[int, int]]
     batch: int
-    is_finite: bool = True
+    is_finite: bool
+    of_rows: dict
 
     def cut(self, x: torch.Tensor, dims: tuple[str, ...]) -> torch.Tensor:
         """The part of a tensor that belongs to the block; what it broadcasts over stays."""
@@ -52,16 +56,18 @@ class BlockFunction(NamedTuple):
 def over_blocks(function: BlockFunction, call: Call, tensors: dict) -> list[torch.Tensor]:
     """The results of a function over all blocks."""
     dtype = compute_dtype(call.problem)
-    sums = [_zeros(call, name, tensors) for name in function.outs]
-    dims = {slot: call.dims(slot, x) for slot, x in tensors.items()}
+    sums = {name: _zeros(call, name, tensors) for name in function.outs}
+    dims = {slot: call.dims(slot, x) for slot, x in (sums | tensors).items()}
     for block in _blocks(call, tensors):
         cut = {slot: block.cut(x, dims[slot]) for slot, x in tensors.items()}
         cut = {slot: x.to(dtype) if x.is_floating_point() else x for slot, x in cut.items()}
         found = function.run(call, block, cut)
-        for name, total in zip(function.outs, sums, strict=True):
-            if (part := found.get(name)) is not None:
-                block.cut(total, dims.get(name) or call.dims(name, total)).add_(part)
-    return [total.to(_dtype(call, name, tensors)) for name, total in zip(function.outs, sums, strict=True)]
+        for name in sums.keys() & found.keys():
+            if is_traced():  # all is one block, and a graph had better not have changes in place
+                sums[name] = sums[name] + found[name]
+            else:
+                block.cut(sums[name], dims[name]).add_(found[name])
+    return [total.to(_dtype(call, name, tensors)) for name, total in sums.items()]
 
 
 def derived(function: BlockFunction, cotangents: tuple[str, ...], wanted: tuple[str, ...]) -> BlockFunction:
@@ -134,16 +140,21 @@ def _blocks(call: Call, tensors: dict) -> Iterator[Block]:
     problem = call.problem_of(tensors)
     if 0 in (problem.batch, problem.num_heads):
         return
+    if is_traced():
+        sizes = {name: (0, getattr(problem, name)) for name in (*LENGTHS, "num_heads", "num_heads_k")}
+        yield Block(sizes, problem.batch, True, {})
+        return
     # A sum is finite only if all of it is; where it overflows instead, blocks are needlessly small.
     is_finite = all(bool(x.sum().isfinite()) for slot, x in tensors.items() if base(slot) in ("k", "v"))
     for queries, others, scores in _row_ranges(call, problem, tensors, _ROWS if is_finite else 1):
         heads = min(max(_SCORES // max(scores * problem.group_size, 1), 1), problem.num_heads_k)
         batches = max(_SCORES // max(scores * problem.num_heads, 1), 1) if heads == problem.num_heads_k else 1
+        of_rows: dict = {}
         for b in _ranges(problem.batch, batches):
             for h in _ranges(problem.num_heads_k, heads):
                 ranges = {"batch": b, "num_heads_k": h, "seqlen_q": queries, **others}
                 ranges["num_heads"] = tuple(head * problem.group_size for head in h)
-                yield Block(ranges, problem.batch, is_finite)
+                yield Block(ranges, problem.batch, is_finite, of_rows)
 
 
 def _row_ranges(call: Call, problem, tensors: dict, rows: int) -> Iterator[tuple]:

@@ -14,10 +14,11 @@ from typing import NamedTuple
 import torch
 
 from ..masks.block_mask import BlockMask
-from ..masks.intervals import dense
+from ..masks.intervals import NO_BOUNDS, dense
 from ..scores import Place
 from ..scores.dropout import dropout_mask_at
 from ..terms import SCORE_TERMS
+from ..torch_internals import is_traced
 from .blocks import Block, gradients, source
 from .slots import Call, base
 
@@ -91,7 +92,7 @@ def _weights(call: Call, block: Block, x: dict, visible: torch.Tensor | None, un
     s, ts, undo = _modified(call, block, x, s, torch.zeros_like(s) if ts is None else ts, undoes)
     sighted = sink = tsink = None
     if visible is not None:
-        s, sighted = _masked(s, visible, x.get("sinks"))
+        s, sighted = _masked(block, s, visible, x.get("sinks"))
     if "sinks" in x:
         column = x["sinks"].view(1, -1, 1, 1).expand(*s.shape[:3], 1)
         p, sink = torch.softmax(torch.cat([s, column], -1), -1).split([s.shape[-1], 1], -1)
@@ -108,23 +109,29 @@ def _weights(call: Call, block: Block, x: dict, visible: torch.Tensor | None, un
     return _Weights(p, tp, mu, sink, tsink, q, tq, undo, _keep(call, block, x))
 
 
-def _masked(
-    s: torch.Tensor, visible: torch.Tensor, sinks: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _masked(block: Block, s: torch.Tensor, visible: torch.Tensor, sinks: torch.Tensor | None) -> tuple:
     """(scores without what is hidden, 0 for rows that see nothing and 1 for others; None: all see something)
 
-    A sum, which is several times as fast as masked_fill; rows that see nothing keep their scores, so that nothing
-    becomes NaN.
+    A sum, which is several times as fast as masked_fill; rows that see nothing have scores of 0 until their weights
+    are 0, so that nothing becomes NaN.
     """
+    if block.of_rows.get("visible") is visible and "hiding" in block.of_rows:
+        return _plus(s, block.of_rows["hiding"]), None
     sighted = visible.any(-1, keepdim=True)
     if sinks is not None:
         sighted = sighted | (sinks > -torch.inf).view(-1, 1, 1)
-    if sighted.all():
-        sighted = None
-    else:
-        visible = visible | ~sighted
-    s = s + s.new_zeros(visible.shape).masked_fill_(~visible, -torch.inf)
-    return s, None if sighted is None else sighted.to(s.dtype)
+    is_sighted = not is_traced() and bool(sighted.all())
+    if not is_sighted:
+        s, visible = s.masked_fill(~sighted, 0.0), visible | ~sighted
+    hiding = s.new_zeros(visible.shape).masked_fill(~visible, -torch.inf)
+    if is_sighted and sinks is None and block.of_rows.get("visible") is visible:
+        block.of_rows["hiding"] = hiding
+    return _plus(s, hiding), None if is_sighted else sighted.to(s.dtype)
+
+
+def _plus(s: torch.Tensor, hiding: torch.Tensor) -> torch.Tensor:
+    """s + hiding, in the memory of s where nobody will differentiate it."""
+    return s + hiding if s.requires_grad or torch.is_grad_enabled() or is_traced() else s.add_(hiding)
 
 
 def _without_nan(x: dict, visible: torch.Tensor | None, block: Block) -> tuple[dict, torch.Tensor | None]:
@@ -132,7 +139,7 @@ def _without_nan(x: dict, visible: torch.Tensor | None, block: Block) -> tuple[d
     if visible is None or block.is_finite:
         return x, visible
     batch, heads, keys, _ = x["k"].shape
-    seen = visible.expand(batch, *x["q"].shape[1:3], keys).reshape(batch, heads, -1, keys).any(2)[..., None]
+    seen = _grouped(visible.expand(batch, *x["q"].shape[1:3], keys), x["k"]).any(1).view(batch, heads, keys, 1)
     return x | {slot: y.where(seen, 0.0) for slot, y in x.items() if base(slot) in ("k", "v")}, visible
 
 
@@ -178,21 +185,33 @@ def _factor(call: Call) -> float:
 
 def _visible(call: Call, block: Block, x: dict) -> torch.Tensor | None:
     """True where a key is seen; None where all are."""
-    (start, end), (first, last) = block.ranges["seqlen_q"], block.ranges["seqlen_k"]
-    lo, hi = call.fixed.diagonal_lo, call.fixed.diagonal_hi
-    seen = [x["mask"]] if "mask" in x else []
-    if "k_start" in x or "k_end" in x or first - (end - 1) < lo or (last - 1) - start > hi:
+    seen = [] if (diagonal := _seen_by_diagonals(call, block, x["q"].device)) is None else [diagonal]
+    if "mask" in x:
+        seen.append(x["mask"])
+    if "k_start" in x or "k_end" in x:
+        (start, end), (first, last) = block.ranges["seqlen_q"], block.ranges["seqlen_k"]
         bounds = (x[name] - first if name in x else None for name in ("k_start", "k_end"))
-        move = start - first
-        seen.append(dense(lo + move, hi + move, *bounds, end - start, last - first, x["q"].device))
+        seen.append(dense(*NO_BOUNDS, *bounds, end - start, last - first, x["q"].device))
     if (block_mask := call.block_mask(block.batch)) is not None:
         seen.append(_seen_blocks(block_mask, block))
-    if "bias" in x and (masks := x["bias"] == -torch.inf).any():
-        seen.append(~masks)
+    if "bias" in x:
+        masks = x["bias"] == -torch.inf
+        if is_traced() or masks.any():
+            seen.append(~masks)
     visible = None
     for part in seen:
         visible = part if visible is None else visible & part
     return visible
+
+
+def _seen_by_diagonals(call: Call, block: Block, device) -> torch.Tensor | None:
+    if "visible" not in block.of_rows:
+        (start, end), (first, last) = block.ranges["seqlen_q"], block.ranges["seqlen_k"]
+        lo, hi, move = call.fixed.diagonal_lo, call.fixed.diagonal_hi, start - first
+        hides = first - (end - 1) < lo or (last - 1) - start > hi
+        bounds = lo + move, hi + move, None, None, end - start, last - first, device
+        block.of_rows["visible"] = dense(*bounds) if hides else None
+    return block.of_rows["visible"]
 
 
 def _seen_blocks(mask: BlockMask, block: Block) -> torch.Tensor:
@@ -200,7 +219,7 @@ def _seen_blocks(mask: BlockMask, block: Block) -> torch.Tensor:
     (start, end), (first, last), size = block.ranges["seqlen_q"], block.ranges["seqlen_k"], mask.BLOCK_SIZE[0]
     rows = start // size, -(-end // size)
     dims = "batch", "num_heads", "blocks"
-    part = Block({**block.ranges, "blocks": rows}, block.batch)
+    part = block._replace(ranges={**block.ranges, "blocks": rows})
     lists = {name: part.cut(x, dims[: x.dim()]) for name, x in mask.tensors().items() if name != "bitmaps"}
     lengths = min(rows[1] * size, mask.seq_lengths[0]) - rows[0] * size, mask.seq_lengths[1]
     seen = BlockMask(**lists, bitmaps=mask.bitmaps, BLOCK_SIZE=mask.BLOCK_SIZE, seq_lengths=lengths).to_dense()
@@ -218,7 +237,7 @@ def _keep(call: Call, block: Block, x: dict) -> torch.Tensor | None:
 
 def _minus(x: torch.Tensor, p: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     """x - p * mean, in the memory of x where nobody will differentiate it."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or is_traced():
         return torch.addcmul(x, p, mean, value=-1.0)
     return x.addcmul_(p, mean, value=-1.0)
 
@@ -234,7 +253,8 @@ def _pushed_out(w: _Weights, x: dict) -> torch.Tensor:
 
 def _grouped(x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """[b * Hk, rows of all query heads that share a key head, ...] of [b, H, rows, ...]."""
-    return x.reshape(k.shape[0] * k.shape[1], -1, x.shape[-1])
+    batch, heads = k.shape[:2]
+    return x.reshape(batch * heads, x.shape[1] // heads * x.shape[2], x.shape[-1])
 
 
 def _product(x: torch.Tensor, k: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:

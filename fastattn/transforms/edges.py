@@ -11,7 +11,7 @@ def tangent(call: Call, block: Block, x: dict) -> dict:
     """Tangents "out", "lse" of the results, given tangents "t.q", ... of inputs. O(edges * D) memory."""
     (start, end), scale = block.ranges["seqlen_q"], call.fixed.softmax_scale
     counts = x["indptr"][start : end + 1].diff()
-    rows = torch.arange(end - start, device=counts.device).repeat_interleave(counts)
+    rows = torch.arange(end - start, device=counts.device).repeat_interleave(counts, output_size=len(x["indices"]))
     at_edges = {name: _per_edge(x[name], x) for name in ("k", "v", "t.k", "t.v") if name in x}
     q, masked = x["q"][:, :, rows], x["bias"] == -torch.inf if "bias" in x else None
     if masked is not None:

@@ -15,7 +15,7 @@ import torch
 from .. import dispatch
 from ..calls import note
 from ..plans import Bound, derivative_of
-from ..torch_internals import may_want_gradients
+from ..torch_internals import into_old_vmap, is_in_old_vmap, is_traced, may_want_gradients, out_of_old_vmap
 from .blocks import BlockFunction, derived, over_blocks, pushed
 from .folding import fold
 from .formulas import second_function, tangent_function
@@ -65,7 +65,9 @@ class Transformed(torch.autograd.Function):
 
     @staticmethod
     def forward(work, *tensors):
-        return tuple(work.run(dict(zip(work.slots, tensors, strict=True))))
+        found = work.run(dict(zip(work.slots, tensors, strict=True)))
+        # Forward mode wants the tangent of a view to lie in memory as the view does: no result may be one.
+        return tuple(x.clone() if x._is_view() else x for x in found)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -102,14 +104,24 @@ class Transformed(torch.autograd.Function):
 def apply(work: Work, tensors: dict) -> dict:
     """The results of `work` by out, with all their derivatives."""
     work.note()
-    found = Transformed.apply(work, *[tensors[slot] for slot in work.slots])
-    return dict(zip(work.outs, found, strict=True))
+    inputs = [tensors[slot] for slot in work.slots]
+    if any(map(is_in_old_vmap, inputs)):
+        return dict(zip(work.outs, _in_old_vmap(work, inputs), strict=True))
+    return dict(zip(work.outs, Transformed.apply(work, *inputs), strict=True))
+
+
+def _in_old_vmap(work: Work, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    in_dims = [0 if is_in_old_vmap(x) else None for x in inputs]
+    inputs = [x if dim is None else out_of_old_vmap(x) for x, dim in zip(inputs, in_dims, strict=True)]
+    results, _ = fold(Transformed.apply, len(inputs[in_dims.index(0)]), in_dims, work, inputs)
+    return [into_old_vmap(x) for x in results]
 
 
 def attention(backend: str, problem, q, k, v, terms) -> tuple:
     """(out, lse or None) by the kernel of `backend` that takes `problem`, with all derivatives under all transforms."""
     tensors = {"q": q, "k": k, "v": v, **terms._asdict()}
-    keeps = may_want_gradients([x for x in tensors.values() if isinstance(x, torch.Tensor)])
+    backend = "reference" if is_traced() else backend
+    keeps = backend != "reference" and may_want_gradients([x for x in tensors.values() if isinstance(x, torch.Tensor)])
     found = apply(Forward(Call(problem, backend, terms, keeps)), tensors)
     return found["out"], found.get("lse")
 
@@ -155,7 +167,7 @@ class Backward(Work):
     """Gradients of some inputs by the kernel that belongs to the one that ran."""
 
     def _bound(self, problem) -> Bound:
-        return derivative_of(problem, "backward", self.call.backend, "d.lse" in self.slots)
+        return derivative_of(problem, "backward", _backend(self.call), "d.lse" in self.slots)
 
     def note(self):
         note(self._bound(self.call.problem))
@@ -193,7 +205,7 @@ class Tangent(Work):
     """Tangents of out and lse."""
 
     def _bound(self, problem) -> Bound:
-        return derivative_of(problem, "tangent", self.call.backend, "lse" in self.outs)
+        return derivative_of(problem, "tangent", _backend(self.call), "lse" in self.outs)
 
     def note(self):
         note(self._bound(self.call.problem))
@@ -229,7 +241,7 @@ class Second(Work):
     """Gradients of <d.out, t.out> + <d.lse, t.lse> by inputs and by "d.out" and "d.lse"."""
 
     def _bound(self, problem) -> Bound:
-        return derivative_of(problem, "second", self.call.backend, "d.lse" in self.slots)
+        return derivative_of(problem, "second", _backend(self.call), "d.lse" in self.slots)
 
     def note(self):
         note(self._bound(self.call.problem))
@@ -289,10 +301,15 @@ def tangents_of(call: Call, tensors: dict) -> tuple:
     return *[given.get(name) for name in "qkv"], call.of_terms(given)
 
 
+def _backend(call: Call) -> str:
+    """The backend whose kernels run; the reference consists of torch's operators, which a trace holds."""
+    return "reference" if is_traced() else call.backend
+
+
 def run_forward(call: Call, tensors: dict, keeps: bool) -> tuple:
     """(out, lse or None, what the backward kernel wants) of plain tensors."""
     problem = call.problem_of(tensors)._replace(transformed=False, needs_grad=keeps)
-    choice = dispatch.select(problem, call.backend)
+    choice = dispatch.select(problem, _backend(call))
     arguments = problem, *qkv(tensors), call.terms(tensors)
     return choice.train(*arguments) if keeps else (*choice.forward(*arguments), ())
 

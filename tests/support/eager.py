@@ -35,7 +35,9 @@ def eager(
     scores = torch.cat([scores.masked_fill(hidden, -math.inf), sink.expand(*scores.shape[:3], 1)], -1)
     blind = (hidden.all(-1, keepdim=True) if sinks is None else torch.zeros(1, dtype=torch.bool)).expand(scores.shape)
     scores = scores.masked_fill(blind, 0.0)
-    p, lse = torch.softmax(scores, -1).masked_fill(blind, 0.0)[..., :-1], torch.logsumexp(scores, -1)
+    weights = torch.exp(scores - scores.detach().amax(-1, keepdim=True))
+    p = (weights / weights.sum(-1, keepdim=True)).masked_fill(blind, 0.0)[..., :-1]
+    lse = weights.sum(-1).log() + scores.detach().amax(-1)
     if dropout_p:
         p = p * fastattn.dropout_mask(*p.shape, dropout_p, seed) / (1.0 - dropout_p)
     return p @ v, lse.masked_fill(blind[..., 0], 0.0)

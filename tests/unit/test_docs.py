@@ -8,8 +8,10 @@ import pytest
 from fastattn import dispatch
 
 ROOT = Path(__file__).parents[2]
-README, GUIDE, SUPPORT = ((ROOT / path).read_text() for path in ("README.md", "docs/guide.md", "docs/support.md"))
-PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README + GUIDE, re.S)
+README, GUIDE, SUPPORT, TRANSFORMS = (
+    (ROOT / path).read_text() for path in ("README.md", "docs/guide.md", "docs/support.md", "docs/transforms.md")
+)
+PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README + GUIDE + TRANSFORMS, re.S)
 
 
 @pytest.mark.parametrize("layout", ["dense", "csr"])
