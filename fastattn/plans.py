@@ -7,7 +7,7 @@ import torch
 
 from . import dispatch
 from .backends.cpu import signature as _cpu_signature
-from .checks import broadcasts
+from .checks import broadcasts, check_flag
 from .masks.intervals import NO_BOUNDS, Window, diagonal_bounds
 from .problem import Problem
 from .terms import TERMS, Terms
@@ -27,6 +27,25 @@ class Bound(NamedTuple):
     problem: Problem
     terms: tuple
     backend: str | None
+
+
+class Memoryless(ValueError):
+    """q, k or v has no memory, or is a subclass that may have none: the call, which is right, belongs to an operator."""
+
+    def __init__(self, problem: Problem):
+        super().__init__(f"[{problem}] has no memory")
+        self.problem = problem
+
+
+def is_memoryless(*tensors) -> bool:
+    """Whether a tensor is on the meta device, or of a subclass that takes operators apart itself: fake, functional and
+    other wrappers."""
+    return any(
+        isinstance(x, torch.Tensor) and (x.is_meta or type(x).__torch_dispatch__ is not _plain) for x in tensors
+    )
+
+
+_plain = torch.Tensor.__torch_dispatch__
 
 
 class Plan:
@@ -57,6 +76,7 @@ known: dict[tuple, Plan] = {}
 """By `signature` and settings of the call."""
 
 _MAX_PLANS = 4096
+_CAUSAL = (Window(None, 0),)
 _PLACES = {term.name: place for place, term in enumerate(TERMS)}
 
 
@@ -87,6 +107,31 @@ def recall(q, k, v, settings: tuple) -> Bound | None:
         return None
     of_lengths, bound = plan.latest
     return bound if of_lengths == lengths else plan.at(lengths)
+
+
+def find(q, k, v, windows: tuple[Window, ...], tensors: dict, settings: tuple, needs_grad: bool) -> Bound:
+    """The call with these arguments, checked once for each kind of call.
+
+    windows   diagonal bounds beside `causal`; tensors: terms by name, and the seed
+    settings  causal, softmax_scale, softcap, dropout_p, skip_negligible, return_lse, backend
+    """
+    seed = tensors.pop("seed", None)
+    key, lengths = signature(q, k, v, tensors)
+    key = (key, settings, needs_grad, windows, *tensors) if tensors or windows else (key, settings, needs_grad)
+    try:
+        plan = known.get(key)
+    except TypeError:  # an argument is not hashable: the checks say which
+        plan = None
+    if plan is None:
+        windows = (*windows, *_CAUSAL) if settings[0] else windows
+        names = ("softmax_scale", "softcap", "dropout_p", "skip_negligible")
+        facts = {"lse": check_flag("return_lse", settings[5]), "needs_grad": needs_grad}
+        numbers = dict(zip(names, settings[1:5], strict=True))
+        plan = make(key, q, k, v, windows, tensors, numbers, facts, settings[6])
+    if seed is not None:
+        tensors["seed"] = seed
+    bound = plan.at(lengths)
+    return with_values(bound, tensors) if tensors else bound
 
 
 def signature(q, k, v, tensors: dict) -> tuple[tuple, tuple[int, int, int]]:
@@ -122,7 +167,7 @@ def _relative(shape, sizes: tuple[int, ...]) -> tuple:
 
 
 def make(key: tuple, q, k, v, windows: tuple[Window, ...], tensors: dict, numbers: dict, facts: dict, backend) -> Plan:
-    """Check a kind of call that is new, and keep its plan.
+    """Check a kind of call that is new, and keep its plan; Memoryless if there is nothing to run on.
 
     tensors, numbers   values of terms by name; facts: fields of the Problem that are no terms
     """
@@ -135,6 +180,8 @@ def make(key: tuple, q, k, v, windows: tuple[Window, ...], tensors: dict, number
     facts |= {term.fact[0]: term.fact[1](values[term.name]) for term in TERMS if term.fact and term.name in values}
     kind = mask_kind(tensors, *diagonal_bounds(windows, problem.seqlen_q, problem.seqlen_k))
     problem = problem._replace(mask=kind, transformed=is_transformed(), **facts)
+    if is_memoryless(q, k, v):
+        raise Memoryless(problem)
     if len(known) >= _MAX_PLANS:
         known.clear()
     plan = known[key] = Plan(problem, Terms(**numbers), windows, backend)

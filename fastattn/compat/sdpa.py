@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch.compiler import is_dynamo_compiling
 from torch.nn.functional import pad
 
 from ..api import attention
@@ -106,6 +107,8 @@ def _any_rank(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_
 
     # The heads are the last leading dimension; where that takes a copy, another split of batch and heads may not.
     splits = [(split, False) for split in range(len(lead) - 1, len(lead) - 2 if grouped else -1, -1)]
+    if is_dynamo_compiling():  # a view that fails cannot be caught in a graph
+        splits = []
     for split, may_copy in (*splits, (len(lead) - 1, True)):
         batch, heads, heads_k = math.prod(lead[:split]), math.prod(lead[split:]), math.prod(lead_k[split:])
         try:
