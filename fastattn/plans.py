@@ -30,7 +30,7 @@ class Bound(NamedTuple):
 
 
 class Memoryless(ValueError):
-    """q, k or v has no memory, or is a subclass that may have none: the call, which is right, belongs to an operator."""
+    """q, k or v has no memory, or is a subclass that may have none: the call, checked, belongs to an operator."""
 
     def __init__(self, problem: Problem):
         super().__init__(f"[{problem}] has no memory")
@@ -40,9 +40,7 @@ class Memoryless(ValueError):
 def is_memoryless(*tensors) -> bool:
     """Whether a tensor is on the meta device, or of a subclass that takes operators apart itself: fake, functional and
     other wrappers."""
-    return any(
-        isinstance(x, torch.Tensor) and (x.is_meta or type(x).__torch_dispatch__ is not _plain) for x in tensors
-    )
+    return any(isinstance(x, torch.Tensor) and (x.is_meta or type(x).__torch_dispatch__ is not _plain) for x in tensors)
 
 
 _plain = torch.Tensor.__torch_dispatch__

@@ -12,6 +12,7 @@ import torch
 from .scores import Place
 from .scores.dropout import dropout_mask
 from .terms import SCORE_TERMS
+from .torch_internals import num_dispatch_modes
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -200,7 +201,8 @@ def _dropout_factor(p: torch.Tensor, dropout_p: float, seed: int) -> torch.Tenso
 def _weighted_sum(p: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
     """p @ v in which a masked key contributes nothing, not 0 * NaN."""
     v = _per_query_head(v, p.shape[1])
-    if visible is None or torch.isfinite(v).all():
+    # No value can be asked in a graph: there a masked NaN does spread.
+    if visible is None or num_dispatch_modes() or torch.isfinite(v).all():
         return p @ v
     rows = torch.empty(*p.shape[:-1], v.shape[-1], dtype=p.dtype, device=p.device)
     visible = visible.expand(p.shape)

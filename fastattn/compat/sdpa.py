@@ -7,7 +7,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn.functional import pad
 
 from ..api import attention
-from ..checks import check_tensors, one_line
+from ..checks import check_tensors, one_line, refuse_subclasses
 from ..masks.intervals import Mask
 from ..torch_internals import is_any_autocast_enabled as _any_autocast
 
@@ -47,8 +47,9 @@ def scaled_dot_product_attention(
         if _any_autocast() and torch.is_autocast_enabled(query.device.type):
             query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
         q, k, v = query.shape, key.shape, value.shape
-    except AttributeError:
+    except (AttributeError, RuntimeError):
         check_tensors(query=query, key=key, value=value)
+        refuse_subclasses(query, key, value)
         raise
     if (
         len(q) == len(k) == len(v) == 4

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 BlockSize = int | tuple[int, int]
 
 made: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
-"""id of kv_indices -> the mask that passed `check_mask`, for as long as somebody has it."""
+"""Address of kv_num_blocks -> the mask that passed `check_mask`, for as long as somebody has it."""
 
 
 def check_block_size(block_size) -> tuple[int, int]:

@@ -48,7 +48,7 @@ def _bind(q, k, v, options: dict, needs_grad: bool) -> Bound:
         tensors["block_mask"] = _together(lists, get("block_sizes"))
     if (seed := get("seed")) is not None:
         tensors["seed"] = int(seed)
-    windows = _windows(get("windows"))
+    windows = windows_of(get("windows"))
     settings = (
         get("causal", False), get("scale"), get("softcap", 0.0), get("dropout_p", 0.0), get("skip_negligible"),
         get("return_lse", False), get("backend") or current_backend(),
@@ -56,7 +56,7 @@ def _bind(q, k, v, options: dict, needs_grad: bool) -> Bound:
     return find(q, k, v, windows, tensors, settings, needs_grad)
 
 
-def _windows(flat) -> tuple[Window, ...]:
+def windows_of(flat) -> tuple[Window, ...]:
     windows = ()
     for i in range(0, len(flat or ()), 3):
         left, right = (None if side < 0 else side for side in flat[i : i + 2])
@@ -71,7 +71,7 @@ def _plain(q, k, v, options: dict):
         raise NotImplementedError(
             "a BlockMask inside torch.func inside torch.compile is not supported; pass mask=block_mask.to_dense()"
         )
-    windows = (*_windows(get("windows")), *([Window(None, 0)] if get("causal") else []))
+    windows = (*windows_of(get("windows")), *([Window(None, 0)] if get("causal") else []))
     visible = get("mask")
     if windows or get("k_start") is not None or get("k_end") is not None:
         inside = dense(*diagonal_bounds(windows, *lengths), get("k_start"), get("k_end"), *lengths, q.device)
@@ -87,14 +87,18 @@ def _plain(q, k, v, options: dict):
 def _together(lists, sizes) -> BlockMask:
     """The mask that `call` took apart; nothing is checked again. The same object where somebody still has it, so that
     its transpose is computed once."""
-    mask = block_checks.made.get(id(lists[1]))
-    if mask is not None and all([x is y for x, y in zip(mask.tensors().values(), lists, strict=True)]):
+    mask = block_checks.made.get(lists[0].data_ptr())
+    if mask is not None and all(map(_is_same_memory, mask.tensors().values(), lists)):
         return mask
     mask = object.__new__(BlockMask)
     names = [field.name for field in dataclasses.fields(BlockMask)]
     for name, value in zip(names, [*lists, tuple(sizes[:2]), tuple(sizes[2:]), {}], strict=True):
         object.__setattr__(mask, name, value)
     return mask
+
+
+def _is_same_memory(x: torch.Tensor, y: torch.Tensor) -> bool:
+    return x.data_ptr() == y.data_ptr() and x.shape == y.shape
 
 
 _operator = library.define(

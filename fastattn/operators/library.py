@@ -19,7 +19,7 @@ import torch
 
 from ..calls import note
 from ..checks import refuse_subclasses
-from ..plans import Bound, backward_of
+from ..plans import backward_of
 from ..torch_internals import is_transformed
 
 LIBRARY = torch.library.Library("fastattn", "DEF")
@@ -230,9 +230,7 @@ def _owners(counts: dict) -> list[str]:
 def _named(counts: dict, tensors) -> dict:
     """The options that these tensors are."""
     rest = iter(tensors)
-    return {
-        name: next(rest) if count is None else [next(rest) for _ in range(count)] for name, count in counts.items()
-    }
+    return {name: next(rest) if count is None else [next(rest) for _ in range(count)] for name, count in counts.items()}
 
 
 # --- what comes out, without memory ----------------------------------------------------------------------------------
