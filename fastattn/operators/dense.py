@@ -40,15 +40,18 @@ which of ALIGNMENTS."""
 
 def _bind(q, k, v, options: dict, needs_grad: bool) -> Bound:
     """The call of `attention` that these options are."""
-    get, tensors = options.get, {}
-    for name in _TENSORS:
-        if (x := get(name)) is not None:
-            tensors[name] = x
-    if (lists := get("block_mask")) is not None:
-        tensors["block_mask"] = _together(lists, get("block_sizes"))
-    if (seed := get("seed")) is not None:
-        tensors["seed"] = int(seed)
-    windows = windows_of(get("windows"))
+    get, tensors, windows = options.get, {}, ()
+    for name, value in options.items():
+        if value is None:
+            pass
+        elif name in _TENSORS:
+            tensors[name] = value
+        elif name == "block_mask":
+            tensors["block_mask"] = _together(value, options["block_sizes"])
+        elif name == "seed":
+            tensors["seed"] = int(value)
+        elif name == "windows":
+            windows = windows_of(value)
     settings = (
         get("causal", False), get("scale"), get("softcap", 0.0), get("dropout_p", 0.0), get("skip_negligible"),
         get("return_lse", False), get("backend") or current_backend(),

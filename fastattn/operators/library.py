@@ -88,8 +88,13 @@ def _forward(layout: Layout) -> Callable:
         bound = layout.bind(q, k, v, options, False)
         note(bound)
         choice, problem, terms, _ = bound
-        out, lse = choice.forward(problem, q, k, v, terms, *_into(layout, choice.forward, problem, q))
-        return _rows_first(out), _lse(q, lse)
+        if choice.forward in layout.into:
+            rows = _empty_rows(problem, q)
+            _, lse = choice.forward(problem, q, k, v, terms, rows.transpose(1, 2))
+        else:
+            out, lse = choice.forward(problem, q, k, v, terms)
+            rows = _rows_first(out)
+        return rows, _lse(q, lse)
 
     return forward
 
@@ -105,7 +110,8 @@ def _train(layout: Layout) -> Callable:
             saved = out.to(_real(q)), _parts(lse)
             lse = lse if options.get("return_lse") else None
         else:
-            out, lse, saved = choice.train(problem, q, k, v, terms, *_into(layout, choice.train, problem, q))
+            out = (_empty_rows(problem, q).transpose(1, 2),) if choice.train in layout.into else ()
+            out, lse, saved = choice.train(problem, q, k, v, terms, *out)
         exact = q.new_empty(0, dtype=_real(q)) if saved[0].dtype == q.dtype else saved[0].contiguous()
         return _rows_first(out), _lse(q, lse), exact, saved[1]
 
@@ -134,16 +140,14 @@ def _backward(layout: Layout) -> Callable:
     return backward
 
 
-def _into(layout: Layout, function: Callable, problem, q) -> tuple:
-    """The result for a function that takes one, in the memory order of the operators: no copy is needed then."""
-    if function not in layout.into:
-        return ()
+def _empty_rows(problem, q) -> torch.Tensor:
+    """A result in the memory order of the operators, for functions that take one: no copy is needed then."""
     shape = problem.batch, problem.seqlen_q, problem.num_heads, problem.head_dim_v
-    return (q.new_empty(shape).transpose(1, 2),)
+    return torch.empty(shape, dtype=q.dtype, device=q.device)
 
 
 def _lse(q: torch.Tensor, lse: torch.Tensor | None) -> torch.Tensor:
-    return q.new_empty(0, dtype=_real(q)) if lse is None else lse
+    return torch.empty(0, dtype=_real(q), device=q.device) if lse is None else lse
 
 
 def _rows_first(x: torch.Tensor) -> torch.Tensor:
