@@ -56,6 +56,7 @@ def tables(head: dict, rows: list[Row], targets: list[dict], peers: dict[str, li
         _speed_table("Training (FLOPs of 5 products backward, of 7 with the forward)", grids[1], peers["backward"]),
         _comparison_table([row for row in rows if "base" in row.results]),
         _single_table([row for row in rows if row.kind in ("overhead", "memory")]),
+        _compiled_table([row for row in rows if row.kind in ("compiled", "graph")]),
         _accuracy_table("Error against float64", forward, peers["forward"]),
         _accuracy_table(
             "Error of gradients against float64, over the largest entry of any", backward, peers["backward"]
@@ -236,6 +237,14 @@ def _single_table(rows: list[Row]) -> Table:
         else:
             ours = "WRONG" if row.wrong else _microseconds(row.ours)
         table.add_row(row.name, _kernel(row), ours, _microseconds(row.results.get("sdpa", Result())))
+    return table
+
+
+def _compiled_table(rows: list[Row]) -> Table:
+    table = _table("Compiled", "row", "kernel", "ours", "sdpa, or an eager call (ratio)", words=2)
+    for row in rows:
+        other = row.results.get("sdpa" if row.kind == "compiled" else "base", Result())
+        table.add_row(row.name, _kernel(row), "WRONG" if row.wrong else _microseconds(row.ours), _microseconds(other))
     return table
 
 

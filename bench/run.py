@@ -23,6 +23,7 @@ from rich.progress import Progress, TimeElapsedColumn
 import report
 import targets
 from cases import Case
+from compiled import BLOCKS, GRAPH, block_row, graph_row, name_of
 from peers import PEERS
 from plots import draw
 from rows import Row
@@ -177,6 +178,10 @@ def _plan(options: argparse.Namespace, peak: Peak) -> list[tuple[str, Callable[[
         sdpa = tuple(peer for peer in peers[work.suite] if peer.name == "sdpa")
         plan.append((f"overhead {work}", work, partial(overhead_row, work, sdpa)))
     plan.append((f"growing {shrink(GROWING)}", GROWING, partial(growing_row, shrink(GROWING))))
+    backend = "aot_eager" if options.tiny else "inductor"
+    for work in dict.fromkeys(map(shrink, BLOCKS)):
+        plan.append((name_of(work), work, partial(block_row, work, 1, options.budget, peak, backend)))
+    plan.append((GRAPH, TINY[0], partial(graph_row, TINY[0], backend=backend)))
     plan += [(f"memory {work}", work, partial(memory_row, work)) for work in map(shrink, MEMORY)]
     return selected([(name, measure) for name, work, measure in plan if work.suite in options.suite], options.only)
 

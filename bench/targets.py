@@ -100,6 +100,9 @@ TARGETS = (
     _threads("backward, B1 H1 S4096, two threads", 1.7, BACKWARD | ONE_HEAD),
     _ratio("backward, B8 H12 S128 D32 dense", 1.6, BACKWARD | MINILM),
     _memory("forward + backward, S=16384 H4 D64, causal + bias row", 200.0, STEP | VERY_LONG),
+    Target("block, compiled", "x the same with SDPA, compiled", 1.0, "compiled", FORWARD, "vs sdpa"),
+    Target("block, compiled, forward + backward", "x the same with SDPA, compiled", 1.0, "compiled", STEP, "vs sdpa"),
+    Target("tiny call in a compiled graph", "us over an eager call", 4.0, "graph", FORWARD, "extra us", at_most=True),
 )
 
 

@@ -5,19 +5,23 @@ import inspect
 import torch
 
 from . import dispatch, plans
-from .calls import current_backend, note
-from .checks import check_flag, check_tensors
+from .calls import current_backend, in_graph, note
+from .checks import check_flag, check_tensors, refuse_subclasses
 from .differentiable import Differentiable
 from .layouts import csr
 from .masks import flex
 from .masks.block_mask import BlockMask
 from .masks.intervals import Mask, Window, check_window
-from .plans import Bound, known, recall, signature
+from .operators import dense as operator
+from .plans import Bound, recall
+from .scores import dropout, scale
+from .scores import softcap as softcap_scores
 from .scores.dropout import check_seed
+from .torch_internals import is_memoryless, num_dispatch_modes
 
 _Tensor, _is_grad_enabled = torch.Tensor, torch.is_grad_enabled
 _is_traced = torch.compiler.is_dynamo_compiling
-_CAUSAL = (Window(None, 0),)
+_num_modes = num_dispatch_modes  # of make_fx, export, counters of operations: they see operators alone
 
 
 def attention(
@@ -79,23 +83,22 @@ def attention(
     """
     if misplaced or unknown:
         raise misnamed("attention", misplaced, unknown)
-    if _is_traced():  # Dynamo breaks the graph here, and the call runs eagerly
-        return _untraced(
-            q, k, v, mask=mask, causal=causal, window_size=window_size, softmax_scale=softmax_scale, softcap=softcap,
-            alibi_slopes=alibi_slopes, bias=bias, sinks=sinks, dropout_p=dropout_p, seed=seed,
-            skip_negligible=skip_negligible, return_lse=return_lse, backend=backend,
-        )  # fmt: skip
-    if backend is None:
-        backend = current_backend()
-    bound = None
-    if mask is window_size is alibi_slopes is bias is sinks is seed is None and (causal is False or causal is True):
-        settings = causal, softmax_scale, softcap, dropout_p, skip_negligible, return_lse, backend
-        bound = recall(q, k, v, settings)
-    bound = bound or bind(
-        q, k, v, mask=mask, causal=causal, window_size=window_size, softmax_scale=softmax_scale, softcap=softcap,
-        alibi_slopes=alibi_slopes, bias=bias, sinks=sinks, dropout_p=dropout_p, seed=seed,
-        skip_negligible=skip_negligible, return_lse=return_lse, backend=backend,
-    )  # fmt: skip
+    is_traced, bound = _is_traced() or _num_modes(), None
+    if not is_traced:
+        if backend is None:
+            backend = current_backend()
+        if mask is window_size is alibi_slopes is bias is sinks is seed is None and (causal is False or causal is True):
+            settings = causal, softmax_scale, softcap, dropout_p, skip_negligible, return_lse, backend
+            bound = recall(q, k, v, settings)
+    if bound is None:
+        options = {
+            "mask": mask, "causal": causal, "window_size": window_size, "softmax_scale": softmax_scale,
+            "softcap": softcap, "alibi_slopes": alibi_slopes, "bias": bias, "sinks": sinks, "dropout_p": dropout_p,
+            "seed": seed, "skip_negligible": skip_negligible, "return_lse": return_lse, "backend": backend,
+        }  # fmt: skip
+        if is_traced or is_memoryless(q, k, v):
+            return _traced(q, k, v, **options)
+        bound = bind(q, k, v, **options)
     note(bound)
     choice, problem, terms, _ = bound
     if problem.dropout and terms.seed is None:
@@ -108,12 +111,37 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def _untraced(*qkv, **options):
-    """`attention` outside of the graph that Dynamo makes. (torch.compiler.disable imports Dynamo: not before that.)"""
-    return torch.compiler.disable(attention)(*qkv, **options)
-
-
-_untraced._torchdynamo_disable = True  # what torch.compiler.disable sets
+def _traced(
+    q, k, v, *, mask, causal, window_size, softmax_scale, softcap, alibi_slopes, bias, sinks, dropout_p, seed,
+    skip_negligible, return_lse, backend,
+):  # fmt: skip
+    """`attention` as an operator: in graphs, and for tensors without memory. What depends on the values of tensors,
+    and whether shapes fit, is checked when the operator runs."""
+    check_tensors(q=q, k=k, v=v)
+    refuse_subclasses(q, k, v)
+    check_seed(seed)
+    tensors = {"bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks}
+    tensors = {name: x for name, x in tensors.items() if x is not None}
+    windows = _add_mask(tensors, mask, window_size)
+    number = softmax_scale
+    if isinstance(softmax_scale, _Tensor):
+        tensors["softmax_scale"], number = softmax_scale, None
+    check_tensors(**{name: x for name, x in tensors.items() if name != "block_mask"})
+    return_lse = check_flag("return_lse", return_lse)
+    if backend is None and in_graph:
+        backend = in_graph[-1]
+    # None is the default of an operator's option; most calls have few others.
+    numbers = {
+        "causal": check_flag("causal", causal) or None,
+        "scale": scale.TERM.check(number),
+        "softcap": softcap_scores.TERM.check(softcap) or None,
+        "dropout_p": dropout.P.check(dropout_p) or None,
+        "skip_negligible": None if skip_negligible is None else check_flag("skip_negligible", skip_negligible),
+        "return_lse": return_lse or None,
+        "backend": dispatch.check_backend(backend, "backend"),
+    }
+    out, lse = operator.call(q, k, v, windows, tensors, seed, numbers)
+    return (out, lse) if return_lse else out
 
 
 def bind(
@@ -141,25 +169,12 @@ def bind(
             tensors["softmax_scale"], settings = softmax_scale, (causal, None, *settings[2:])
         if _is_grad_enabled() and not needs_grad:
             needs_grad = any([x.requires_grad for name, x in tensors.items() if name != "block_mask"])
-        key, lengths = signature(q, k, v, tensors)
+        if seed is not None:
+            tensors["seed"] = seed
+        return plans.find(q, k, v, windows, tensors, settings, needs_grad)
     except AttributeError:
-        check_tensors(q=q, k=k, v=v, **tensors)
+        check_tensors(q=q, k=k, v=v, **{name: x for name, x in tensors.items() if name != "seed"})
         raise
-    key = (key, settings, needs_grad, windows, *tensors) if tensors or windows else (key, settings, needs_grad)
-    try:
-        plan = known.get(key)
-    except TypeError:  # an argument is not hashable: the checks say which
-        plan = None
-    if plan is None:
-        windows = (*windows, *_CAUSAL) if causal else windows
-        names = ("softmax_scale", "softcap", "dropout_p", "skip_negligible")
-        facts = {"lse": check_flag("return_lse", return_lse), "needs_grad": needs_grad}
-        numbers = dict(zip(names, settings[1:5], strict=True))
-        plan = plans.make(key, q, k, v, windows, tensors, numbers, facts, backend)
-    if seed is not None:
-        tensors["seed"] = seed
-    bound = plan.at(lengths)
-    return plans.with_values(bound, tensors) if tensors else bound
 
 
 class Explanation(str):
@@ -173,12 +188,12 @@ def explain(*args, backend: str | None = None, **kwargs) -> Explanation:
     other one would not. Computes nothing."""
     backend = current_backend() if backend is None else dispatch.check_backend(backend, "backend")
     if len(args) > 3 or "indptr" in kwargs:
-        bound = csr.bind(*args, backend=backend, **kwargs)
+        problem = csr.bind(*args, backend=backend, **kwargs).problem
     else:
         if unknown := kwargs.keys() - inspect.signature(bind).parameters.keys():
             raise misnamed("explain", (), unknown)
-        bound = bind(*args, backend=backend, **kwargs)
-    return Explanation(dispatch.explain(bound.problem, backend))
+        problem = bind(*args, backend=backend, **kwargs).problem
+    return Explanation(dispatch.explain(problem, backend))
 
 
 _PARAMETERS = inspect.signature(attention).parameters.values()

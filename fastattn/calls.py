@@ -9,6 +9,8 @@ from contextlib import ContextDecorator, contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
 
+from torch.compiler import is_dynamo_compiling
+
 from . import dispatch
 from .dispatch import Choice, UnsupportedError, check_backend
 from .plans import Bound
@@ -56,6 +58,9 @@ _backend: ContextVar[str | None] = ContextVar("fastattn_backend", default=_envir
 
 current_backend = _backend.get
 """The backend set by `use`, else by FASTATTN_BACKEND (read at import), else None: any."""
+
+in_graph: list[str | None] = []
+"""The backends of the `use` blocks around the call that Dynamo traces, which has no context variables."""
 
 
 def note(call: Bound) -> None:
@@ -118,9 +123,15 @@ class use(ContextDecorator):
 
     def __enter__(self) -> None:
         self._is_used = True
+        if is_dynamo_compiling():
+            in_graph.append(self._backend)
+            return
         self._tokens.append(_backend.set(self._backend))
 
     def __exit__(self, *error) -> None:
+        if is_dynamo_compiling():
+            in_graph.pop()
+            return
         _backend.reset(self._tokens.pop())
 
     def __del__(self):

@@ -25,7 +25,7 @@ def check_real(name: str, value) -> float:
         value = float(value)
     except OverflowError:
         value = math.inf
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # which Dynamo traces, as it does not math.isfinite
         raise ValueError(f"{name}={value!r} must be finite")
     return value
 
@@ -62,3 +62,18 @@ def broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
     """Whether a tensor of `shape` broadcasts to `target`."""
     aligned = zip(reversed(shape), reversed(target), strict=False)
     return len(shape) <= len(target) and all(size in (1, full) for size, full in aligned)
+
+
+def refuse_subclasses(*tensors: torch.Tensor) -> None:
+    """TypeError for kinds of tensors that no kernel knows what to do with."""
+    for x in tensors:
+        if x.is_nested:
+            raise TypeError(
+                "nested tensors (torch.nested, jagged or not) are not supported; pad them and pass "
+                "mask=fastattn.Mask.lengths(...), or join them and pass mask=fastattn.Mask.documents(...)"
+            )
+        if type(x).__name__ == "DTensor":
+            raise TypeError(
+                "a DTensor is not supported: no rule says how attention is sharded; call x.to_local() and shard over "
+                "batch or heads"
+            )

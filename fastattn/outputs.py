@@ -20,14 +20,14 @@ def empty_out(problem, q: torch.Tensor) -> torch.Tensor:
     return q.new_empty((b, h, s, d))
 
 
-def empty_results(problem, q: torch.Tensor, for_backward: bool) -> tuple[torch.Tensor | None, ...]:
-    """(out, lse, out_exact, lse_parts) for a kernel to fill; None where not needed.
+def empty_results(problem, q: torch.Tensor, for_backward: bool, out=None) -> tuple[torch.Tensor | None, ...]:
+    """(out, lse, out_exact, lse_parts) for a kernel to fill; None where not needed. out: where there is one already.
 
     out_exact    out in the compute dtype, contiguous, where out is rounded to 16 bits: delta of the backward pass would
                  be off by what rounding takes
     lse_parts    [batch, num_heads, seqlen_q, 2], lse in units of log2 as the sum of two numbers
     """
-    out, dtype = empty_out(problem, q), compute_dtype(problem)
+    out, dtype = empty_out(problem, q) if out is None else out, compute_dtype(problem)
     rows = out.shape[:3]
     lse = q.new_empty(rows, dtype=dtype) if problem.lse else None
     if not for_backward:

@@ -7,7 +7,7 @@ import torch
 
 from . import dispatch
 from .backends.cpu import signature as _cpu_signature
-from .checks import broadcasts
+from .checks import broadcasts, check_flag
 from .masks.intervals import NO_BOUNDS, Window, diagonal_bounds
 from .problem import Problem
 from .terms import TERMS, Terms
@@ -57,6 +57,7 @@ known: dict[tuple, Plan] = {}
 """By `signature` and settings of the call."""
 
 _MAX_PLANS = 4096
+_CAUSAL = (Window(None, 0),)
 _PLACES = {term.name: place for place, term in enumerate(TERMS)}
 
 
@@ -87,6 +88,31 @@ def recall(q, k, v, settings: tuple) -> Bound | None:
         return None
     of_lengths, bound = plan.latest
     return bound if of_lengths == lengths else plan.at(lengths)
+
+
+def find(q, k, v, windows: tuple[Window, ...], tensors: dict, settings: tuple, needs_grad: bool) -> Bound:
+    """The call with these arguments, checked once for each kind of call.
+
+    windows   diagonal bounds beside `causal`; tensors: terms by name, and the seed
+    settings  causal, softmax_scale, softcap, dropout_p, skip_negligible, return_lse, backend
+    """
+    seed = tensors.pop("seed", None)
+    key, lengths = signature(q, k, v, tensors)
+    key = (key, settings, needs_grad, windows, *tensors) if tensors or windows else (key, settings, needs_grad)
+    try:
+        plan = known.get(key)
+    except TypeError:  # an argument is not hashable: the checks say which
+        plan = None
+    if plan is None:
+        windows = (*windows, *_CAUSAL) if settings[0] else windows
+        names = ("softmax_scale", "softcap", "dropout_p", "skip_negligible")
+        facts = {"lse": check_flag("return_lse", settings[5]), "needs_grad": needs_grad}
+        numbers = dict(zip(names, settings[1:5], strict=True))
+        plan = make(key, q, k, v, windows, tensors, numbers, facts, settings[6])
+    if seed is not None:
+        tensors["seed"] = seed
+    bound = plan.at(lengths)
+    return with_values(bound, tensors) if tensors else bound
 
 
 def signature(q, k, v, tensors: dict) -> tuple[tuple, tuple[int, int, int]]:

@@ -201,6 +201,7 @@ def _dropout_factor(p: torch.Tensor, dropout_p: float, seed: int) -> torch.Tenso
 def _weighted_sum(p: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
     """p @ v in which a masked key contributes nothing, not 0 * NaN."""
     v = _per_query_head(v, p.shape[1])
+    # A trace has no values to look at: there a masked NaN does spread.
     if visible is None or is_traced() or torch.isfinite(v).all():
         return p @ v
     rows = torch.empty(*p.shape[:-1], v.shape[-1], dtype=p.dtype, device=p.device)

@@ -1,6 +1,9 @@
 """The private names of torch that fastattn asks. Tried with torch 2.4 to 2.14; where one is missing, its question is
 answered as an ordinary call would answer it."""
 
+import functools
+import sys
+
 import torch
 from torch.autograd import forward_ad
 
@@ -11,6 +14,9 @@ _tangents = forward_ad if hasattr(forward_ad, "_current_level") else type("_NoTa
 
 is_any_autocast_enabled = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 """Whether torch.autocast is on for some device: cheaper than asking for one."""
+
+num_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+"""How many TorchDispatchModes are on."""
 
 
 def is_transformed() -> bool:
@@ -26,9 +32,21 @@ is_in_old_vmap = getattr(_functorch, "is_legacy_batchedtensor", lambda x: False)
 """Whether a tensor is one of the vmap that `is_grads_batched` and torch.autograd.functional still use."""
 
 
+def is_memoryless(*tensors) -> bool:
+    """Whether a tensor is on the meta device, or of a subclass that takes operators apart itself: fake, functional and
+    other wrappers."""
+    return any(
+        [isinstance(x, _Tensor) and (x.is_meta or type(x).__torch_dispatch__ is not _no_dispatch) for x in tensors]
+    )
+
+
+_Tensor, _plain = torch.Tensor, torch.Tensor.__torch_dispatch__
+
+
 def is_traced() -> bool:
-    """Whether make_fx records what torch's operators do, as torch.func.linearize has it do: it would miss a kernel."""
-    return _mode_keys is not None and _mode(_mode_keys.PROXY) is not None
+    """Whether make_fx records what torch's operators do, as torch.func.linearize has it do: it would miss a kernel; or
+    tensors are fake ones and have no values."""
+    return _mode_keys is not None and (_mode(_mode_keys.PROXY) or _mode(_mode_keys.FAKE)) is not None
 
 
 def out_of_old_vmap(x: torch.Tensor) -> torch.Tensor:
@@ -51,11 +69,27 @@ def may_want_gradients(tensors: list[torch.Tensor]) -> bool:
     """Whether a gradient may be asked of what is computed from these tensors inside of transforms."""
     if any(transform.key() == _functorch.TransformType.Grad for transform in _transforms() or ()):
         return True
-    return torch.is_grad_enabled() and any(_plain(x).requires_grad for x in tensors)
+    return torch.is_grad_enabled() and any(_unwrapped(x).requires_grad for x in tensors)
 
 
-def _plain(x: torch.Tensor) -> torch.Tensor:
+def _unwrapped(x: torch.Tensor) -> torch.Tensor:
     """A tensor without the wrappers of transforms, which do not say that what is inside requires a gradient."""
     while _functorch is not None and _functorch.is_functorch_wrapped_tensor(x):
         x = _functorch.get_unwrapped(x)
     return x
+
+
+def outside_of_graphs(function):
+    """`function`, at whose calls Dynamo breaks its graph, and which it runs as it stands, whatever it calls."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        if "torch._dynamo" not in sys.modules:  # torch.compiler.disable would import it
+            return function(*args, **kwargs)
+        return torch.compiler.disable(function)(*args, **kwargs)
+
+    run._torchdynamo_disable = True  # what torch.compiler.disable sets
+    run._torchdynamo_disable_msg = (
+        "the lists of a BlockMask depend on the values of tensors: build it outside of torch.compile and pass it in"
+    )
+    return run

@@ -2,7 +2,7 @@
 
 import torch
 
-from .checks import broadcasts, check_tensors, dtype_name
+from .checks import broadcasts, check_tensors, dtype_name, refuse_subclasses
 from .masks.intervals import UNBOUNDED
 from .problem import FLOATS, Problem
 from .scores import SCORES
@@ -12,6 +12,7 @@ from .terms import TERMS
 def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Problem:
     """The Problem of q, k and v alone; TypeError or ValueError if they do not fit each other."""
     check_tensors(q=q, k=k, v=v)
+    refuse_subclasses(q, k, v)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ValueError(

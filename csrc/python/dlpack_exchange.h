@@ -3,6 +3,7 @@
 #include <Python.h>
 
 #include <cstdint>
+#include <string_view>
 
 namespace dlpack {
 
@@ -37,6 +38,7 @@ struct TensorType {
   PyObject* is_neg = nullptr;
   PyCFunction is_neg_in_c = nullptr;  // the same without a detour, where it is torch's own method; else null
   const ExchangeAPI* api = nullptr;
+  bool dispatches = false;  // takes operators apart itself (fake tensors, wrappers): its elements may lie elsewhere
 };
 
 inline bool find_tensor_type(PyTypeObject* type, TensorType& found) {
@@ -49,11 +51,17 @@ inline bool find_tensor_type(PyTypeObject* type, TensorType& found) {
     Py_DECREF(capsule);
   }
   PyErr_Clear();
+  PyObject* dispatch = PyObject_GetAttrString((PyObject*)type, "__torch_dispatch__");
+  const bool dispatches =
+      dispatch && !(PyCFunction_Check(dispatch) &&
+                    ((PyCFunctionObject*)dispatch)->m_ml->ml_name == std::string_view("_disabled_torch_dispatch_impl"));
+  Py_XDECREF(dispatch);
+  PyErr_Clear();
   Py_INCREF(type);
   Py_XDECREF(found.type), Py_XDECREF(found.is_neg);
   const bool in_c = Py_IS_TYPE(is_neg, &PyMethodDescr_Type);
   const PyMethodDef* method = in_c ? ((PyMethodDescrObject*)is_neg)->d_method : nullptr;
-  found = {type, is_neg, method && method->ml_flags == METH_NOARGS ? method->ml_meth : nullptr, api};
+  found = {type, is_neg, method && method->ml_flags == METH_NOARGS ? method->ml_meth : nullptr, api, dispatches};
   return true;
 }
 

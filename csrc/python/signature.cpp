@@ -8,8 +8,8 @@ namespace {
 // decides nothing, and the functions that read it ask.
 bool describe(PyObject* object, dlpack::DLTensor& t) {
   const dlpack::TensorType* type = dlpack::tensor_type(Py_TYPE(object));
-  const bool plain =
-      type && type->api && type->api->dltensor_from_py_object_no_sync(object, &t) == 0 && t.device_type == dlpack::kCPU;
+  const bool plain = type && type->api && !type->dispatches &&
+                     type->api->dltensor_from_py_object_no_sync(object, &t) == 0 && t.device_type == dlpack::kCPU;
   if (!plain) PyErr_Clear();
   return plain;
 }

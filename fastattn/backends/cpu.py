@@ -50,17 +50,17 @@ def skipped_pairs() -> int:
     return _C.skipped_pairs() if _C is not None else 0
 
 
-def prefill(problem, q, k, v, terms):
-    """Forward pass."""
-    out = empty_out(problem, q)
+def prefill(problem, q, k, v, terms, out=None):
+    """Forward pass, into `out` where there is one."""
+    out = empty_out(problem, q) if out is None else out
     lse = q.new_empty(out.shape[:3], dtype=compute_dtype(problem)) if problem.lse else None
     _C.forward(q, k, v, out, lse, None, None, terms, _get_num_threads())
     return out, lse
 
 
-def prefill_for_backward(problem, q, k, v, terms):
+def prefill_for_backward(problem, q, k, v, terms, out=None):
     """(out, lse or None, (out in the compute dtype, lse_parts))."""
-    out, lse, out_exact, lse_parts = empty_results(problem, q, True)
+    out, lse, out_exact, lse_parts = empty_results(problem, q, True, out)
     _C.forward(q, k, v, out, lse, lse_parts, out_exact, terms, _get_num_threads())
     return out, lse, (out if out_exact is None else out_exact, lse_parts)
 

@@ -3,10 +3,11 @@
 import math
 
 import torch
+from torch.compiler import is_dynamo_compiling
 from torch.nn.functional import pad
 
 from ..api import attention
-from ..checks import check_tensors, one_line
+from ..checks import check_tensors, one_line, refuse_subclasses
 from ..masks.intervals import Mask
 from ..torch_internals import is_any_autocast_enabled as _any_autocast
 
@@ -46,8 +47,9 @@ def scaled_dot_product_attention(
         if _any_autocast() and torch.is_autocast_enabled(query.device.type):
             query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
         q, k, v = query.shape, key.shape, value.shape
-    except AttributeError:
+    except (AttributeError, RuntimeError):
         check_tensors(query=query, key=key, value=value)
+        refuse_subclasses(query, key, value)
         raise
     if (
         len(q) == len(k) == len(v) == 4
@@ -106,6 +108,8 @@ def _any_rank(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_
 
     # The heads are the last leading dimension; where that takes a copy, another split of batch and heads may not.
     splits = [(split, False) for split in range(len(lead) - 1, len(lead) - 2 if grouped else -1, -1)]
+    if is_dynamo_compiling():  # a view that fails cannot be caught in a graph
+        splits = []
     for split, may_copy in (*splits, (len(lead) - 1, True)):
         batch, heads, heads_k = math.prod(lead[:split]), math.prod(lead[split:]), math.prod(lead_k[split:])
         try:

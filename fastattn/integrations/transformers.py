@@ -9,7 +9,6 @@
 first alone transformers passes no mask at all, and padded batches come out wrong without a word.
 """
 
-import functools
 import inspect
 import sys
 
@@ -222,7 +221,16 @@ def make_mask(
             f"{type(config).__name__}: this model computes attention by itself and does not take another "
             "implementation; load it with attn_implementation='eager'"
         )
-    traced = is_tracing(attention_mask) or (isinstance(q_offset, torch.Tensor) and is_tracing(q_offset))
+    traced = torch.compiler.is_dynamo_compiling() or is_tracing(attention_mask)
+    traced = traced or (isinstance(q_offset, torch.Tensor) and is_tracing(q_offset))
+    if traced and attention_mask is None and not isinstance(q_offset, torch.Tensor):
+        # In a graph patterns are recognised by identity alone, and where `attention_forward` needs no mask.
+        whole = q_length == 1 or q_length == kv_length
+        if mask_function is masking_utils.causal_mask_function:
+            if allow_is_causal_skip and whole and q_offset - kv_offset == kv_length - q_length:
+                return None
+        elif mask_function is masking_utils.bidirectional_mask_function and allow_is_bidirectional_skip:
+            return None
     reach = None if traced else recognition.reach_of(mask_function)
     padding = None if reach is None else recognition.padding_of(attention_mask, batch_size, kv_length, kv_offset)
     if padding is not None:
@@ -280,9 +288,18 @@ def _refuse_unknown(kwargs: dict, also_known=()) -> None:
         raise NotImplementedError(f"{name}={kwargs[name]!r:.60} is not supported by fastattn: {instead}")
 
 
-@functools.cache
 def _computes_its_own_attention(config_class: type) -> bool:
     """transformers' own test, which `set_attn_implementation` applies and `from_pretrained` does not."""
+    if config_class not in _own_attention:
+        _own_attention[config_class] = _find_own_attention(config_class)
+    return _own_attention[config_class]
+
+
+_own_attention: dict[type, bool] = {}
+_computes_its_own_attention._dynamo_marked_constant = True  # Dynamo calls it while it traces
+
+
+def _find_own_attention(config_class: type) -> bool:
     modeling = sys.modules.get(config_class.__module__.replace("configuration_", "modeling_"))
     for value in vars(modeling).values() if modeling is not None else ():
         if isinstance(value, type) and issubclass(value, PreTrainedModel) and value.__module__ == modeling.__name__:

@@ -3,15 +3,13 @@
 import torch
 
 from .. import dispatch
-from ..calls import current_backend, note
-from ..checks import broadcasts, check_flag, check_tensors, dtype_name
+from ..calls import current_backend, in_graph, note
+from ..checks import check_flag, check_tensors, refuse_subclasses
 from ..differentiable import Differentiable
-from ..plans import Bound
-from ..problem import FLOATS
+from ..operators import csr as operator
 from ..scores import scale
-from ..torch_internals import is_transformed
-from ..validation import check_qkv
-from .edges import Edges
+from ..torch_internals import is_memoryless, num_dispatch_modes
+from .csr_arguments import bind
 
 
 def attention_csr(
@@ -71,11 +69,8 @@ def attention_csr(
     before anything is computed; `UnsupportedError` if the named backend refuses. Method: graph attention (GAT,
     arXiv 1710.10903) with scaled dot products (arXiv 1706.03762), gradients as in FlashAttention-2 (arXiv 2307.08691).
     """
-    if torch.compiler.is_dynamo_compiling():  # Dynamo breaks the graph here, and the call runs eagerly
-        return _untraced(
-            q, k, v, indptr, indices, edge_bias=edge_bias, softmax_scale=softmax_scale, return_lse=return_lse,
-            backend=backend,
-        )  # fmt: skip
+    if torch.compiler.is_dynamo_compiling() or num_dispatch_modes() or is_memoryless(q, k, v):
+        return _traced(q, k, v, indptr, indices, edge_bias, softmax_scale, return_lse, backend)
     backend = current_backend() if backend is None else backend
     bound = bind(
         q, k, v, indptr, indices, edge_bias=edge_bias, softmax_scale=softmax_scale, return_lse=return_lse,
@@ -90,61 +85,19 @@ def attention_csr(
     return (out, lse) if return_lse else out
 
 
-def _untraced(*inputs, **options):
-    """`attention_csr` outside of the graph that Dynamo makes, as in `fastattn.api`."""
-    return torch.compiler.disable(attention_csr)(*inputs, **options)
-
-
-_untraced._torchdynamo_disable = True
-
-
-def bind(
-    q, k, v, indptr, indices, *, edge_bias=None, softmax_scale=None, return_lse=False, backend=None
-) -> Bound:  # fmt: skip
-    """The call that these arguments of `attention_csr` are, checked but for the entries of the lists."""
-    problem = check_qkv(q, k, v)
-    check_tensors(indptr=indptr, indices=indices)
-    _check_lists(indptr, indices, problem.seqlen_q)
-    inputs = [q, k, v]
+def _traced(q, k, v, indptr, indices, edge_bias, softmax_scale, return_lse, backend):
+    """`attention_csr` as an operator, as in `fastattn.api`."""
+    check_tensors(q=q, k=k, v=v, indptr=indptr, indices=indices)
+    refuse_subclasses(q, k, v)
+    options = {"indptr": indptr, "indices": indices}
     if edge_bias is not None:
-        _check_bias(edge_bias, problem, len(indices))
-        inputs.append(edge_bias)
-    for name, x in (("indptr", indptr), ("indices", indices), ("edge_bias", edge_bias)):
-        if x is not None and x.device != q.device:
-            raise ValueError(f"{name} is on {x.device}, q on {q.device}; they must be on one device")
-    softmax_scale = scale.TERM.check(softmax_scale)
-    problem = problem._replace(
-        layout="csr",
-        bias="none" if edge_bias is None else dtype_name(edge_bias.dtype),
-        lse=check_flag("return_lse", return_lse),
-        needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in inputs),
-        transformed=is_transformed(),
-    )
-    edges = Edges(indptr, indices, edge_bias, problem.head_dim**-0.5 if softmax_scale is None else softmax_scale)
-    choices = dispatch.choices_of(problem, dispatch.check_backend(backend, "backend"))
-    return Bound(dispatch.first_that_takes(choices, problem), problem, edges, backend)
-
-
-def _check_lists(indptr, indices, seqlen_q: int) -> None:
-    for name, x in (("indptr", indptr), ("indices", indices)):
-        if x.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{name} has dtype {x.dtype}; it must be int32 or int64 (cast with .to)")
-        if x.dim() != 1:
-            raise ValueError(
-                f"{name} has shape {tuple(x.shape)}; it must have one dimension, shared by batch and heads"
-            )
-    if len(indptr) != seqlen_q + 1:
-        raise ValueError(f"indptr has {len(indptr)} entries; it must have seqlen_q + 1 = {seqlen_q + 1}")
-
-
-def _check_bias(edge_bias, problem, num_edges: int) -> None:
-    check_tensors(edge_bias=edge_bias)
-    if dtype_name(edge_bias.dtype) not in FLOATS:
-        raise TypeError(f"edge_bias has dtype {edge_bias.dtype}; supported are {', '.join(FLOATS)}")
-    shape, scores = tuple(edge_bias.shape), (problem.batch, problem.num_heads, num_edges)
-    if not broadcasts(shape, scores):
-        raise ValueError(
-            f"edge_bias has shape {shape}; it must be broadcastable to [batch, num_heads, edges], here {scores}"
-        )
-    if not shape or shape[-1] != num_edges:
-        raise ValueError(f"edge_bias has shape {shape}; its last size must be edges={num_edges}")
+        check_tensors(edge_bias=edge_bias)
+        options["bias"] = edge_bias
+    return_lse = check_flag("return_lse", return_lse)
+    if backend is None and in_graph:
+        backend = in_graph[-1]
+    out, lse = operator.attention_csr(
+        q, k, v, **options, softmax_scale=scale.TERM.check(softmax_scale), return_lse=return_lse,
+        backend=dispatch.check_backend(backend, "backend"),
+    )  # fmt: skip
+    return (out, lse) if return_lse else out

@@ -1,5 +1,6 @@
 """What is asked of a BlockMask and of the lists that one is built from; errors name the argument and the entry."""
 
+import weakref
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from .block_mask import BlockMask
 
 BlockSize = int | tuple[int, int]
+
+made: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+"""Address of kv_num_blocks -> the mask that passed `check_mask`, for as long as somebody has it."""
 
 
 def check_block_size(block_size) -> tuple[int, int]:

@@ -57,6 +57,7 @@ class BlockMask:
         object.__setattr__(self, "BLOCK_SIZE", block_checks.check_block_size(self.BLOCK_SIZE))
         object.__setattr__(self, "seq_lengths", block_checks.check_lengths(*self.seq_lengths))
         block_checks.check_mask(self)
+        block_checks.made[self.kv_num_blocks.data_ptr()] = self
 
     # --- builders ----------------------------------------------------------------------------------------------------
 

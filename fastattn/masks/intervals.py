@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from ..checks import one_line
 
@@ -128,7 +129,9 @@ class Mask:
         start = keep.int().argmax(1).int()
         position = torch.arange(keep.shape[1], device=keep.device)
         interval = (position >= start[:, None]) & (position < (start + count)[:, None])
-        if not torch.equal(interval, keep):
+        if is_dynamo_compiling():  # no value is known yet: the graph asks when it runs
+            torch._assert_async((interval == keep).all(), "a row of keep has gaps between its tokens (Mask.padding)")
+        elif not torch.equal(interval, keep):
             row = int((interval != keep).any(1).nonzero()[0])
             raise ValueError(
                 f"keep[{row}] has gaps between its tokens; only one run of True per sequence is an interval "
@@ -148,7 +151,10 @@ class Mask:
             _check_rank(name, ids, "[batch, seqlen]")
             if ids.dtype == torch.bool or ids.is_floating_point():
                 raise TypeError(f"{name} has dtype {ids.dtype}; document ids must be integers")
-            if (ids[:, 1:] < ids[:, :-1]).any():
+            ascends = (ids[:, 1:] >= ids[:, :-1]).all()
+            if is_dynamo_compiling():
+                torch._assert_async(ascends, f"{name} must not decrease along a sequence (Mask.documents)")
+            elif not ascends:
                 raise ValueError(f"{name} must not decrease along a sequence: number the documents in order")
         if ids_q.shape[0] != ids_k.shape[0]:
             raise ValueError(

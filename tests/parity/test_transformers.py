@@ -16,98 +16,15 @@ transformers = pytest.importorskip("transformers")
 
 
 from fastattn.integrations import transformers as integration  # noqa: E402
+from models import CONFIGS, build, model_inputs, text  # noqa: E402
 
 integration.register()
 transformers.logging.set_verbosity_error()
 pytestmark = pytest.mark.filterwarnings("ignore::fastattn.FallbackWarning")
 
-BATCH, LENGTH, WINDOW = 2, 10, 4
-SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-GROUPED = {**SIZES, **TOKENS, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
-SEQ2SEQ = {
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
-}
-CONFIGS = {
-    "bert": {**SIZES, **TOKENS},
-    "roberta": {**SIZES, **TOKENS},
-    "modernbert": {**SIZES, **TOKENS, "local_attention": 2 * WINDOW, "global_attn_every_n_layers": 2},
-    "llama": GROUPED,
-    "mistral": {**GROUPED, "sliding_window": WINDOW},
-    "gemma2": {**GROUPED, "sliding_window": WINDOW, "attn_logit_softcapping": 2.0},
-    "gpt_oss": {**GROUPED, "sliding_window": WINDOW, "num_local_experts": 2, "num_experts_per_tok": 1},
-    "gpt2": {**TOKENS, "vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
-    "deepseek_v3": {
-        **SIZES,
-        **TOKENS,
-        "num_key_value_heads": 4,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 12,
-        "first_k_dense_replace": 2,
-        "n_routed_experts": 8,
-    },
-    "t5": {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
-    "bart": {**TOKENS, **SEQ2SEQ, "vocab_size": 99, "d_model": 32, "max_position_embeddings": 64},
-    "whisper": {
-        **TOKENS,
-        **SEQ2SEQ,
-        "vocab_size": 99,
-        "d_model": 32,
-        "num_mel_bins": 8,
-        "max_source_positions": 15,
-        "max_target_positions": 32,
-        "decoder_start_token_id": 3,
-    },
-    "vit": {**SIZES, "image_size": 16, "patch_size": 4},
-    "swin": {
-        "image_size": 32,
-        "patch_size": 4,
-        "embed_dim": 16,
-        "depths": [2, 2],
-        "num_heads": [2, 4],
-        "window_size": 4,
-    },
-}
 ENCODERS = ("bert", "roberta", "modernbert")
 DECODERS = ("llama", "mistral", "gemma2", "gpt_oss", "gpt2", "deepseek_v3")
 CALLS = {**dict.fromkeys(CONFIGS, 2), **dict.fromkeys(("t5", "bart", "whisper"), 6), "swin": 4}
-
-
-def build(name, auto=transformers.AutoModel):
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(name, **CONFIGS[name])
-    return auto.from_config(config, attn_implementation="eager").eval()
-
-
-def text(padding):
-    """(token ids, attention mask or None) [BATCH, LENGTH]."""
-    ids = torch.randint(3, 99, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
-    if padding == "unpadded":
-        return ids, None
-    mask = torch.ones(BATCH, LENGTH, dtype=torch.long)
-    mask[1, :3] = padding != "left"
-    mask[1, 7:] = padding != "right"
-    return ids.masked_fill(mask == 0, 0), mask
-
-
-def model_inputs(name, padding):
-    ids, mask = text(padding)
-    if name in ("vit", "swin"):
-        size = CONFIGS[name]["image_size"]
-        return {"pixel_values": torch.randn(BATCH, 3, size, size, generator=torch.Generator().manual_seed(1))}
-    if name == "whisper":
-        features = torch.randn(BATCH, 8, 30, generator=torch.Generator().manual_seed(1))
-        return {"input_features": features, "decoder_input_ids": ids[:, :6]}
-    inputs = {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
-    return {**inputs, "decoder_input_ids": ids[:, :6]} if name in ("t5", "bart") else inputs
 
 
 def both(model, inputs):

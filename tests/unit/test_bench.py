@@ -14,6 +14,7 @@ from cases import CASES, Case, inputs, visited_pairs
 
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
 
+import compiled
 import dense_vs_sparse
 import oracle
 import peers
@@ -216,6 +217,13 @@ def test_json_has_the_documented_schema(tmp_path):
     assert (tmp_path / "bench.png").stat().st_size > 10_000 < (tmp_path / "backward.png").stat().st_size
 
 
+def test_rows_of_compiled_graphs(tmp_path):
+    assert run.main([*INSTANT, "--only", "compiled", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [row["kind"] for row in rows] == ["compiled", "compiled", "graph"] and not any(row["wrong"] for row in rows)
+    assert rows[1]["kernel"] == "cpu.prefill + cpu.backward" and "extra us" in rows[2]["metrics"]
+
+
 def test_targets_take_the_worst_row_and_ignore_a_peak_that_is_too_low(monkeypatch):
     def row(seqlen, **metrics):
         return Row("grid", f"S{seqlen}", 1, "", Work(Case(num_heads=8, seqlen_q=seqlen)).spec, metrics=metrics)
@@ -246,7 +254,8 @@ def test_every_target_has_rows_in_the_plan():
     rows += [Row(c.kind, c.name, c.threads, "", c.work.spec) for c in suites.COMPARISONS]
     rows += [Row("overhead", "", 1, "", work.spec) for work in suites.TINY]
     rows += [Row("memory", "", 1, "", work.spec) for work in suites.MEMORY]
-    rows += [Row("growing", "", 1, "", suites.GROWING.spec)]
+    rows += [Row("growing", "", 1, "", suites.GROWING.spec), Row("graph", "", 1, "", suites.TINY[0].spec)]
+    rows += [Row("compiled", "", 1, "", work.spec) for work in compiled.BLOCKS]
     judged = targets.judge(rows, ["forward", "backward"])
     assert len(judged) == len(targets.TARGETS)
     assert not [target["what"] for target in judged if not target["of"] and "two threads" not in target["what"]]

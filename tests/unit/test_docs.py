@@ -39,7 +39,15 @@ def test_every_environment_variable_is_documented():
 
 @pytest.mark.parametrize(
     "path",
-    ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/guide.md", "docs/support.md", "docs/triton.md"],
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/architecture.md",
+        "docs/compile.md",
+        "docs/guide.md",
+        "docs/support.md",
+        "docs/triton.md",
+    ],
 )
 def test_files_that_the_documents_name_exist(path):
     text = (ROOT / path).read_text()

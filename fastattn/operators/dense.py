@@ -1,0 +1,144 @@
+"""The operators of `attention`. Their options follow from the table of terms."""
+
+import dataclasses
+
+import torch
+
+from .. import reference
+from ..backends import cpu
+from ..calls import current_backend
+from ..masks import block_checks
+from ..masks.block_mask import BlockMask
+from ..masks.intervals import ALIGNMENTS, Window, dense, diagonal_bounds
+from ..plans import Bound, find
+from ..terms import SCORE_TERMS, TERMS, Terms
+from . import library
+
+_POSITIONS = ("diagonal_lo", "diagonal_hi", "query_start")  # follow from windows and lengths when the graph runs
+_SCHEMAS = {
+    "block_mask": "Tensor[]? block_mask=None, SymInt[]? block_sizes=None",
+    "seed": "Tensor? seed=None",
+    "skip_negligible": "bool? skip_negligible=None",
+}
+
+
+def _schema_of(term) -> str:
+    if term.shapes:
+        return f"Tensor? {term.name}=None"
+    return f"float {term.name}={term.neutral}" if isinstance(term.neutral, float) else _SCHEMAS[term.name]
+
+
+_TERMS = [term for term in TERMS if term.name not in _POSITIONS]
+_TENSORS = tuple(term.name for term in _TERMS if term.shapes)
+_OPTIONS = [
+    *map(_schema_of, _TERMS), "SymInt[]? windows=None", "bool causal=False", "float? scale=None",
+    "bool return_lse=False", "str? backend=None",
+]  # fmt: skip
+"""scale is the softmax_scale that is a number; windows are three integers each: left and right, -1 where open, and
+which of ALIGNMENTS."""
+
+
+def _bind(q, k, v, options: dict, needs_grad: bool) -> Bound:
+    """The call of `attention` that these options are."""
+    get, tensors, windows = options.get, {}, ()
+    for name, value in options.items():
+        if value is None:
+            pass
+        elif name in _TENSORS:
+            tensors[name] = value
+        elif name == "block_mask":
+            tensors["block_mask"] = _together(value, options["block_sizes"])
+        elif name == "seed":
+            tensors["seed"] = int(value)
+        elif name == "windows":
+            windows = windows_of(value)
+    settings = (
+        get("causal", False), get("scale"), get("softcap", 0.0), get("dropout_p", 0.0), get("skip_negligible"),
+        get("return_lse", False), get("backend") or current_backend(),
+    )  # fmt: skip
+    return find(q, k, v, windows, tensors, settings, needs_grad)
+
+
+def windows_of(flat) -> tuple[Window, ...]:
+    windows = ()
+    for i in range(0, len(flat or ()), 3):
+        left, right = (None if side < 0 else side for side in flat[i : i + 2])
+        windows += (Window(left, right, ALIGNMENTS[flat[i + 2]]),)
+    return windows
+
+
+def _plain(q, k, v, options: dict):
+    """The reference, whose operators torch.func transforms and Dynamo traces."""
+    get, lengths = options.get, (q.shape[2], k.shape[2])
+    if get("block_mask") is not None:
+        raise NotImplementedError(
+            "a BlockMask inside torch.func inside torch.compile is not supported; pass mask=block_mask.to_dense()"
+        )
+    windows = (*windows_of(get("windows")), *([Window(None, 0)] if get("causal") else []))
+    visible = get("mask")
+    if windows or get("k_start") is not None or get("k_end") is not None:
+        inside = dense(*diagonal_bounds(windows, *lengths), get("k_start"), get("k_end"), *lengths, q.device)
+        visible = inside if visible is None else visible & inside
+    modifications = {term.name: x for term in SCORE_TERMS if (x := get(term.name)) is not None}
+    modifications.setdefault("softmax_scale", get("scale"))
+    out, lse = reference.attention(
+        q, k, v, visible=visible, sinks=get("sinks"), dropout_p=get("dropout_p", 0.0), seed=get("seed"), **modifications
+    )
+    return out, lse if get("return_lse") else lse.new_empty(0)
+
+
+def _together(lists, sizes) -> BlockMask:
+    """The mask that `call` took apart; nothing is checked again. The same object where somebody still has it, so that
+    its transpose is computed once."""
+    mask = block_checks.made.get(lists[0].data_ptr())
+    if mask is not None and all(map(_is_same_memory, mask.tensors().values(), lists)):
+        return mask
+    mask = object.__new__(BlockMask)
+    names = [field.name for field in dataclasses.fields(BlockMask)]
+    for name, value in zip(names, [*lists, tuple(sizes[:2]), tuple(sizes[2:]), {}], strict=True):
+        object.__setattr__(mask, name, value)
+    return mask
+
+
+def _is_same_memory(x: torch.Tensor, y: torch.Tensor) -> bool:
+    return x.data_ptr() == y.data_ptr() and x.shape == y.shape
+
+
+_operator = library.define(
+    library.Layout(
+        names=("attention", "forward", "forward_train", "backward"),
+        options=", ".join(_OPTIONS),
+        tensors=(*_TENSORS, "seed"),
+        learned=tuple(term.name for term in TERMS if term.gradient),
+        lists=("block_mask",),
+        bind=_bind,
+        plain=_plain,
+        terms=Terms,
+        into=(cpu.prefill, cpu.prefill_for_backward),
+    )
+)
+
+
+def call(q, k, v, windows: tuple[Window, ...], tensors: dict, seed: int | None, numbers: dict):
+    """(out, lse) of the call in a graph.
+
+    tensors   terms by name, a BlockMask among them; numbers: the options of the operator that are no tensors
+    """
+    options = {name: value for name, value in numbers.items() if value is not None}
+    if options.get("dropout_p", 0.0) > 0.0:
+        # A tensor: each run of the graph draws another one, and the backward pass gets the same.
+        draw = torch.randint(2**63 - 1, (), device="cpu") if seed is None else torch.full((), seed, dtype=torch.int64)
+        options["seed"] = draw
+    for name, x in tensors.items():
+        if isinstance(x, BlockMask):
+            options[name] = list(x.tensors().values())
+            options["block_sizes"] = [*x.BLOCK_SIZE, *x.seq_lengths]
+        else:
+            options[name] = x
+    if windows:
+        options["windows"] = [
+            number
+            for left, right, alignment in windows
+            for number in (-1 if left is None else left, -1 if right is None else right, ALIGNMENTS.index(alignment))
+        ]
+    return _operator(q, k, v, **options)

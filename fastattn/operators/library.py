@@ -1,0 +1,276 @@
+"""Defines the operators of a layout: what a traced call becomes, and what runs it later.
+
+    attention(q, k, v, **options) -> (out, lse)      in graphs before autograd; made of the others, so it has gradients
+    forward(q, k, v, **options) -> (out, lse)
+    forward_train(q, k, v, **options) -> (out, lse, out_exact, lse_parts)
+    backward(dout, dlse, q, k, v, out, lse_parts, wanted, **options) -> (dq, dk, dv, gradients of the options)
+
+The kernels of `forward` and the others are the eager path: plans, `use`, `record`, fallbacks and errors are those of
+the moment when the graph runs. Tensors of shape [batch, num_heads, seqlen, head_dim] leave an operator as contiguous
+[batch, seqlen, num_heads, head_dim], whatever the strides of the inputs: fakes and compilers see one layout. What was
+not asked for has no elements, so that the number of results is fixed.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from ..calls import note
+from ..checks import refuse_subclasses
+from ..plans import derivative_of
+from ..torch_internals import is_transformed
+
+LIBRARY = torch.library.Library("fastattn", "DEF")
+_DEVICES = ("CPU", "CUDA")
+_ops = torch.ops.fastattn
+_exact_strides = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)
+_LOG2_E = 1.0 / math.log(2.0)
+
+
+class Layout(NamedTuple):
+    """What distinguishes the operators of dense calls from those of others.
+
+    names     of attention, forward, forward_train, backward
+    options   schema of what follows q, k, v; all by keyword
+    tensors   the options that are tensors; learned: those of them that may have a gradient, in the order of results
+    lists     the options that are lists of tensors
+    bind      (q, k, v, options, needs_grad) -> Bound
+    plain     (q, k, v, options) -> (out, lse) in torch's own operators, for torch.func inside a graph
+    terms     the type of its terms
+    into      functions of rows that also take the result, as their last argument
+    """
+
+    names: tuple[str, str, str, str]
+    options: str
+    tensors: tuple[str, ...]
+    learned: tuple[str, ...]
+    lists: tuple[str, ...]
+    bind: Callable
+    plain: Callable
+    terms: type
+    into: tuple[Callable, ...] = ()
+
+
+def define(layout: Layout) -> Callable:
+    """Register the operators of `layout`; returns the first of them."""
+    attention, forward, forward_train, backward = layout.names
+    inputs = f"Tensor q, Tensor k, Tensor v, *, {layout.options}"
+    gradients = ", ".join(["Tensor"] * (3 + len(layout.learned)))
+    _register(forward, f"({inputs}) -> (Tensor, Tensor)", _forward(layout), _fake_forward)
+    _register(forward_train, f"({inputs}) -> (Tensor, Tensor, Tensor, Tensor)", _train(layout), _fake_train)
+    _register(
+        backward,
+        f"(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse_parts, bool[] wanted, *, "
+        f"{layout.options}) -> ({gradients})",
+        _backward(layout),
+        _fake_backward(layout),
+    )
+    LIBRARY.define(f"{attention}({inputs}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):
+        LIBRARY.impl(attention, _composite(layout), key)
+    return getattr(_ops, attention).default
+
+
+def _register(name: str, schema: str, kernel: Callable, fake: Callable) -> None:
+    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, _exact_strides))
+    for device in _DEVICES:
+        LIBRARY.impl(name, kernel, device)
+    torch.library.register_fake(f"fastattn::{name}", fake, lib=LIBRARY)
+
+
+# --- what runs -------------------------------------------------------------------------------------------------------
+
+
+def _forward(layout: Layout) -> Callable:
+    def forward(q, k, v, **options):
+        bound = layout.bind(q, k, v, options, False)
+        note(bound)
+        choice, problem, terms, _ = bound
+        if choice.forward in layout.into:
+            rows = _empty_rows(problem, q)
+            _, lse = choice.forward(problem, q, k, v, terms, rows.transpose(1, 2))
+        else:
+            out, lse = choice.forward(problem, q, k, v, terms)
+            rows = _rows_first(out)
+        return rows, _lse(q, lse)
+
+    return forward
+
+
+def _train(layout: Layout) -> Callable:
+    def forward_train(q, k, v, **options):
+        bound = layout.bind(q, k, v, options, True)
+        note(bound)
+        choice, problem, terms, _ = bound
+        if choice.train is None:  # the reference, whose backward row computes everything again
+            problem = problem._replace(lse=True)
+            out, lse = choice.forward(problem, q, k, v, terms)
+            saved = out.to(_real(q)), _parts(lse)
+            lse = lse if options.get("return_lse") else None
+        else:
+            out = (_empty_rows(problem, q).transpose(1, 2),) if choice.train in layout.into else ()
+            out, lse, saved = choice.train(problem, q, k, v, terms, *out)
+        exact = q.new_empty(0, dtype=_real(q)) if saved[0].dtype == q.dtype else saved[0].contiguous()
+        return _rows_first(out), _lse(q, lse), exact, saved[1]
+
+    return forward_train
+
+
+def _backward(layout: Layout) -> Callable:
+    places = [layout.terms._fields.index(name) for name in layout.learned]
+
+    def backward(dout, dlse, q, k, v, out, lse_parts, wanted, **options):
+        choice, problem, terms, backend = bound = layout.bind(q, k, v, options, True)
+        if choice is not None:
+            bound = derivative_of(problem, "backward", choice.row.backend, dlse is not None)
+        note(bound)
+        if dout is None:
+            dout = q.new_zeros(()).expand(out.shape)
+        wants = [False] * len(terms)
+        for place, want in zip(places, wanted[3:], strict=True):
+            wants[place] = want
+        wanted = *wanted[:3], layout.terms._make(wants)
+        *grads, of_terms = bound.choice.forward(bound.problem, q, k, v, terms, (out, lse_parts), dout, dlse, wanted)
+        grads = [q.new_empty(0) if x is None else _rows_first(x) for x in grads]
+        found = [of_terms[place] if wants[place] else None for place in places]
+        return (*grads, *[q.new_empty(0) if x is None else x.contiguous() for x in found])
+
+    return backward
+
+
+def _empty_rows(problem, q) -> torch.Tensor:
+    """A result in the memory order of the operators, for functions that take one: no copy is needed then."""
+    shape = problem.batch, problem.seqlen_q, problem.num_heads, problem.head_dim_v
+    return torch.empty(shape, dtype=q.dtype, device=q.device)
+
+
+def _lse(q: torch.Tensor, lse: torch.Tensor | None) -> torch.Tensor:
+    return torch.empty(0, dtype=_real(q), device=q.device) if lse is None else lse
+
+
+def _rows_first(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(1, 2).contiguous()
+
+
+def _parts(lse: torch.Tensor) -> torch.Tensor:
+    """lse in units of log2 as the sum of two numbers, as kernels save it."""
+    log2 = lse.double() * _LOG2_E
+    top = log2.to(lse.dtype)
+    rest = torch.where(log2.isfinite(), log2 - top.double(), 0.0)
+    return torch.stack([top, rest.to(lse.dtype)], -1)
+
+
+# --- what is traced --------------------------------------------------------------------------------------------------
+
+
+def _composite(layout: Layout) -> Callable:
+    forward, names = getattr(_ops, layout.names[1]).default, (*layout.tensors, *layout.lists)
+
+    def attention(q, k, v, **options):
+        refuse_subclasses(q, k, v)
+        if is_transformed():
+            return layout.plain(q, k, v, options)
+        learned = [q, k, v, *[x for name in layout.learned if (x := options.get(name)) is not None]]
+        if torch.is_grad_enabled() and any([x.requires_grad for x in learned]):
+            tensors, counts = [], {}
+            for name in names:
+                if (value := options.pop(name, None)) is not None:
+                    counts[name] = len(value) if name in layout.lists else None
+                    tensors += value if name in layout.lists else [value]
+            out, lse, *_ = Traced.apply(layout, options, counts, q, k, v, *tensors)
+        else:
+            out, lse = forward(q, k, v, **options)
+        return out.transpose(1, 2), lse
+
+    return attention
+
+
+class Traced(torch.autograd.Function):
+    """`forward_train` with its gradients. counts: name of each option that is a tensor, or a list with so many."""
+
+    @staticmethod
+    def forward(layout, options, counts, q, k, v, *tensors):
+        return getattr(_ops, layout.names[2]).default(q, k, v, **options, **_named(counts, tensors))
+
+    @staticmethod
+    def setup_context(ctx, inputs, results):
+        ctx.layout, ctx.options, ctx.counts, *tensors = inputs
+        out, _, exact, parts = results
+        ctx.mark_non_differentiable(exact, parts)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(out if out.dtype == parts.dtype else exact, parts, *tensors)
+
+    @staticmethod
+    def backward(ctx, dout, dlse, *_):
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "fastattn: a gradient of a compiled or exported call cannot be differentiated again; call "
+                "fastattn.attention outside of torch.compile for create_graph=True"
+            )
+        if dout is None and dlse is None:
+            return (None,) * len(ctx.needs_input_grad)
+        out, parts, q, k, v, *tensors = ctx.saved_tensors
+        learned, owners = ctx.layout.learned, _owners(ctx.counts)
+        needs = dict(zip(owners, ctx.needs_input_grad[6:], strict=True))
+        wanted = [*ctx.needs_input_grad[3:6], *[needs.get(name, False) for name in learned]]
+        found = getattr(_ops, ctx.layout.names[3]).default(
+            None if dout is None else dout.transpose(1, 2), dlse if ctx.options.get("return_lse") else None,
+            q, k, v, out.transpose(1, 2) if out.dtype == q.dtype else out, parts, wanted,
+            **ctx.options, **_named(ctx.counts, tensors),
+        )  # fmt: skip
+        found = [x if want else None for x, want in zip(found, wanted, strict=True)]
+        of_terms = dict(zip(learned, found[3:], strict=True))
+        grads = [None if x is None else x.transpose(1, 2) for x in found[:3]]
+        return None, None, None, *grads, *[of_terms.get(owner) for owner in owners]
+
+
+def _owners(counts: dict) -> list[str]:
+    """For each tensor, the option that it belongs to."""
+    return [name for name, count in counts.items() for _ in range(1 if count is None else count)]
+
+
+def _named(counts: dict, tensors) -> dict:
+    """The options that these tensors are."""
+    rest = iter(tensors)
+    return {name: next(rest) if count is None else [next(rest) for _ in range(count)] for name, count in counts.items()}
+
+
+# --- what comes out, without memory ----------------------------------------------------------------------------------
+
+
+def _fake_forward(q, k, v, **options):
+    batch, num_heads, seqlen_q, head_dim_v = _sizes_of_out(q, k, v)
+    out = q.new_empty((batch, seqlen_q, num_heads, head_dim_v))
+    return out, q.new_empty((batch, num_heads, seqlen_q) if options.get("return_lse") else (0,), dtype=_real(q))
+
+
+def _fake_train(q, k, v, **options):
+    shape = _sizes_of_out(q, k, v)
+    exact = q.new_empty((0,) if _real(q) == q.dtype else shape, dtype=_real(q))
+    return *_fake_forward(q, k, v, **options), exact, q.new_empty((*shape[:3], 2), dtype=_real(q))
+
+
+def _fake_backward(layout: Layout) -> Callable:
+    def backward(dout, dlse, q, k, v, out, lse_parts, wanted, **options):
+        shapes = [(batch, seqlen, num_heads, dim) for batch, num_heads, seqlen, dim in (q.shape, k.shape, v.shape)]
+        sources = [q, k, v, *[options.get(name) for name in layout.learned]]
+        shapes += [None if x is None else x.shape for x in sources[3:]]
+        return tuple(
+            x.new_empty(shape) if want else q.new_empty(0)
+            for x, shape, want in zip(sources, shapes, wanted, strict=True)
+        )
+
+    return backward
+
+
+def _sizes_of_out(q, k, v) -> tuple:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be [batch, num_heads, seqlen, head_dim]")
+    return *q.shape[:3], v.shape[3]
+
+
+def _real(q: torch.Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
