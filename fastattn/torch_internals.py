@@ -35,9 +35,8 @@ is_in_old_vmap = getattr(_functorch, "is_legacy_batchedtensor", lambda x: False)
 def is_memoryless(*tensors) -> bool:
     """Whether a tensor is on the meta device, or of a subclass that takes operators apart itself: fake, functional and
     other wrappers."""
-    return any(
-        [isinstance(x, _Tensor) and (x.is_meta or type(x).__torch_dispatch__ is not _no_dispatch) for x in tensors]
-    )
+    dispatches = [isinstance(x, _Tensor) and (x.is_meta or type(x).__torch_dispatch__ is not _plain) for x in tensors]
+    return any(dispatches)
 
 
 _Tensor, _plain = torch.Tensor, torch.Tensor.__torch_dispatch__
