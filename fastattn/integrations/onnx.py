@@ -56,7 +56,8 @@ def _check(node: torch.fx.Node) -> None:
             f"{name} cannot be written as ONNX's Attention; lower the program as torch.export.export returns it, "
             "and keep attention_csr out of it"
         )
-    options = {name: x for name, x in node.kwargs.items() if x is not None and x is not False}
+    options = operators.LAYOUT.named(node.args[3:], dict(node.kwargs))
+    options = {name: x for name, x in options.items() if x is not None and x is not False}
     for name, instead in _INSTEAD.items():
         if name in options and options[name] != 0.0:
             raise UnsupportedError(f"{name} cannot be written as ONNX's Attention: {instead}")
@@ -68,8 +69,9 @@ def _check(node: torch.fx.Node) -> None:
         )
 
 
-def _attention(q, k, v, **options):
+def _attention(q, k, v, *values, **options):
     """What `fastattn.attention` is in ONNX."""
+    options = operators.LAYOUT.named(values, options)
     get, lengths = options.get, (q.shape[2], k.shape[2])
     scale = get("scale")
     if (learned := get("softmax_scale")) is not None:

@@ -31,8 +31,8 @@ def _schema_of(term) -> str:
 _TERMS = [term for term in TERMS if term.name not in _POSITIONS]
 _TENSORS = tuple(term.name for term in _TERMS if term.shapes)
 _OPTIONS = [
-    *map(_schema_of, _TERMS), "SymInt[]? windows=None", "bool causal=False", "float? scale=None",
-    "bool return_lse=False", "str? backend=None",
+    "bool causal=False", "float? scale=None", "SymInt[]? windows=None", "bool return_lse=False",
+    *map(_schema_of, _TERMS), "str? backend=None",
 ]  # fmt: skip
 """scale is the softmax_scale that is a number; windows are three integers each: left and right, -1 where open, and
 which of ALIGNMENTS."""
@@ -104,19 +104,18 @@ def _is_same_memory(x: torch.Tensor, y: torch.Tensor) -> bool:
     return x.data_ptr() == y.data_ptr() and x.shape == y.shape
 
 
-_operator = library.define(
-    library.Layout(
-        names=("attention", "forward", "forward_train", "backward"),
-        options=", ".join(_OPTIONS),
-        tensors=(*_TENSORS, "seed"),
-        learned=tuple(term.name for term in TERMS if term.gradient),
-        lists=("block_mask",),
-        bind=_bind,
-        plain=_plain,
-        terms=Terms,
-        into=(cpu.prefill, cpu.prefill_for_backward),
-    )
+LAYOUT = library.Layout(
+    names=("attention", "forward", "forward_train", "backward"),
+    options=", ".join(_OPTIONS),
+    tensors=(*_TENSORS, "seed"),
+    learned=tuple(term.name for term in TERMS if term.gradient),
+    lists=("block_mask",),
+    bind=_bind,
+    plain=_plain,
+    terms=Terms,
+    into=(cpu.prefill, cpu.prefill_for_backward),
 )
+_operator = library.define(LAYOUT)
 
 
 def call(q, k, v, windows: tuple[Window, ...], tensors: dict, seed: int | None, numbers: dict):

@@ -13,6 +13,7 @@ not asked for has no elements, so that the number of results is fixed.
 
 import math
 from collections.abc import Callable
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -33,7 +34,8 @@ class Layout(NamedTuple):
     """What distinguishes the operators of dense calls from those of others.
 
     names     of attention, forward, forward_train, backward
-    options   schema of what follows q, k, v; all by keyword
+    options   schema of what follows q, k, v, the usual ones first: a dispatcher hands over all by position, up to
+              the last that is not its default, and each costs time
     tensors   the options that are tensors; learned: those of them that may have a gradient, in the order of results
     lists     the options that are lists of tensors
     bind      (q, k, v, options, needs_grad) -> Bound
@@ -52,20 +54,36 @@ class Layout(NamedTuple):
     terms: type
     into: tuple[Callable, ...] = ()
 
+    def named(self, values: tuple, options: dict) -> dict:
+        """The options by name, of which `values` came by position."""
+        options.update(zip(self.option_names, values, strict=False))
+        return options
+
+    @property
+    def option_names(self) -> list[str]:
+        """In the order of the schema."""
+        return _names_of(self.options)
+
+
+@cache
+def _names_of(schema: str) -> list[str]:
+    return [option.split("=")[0].split()[-1] for option in schema.split(", ")]
+
 
 def define(layout: Layout) -> Callable:
     """Register the operators of `layout`; returns the first of them."""
     attention, forward, forward_train, backward = layout.names
-    inputs = f"Tensor q, Tensor k, Tensor v, *, {layout.options}"
+    inputs = f"Tensor q, Tensor k, Tensor v, {layout.options}"
     gradients = ", ".join(["Tensor"] * (3 + len(layout.learned)))
-    _register(forward, f"({inputs}) -> (Tensor, Tensor)", _forward(layout), _fake_forward)
-    _register(forward_train, f"({inputs}) -> (Tensor, Tensor, Tensor, Tensor)", _train(layout), _fake_train)
+    _register(forward, f"({inputs}) -> (Tensor, Tensor)", _forward(layout), partial(_fake_forward, layout))
+    results = "(Tensor, Tensor, Tensor, Tensor)"
+    _register(forward_train, f"({inputs}) -> {results}", _train(layout), partial(_fake_train, layout))
     _register(
         backward,
-        f"(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse_parts, bool[] wanted, *, "
+        f"(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse_parts, bool[] wanted, "
         f"{layout.options}) -> ({gradients})",
         _backward(layout),
-        _fake_backward(layout),
+        partial(_fake_backward, layout),
     )
     LIBRARY.define(f"{attention}({inputs}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):
@@ -84,8 +102,8 @@ def _register(name: str, schema: str, kernel: Callable, fake: Callable) -> None:
 
 
 def _forward(layout: Layout) -> Callable:
-    def forward(q, k, v, **options):
-        bound = layout.bind(q, k, v, options, False)
+    def forward(q, k, v, *values, **options):
+        bound = layout.bind(q, k, v, layout.named(values, options) if values else options, False)
         note(bound)
         choice, problem, terms, _ = bound
         if choice.forward in layout.into:
@@ -100,7 +118,8 @@ def _forward(layout: Layout) -> Callable:
 
 
 def _train(layout: Layout) -> Callable:
-    def forward_train(q, k, v, **options):
+    def forward_train(q, k, v, *values, **options):
+        options = layout.named(values, options)
         bound = layout.bind(q, k, v, options, True)
         note(bound)
         choice, problem, terms, _ = bound
@@ -121,7 +140,8 @@ def _train(layout: Layout) -> Callable:
 def _backward(layout: Layout) -> Callable:
     places = [layout.terms._fields.index(name) for name in layout.learned]
 
-    def backward(dout, dlse, q, k, v, out, lse_parts, wanted, **options):
+    def backward(dout, dlse, q, k, v, out, lse_parts, wanted, *values, **options):
+        options = layout.named(values, options)
         choice, problem, terms, backend = bound = layout.bind(q, k, v, options, True)
         if choice is not None:
             bound = derivative_of(problem, "backward", choice.row.backend, dlse is not None)
@@ -143,11 +163,11 @@ def _backward(layout: Layout) -> Callable:
 def _empty_rows(problem, q) -> torch.Tensor:
     """A result in the memory order of the operators, for functions that take one: no copy is needed then."""
     shape = problem.batch, problem.seqlen_q, problem.num_heads, problem.head_dim_v
-    return torch.empty(shape, dtype=q.dtype, device=q.device)
+    return q.new_empty(shape)
 
 
 def _lse(q: torch.Tensor, lse: torch.Tensor | None) -> torch.Tensor:
-    return torch.empty(0, dtype=_real(q), device=q.device) if lse is None else lse
+    return q.new_empty(0, dtype=_real(q)) if lse is None else lse
 
 
 def _rows_first(x: torch.Tensor) -> torch.Tensor:
@@ -168,7 +188,8 @@ def _parts(lse: torch.Tensor) -> torch.Tensor:
 def _composite(layout: Layout) -> Callable:
     forward, names = getattr(_ops, layout.names[1]).default, (*layout.tensors, *layout.lists)
 
-    def attention(q, k, v, **options):
+    def attention(q, k, v, *values, **options):
+        options = layout.named(values, options)
         refuse_subclasses(q, k, v)
         if is_transformed():
             return layout.plain(q, k, v, options)
@@ -240,29 +261,27 @@ def _named(counts: dict, tensors) -> dict:
 # --- what comes out, without memory ----------------------------------------------------------------------------------
 
 
-def _fake_forward(q, k, v, **options):
+def _fake_forward(layout: Layout, q, k, v, *values, **options):
+    options = layout.named(values, options)
     batch, num_heads, seqlen_q, head_dim_v = _sizes_of_out(q, k, v)
     out = q.new_empty((batch, seqlen_q, num_heads, head_dim_v))
     return out, q.new_empty((batch, num_heads, seqlen_q) if options.get("return_lse") else (0,), dtype=_real(q))
 
 
-def _fake_train(q, k, v, **options):
+def _fake_train(layout: Layout, q, k, v, *values, **options):
     shape = _sizes_of_out(q, k, v)
     exact = q.new_empty((0,) if _real(q) == q.dtype else shape, dtype=_real(q))
-    return *_fake_forward(q, k, v, **options), exact, q.new_empty((*shape[:3], 2), dtype=_real(q))
+    return *_fake_forward(layout, q, k, v, *values, **options), exact, q.new_empty((*shape[:3], 2), dtype=_real(q))
 
 
-def _fake_backward(layout: Layout) -> Callable:
-    def backward(dout, dlse, q, k, v, out, lse_parts, wanted, **options):
-        shapes = [(batch, seqlen, num_heads, dim) for batch, num_heads, seqlen, dim in (q.shape, k.shape, v.shape)]
-        sources = [q, k, v, *[options.get(name) for name in layout.learned]]
-        shapes += [None if x is None else x.shape for x in sources[3:]]
-        return tuple(
-            x.new_empty(shape) if want else q.new_empty(0)
-            for x, shape, want in zip(sources, shapes, wanted, strict=True)
-        )
-
-    return backward
+def _fake_backward(layout: Layout, dout, dlse, q, k, v, out, lse_parts, wanted, *values, **options):
+    options = layout.named(values, options)
+    shapes = [(batch, seqlen, num_heads, dim) for batch, num_heads, seqlen, dim in (q.shape, k.shape, v.shape)]
+    sources = [q, k, v, *[options.get(name) for name in layout.learned]]
+    shapes += [None if x is None else x.shape for x in sources[3:]]
+    return tuple(
+        x.new_empty(shape) if want else q.new_empty(0) for x, shape, want in zip(sources, shapes, wanted, strict=True)
+    )
 
 
 def _sizes_of_out(q, k, v) -> tuple:
