@@ -23,6 +23,7 @@ from rich.progress import Progress, TimeElapsedColumn
 import report
 import targets
 from cases import Case
+from decoding import STEPS, decode_row
 from peers import PEERS
 from plots import draw
 from rows import Row
@@ -177,6 +178,9 @@ def _plan(options: argparse.Namespace, peak: Peak) -> list[tuple[str, Callable[[
         sdpa = tuple(peer for peer in peers[work.suite] if peer.name == "sdpa")
         plan.append((f"overhead {work}", work, partial(overhead_row, work, sdpa)))
     plan.append((f"growing {shrink(GROWING)}", GROWING, partial(growing_row, shrink(GROWING))))
+    for step in dict.fromkeys(step._replace(work=shrink(step.work)) for step in STEPS if not options.quick or step.hot):
+        sdpa = tuple(peer for peer in peers["forward"] if peer.name == "sdpa")
+        plan.append((step.name, step.work, partial(decode_row, step, sdpa, options.budget, peak)))
     plan += [(f"memory {work}", work, partial(memory_row, work)) for work in map(shrink, MEMORY)]
     return selected([(name, measure) for name, work, measure in plan if work.suite in options.suite], options.only)
 
@@ -195,6 +199,7 @@ def _tiny(work: Work) -> Work:
         case=case._replace(
             batch=min(case.batch, 2),
             num_heads=heads,
+            num_heads_k=case.num_heads_k and min(case.num_heads_k, heads),
             seqlen_q=min(case.seqlen_q, 64),
             seqlen_k=keys,
             window_size=window,

@@ -4,6 +4,7 @@
 #pragma once
 #include "passes/backward.h"
 #include "passes/csr.h"
+#include "passes/decode.h"
 #include "passes/prefill.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -29,6 +30,9 @@ constexpr Kernels make_kernels() {
   table.find_keys = find_keys;
   table.run_unit = run_unit<Real>;
   table.combine = combine<Real>;
+  table.decode_blocking = make_decode_blocking<Real>;
+  table.decode_scratch_bytes = decode_scratch_bytes<Real>;
+  table.run_decode_unit = run_decode_unit<Real>;
   table.backward_blocking = make_backward_blocking<Real>;
   table.backward_scratch_bytes = backward_scratch_bytes<Real>;
   table.count_pairs = count_pairs;

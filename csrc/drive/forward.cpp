@@ -1,6 +1,7 @@
 // The forward pass of a whole call.
 #include <algorithm>
 #include <optional>
+#include <stdexcept>
 #include <vector>
 
 #include "block_lists.h"
@@ -10,9 +11,19 @@
 namespace fastattn {
 namespace {
 
+// The kernels of one of the algorithms.
+struct Algorithm {
+  decltype(Kernels::scratch_bytes) scratch_bytes;
+  decltype(Kernels::run_unit) run_unit;
+  int64_t least_rows;  // a unit of fewer rows takes as long, for it waits for memory
+};
+
+constexpr int64_t most_decode_rows = 4096;  // that a thread has memory for
+
 struct ForwardPass {
   const Operands& p;
   const Kernels& kernels;
+  const Algorithm& algorithm;
   Blocking blocking;
   int64_t scratch_bytes;
   std::vector<Unit> units;  // the splits of a row block stand together when they are made
@@ -31,7 +42,7 @@ void run_unit(void* context, int64_t index, int) {
   ForwardPass& pass = *(ForwardPass*)context;
   const int64_t unit = pass.order.empty() ? index : pass.order[index];
   const Partial partial = pass.blocking.num_splits > 1 ? pass.partial(unit) : Partial{};
-  pass.kernels.run_unit(pass.p, pass.blocking, pass.units[unit], partial, thread_scratch(pass.scratch_bytes));
+  pass.algorithm.run_unit(pass.p, pass.blocking, pass.units[unit], partial, thread_scratch(pass.scratch_bytes));
 }
 
 void combine(void* context, int64_t index, int) {
@@ -42,24 +53,8 @@ void combine(void* context, int64_t index, int) {
 
 int64_t skipped = 0;  // over all calls; added to atomically, without std, which kernels do not know
 
-}  // namespace
-
-int64_t* skipped_counter() { return &skipped; }
-int64_t skipped_pairs() { return __atomic_load_n(&skipped, __ATOMIC_RELAXED); }
-
-void forward(Operands& p, int threads) {
-  if (!p.batch || !p.num_heads || !p.seqlen_q) return;
-  std::optional<OwnedLists> lists;
-  if (p.block_mask) p.blocks = &lists.emplace(p, false).lists;
-  const Kernels& kernels = instruction_set().kernels_for(p.q.dtype);
-  ForwardPass pass{p, kernels, kernels.blocking(p), 0, {}, {}, {}, element_bytes(p)};
-  const Blocking& b = pass.blocking;
-  pass.scratch_bytes = kernels.scratch_bytes(p, b);
-  std::vector<double> tile_facts;
-  if (p.may_skip()) {
-    tile_facts.assign(p.batch * p.num_heads_k * ((p.seqlen_k + b.n_block - 1) / b.n_block) * 2, -1.0);
-    p.tile_facts = tile_facts.data(), p.skipped_pairs = skipped_counter();
-  }
+void run(const Operands& p, const Kernels& kernels, const Algorithm& algorithm, const Blocking& b, int threads) {
+  ForwardPass pass{p, kernels, algorithm, b, algorithm.scratch_bytes(p, b), {}, {}, {}, element_bytes(p)};
 
   // A head's row blocks longest first, so that the last units are short ones and the threads end together.
   const int64_t stacked = b.heads_per_unit * p.seqlen_q, blocks = (stacked + b.rows - 1) / b.rows;
@@ -72,7 +67,7 @@ void forward(Operands& p, int threads) {
         for (int64_t split = 0; split < splits; split++) {
           Unit unit{(int32_t)batch, (int32_t)head, (int32_t)split, row, 0, 0, 0};
           kernels.find_keys(p, b, unit);
-          pairs += (double)unit.keys * std::min<int64_t>(b.rows, stacked - row);
+          pairs += (double)unit.keys * std::max(std::min<int64_t>(b.rows, stacked - row), algorithm.least_rows);
           pass.units.push_back(unit);
         }
   const double flops = 2 * pairs * (p.head_dim + p.head_dim_v);
@@ -89,6 +84,33 @@ void forward(Operands& p, int threads) {
   parallel_for((int64_t)pass.units.size(), threads, flops, run_unit, &pass);
   const double combine_flops = 4.0 * pass.partials.size() / pass.element;
   if (splits > 1) parallel_for((int64_t)pass.units.size() / splits, threads, combine_flops, combine, &pass);
+}
+
+}  // namespace
+
+int64_t* skipped_counter() { return &skipped; }
+int64_t skipped_pairs() { return __atomic_load_n(&skipped, __ATOMIC_RELAXED); }
+
+void forward(Operands& p, int threads) {
+  if (!p.batch || !p.num_heads || !p.seqlen_q) return;
+  std::optional<OwnedLists> lists;
+  if (p.block_mask) p.blocks = &lists.emplace(p, false).lists;
+  const Kernels& kernels = instruction_set().kernels_for(p.q.dtype);
+  const Blocking b = kernels.blocking(p);
+  std::vector<double> tile_facts;
+  if (p.may_skip()) {
+    tile_facts.assign(p.batch * p.num_heads_k * ((p.seqlen_k + b.n_block - 1) / b.n_block) * 2, -1.0);
+    p.tile_facts = tile_facts.data(), p.skipped_pairs = skipped_counter();
+  }
+  run(p, kernels, {kernels.scratch_bytes, kernels.run_unit, 1}, b, threads);
+}
+
+void decode(Operands& p, int threads) {
+  if (p.block_mask) throw std::invalid_argument("block_mask: this kernel takes none");
+  if (!p.batch || !p.num_heads || !p.seqlen_q) return;
+  if (p.seqlen_q > most_decode_rows / p.group_size()) throw std::invalid_argument("seqlen_q: too many rows a key head");
+  const Kernels& kernels = instruction_set().kernels_for(p.q.dtype);
+  run(p, kernels, {kernels.decode_scratch_bytes, kernels.run_decode_unit, 8}, kernels.decode_blocking(p), threads);
 }
 
 }  // namespace fastattn
