@@ -123,7 +123,10 @@ class Choice(NamedTuple):
 
     def takes(self, problem: Problem) -> bool:
         """Whether the lengths of `problem` are accepted."""
-        return all(getattr(problem, field) in accepted for field, accepted in self.lengths)
+        for field, accepted in self.lengths:  # all() of a generator takes twice as long
+            if getattr(problem, field) not in accepted:
+                return False
+        return True
 
 
 def select(problem: Problem, backend: str | None) -> Choice:

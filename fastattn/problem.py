@@ -37,7 +37,7 @@ _DEFAULTS = {
 _FIELDS = ("device", "dtype", *LENGTHS, *_SIZES, *_DEFAULTS)
 _FIRST = _FIELDS.index(LENGTHS[0])
 _LAST = _FIRST + len(LENGTHS)
-_SEQLEN_Q = _FIELDS.index("seqlen_q")
+_SEQLEN_Q, _HEAD_DIM = _FIELDS.index("seqlen_q"), _FIELDS.index("head_dim")
 
 
 class Problem(namedtuple("Problem", _FIELDS, defaults=_DEFAULTS.values())):
@@ -67,7 +67,8 @@ class Problem(namedtuple("Problem", _FIELDS, defaults=_DEFAULTS.values())):
     @property
     def rows_per_key_head(self) -> int:
         """Query rows that read the same keys."""
-        return self[_SEQLEN_Q] * self.group_size
+        seqlen_q, _, num_heads, num_heads_k = self[_SEQLEN_Q:_HEAD_DIM]
+        return seqlen_q * num_heads // num_heads_k if num_heads_k else seqlen_q
 
     @property
     def kind(self) -> tuple:
