@@ -55,6 +55,7 @@ def tables(head: dict, rows: list[Row], targets: list[dict], peers: dict[str, li
         _speed_table("Forward", grids[0], peers["forward"]),
         _speed_table("Training (FLOPs of 5 products backward, of 7 with the forward)", grids[1], peers["backward"]),
         _comparison_table([row for row in rows if "base" in row.results]),
+        _decode_table([row for row in rows if row.kind == "decode"]),
         _single_table([row for row in rows if row.kind in ("overhead", "memory")]),
         _compiled_table([row for row in rows if row.kind in ("compiled", "graph")]),
         _accuracy_table("Error against float64", forward, peers["forward"]),
@@ -222,6 +223,16 @@ def _edges_table(rows: list[Row]) -> Table:
     for row in rows:
         ours = ["WRONG"] if row.wrong else [_ms(row.ours), _ms(row.results["gather"]), _ratio(row.metrics["vs gather"])]
         table.add_row(row.name, *ours)
+    return table
+
+
+def _decode_table(rows: list[Row]) -> Table:
+    title = "Decoding against a long cache (bandwidth: of the rate of plain loads in address order, caches in turn)"
+    table = _table(title, "step", "kernel", "ms", "% of bandwidth", "sdpa ms", "ratio", words=2)
+    for row in rows:
+        share, sdpa = row.metrics.get("bandwidth"), row.results.get("sdpa", Result())
+        ours = ["WRONG", ""] if row.wrong else [_ms(row.ours), "" if share is None else f"{100 * share:.0f}"]
+        table.add_row(row.name, _kernel(row), *ours, _ms(sdpa), _ratio(sdpa.ratio))
     return table
 
 

@@ -24,6 +24,7 @@ import report
 import targets
 from cases import Case
 from compiled import BLOCKS, GRAPH, block_row, graph_row, name_of
+from decoding import STEPS, decode_row
 from peers import PEERS
 from plots import draw
 from rows import Row
@@ -182,6 +183,9 @@ def _plan(options: argparse.Namespace, peak: Peak) -> list[tuple[str, Callable[[
     for work in dict.fromkeys(map(shrink, BLOCKS)):
         plan.append((name_of(work), work, partial(block_row, work, 1, options.budget, peak, backend)))
     plan.append((GRAPH, TINY[0], partial(graph_row, TINY[0], backend=backend)))
+    for step in dict.fromkeys(step._replace(work=shrink(step.work)) for step in STEPS if not options.quick or step.hot):
+        sdpa = tuple(peer for peer in peers["forward"] if peer.name == "sdpa")
+        plan.append((step.name, step.work, partial(decode_row, step, sdpa, options.budget, peak)))
     plan += [(f"memory {work}", work, partial(memory_row, work)) for work in map(shrink, MEMORY)]
     return selected([(name, measure) for name, work, measure in plan if work.suite in options.suite], options.only)
 
@@ -200,6 +204,7 @@ def _tiny(work: Work) -> Work:
         case=case._replace(
             batch=min(case.batch, 2),
             num_heads=heads,
+            num_heads_k=case.num_heads_k and min(case.num_heads_k, heads),
             seqlen_q=min(case.seqlen_q, 64),
             seqlen_k=keys,
             window_size=window,

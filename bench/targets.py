@@ -19,6 +19,10 @@ DECODE = {"seqlen_q": 16, "seqlen_k": 4096}
 ONE_HEAD = {"batch": 1, "num_heads": 1, "seqlen_q": 4096}
 DROPOUT = D64 | STEP | {"seqlen_q": 2048, "dropout_p": 0.1}
 DENSE_BIAS = D64 | BACKWARD | {"seqlen_q": 1024, "bias": "per_head"}
+OWN_KEYS, GROUPED = ({"num_heads_k": heads_k, "seqlen_k": seqlen_k} for heads_k, seqlen_k in ((32, 2048), (8, 4096)))
+OWN_SHARES = (("float32", 0.85), ("bfloat16", 0.84), ("float16", 0.82))
+GROUPED_SHARES = (("float32", 0.71), ("bfloat16", 0.62), ("float16", 0.50))
+THREADS_SHARES = (("float32", 0.90), ("bfloat16", 0.85), ("float16", 0.80))
 VERY_LONG = {"seqlen_q": 16384}
 
 
@@ -62,6 +66,11 @@ def _time(what: str, bound: float, kind: str, where: dict) -> Target:
     return Target(what, "x the time without", bound, kind, where, "time", at_most=True)
 
 
+def _decode(what: str, bound: float, where: dict) -> Target:
+    where = FORWARD | {"hot": False, "seqlen_q": 1, "threads": 1, "layout": "bhsd"} | where
+    return Target(f"decode, {what}", "share of the read bandwidth", bound, "decode", where, "bandwidth", percent=True)
+
+
 def _memory(what: str, bound: float, where: dict) -> Target:
     return Target(what, "MiB of extra memory", bound, "memory", where, "extra MiB", at_most=True)
 
@@ -99,6 +108,17 @@ TARGETS = (
     _ratio("backward, bias [1,H,S,S] with a gradient, S=1024", 3.0, DENSE_BIAS, "x SDPA with that attn_mask"),
     _threads("backward, B1 H1 S4096, two threads", 1.7, BACKWARD | ONE_HEAD),
     _ratio("backward, B8 H12 S128 D32 dense", 1.6, BACKWARD | MINILM),
+    *(_decode(f"32/32 x 2048 x 128, {dtype}", bound, OWN_KEYS | {"dtype": dtype}) for dtype, bound in OWN_SHARES),
+    *(_decode(f"32/8 x 4096 x 128, {dtype}", bound, GROUPED | {"dtype": dtype}) for dtype, bound in GROUPED_SHARES),
+    *(
+        _decode(f"32/8 x 4096 x 128, {dtype}, two threads", bound, GROUPED | {"dtype": dtype, "threads": 2})
+        for dtype, bound in THREADS_SHARES
+    ),
+    *(
+        _decode(f"{heads}, cache [B, S, Hk, D]", 0.6, where | {"dtype": "float32", "layout": "bshd"})
+        for heads, where in (("32/32", OWN_KEYS), ("32/8", GROUPED))
+    ),
+    Target("decode, 12/12 x 1024 x 64, in cache", "x SDPA", 1.5, "decode", FORWARD | {"hot": True}, "vs sdpa"),
     _memory("forward + backward, S=16384 H4 D64, causal + bias row", 200.0, STEP | VERY_LONG),
     Target("block, compiled", "x the same with SDPA, compiled", 1.0, "compiled", FORWARD, "vs sdpa"),
     Target("block, compiled, forward + backward", "x the same with SDPA, compiled", 1.0, "compiled", STEP, "vs sdpa"),

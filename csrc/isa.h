@@ -4,6 +4,7 @@
 #pragma once
 #include "passes/backward.h"
 #include "passes/csr.h"
+#include "passes/decode.h"
 #include "passes/prefill.h"
 #include "passes/tangent.h"
 
@@ -30,6 +31,9 @@ constexpr Kernels make_kernels() {
   table.find_keys = find_keys;
   table.run_unit = run_unit<Real>;
   table.combine = combine<Real>;
+  table.decode_blocking = make_decode_blocking<Real>;
+  table.decode_scratch_bytes = decode_scratch_bytes<Real>;
+  table.run_decode_unit = run_decode_unit<Real>;
   table.tangent_blocking = make_tangent_blocking<Real>;
   table.tangent_scratch_bytes = tangent_scratch_bytes<Real>;
   table.run_tangent_unit = run_tangent_unit<Real>;

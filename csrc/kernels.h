@@ -63,6 +63,10 @@ struct Kernels {
   void (*run_unit)(const Operands&, const Blocking&, const Unit&, const Partial&, char* scratch);
   // Combines the partial results of a row block's splits into out and lse; `first` is that of split 0.
   void (*combine)(const Operands&, const Blocking&, const Unit&, const Partial& first, char* scratch);
+  // The same three of few query rows a key head (decode.h); find_keys and combine serve both.
+  Blocking (*decode_blocking)(const Operands&);
+  int64_t (*decode_scratch_bytes)(const Operands&, const Blocking&);
+  void (*run_decode_unit)(const Operands&, const Blocking&, const Unit&, const Partial&, char* scratch);
   Blocking (*tangent_blocking)(const Operands&);
   int64_t (*tangent_scratch_bytes)(const Operands&, const Blocking&);
   // The tangents of out and lse of a unit, which has all its keys (num_splits == 1).

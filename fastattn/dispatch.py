@@ -12,7 +12,7 @@ from typing import NamedTuple
 from .backends import cpu
 from .backends.triton import INTERPRETED
 from .checks import one_line
-from .problem import FLOATS, LENGTHS, MASK_KINDS, Problem
+from .problem import BY_LENGTHS, FLOATS, MASK_KINDS, Problem
 
 
 class UnsupportedError(NotImplementedError):
@@ -32,7 +32,7 @@ class Row(NamedTuple):
                of <dout, tout> + <dlse, tlse>, of which one cotangent may be None, by names: those of q, k, v and
                terms, "d.out", "d.lse"
     available  a function that returns None, or why the kernel cannot run on this machine; None: always
-    supports   Problem field -> plain container of accepted values; a field that is missing accepts anything
+    supports   Problem field or property -> plain container of accepted values; one that is missing accepts anything
     train      as `entry`, but -> (out, lse or None, saved), for a call whose gradient will be asked of `backward`;
                None: autograd goes through `entry` by itself
     backward   name of the row that computes the gradients and has to accept them too
@@ -56,6 +56,9 @@ _TANGENT = {"direction": {"tangent"}}
 _DENSE = {"layout": {"dense"}, "mask": set(MASK_KINDS), "bias": {"none", *FLOATS}}
 _HEADS = {"head_dim": range(1, 513), "head_dim_v": range(1, 513)}
 _CPU = {"device": {"cpu"}, "dtype": set(FLOATS), **_HEADS, **_DENSE}
+_CPU_DECODE = {  # more rows fill the lanes of cpu.prefill
+    **_CPU, **_FORWARD, "rows_per_key_head": range(0, 13), "mask": set(MASK_KINDS) - {"block"}, "needs_grad": {False},
+}  # fmt: skip
 _CPU_CSR = {field: _CPU[field] for field in ("device", "dtype", "bias")} | {"layout": {"csr"}}
 _TRITON = {
     "device": {"cuda", "cpu"} if INTERPRETED else {"cuda"},
@@ -91,6 +94,7 @@ _DERIVATIVES = "tangent", "second"
 _TRANSFORMED = "fastattn.transforms.works:attention"
 
 KERNELS = (
+    Row("cpu.decode", "fastattn.backends.cpu:decode", "fastattn.backends.cpu:unavailable", _CPU_DECODE),
     *_rows_of("cpu", "prefill", "backward", _CPU),
     Row("cpu.tangent", "fastattn.backends.cpu:tangent", "fastattn.backends.cpu:unavailable", {**_CPU, **_TANGENT}),
     Row("triton.decode", "fastattn.backends.triton:decode", "fastattn.backends.triton:unavailable", _TRITON_DECODE),
@@ -117,7 +121,7 @@ def check_backend(backend: str | None, argument: str) -> str | None:
 class Choice(NamedTuple):
     """A row that accepts a kind of call: its functions, and what is known of it without the lengths.
 
-    lengths      what is left to ask: (field, accepted values) for those of LENGTHS that the row restricts
+    lengths      what is left to ask: (field, accepted values) for those of BY_LENGTHS that the row restricts
     is_fallback  it is the reference, after a faster kernel has refused
     isa          the instruction set of a CPU kernel, else None
     """
@@ -131,7 +135,10 @@ class Choice(NamedTuple):
 
     def takes(self, problem: Problem) -> bool:
         """Whether the lengths of `problem` are accepted."""
-        return all(getattr(problem, field) in accepted for field, accepted in self.lengths)
+        for field, accepted in self.lengths:  # all() of a generator takes twice as long
+            if getattr(problem, field) not in accepted:
+                return False
+        return True
 
 
 def select(problem: Problem, backend: str | None) -> Choice:
@@ -171,10 +178,10 @@ def _find_choices(problem: Problem, backend: str | None) -> tuple[Choice, ...]:
         if not _is_of_direction(row, problem):
             continue
         mismatches = _mismatches(row, problem)
-        if _missing(row) or any(field not in LENGTHS for field, _, _ in mismatches):
+        if _missing(row) or any(field not in BY_LENGTHS for field, _, _ in mismatches):
             is_passed_over = True
             continue
-        lengths = tuple((field, accepted) for field, accepted in _supports(row, problem) if field in LENGTHS)
+        lengths = tuple((field, accepted) for field, accepted in _supports(row, problem) if field in BY_LENGTHS)
         is_fallback = row.backend == "reference" and is_passed_over and problem.direction not in _DERIVATIVES
         train = _load(row.train) if row.train and problem.needs_grad else None
         forward = _load(row.entry)

@@ -10,7 +10,7 @@ from collections import namedtuple
 from .scores import FLOATS
 from .terms import FACTS
 
-__all__ = ["FLOATS", "LENGTHS", "MASK_KINDS", "Problem"]
+__all__ = ["BY_LENGTHS", "FLOATS", "LENGTHS", "MASK_KINDS", "Problem"]
 
 MASK_KINDS = ("none", "causal", "window", "interval", "tensor", "block")
 """From special to general; a call's `mask` field is the most general kind that it contains.
@@ -26,6 +26,9 @@ block     a BlockMask, with diagonal bounds or without
 LENGTHS = ("batch", "seqlen_q", "seqlen_k")
 """The fields that change between calls of one model: plans and selections go by all others, `Problem.kind`."""
 
+BY_LENGTHS = (*LENGTHS, "rows_per_key_head")
+"""Those, and the properties that follow from them: what is not decided by `Problem.kind` alone."""
+
 _SIZES = ("num_heads", "num_heads_k", "head_dim", "head_dim_v")
 _DEFAULTS = {
     "layout": "dense", "mask": "none", **FACTS, "lse": False, "direction": "forward", "needs_grad": False,
@@ -34,6 +37,7 @@ _DEFAULTS = {
 _FIELDS = ("device", "dtype", *LENGTHS, *_SIZES, *_DEFAULTS)
 _FIRST = _FIELDS.index(LENGTHS[0])
 _LAST = _FIRST + len(LENGTHS)
+_SEQLEN_Q, _HEAD_DIM = _FIELDS.index("seqlen_q"), _FIELDS.index("head_dim")
 
 
 class Problem(namedtuple("Problem", _FIELDS, defaults=_DEFAULTS.values())):
@@ -60,6 +64,12 @@ class Problem(namedtuple("Problem", _FIELDS, defaults=_DEFAULTS.values())):
     def group_size(self) -> int:
         """Query heads that share one key head."""
         return self.num_heads // self.num_heads_k if self.num_heads_k else 1
+
+    @property
+    def rows_per_key_head(self) -> int:
+        """Query rows that read the same keys."""
+        seqlen_q, _, num_heads, num_heads_k = self[_SEQLEN_Q:_HEAD_DIM]
+        return seqlen_q * num_heads // num_heads_k if num_heads_k else seqlen_q
 
     @property
     def kind(self) -> tuple:

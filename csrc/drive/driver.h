@@ -13,6 +13,9 @@ inline int64_t element_bytes(const Operands& p) { return p.q.dtype == DType::flo
 // Completes `p` by what is found on the way: lists of blocks, norms of tiles.
 void forward(Operands& p, int threads);
 
+// The same for few query rows a key head; no list of blocks.
+void decode(Operands& p, int threads);
+
 // dq, dk, dv and the sums of a forward pass that has filled out and lse_parts.
 void backward(Operands& p, const Gradients& gradients, int threads);
 
@@ -30,5 +33,9 @@ void csr_backward(const Operands& p, const Gradients& gradients, const Csr& list
 
 // Peak of independent multiply-adds, FLOP/s summed over `threads`, measured for `seconds`.
 double fma_rate(DType dtype, double seconds, int threads);
+
+// Bytes/s of plain loads in the order of their addresses, of `bytes` bytes that `threads` threads share: the best of
+// several passes.
+double read_rate(int64_t bytes, int passes, int threads);
 
 }  // namespace fastattn

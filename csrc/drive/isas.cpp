@@ -126,4 +126,32 @@ double fma_rate(DType dtype, double seconds, int threads) {
   return total;
 }
 
+double read_rate(int64_t bytes, int passes, int threads) {
+  struct Work {
+    std::vector<uint64_t> words, sums;
+    size_t first, share;  // of a thread, in words
+  } work{std::vector<uint64_t>(bytes / 8, 1), std::vector<uint64_t>(threads), 0, 0};
+  const size_t piece = std::min<size_t>(work.words.size(), (32 << 20) / 8);  // short, to fit between disturbances
+  work.share = piece / threads / 32 * 32;
+  double best = 0;
+  for (int pass = 0; pass < passes; pass++)
+    for (work.first = 0; work.share && work.first + piece <= work.words.size(); work.first += piece) {
+      const auto start = std::chrono::steady_clock::now();
+      parallel_for(
+          threads, threads, 1e30,
+          [](void* context, int64_t part, int) {
+            Work& w = *(Work*)context;
+            const uint64_t *from = w.words.data() + w.first + part * w.share, *to = from + w.share;
+            uint64_t sums[16] = {};
+            for (; from < to; from += 16)
+              for (int i = 0; i < 16; i++) sums[i] |= from[i];
+            for (uint64_t sum : sums) w.sums[part] |= sum;
+          },
+          &work);
+      const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+      best = std::max(best, (double)work.share * threads * 8 / seconds);
+    }
+  return best;
+}
+
 }  // namespace fastattn

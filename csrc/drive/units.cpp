@@ -4,7 +4,7 @@
 
 namespace fastattn {
 
-Units::Units(const Operands& p, const Kernels& kernels, const Blocking& b, int threads) {
+Units::Units(const Operands& p, const Kernels& kernels, const Blocking& b, int threads, int64_t least_rows) {
   const int64_t stacked = b.heads_per_unit * p.seqlen_q, blocks = (stacked + b.rows - 1) / b.rows;
   units.reserve(p.batch * (p.num_heads / b.heads_per_unit) * blocks * b.num_splits);
   for (int64_t batch = 0; batch < p.batch; batch++)
@@ -13,7 +13,7 @@ Units::Units(const Operands& p, const Kernels& kernels, const Blocking& b, int t
         for (int64_t split = 0; split < b.num_splits; split++) {
           Unit unit{(int32_t)batch, (int32_t)head, (int32_t)split, row, 0, 0, 0};
           kernels.find_keys(p, b, unit);
-          pairs += (double)unit.keys * std::min<int64_t>(b.rows, stacked - row);
+          pairs += (double)unit.keys * std::max(std::min<int64_t>(b.rows, stacked - row), least_rows);
           units.push_back(unit);
         }
   if (threads <= 1 || size() <= 1) return;

@@ -10,8 +10,9 @@ struct Units {
   std::vector<Unit> units;  // the splits of a row block stand together
   double pairs = 0;         // about how many (query, key) pairs they visit
 
+  // least_rows: a unit of fewer rows takes as long as one of so many.
   // threads > 1: a head's row blocks longest first, so that the last units are short ones and the threads end together.
-  Units(const Operands& p, const Kernels& kernels, const Blocking& blocking, int threads);
+  Units(const Operands& p, const Kernels& kernels, const Blocking& blocking, int threads, int64_t least_rows = 1);
 
   int64_t size() const { return (int64_t)units.size(); }
   // The place in `units` of the one to compute after `index` others.

@@ -43,13 +43,14 @@ PyObject* call(PyObject* const* args, Py_ssize_t count, bool csr, Calculate calc
   Py_RETURN_NONE;
 }
 
+template <void (*run)(fastattn::Operands&, int)>
 PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return call<Bound, ForwardArguments>(args, count, false, [](Bound& bound) {
     fastattn::Operands& p = bound.p;
     const double pairs = (double)p.batch * p.num_heads * p.seqlen_q * p.seqlen_k;
-    if (pairs * (p.head_dim + p.head_dim_v) < tiny_work) return fastattn::forward(p, 1);
+    if (pairs * (p.head_dim + p.head_dim_v) < tiny_work) return run(p, 1);
     py::gil_scoped_release release;
-    fastattn::forward(p, bound.threads);
+    run(p, bound.threads);
   });
 }
 
@@ -88,9 +89,11 @@ PyMethodDef fast_methods[] = {
      "or where batch or seqlen_k differ. The key holds the dtypes, the other sizes of q, k and v, and of each of up to "
      "8 "
      "extras (a tensor or None) its rank and which of its sizes equal 1, batch, num_heads, seqlen_q or seqlen_k."},
-    {"forward", (PyCFunction)(void (*)())forward, METH_FASTCALL,
+    {"forward", (PyCFunction)(void (*)())forward<fastattn::forward>, METH_FASTCALL,
      "forward(q, k, v, out, lse, lse_parts, out_exact, terms, threads): fills out, and those of lse, lse_parts and "
      "out_exact that are not None."},
+    {"decode", (PyCFunction)(void (*)())forward<fastattn::decode>, METH_FASTCALL,
+     "decode(...): as forward, for few query rows a key head; takes no block_mask."},
     {"backward", (PyCFunction)(void (*)())backward, METH_FASTCALL,
      "backward(q, k, v, out, lse_parts, terms, dout, dlse, dq, dk, dv, grads, threads): out in the compute dtype. "
      "Fills "
@@ -124,4 +127,15 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       },
       py::arg("dtype"), py::arg("seconds"), py::arg("threads"),
       "Peak multiply-add rate of `threads` threads together, in FLOP/s, measured on registers for `seconds`.");
+  m.def(
+      "read_rate",
+      [](int64_t bytes, int passes, int threads) {
+        if (bytes < 0 || passes < 1 || threads < 1 || threads > 4096)
+          throw std::invalid_argument("bytes, passes or threads out of range");
+        py::gil_scoped_release release;
+        return fastattn::read_rate(bytes, passes, threads);
+      },
+      py::arg("bytes"), py::arg("passes"), py::arg("threads"),
+      "Bytes/s at which `threads` threads together read `bytes` bytes by plain loads in address order, best of "
+      "`passes`.");
 }

@@ -74,6 +74,24 @@ FASTATTN_INLINE void gather_rows(const Tensor& t, int64_t batch, int64_t head, c
   }
 }
 
+// The bytes of rows row ... row + count - 1, side by side and `bytes` apart; what lies behind `columns` elements is left.
+FASTATTN_INLINE void copy_rows(const Tensor& t, int64_t batch, int64_t head, int64_t row, int64_t count,
+                               int64_t columns, char* copies, int64_t bytes) {
+  const int64_t size = bytes_of(t.dtype), step = t.stride[3] * size;
+  for (int64_t j = 0; j < count; j++) {
+    const char* from = at(t, batch, head, row + j);
+    char* to = copies + j * bytes;
+    for (int64_t d = 0; d < columns; d++, from += step, to += size) {
+      if (size == 2)
+        memcpy(to, from, 2);
+      else if (size == 4)
+        memcpy(to, from, 4);
+      else
+        memcpy(to, from, 8);
+    }
+  }
+}
+
 // Fetches `columns` elements of a row, if they lie side by side.
 FASTATTN_INLINE void prefetch_row(const Tensor& t, int64_t batch, int64_t head, int64_t row, int64_t columns) {
   const char* first = at(t, batch, head, row);

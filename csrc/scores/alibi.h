@@ -25,6 +25,15 @@ void add_alibi(Real* scores, int64_t keys, const Real* slopes, const Real* posit
   }
 }
 
+// The same for one query, keys in the lanes; n: whole vectors.
+template <class Real>
+void add_alibi_row(Real* scores, int64_t n, Real slope, Real position, int64_t key) {
+  Vec<Real> lane;
+  for (int i = 0; i < VL<Real>; i++) lane[i] = (Real)i;
+  for (int64_t j = 0; j < n; j += VL<Real>)
+    store(scores + j, load(scores + j) - slope * vabs(position - (lane + (Real)(key + j))));
+}
+
 // sums[lane] -= dS * |position[lane] - key - j|, what add_alibi does to the scores.
 template <class Real, int NV>
 void add_slope_sums(const Real* ds, int64_t stride, int64_t keys, const Real* positions, int64_t key, Real* sums) {

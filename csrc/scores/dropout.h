@@ -68,4 +68,21 @@ void drop(const Operands& p, const Panel<Real>& panel, int64_t key, int64_t keys
   });
 }
 
+// The same for the weights of one query; key is a multiple of 4.
+template <class Real>
+void drop_row(const Operands& p, int64_t batch, QueryRow row, int64_t key, int64_t keys, Real* weights) {
+  constexpr int quads = FASTATTN_WIDTH / 8;
+  Words lane;
+  for (int i = 0; i < quads; i++) lane[i] = (uint64_t)i;
+  for (int64_t j = 0; j < keys; j += 4 * quads) {
+    const Counter drawn = philox({{lane + (uint64_t)((key + j) / 4), Words{} + (uint64_t)row.query,
+                                   Words{} + (uint64_t)row.head, Words{} + (uint64_t)batch}},
+                                 p.seed);
+    uint64_t words[4][quads];
+    memcpy(words, drawn.c, sizeof words);
+    for (int64_t i = j; i < smaller(j + 4 * quads, keys); i++)
+      if ((uint32_t)words[(i - j) % 4][(i - j) / 4] < p.drop_below) weights[i] = 0;
+  }
+}
+
 }  // namespace fastattn::FASTATTN_ISA

@@ -39,15 +39,36 @@ FASTATTN_INLINE Real max_across(Vec<Real> v) {
   return across<Real>(v, [](Vec<Real> a, Vec<Real> b) { return vmax(a, b); })[0];
 }
 
-// Lane i: the sum over the lanes of tile.c[First + i], for i < Count.
-template <class Real, int First = 0, int Count = VL<Real>>
-FASTATTN_INLINE Vec<Real> sums_of(const Tile<Real, VL<Real>, 1>& tile) {
-  if constexpr (Count == 1)
+// Lanes of 128 bits, across which shuffles are slow.
+template <class Real>
+constexpr int near = 16 / sizeof(Real);
+
+// op of the lower and the upper halves of each 128 bits of a and b, in blocks of B lanes: those of a and b in turn.
+template <int B, class Real, int... I>
+FASTATTN_INLINE Vec<Real> add_halves(Vec<Real> a, Vec<Real> b, std::integer_sequence<int, I...>) {
+  constexpr int P = near<Real>, L = VL<Real>;
+#define FASTATTN_HALF(half) (I / B % 2 * L + I / P * P + I % P / (2 * B) * B + I % B + half * P / 2)...
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, FASTATTN_HALF(0)) + __builtin_shufflevector(a, b, FASTATTN_HALF(1));
+#else
+  using Lanes = typename VecOf<Real>::bits;
+  return __builtin_shuffle(a, b, Lanes{FASTATTN_HALF(0)}) + __builtin_shuffle(a, b, Lanes{FASTATTN_HALF(1)});
+#endif
+#undef FASTATTN_HALF
+}
+
+// Lane i: the sum over the lanes of tile.c[First + i], for i < Count; within 128 bits first.
+template <class Real, int First = 0, int Count = VL<Real>, int N>
+FASTATTN_INLINE Vec<Real> sums_of(const Tile<Real, N, 1>& tile) {
+  if constexpr (Count == 1) {
     return tile.c[First];
-  else
-    return fold<VL<Real> / Count, Real>(
-        sums_of<Real, First, Count / 2>(tile), sums_of<Real, First + Count / 2, Count / 2>(tile),
-        [](Vec<Real> a, Vec<Real> b) { return a + b; }, lane_numbers<Real>);
+  } else {
+    const Vec<Real> a = sums_of<Real, First, Count / 2>(tile), b = sums_of<Real, First + Count / 2, Count / 2>(tile);
+    if constexpr (Count <= near<Real>)
+      return add_halves<Count / 2, Real>(a, b, lane_numbers<Real>);
+    else
+      return fold<near<Real>, Real>(a, b, [](Vec<Real> x, Vec<Real> y) { return x + y; }, lane_numbers<Real>);
+  }
 }
 
 template <class Real, int... J>

@@ -58,6 +58,14 @@ def prefill(problem, q, k, v, terms, out=None):
     return out, lse
 
 
+def decode(problem, q, k, v, terms):
+    """Forward pass of few query rows a key head."""
+    out = empty_out(problem, q)
+    lse = q.new_empty(out.shape[:3], dtype=compute_dtype(problem)) if problem.lse else None
+    _C.decode(q, k, v, out, lse, None, None, terms, _get_num_threads())
+    return out, lse
+
+
 def prefill_for_backward(problem, q, k, v, terms, out=None):
     """(out, lse or None, (out in the compute dtype, lse_parts))."""
     out, lse, out_exact, lse_parts = empty_results(problem, q, True, out)

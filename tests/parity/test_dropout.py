@@ -20,7 +20,7 @@ def kept(problem: Case, dropout_p, seed=SEED, **kwargs) -> torch.Tensor:
     (q, k, _), extra = inputs(problem)
     v = torch.eye(k.shape[2], dtype=k.dtype).expand(*k.shape[:2], -1, -1)
     out = fastattn.attention(q * 0, k, v, **extra, **kwargs, dropout_p=dropout_p, seed=seed, backend="cpu")
-    assert fastattn.last_call().kernel == "cpu.prefill"
+    assert fastattn.last_call().kernel in ("cpu.prefill", "cpu.decode")
     return out != 0
 
 

@@ -121,9 +121,10 @@ def test_masks_of_the_same_keys_give_the_same_bits(dtype):
 
 @needs_cpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("seqlen_q", [1, 3, 40, 130])
+@pytest.mark.parametrize("seqlen_q", [1, 2, 40, 130])
 @pytest.mark.parametrize("group_size", [2, 4, 5])
 def test_shared_keys_equal_repeated_keys(group_size, seqlen_q, dtype):
+    """Of a kernel: both calls have few rows a key head, or many."""
     plain = Case(num_heads=2 * group_size, num_heads_k=2, seqlen_q=seqlen_q, seqlen_k=700, head_dim=20, dtype=dtype)
     for case in (plain, plain._replace(causal=True, bias="per_head", mask="tensor_per_head", alibi=True, sinks=True)):
         (q, k, v), kwargs = inputs(case)

@@ -15,6 +15,7 @@ from cases import CASES, Case, inputs, visited_pairs
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
 
 import compiled
+import decoding
 import dense_vs_sparse
 import oracle
 import peers
@@ -256,6 +257,7 @@ def test_every_target_has_rows_in_the_plan():
     rows += [Row("memory", "", 1, "", work.spec) for work in suites.MEMORY]
     rows += [Row("growing", "", 1, "", suites.GROWING.spec), Row("graph", "", 1, "", suites.TINY[0].spec)]
     rows += [Row("compiled", "", 1, "", work.spec) for work in compiled.BLOCKS]
+    rows += [Row("decode", s.name, s.threads, "", s.work.spec | {"hot": s.hot}) for s in decoding.STEPS]
     judged = targets.judge(rows, ["forward", "backward"])
     assert len(judged) == len(targets.TARGETS)
     assert not [target["what"] for target in judged if not target["of"] and "two threads" not in target["what"]]
@@ -266,6 +268,18 @@ def test_contenders_run_in_turn():
     times = in_turn({name: Contender(lambda name=name: order.append(name), 1) for name in "ab"}, 0.0)
     rounds = "".join(order[4:]).replace("a" * 200, "A").replace("b" * 200, "B")
     assert rounds == "AB" * 5 and len(times["a"]) == 1000
+
+
+def test_decoding_from_end_to_end(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(decoding, "ROTATED", 1 << 20)
+    assert run.main([*INSTANT, "--only", "decode ", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert {row["kind"] for row in found} == {"decode"}
+    built = fastattn.backends.cpu.unavailable() is None
+    for row in found:
+        assert row["wrong"] is None and row["metrics"]["vs sdpa"] > 0
+        assert ("bandwidth" in row["metrics"]) == (built and not row["spec"]["hot"])
+    assert "% of bandwidth" in (tmp_path / "bench.md").read_text()
 
 
 def test_only_an_exact_name_wins(tmp_path):

@@ -13,11 +13,11 @@ from fastattn import FallbackWarning, UnsupportedError, dispatch, plans
 from fastattn.backends import cpu
 from fastattn.backends import reference as reference_backend
 from fastattn.dispatch import KERNELS, Row, refuse, select, text_of
-from fastattn.problem import MASK_KINDS, Problem
+from fastattn.problem import BY_LENGTHS, MASK_KINDS, Problem
 
 ROOT = Path(fastattn.__file__).parents[1]
 CPU_HERE = cpu.unavailable() is None
-FASTEST = "cpu.prefill" if CPU_HERE else "reference"
+FASTEST = "cpu.decode" if CPU_HERE else "reference"  # of `qkv`
 PROBLEM = Problem("cpu", "float32", 2, 3, 5, 4, 2, 8, 6)
 
 
@@ -54,7 +54,7 @@ def test_each_row_accepts_some_case(row):
 
 @pytest.mark.parametrize("row", KERNELS, ids=lambda row: row.name)
 def test_each_row_is_well_formed(row):
-    assert row.supports.keys() <= set(Problem._fields)
+    assert row.supports.keys() <= {*Problem._fields, *BY_LENGTHS}
     assert callable(dispatch._load(row.entry))
     assert row.available is None or callable(dispatch._load(row.available))
     for accepted in row.supports.values():
@@ -172,7 +172,7 @@ def test_cpu_by_name():
             fastattn.attention(q, k, v, backend="cpu")
         return
     fastattn.attention(q, k, v, backend="cpu")
-    assert fastattn.last_call().kernel == "cpu.prefill" and fastattn.last_call().isa == cpu.isa()
+    assert fastattn.last_call().kernel == FASTEST and fastattn.last_call().isa == cpu.isa()
     fastattn.attention(q.requires_grad_(), k, v, backend="cpu").sum().backward()
     assert fastattn.last_call().kernel == "cpu.backward" and fastattn.last_call().isa == cpu.isa()
     with pytest.raises(UnsupportedError, match=r"head_dim=513 \(supports 1...512\).*with head_dim=512, head_dim_v=512"):
@@ -205,7 +205,7 @@ def test_use_nests_and_argument_wins():
         assert fastattn.last_call().kernel == "reference"
         if CPU_HERE:
             fastattn.attention(*qkv(), backend="cpu")
-            assert fastattn.last_call().kernel == "cpu.prefill"
+            assert fastattn.last_call().kernel == FASTEST
     with pytest.raises(RuntimeError, match="inside"), fastattn.use("reference"):
         raise RuntimeError("inside")
     fastattn.attention(*qkv())
@@ -296,7 +296,8 @@ def test_record_ends_with_its_block():
 def test_call_gives_the_reason_of_a_fallback():
     fastattn.attention(*wide_qkv())
     call = fastattn.last_call()
-    assert call.kernel == "reference" and call.reason.startswith("cpu.prefill: ") and "head_dim=600" in call.reason
+    assert call.kernel == "reference" and call.reason.startswith("cpu.decode: ")
+    assert "cpu.prefill: " in call.reason and "head_dim=600" in call.reason
 
 
 def test_a_failed_call_is_not_the_last_call():
