@@ -58,9 +58,9 @@ def prefill(problem, q, k, v, terms, out=None):
     return out, lse
 
 
-def decode(problem, q, k, v, terms):
-    """Forward pass of few query rows a key head."""
-    out = empty_out(problem, q)
+def decode(problem, q, k, v, terms, out=None):
+    """Forward pass of few query rows a key head, into `out` where there is one."""
+    out = empty_out(problem, q) if out is None else out
     lse = q.new_empty(out.shape[:3], dtype=compute_dtype(problem)) if problem.lse else None
     _C.decode(q, k, v, out, lse, None, None, terms, _get_num_threads())
     return out, lse

@@ -10,7 +10,7 @@ from ..calls import current_backend
 from ..masks import block_checks
 from ..masks.block_mask import BlockMask
 from ..masks.intervals import ALIGNMENTS, Window, dense, diagonal_bounds
-from ..plans import Bound, find
+from ..plans import Bound, find, recall
 from ..terms import SCORE_TERMS, TERMS, Terms
 from . import library
 
@@ -57,6 +57,12 @@ def _bind(q, k, v, options: dict, needs_grad: bool) -> Bound:
         get("return_lse", False), get("backend") or current_backend(),
     )  # fmt: skip
     return find(q, k, v, windows, tensors, settings, needs_grad)
+
+
+def _bind_short(q, k, v, causal: bool, scale: float | None) -> Bound:
+    settings = causal, scale, 0.0, 0.0, None, False, current_backend()
+    known = None if torch.is_grad_enabled() else recall(q, k, v, settings)
+    return known or find(q, k, v, (), {}, settings, False)
 
 
 def windows_of(flat) -> tuple[Window, ...]:
@@ -113,7 +119,8 @@ LAYOUT = library.Layout(
     bind=_bind,
     plain=_plain,
     terms=Terms,
-    into=(cpu.prefill, cpu.prefill_for_backward),
+    into=(cpu.decode, cpu.prefill, cpu.prefill_for_backward),
+    short=_bind_short,
 )
 _operator = library.define(LAYOUT)
 

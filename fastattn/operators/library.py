@@ -2,6 +2,9 @@
 
     attention(q, k, v, **options) -> (out, lse)      in graphs before autograd; made of the others, so it has gradients
     forward(q, k, v, **options) -> (out, lse)
+    forward_plain(q, k, v, causal, scale) -> out     of dense calls without other options: a compiled graph hands over
+                                                     every option of `forward`, which takes longer than a tiny call;
+                                                     out has the same memory, but its usual dimensions
     forward_train(q, k, v, **options) -> (out, lse, out_exact, lse_parts)
     backward(dout, dlse, q, k, v, out, lse_parts, wanted, **options) -> (dq, dk, dv, gradients of the options)
 
@@ -20,7 +23,7 @@ import torch
 
 from ..calls import note
 from ..checks import refuse_subclasses
-from ..plans import derivative_of
+from ..plans import Bound, derivative_of
 from ..torch_internals import is_transformed
 
 LIBRARY = torch.library.Library("fastattn", "DEF")
@@ -42,6 +45,7 @@ class Layout(NamedTuple):
     plain     (q, k, v, options) -> (out, lse) in torch's own operators, for torch.func inside a graph
     terms     the type of its terms
     into      functions of rows that also take the result, as their last argument
+    short     (q, k, v, causal, scale) -> Bound, for `forward_plain`; None: there is none
     """
 
     names: tuple[str, str, str, str]
@@ -53,6 +57,7 @@ class Layout(NamedTuple):
     plain: Callable
     terms: type
     into: tuple[Callable, ...] = ()
+    short: Callable | None = None
 
     def named(self, values: tuple, options: dict) -> dict:
         """The options by name, of which `values` came by position."""
@@ -70,12 +75,17 @@ def _names_of(schema: str) -> list[str]:
     return [option.split("=")[0].split()[-1] for option in schema.split(", ")]
 
 
+_SHORT = "(Tensor q, Tensor k, Tensor v, bool causal, float? scale) -> Tensor"
+
+
 def define(layout: Layout) -> Callable:
     """Register the operators of `layout`; returns the first of them."""
     attention, forward, forward_train, backward = layout.names
     inputs = f"Tensor q, Tensor k, Tensor v, {layout.options}"
     gradients = ", ".join(["Tensor"] * (3 + len(layout.learned)))
     _register(forward, f"({inputs}) -> (Tensor, Tensor)", _forward(layout), partial(_fake_forward, layout))
+    if layout.short:
+        _register("forward_plain", _SHORT, _forward_plain(layout), _fake_plain)
     results = "(Tensor, Tensor, Tensor, Tensor)"
     _register(forward_train, f"({inputs}) -> {results}", _train(layout), partial(_fake_train, layout))
     _register(
@@ -103,18 +113,28 @@ def _register(name: str, schema: str, kernel: Callable, fake: Callable) -> None:
 
 def _forward(layout: Layout) -> Callable:
     def forward(q, k, v, *values, **options):
-        bound = layout.bind(q, k, v, layout.named(values, options) if values else options, False)
-        note(bound)
-        choice, problem, terms, _ = bound
-        if choice.forward in layout.into:
-            rows = _empty_rows(problem, q)
-            _, lse = choice.forward(problem, q, k, v, terms, rows.transpose(1, 2))
-        else:
-            out, lse = choice.forward(problem, q, k, v, terms)
-            rows = _rows_first(out)
-        return rows, _lse(q, lse)
+        out, lse = _run(layout, q, k, v, layout.bind(q, k, v, layout.named(values, options), False))
+        return out.transpose(1, 2), q.new_empty(0, dtype=_real(q)) if lse is None else lse
 
     return forward
+
+
+def _forward_plain(layout: Layout) -> Callable:
+    def forward_plain(q, k, v, causal, scale):
+        return _run(layout, q, k, v, layout.short(q, k, v, causal, scale))[0]
+
+    return forward_plain
+
+
+def _run(layout: Layout, q, k, v, bound: Bound) -> tuple:
+    """(out, lse or None), out in the memory order of the operators."""
+    note(bound)
+    choice, problem, terms, _ = bound
+    if choice.forward in layout.into:
+        out = _empty_out(q, v)
+        return out, choice.forward(problem, q, k, v, terms, out)[1]
+    out, lse = choice.forward(problem, q, k, v, terms)
+    return _rows_first(out).transpose(1, 2), lse
 
 
 def _train(layout: Layout) -> Callable:
@@ -129,10 +149,11 @@ def _train(layout: Layout) -> Callable:
             saved = out.to(_real(q)), _parts(lse)
             lse = lse if options.get("return_lse") else None
         else:
-            out = (_empty_rows(problem, q).transpose(1, 2),) if choice.train in layout.into else ()
+            out = (_empty_out(q, v),) if choice.train in layout.into else ()
             out, lse, saved = choice.train(problem, q, k, v, terms, *out)
         exact = q.new_empty(0, dtype=_real(q)) if saved[0].dtype == q.dtype else saved[0].contiguous()
-        return _rows_first(out), _lse(q, lse), exact, saved[1]
+        lse = q.new_empty(0, dtype=_real(q)) if lse is None else lse
+        return _rows_first(out), lse, exact, saved[1]
 
     return forward_train
 
@@ -160,14 +181,13 @@ def _backward(layout: Layout) -> Callable:
     return backward
 
 
-def _empty_rows(problem, q) -> torch.Tensor:
-    """A result in the memory order of the operators, for functions that take one: no copy is needed then."""
-    shape = problem.batch, problem.seqlen_q, problem.num_heads, problem.head_dim_v
-    return q.new_empty(shape)
-
-
-def _lse(q: torch.Tensor, lse: torch.Tensor | None) -> torch.Tensor:
-    return q.new_empty(0, dtype=_real(q)) if lse is None else lse
+def _empty_out(q, v) -> torch.Tensor:
+    """A result [batch, num_heads, seqlen_q, head_dim_v] in the memory order of the operators, for functions that take
+    one: no copy is needed then."""
+    batch, num_heads, seqlen_q, _ = q.shape
+    head_dim_v = v.shape[3]
+    strides = seqlen_q * num_heads * head_dim_v, head_dim_v, num_heads * head_dim_v, 1
+    return q.new_empty_strided((batch, num_heads, seqlen_q, head_dim_v), strides)
 
 
 def _rows_first(x: torch.Tensor) -> torch.Tensor:
@@ -201,11 +221,18 @@ def _composite(layout: Layout) -> Callable:
                     counts[name] = len(value) if name in layout.lists else None
                     tensors += value if name in layout.lists else [value]
             out, lse, *_ = Traced.apply(layout, options, counts, q, k, v, *tensors)
+        elif layout.short and all([name in ("causal", "scale") or _is_default(name, x) for name, x in options.items()]):
+            out = _ops.forward_plain.default(q, k, v, options.get("causal", False), options.get("scale"))
+            return out, q.new_empty(0, dtype=_real(q))
         else:
             out, lse = forward(q, k, v, **options)
         return out.transpose(1, 2), lse
 
     return attention
+
+
+def _is_default(name: str, value) -> bool:
+    return value is None or (name in ("softcap", "dropout_p", "return_lse") and not value)
 
 
 class Traced(torch.autograd.Function):
@@ -264,8 +291,13 @@ def _named(counts: dict, tensors) -> dict:
 def _fake_forward(layout: Layout, q, k, v, *values, **options):
     options = layout.named(values, options)
     batch, num_heads, seqlen_q, head_dim_v = _sizes_of_out(q, k, v)
-    out = q.new_empty((batch, seqlen_q, num_heads, head_dim_v))
-    return out, q.new_empty((batch, num_heads, seqlen_q) if options.get("return_lse") else (0,), dtype=_real(q))
+    rows = q.new_empty((batch, seqlen_q, num_heads, head_dim_v))
+    return rows, q.new_empty(q.shape[:3] if options.get("return_lse") else (0,), dtype=_real(q))
+
+
+def _fake_plain(q, k, v, causal, scale):
+    _sizes_of_out(q, k, v)
+    return _empty_out(q, v)
 
 
 def _fake_train(layout: Layout, q, k, v, *values, **options):

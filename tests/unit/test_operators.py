@@ -85,6 +85,23 @@ def test_fakes_and_schemas(case):
     check_all(names, qkv, options, LEARNED, test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_the_operator_of_plain_calls(scale):
+    for prepare in (lambda x: x, padded):
+        qkv = tuple(map(prepare, tensors()))
+        opcheck(ops.forward_plain.default, (*qkv, True, scale))
+        expected = attention(*qkv, causal=True, softmax_scale=scale)
+        assert torch.equal(ops.forward_plain(*qkv, True, scale), expected)
+
+
+@pytest.mark.parametrize("off", [{}, {"dropout_p": 0.0, "return_lse": False}])
+@pytest.mark.parametrize("on", [{}, {"softcap": 3.0}, {"skip_negligible": False}, {"backend": "cpu"}])
+def test_only_calls_without_options_are_plain(off, on):
+    graph = make_fx(lambda *qkv: ops.attention(*qkv, **off, **on)[0])(*tensors())
+    names = [str(node.target) for node in graph.graph.nodes if "fastattn" in str(node.target)]
+    assert names == ["fastattn.forward.default" if on else "fastattn.forward_plain.default"]
+
+
 @pytest.mark.parametrize("utils", [("test_schema", "test_faketensor"), pytest.param(None, marks=pytest.mark.slow)])
 def test_operators_of_edges(utils):
     (*qkv, indptr, indices), kwargs = graph_inputs(Graph(bias="head"))
@@ -97,7 +114,7 @@ def test_operators_of_edges(utils):
 def test_make_fx_records_an_operator(mode):
     qkv = tensors()
     graph = make_fx(lambda *qkv: attention(*qkv, causal=True), tracing_mode=mode)(*qkv)
-    assert "fastattn.forward.default" in [str(node.target) for node in graph.graph.nodes]
+    assert "fastattn.forward_plain.default" in [str(node.target) for node in graph.graph.nodes]
     others = [x + 1 for x in qkv]
     assert torch.equal(graph(*others), attention(*others, causal=True))
 
@@ -131,9 +148,9 @@ def test_parameters_and_plain_subclasses_run_on_the_kernel():
         pass
 
     q, k, v = tensors()
-    expected = attention(q, k, v)
-    for x in (torch.nn.Parameter(q), q.as_subclass(Named)):
-        assert torch.equal(attention(x, k, v), expected) and fastattn.last_call().kernel == "cpu.prefill"
+    expected = attention(q, k, v, backend="cpu")
+    for x in (torch.nn.Parameter(q, requires_grad=False), q.as_subclass(Named)):
+        assert torch.equal(attention(x, k, v), expected) and fastattn.last_call().kernel == "cpu.decode"
 
 
 def test_wrapper_subclasses_see_operators():
