@@ -6,7 +6,7 @@ import torch
 
 from . import dispatch, plans
 from .calls import current_backend, in_graph, note
-from .checks import check_flag, check_tensors, refuse_subclasses
+from .checks import check_flag, check_one_device, check_tensors, refuse_subclasses
 from .differentiable import Differentiable
 from .layouts import csr
 from .masks import flex
@@ -96,9 +96,9 @@ def attention(
             "softcap": softcap, "alibi_slopes": alibi_slopes, "bias": bias, "sinks": sinks, "dropout_p": dropout_p,
             "seed": seed, "skip_negligible": skip_negligible, "return_lse": return_lse, "backend": backend,
         }  # fmt: skip
-        if is_traced or is_memoryless(q, k, v):
+        bound = None if is_traced else bind(q, k, v, **options)
+        if is_traced or (bound.choice and is_memoryless(q, k, v)):
             return _traced(q, k, v, **options)
-        bound = bind(q, k, v, **options)
     note(bound)
     choice, problem, terms, _ = bound
     if problem.dropout and terms.seed is None:
@@ -119,6 +119,7 @@ def _traced(
     and whether shapes fit, is checked when the operator runs."""
     check_tensors(q=q, k=k, v=v)
     refuse_subclasses(q, k, v)
+    check_one_device(q, k, v)
     check_seed(seed)
     tensors = {"bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks}
     tensors = {name: x for name, x in tensors.items() if x is not None}

@@ -77,3 +77,9 @@ def refuse_subclasses(*tensors: torch.Tensor) -> None:
                 "a DTensor is not supported: no rule says how attention is sharded; call x.to_local() and shard over "
                 "batch or heads"
             )
+
+
+def check_one_device(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """ValueError unless all three are on the same device."""
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k, v are on {q.device}, {k.device}, {v.device}; they must be on one device")

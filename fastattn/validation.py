@@ -2,7 +2,7 @@
 
 import torch
 
-from .checks import broadcasts, check_tensors, dtype_name, refuse_subclasses
+from .checks import broadcasts, check_one_device, check_tensors, dtype_name, refuse_subclasses
 from .masks.intervals import UNBOUNDED
 from .problem import FLOATS, Problem
 from .scores import SCORES
@@ -40,8 +40,7 @@ def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Problem:
         raise TypeError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; they must agree (cast with .to)")
     if dtype_name(q.dtype) not in FLOATS:
         raise TypeError(f"q has dtype {q.dtype}; supported are {', '.join(FLOATS)}")
-    if not q.device == k.device == v.device:
-        raise ValueError(f"q, k, v are on {q.device}, {k.device}, {v.device}; they must be on one device")
+    check_one_device(q, k, v)
     return Problem(
         q.device.type, dtype_name(q.dtype), batch, seqlen_q, seqlen_k, num_heads, num_heads_k, head_dim, head_dim_v
     )

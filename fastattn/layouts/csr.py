@@ -4,7 +4,7 @@ import torch
 
 from .. import dispatch
 from ..calls import current_backend, in_graph, note
-from ..checks import check_flag, check_tensors, refuse_subclasses
+from ..checks import check_flag, check_one_device, check_tensors, refuse_subclasses
 from ..differentiable import Differentiable
 from ..operators import csr as operator
 from ..scores import scale
@@ -69,13 +69,13 @@ def attention_csr(
     before anything is computed; `UnsupportedError` if the named backend refuses. Method: graph attention (GAT,
     arXiv 1710.10903) with scaled dot products (arXiv 1706.03762), gradients as in FlashAttention-2 (arXiv 2307.08691).
     """
-    if torch.compiler.is_dynamo_compiling() or num_dispatch_modes() or is_memoryless(q, k, v):
-        return _traced(q, k, v, indptr, indices, edge_bias, softmax_scale, return_lse, backend)
-    backend = current_backend() if backend is None else backend
-    bound = bind(
-        q, k, v, indptr, indices, edge_bias=edge_bias, softmax_scale=softmax_scale, return_lse=return_lse,
-        backend=backend,
-    )  # fmt: skip
+    options = {"edge_bias": edge_bias, "softmax_scale": softmax_scale, "return_lse": return_lse}
+    if torch.compiler.is_dynamo_compiling() or num_dispatch_modes():
+        return _traced(q, k, v, indptr, indices, **options, backend=backend)
+    options["backend"] = current_backend() if backend is None else backend
+    bound = bind(q, k, v, indptr, indices, **options)
+    if bound.choice and is_memoryless(q, k, v):
+        return _traced(q, k, v, indptr, indices, **options)
     note(bound)
     choice, problem, edges, _ = bound
     if choice.train is None:
@@ -89,6 +89,7 @@ def _traced(q, k, v, indptr, indices, edge_bias, softmax_scale, return_lse, back
     """`attention_csr` as an operator, as in `fastattn.api`."""
     check_tensors(q=q, k=k, v=v, indptr=indptr, indices=indices)
     refuse_subclasses(q, k, v)
+    check_one_device(q, k, v)
     options = {"indptr": indptr, "indices": indices}
     if edge_bias is not None:
         check_tensors(edge_bias=edge_bias)
