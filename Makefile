@@ -27,8 +27,8 @@ longformer: $(VENV)/.demo $(EXT)  ## a Longformer of transformers on fastattn: s
 neighborhood: $(VENV)/.vision $(EXT)  ## DINOv2 on a large image with neighbourhood attention: time, features, a picture
 	$(PY) examples/neighborhood_vit.py $(ARGS)
 
-test: $(VENV)/.test $(EXT)  ## the tests, without the slow ones
-	$(PY) -m pytest -q tests $(ARGS)
+test: $(VENV)/.test $(EXT)  ## the tests, without the slow ones, in two processes
+	$(PY) -m pytest -q -n 2 --dist worksteal tests $(ARGS)
 
 test-all: $(VENV)/.test $(EXT)  ## all tests: builds of wheels, sanitizers, large sizes, Triton
 	$(PY) -m pytest -q -m "" tests $(ARGS)

@@ -32,14 +32,13 @@ is_in_old_vmap = getattr(_functorch, "is_legacy_batchedtensor", lambda x: False)
 """Whether a tensor is one of the vmap that `is_grads_batched` and torch.autograd.functional still use."""
 
 
-def is_memoryless(*tensors) -> bool:
+_Tensor, _plain = torch.Tensor, torch.Tensor.__torch_dispatch__
+
+
+def is_memoryless(x) -> bool:
     """Whether a tensor is on the meta device, or of a subclass that takes operators apart itself: fake, functional and
     other wrappers."""
-    dispatches = [isinstance(x, _Tensor) and (x.is_meta or type(x).__torch_dispatch__ is not _plain) for x in tensors]
-    return any(dispatches)
-
-
-_Tensor, _plain = torch.Tensor, torch.Tensor.__torch_dispatch__
+    return x.is_meta or (type(x) is not _Tensor and type(x).__torch_dispatch__ is not _plain)
 
 
 def is_traced() -> bool:

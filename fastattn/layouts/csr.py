@@ -74,7 +74,7 @@ def attention_csr(
         return _traced(q, k, v, indptr, indices, **options, backend=backend)
     options["backend"] = current_backend() if backend is None else backend
     bound = bind(q, k, v, indptr, indices, **options)
-    if bound.choice and is_memoryless(q, k, v):
+    if bound.choice and is_memoryless(q):
         return _traced(q, k, v, indptr, indices, **options)
     note(bound)
     choice, problem, edges, _ = bound
