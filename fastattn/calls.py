@@ -23,7 +23,7 @@ class FallbackWarning(UserWarning):
 
 class Call(NamedTuple):
     """What ran for one attention call: the problem, the kernel's name, its ISA (None off the CPU kernels), and why
-    the rows before it refused ("" for the first choice)."""
+    the rows of other backends before it refused ("" where there are none)."""
 
     problem: Problem
     kernel: str

@@ -203,12 +203,13 @@ def refuse(row: Row, problem: Problem) -> list[str]:
 
 
 def reason_for(row: Row, problem: Problem, backend: str | None) -> str:
-    """Why the rows before `row` refused, "" for the first choice."""
+    """Why the rows of other backends before `row` refused, "" if there are none: which of its own kernels a backend
+    runs is no news to anybody."""
     passed_over = []
     for other in rows_of(backend, problem.layout):
         if other.name == row.name:
             break
-        if _is_of_direction(other, problem):
+        if other.backend != row.backend and _is_of_direction(other, problem):
             passed_over.append(f"{other.name}: {', '.join(refuse(other, problem))}")
     return "; ".join(passed_over)
 

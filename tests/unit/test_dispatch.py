@@ -179,6 +179,12 @@ def test_cpu_by_name():
         fastattn.attention(*(torch.randn(1, 1, 2, 513) for _ in range(3)), backend="cpu")
 
 
+@pytest.mark.skipif(not CPU_HERE, reason="the CPU kernels are missing")
+def test_which_of_its_kernels_a_backend_runs_is_no_refusal():
+    fastattn.attention(*(torch.randn(1, 1, 64, 8) for _ in range(3)))
+    assert fastattn.last_call().kernel == "cpu.prefill" and fastattn.last_call().reason == ""
+
+
 def test_cpu_backend_refuses_other_devices():
     q, k, v = qkv(device="meta")
     with pytest.raises(UnsupportedError, match=r"device='meta' \(supports cpu\)" if CPU_HERE else "missing"):
