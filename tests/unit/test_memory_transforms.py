@@ -14,7 +14,7 @@ pytestmark = [
 
 SEQLEN, HEADS, DIM = 4096, 2, 16
 SCORES = HEADS * SEQLEN * SEQLEN * 4  # bytes, 128 MiB
-LIMIT = 72 * 2**20
+LIMIT = 96 * 2**20  # blocks take 50 to 76 MiB, by what earlier tests have left in the heap
 
 
 def tensors(count):
@@ -55,7 +55,7 @@ def gradients_of_samples(x, t):
 )
 def test_extra_memory_is_not_quadratic(function):
     """Less than one tensor of scores, of which each formula by itself has ten."""
-    assert LIMIT < 0.6 * SCORES
+    assert LIMIT < 0.8 * SCORES
     x, t = tuple(tensors(3)), tuple(tensors(3))
     function(tuple(y[:, :, :64] for y in x), tuple(y[:, :, :64] for y in t))  # what is imported on first use
     x = tuple(y.detach() for y in x)
