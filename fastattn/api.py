@@ -97,7 +97,7 @@ def attention(
             "seed": seed, "skip_negligible": skip_negligible, "return_lse": return_lse, "backend": backend,
         }  # fmt: skip
         bound = None if is_traced else bind(q, k, v, **options)
-        if is_traced or (bound.choice and is_memoryless(q)):
+        if is_traced or (bound.choice and is_memoryless(q) and not bound.choice.takes_meta):
             return _traced(q, k, v, **options)
     note(bound)
     choice, problem, terms, _ = bound

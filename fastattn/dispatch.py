@@ -133,6 +133,11 @@ class Choice(NamedTuple):
     is_fallback: bool
     isa: str | None
 
+    @property
+    def takes_meta(self) -> bool:
+        """Whether the row itself says that it takes tensors without memory (to compile kernels without a device)."""
+        return "meta" in self.row.supports.get("device", ())
+
     def takes(self, problem: Problem) -> bool:
         """Whether the lengths of `problem` are accepted."""
         for field, accepted in self.lengths:  # all() of a generator takes twice as long
