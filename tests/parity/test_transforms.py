@@ -7,11 +7,11 @@ from torch.func import grad, jvp, vmap
 import fastattn
 from eager import eager, ours
 from fastattn import Mask
-from fastattn.backends import cpu
 from fastattn.transforms import blocks
+from isas import needs_cpu
 
 pytestmark = [
-    pytest.mark.skipif(cpu.unavailable() is not None, reason="the CPU kernels are not built"),
+    needs_cpu,
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("error::fastattn.FallbackWarning"),
 ]

@@ -8,10 +8,10 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 import fastattn
 from eager import eager, ours
 from fastattn import Mask, dispatch, plans
-from fastattn.backends import cpu
+from isas import needs_cpu
 
 pytestmark = [
-    pytest.mark.skipif(cpu.unavailable() is not None, reason="the CPU kernels are not built"),
+    needs_cpu,
     pytest.mark.usefixtures("one_thread"),
 ]
 

@@ -5,13 +5,13 @@ import torch
 from torch.func import grad, jvp, linearize, vmap
 
 import fastattn
-from fastattn.backends import cpu
 from fastattn.transforms import blocks
 from forward import INF
 from graphs import BIASES, Graph, inputs
+from isas import needs_cpu
 
 pytestmark = [
-    pytest.mark.skipif(cpu.unavailable() is not None, reason="the CPU kernels are not built"),
+    needs_cpu,
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("error::fastattn.FallbackWarning"),
 ]

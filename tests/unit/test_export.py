@@ -3,8 +3,10 @@
 import subprocess
 import sys
 
+import onnx
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 from torch.export import Dim, export
 
 import fastattn
@@ -129,9 +131,6 @@ def test_lowered_to_onnx(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXPRESSIBLE)
 def test_onnx_files(name, tmp_path):
-    pytest.importorskip("onnxscript")
-    onnx = pytest.importorskip("onnx")
-    reference = pytest.importorskip("onnx.reference")
     function, others = EXPRESSIBLE[name]
     inputs = (Q, K, V, *others)
     program = fastattn_onnx.lower(export(Call(function), inputs))
@@ -139,9 +138,7 @@ def test_onnx_files(name, tmp_path):
     model = onnx.load(tmp_path / "model.onnx")
     assert [node.op_type for node in model.graph.node].count("Attention") == 1
     names = [given.name for given in model.graph.input]
-    (out, *_) = reference.ReferenceEvaluator(model).run(
-        None, dict(zip(names, (x.numpy() for x in inputs), strict=True))
-    )
+    (out, *_) = ReferenceEvaluator(model).run(None, dict(zip(names, (x.numpy() for x in inputs), strict=True)))
     torch.testing.assert_close(torch.from_numpy(out), function(*inputs), rtol=1e-5, atol=1e-5)
 
 
