@@ -163,18 +163,30 @@ class Forward(Work):
         return apply(*tangent(self.call, tensors, tangents))
 
 
-class Backward(Work):
-    """Gradients of some inputs by the kernel that belongs to the one that ran."""
+class Derivative(Work):
+    """What a row of the table of kernels computes; direction: of the row, has_lse: whether lse takes part."""
 
-    def _bound(self, problem) -> Bound:
-        return derivative_of(problem, "backward", _backend(self.call), "d.lse" in self.slots)
+    direction: str
+
+    @property
+    def has_lse(self) -> bool:
+        return "d.lse" in self.slots
+
+    def bound(self, problem) -> Bound:
+        return derivative_of(problem, self.direction, _backend(self.call), self.has_lse)
 
     def note(self):
-        note(self._bound(self.call.problem))
+        note(self.bound(self.call.problem))
+
+
+class Backward(Derivative):
+    """Gradients of some inputs by the kernel that belongs to the one that ran."""
+
+    direction = "backward"
 
     def run(self, tensors):
         call, problem = self.call, self.call.problem_of(tensors)
-        choice, problem, _, _ = self._bound(problem)
+        choice, problem, _, _ = self.bound(problem)
         saved = [tensors[slot] for slot in ("s.out", "s.parts") if slot in tensors]
         if not saved and choice.row.backend != "reference":
             _, _, saved = run_forward(call, tensors, True)
@@ -201,18 +213,18 @@ class Backward(Work):
         return _sum(found, apply(*backward(self.call, tensors, of_cotangents, self.outs)) if of_cotangents else {})
 
 
-class Tangent(Work):
+class Tangent(Derivative):
     """Tangents of out and lse."""
 
-    def _bound(self, problem) -> Bound:
-        return derivative_of(problem, "tangent", _backend(self.call), "lse" in self.outs)
+    direction = "tangent"
 
-    def note(self):
-        note(self._bound(self.call.problem))
+    @property
+    def has_lse(self) -> bool:
+        return "lse" in self.outs
 
     def run(self, tensors):
         call = self.call
-        choice, problem, _, _ = self._bound(call.problem_of(tensors))
+        choice, problem, _, _ = self.bound(call.problem_of(tensors))
         out, lse = choice.forward(problem, *qkv(tensors), call.terms(tensors), tangents_of(call, tensors))
         return [out, lse][: len(self.outs)]
 
@@ -237,18 +249,14 @@ class Tangent(Work):
         return tangent_function(self.call, self.slots, self.outs)
 
 
-class Second(Work):
+class Second(Derivative):
     """Gradients of <d.out, t.out> + <d.lse, t.lse> by inputs and by "d.out" and "d.lse"."""
 
-    def _bound(self, problem) -> Bound:
-        return derivative_of(problem, "second", _backend(self.call), "d.lse" in self.slots)
-
-    def note(self):
-        note(self._bound(self.call.problem))
+    direction = "second"
 
     def run(self, tensors):
         call = self.call
-        choice, problem, _, _ = self._bound(call.problem_of(tensors))
+        choice, problem, _, _ = self.bound(call.problem_of(tensors))
         cotangents = tensors.get("d.out"), tensors.get("d.lse")
         terms, tangents = call.terms(tensors), tangents_of(call, tensors)
         found = choice.forward(problem, *qkv(tensors), terms, tangents, *cotangents, self.outs)
