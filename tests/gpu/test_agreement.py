@@ -21,6 +21,7 @@ if cpu.unavailable():
     pytest.skip(f"nothing to compare with: {cpu.unavailable()}", allow_module_level=True)
 
 COUNT = 200
+QUICK = 50  # of them in `make test-triton`, all in `make test-all`
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -130,7 +131,9 @@ def to_double(kwargs: dict) -> dict:
     }
 
 
-@pytest.mark.parametrize("number", range(COUNT))
+@pytest.mark.parametrize(
+    "number", [pytest.param(n, marks=[] if n < QUICK else [pytest.mark.slow]) for n in range(COUNT)]
+)
 def test_agreement(number):
     """Both within twice the error of plain torch of the truth, hence within four times of each other."""
     draw = Draw(number)
