@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         names = [name for name, _ in _plan(_options([]), peak)]
         console.print(f"nothing matches --only {options.only!r}; names look like {names[0]!r}, {names[-1]!r}")
         return 2
-    rows = run.measured(console, plan, head, peak)
+    rows = run.measured(console, plan, head, peak, options.passes)
     judged = targets.judge(rows, ["forward", "backward"], targets.SPARSE_TARGETS)
     made = report.sparse_tables(head, rows, judged, options.peers)
     for table in made:

@@ -9,7 +9,7 @@ Writes bench.json, bench.md, and a picture of each suite.
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +36,7 @@ BUSY = 0.5
 """Load average of the last minute above which somebody else is computing."""
 
 STEADY = 0.9
-"""Lowest reading of the FMA peak over the highest, below which the machine was not steady."""
+"""Lowest reading of the FMA peak beside a row over the highest of the run, below which the machine was not steady."""
 
 PICTURES = {"forward": "bench.png", "backward": "backward.png"}
 """By suite."""
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         names = ", ".join(map(repr, (str(FORWARD[0]), str(TRAINING[0]), COMPARISONS[0].name)))
         console.print(f"nothing matches --only {options.only!r}; names look like {names}")
         return 2
-    rows = measured(console, plan, head, peak)
+    rows = measured(console, plan, head, peak, options.passes)
     judged = targets.judge(rows, options.suite)
     made = report.tables(head, rows, judged, options.peers)
     for table in made:
@@ -84,27 +84,46 @@ def begin(console: Console, isa: str | None, argv: list[str], *suite: str) -> tu
     except RuntimeError as error:
         console.print(str(error), style="bold red")
         raise
-    warn(console, doubts(head, peak))
+    warn(console, doubts(head))
     return head, peak
 
 
-def measured(console: Console, plan: list[tuple[str, Callable[[], Row]]], head: dict, peak: Peak) -> list[Row]:
-    """The rows of `plan`, each printed as it comes; those so far if interrupted. `head` gets the peak and doubts."""
-    rows = []
+def measured(
+    console: Console, plan: list[tuple[str, Callable[[], Row]]], head: dict, peak: Peak, passes: int
+) -> list[Row]:
+    """The rows of `plan`, each printed as it comes; those so far if interrupted. `head` gets the peak and doubts.
+
+    Rows beside which the FMA peak fell are measured once more when all others are done, in so many passes at most; the
+    measurement in the steadiest moment counts.
+    """
+    rows, lowest, pending = {}, {}, dict(enumerate(plan))
     try:
-        with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as progress:
-            task = progress.add_task("measuring", total=len(plan))
-            for name, measure in plan:
-                progress.update(task, description=name)
-                rows.append(measure())
-                progress.console.print(_line(rows[-1]))
-                progress.advance(task)
+        for number in range(passes):
+            with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as progress:
+                task = progress.add_task("measuring", total=len(pending))
+                for index, (name, measure) in pending.items():
+                    progress.update(task, description=name)
+                    taken = peak.taken()
+                    row = measure()
+                    head["measured_again"] = head.get("measured_again", 0) + (number > 0)
+                    found = peak.since(taken)
+                    if index not in rows or peak.steadiness(found) > peak.steadiness(lowest[index]):
+                        rows[index], lowest[index] = row, found
+                    progress.console.print(_line(row))
+                    progress.advance(task)
+            pending = {index: plan[index] for index in rows if peak.steadiness(lowest[index]) < STEADY}
+            if not pending:
+                break
+            console.print(f"the FMA peak fell beside {len(pending)} rows")
     except KeyboardInterrupt:
         head["interrupted"] = True
         console.print("interrupted: reporting what was measured")
+    unsteady = [index for index in sorted(rows) if peak.steadiness(lowest[index]) < STEADY]
+    for index in unsteady:
+        rows[index].flags.append("the FMA peak beside it fell by more than a tenth")
     head["fma_peak_gflops"] = {key: f"{low:.1f}...{high:.1f}" for key, (low, high, _) in peak.spread().items()}
-    head["doubts"] = doubts(head, peak)
-    return rows
+    head["doubts"] = doubts(head, [plan[index][0] for index in unsteady])
+    return [rows[index] for index in sorted(rows)]
 
 
 def status(console: Console, head: dict, rows: list[Row]) -> int:
@@ -124,6 +143,13 @@ def parser_with(description: str, quick: str) -> argparse.ArgumentParser:
     add("--only", nargs="+", metavar="TEXT", help="rows whose name contains a TEXT, or just the row whose name is TEXT")
     add("--isa", help="narrow the kernels to this instruction set (FASTATTN_CPU_ISA)")
     add("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="where the files go, default %(default)s")
+    add(
+        "--passes",
+        type=int,
+        default=4,
+        metavar="N",
+        help="measure a row anew until the machine was steady, N times at most",
+    )
     add("--tiny", action="store_true", help="shrink every case: checks this program, says nothing about speed")
     return parser
 
@@ -221,16 +247,15 @@ def _line(row: Row) -> str:
     return f"{row.name}: " + ", ".join(said + row.flags)
 
 
-def doubts(head: dict, peak: Peak) -> list[str]:
-    """Why not to trust the figures, from what is known so far."""
+def doubts(head: dict, unsteady: Sequence[str] = ()) -> list[str]:
+    """Why not to trust the figures, from what is known so far; unsteady: names of rows."""
     found = []
     if (head["load_average"] or 0.0) > BUSY:
         found.append(f"load average {head['load_average']:.2f} at the start: this machine is busy")
     if head["kernels_missing"]:
         found.append(f"{head['kernels_missing']}: all of it ran on the slow reference, and there is no FMA peak")
-    for key, (low, high, count) in peak.spread().items():
-        if low < STEADY * high:
-            found.append(f"the FMA peak ({key}) moved between {low:.0f} and {high:.0f} GFLOP/s in {count} readings")
+    if unsteady:
+        found.append(f"the FMA peak fell by more than a tenth in every pass beside {', '.join(unsteady)}")
     return found
 
 

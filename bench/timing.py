@@ -88,6 +88,19 @@ class Peak:
             )
         return max(readings), None
 
+    def taken(self) -> dict[tuple[str, int], int]:
+        """How many readings there are so far: what `since` counts from."""
+        return {key: len(rates) for key, rates in self.readings.items()}
+
+    def since(self, taken: dict[tuple[str, int], int]) -> dict[tuple[str, int], float]:
+        """The lowest of the readings taken since then."""
+        new = {key: rates[taken.get(key, 0) :] for key, rates in self.readings.items()}
+        return {key: min(rates) for key, rates in new.items() if rates}
+
+    def steadiness(self, lowest: dict[tuple[str, int], float]) -> float:
+        """The worst of some lowest readings, as a share of the highest reading of the run; 1 without any."""
+        return min((rate / max(self.readings[key]) for key, rate in lowest.items()), default=1.0)
+
     def spread(self) -> dict[str, tuple[float, float, int]]:
         """(lowest, highest, how many) readings in GFLOP/s, by "dtype x threads"."""
         return {

@@ -29,7 +29,7 @@ from work import FORWARD, TRAINING, Work, tensors
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = Case(num_heads=2, seqlen_q=32, head_dim=16)
 PASSES = ("forward", "backward", "forward+backward")
-INSTANT = ["--tiny", "--budget", "0", "--peers", "sdpa"]
+INSTANT = ["--tiny", "--budget", "0", "--passes", "1", "--peers", "sdpa"]
 TRUTH_CASES = [case for case in CASES if case.dtype == "float32" and case.seqlen_q in (45, 77)]
 
 
@@ -297,6 +297,29 @@ def test_a_suite_can_be_run_alone():
     assert not any("backward" in name for name in names["forward"])
     both = [name for name, _ in run._plan(run._options([]), Peak())]
     assert sorted(both) == sorted(names["forward"] + names["backward"])
+
+
+def test_a_row_is_measured_again_until_the_peak_beside_it_is_steady(monkeypatch):
+    rates = iter([100.0, 50.0, 80.0, 95.0, 60.0, 70.0, 99.0])
+
+    def row(name):
+        def measure():
+            rate = next(rates)
+            monkeypatch.setattr("timing.fma_rate", lambda *_: rate * 1e9)
+            peak.read("float32", 1)
+            return Row("grid", name, 1, "", Work(SMALL).spec, metrics={"rate": rate})
+
+        return name, measure
+
+    for passes, metrics, doubted in ((3, [100.0, 95.0, 80.0], ["c"]), (1, [99.0], [])):
+        head, peak = {"load_average": 0.0, "kernels_missing": None}, Peak()
+        plan = [row("a"), row("b"), row("c")][: len(metrics)]
+        rows = run.measured(run.console_of_tables(), plan, head, peak, passes)
+        assert [row.name for row in rows] == [name for name, _ in plan]
+        assert [row.metrics["rate"] for row in rows] == metrics
+        assert [row.name for row in rows if row.flags] == doubted
+        assert [doubt.rpartition(" ")[2] for doubt in head["doubts"]] == doubted
+    assert head["measured_again"] == 0
 
 
 def test_peak_by_isa_is_of_those_that_run_here():
