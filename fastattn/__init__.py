@@ -1,6 +1,6 @@
 """fastattn: fused attention for PyTorch, on CPUs first. See README.md; start with `fastattn.attention`."""
 
-from . import patterns
+from . import patterns, viz
 from .api import attention, explain
 from .calls import FallbackWarning, last_call, record, use
 from .compat.sdpa import scaled_dot_product_attention
@@ -30,4 +30,5 @@ __all__ = [
     "scaled_dot_product_attention",
     "select_blocks",
     "use",
+    "viz",
 ]

@@ -231,7 +231,7 @@ def test_wheel_holds_the_package_alone(wheel):
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastattn").rglob("*.py")}
     modules |= {f"fastattn/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "kernels").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
-    others = [name for name in names if name.startswith("fastattn/") and not name.endswith((".py", ".json"))]
+    others = [name for name in names if name.startswith("fastattn/") and not name.endswith((".py", ".json", ".html"))]
     assert others == ["fastattn/_C" + sysconfig.get_config_var("EXT_SUFFIX")]
 
 
