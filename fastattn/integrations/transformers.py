@@ -20,6 +20,7 @@ from transformers.utils.import_utils import is_tracing
 
 from .. import Mask, attention
 from . import transformers_masks as recognition
+from . import transformers_models as models
 from .transformers_masks import IntervalMask
 
 if "q_offset" not in inspect.signature(masking_utils.sdpa_mask).parameters:
@@ -55,7 +56,7 @@ IGNORED_KWARGS = {
 """Keywords that models hand to the attention function and that do not change attention once q, k, v and the mask are
 made. Add a name here if `attention_forward` refuses one that you know to be of this sort."""
 
-_PAGED_KWARGS = {"read_index", "write_index"}  # consumed by PagedAttentionCache.update
+_PAGED_KWARGS = {"logits_indices", "logits_processor_args", "read_index", "write_index"}  # of continuous batching
 _INSTEAD = {
     "output_attentions": "the weights are never formed; load the model with attn_implementation='eager'",
     "head_mask": "the weights are never formed; load the model with attn_implementation='eager'",
@@ -69,9 +70,10 @@ _INSTEAD = {
 def register(name: str = "fastattn") -> None:
     """Make `attn_implementation=name` known to transformers, attention and mask alike. Calling it again is harmless.
 
-    Prefer `model.set_attn_implementation(name)`: it refuses models that compute attention themselves (bloom, mpt,
-    mpnet, longformer, ...). `from_pretrained(..., attn_implementation=name)` does not; such a model then raises on its
-    first forward pass, where transformers asks `make_mask` for a mask of its kind.
+    `model.set_attn_implementation(name)` and `from_pretrained(..., attn_implementation=name)` then raise ValueError for
+    models that compute attention themselves (bloom, mpt, mpnet, longformer, ...), and continuous batching
+    (`model.generate_batch`) takes the name, also as "paged|<name>". For these two, `register` puts a check in front of
+    three methods of transformers (`transformers_models`), which does nothing where another implementation is in use.
 
     Raises TypeError if name is not a string; ValueError if it contains "flash", "/" or "|" (transformers gives these a
     meaning: 2-D masks, Hub kernels, paged variants) or belongs to another implementation.
@@ -90,8 +92,14 @@ def register(name: str = "fastattn") -> None:
     for interface, function in ((AttentionInterface, attention_forward), (AttentionMaskInterface, make_mask)):
         if interface._global_mapping.get(name, function) is not function:
             raise ValueError(f"name={name!r} already belongs to another implementation; choose another name")
-    AttentionInterface.register(name, attention_forward)
-    AttentionMaskInterface.register(name, make_mask)
+    for each in (name, f"paged|{name}"):
+        AttentionInterface.register(each, attention_forward)
+        AttentionMaskInterface.register(each, make_mask)
+    models.admit(_is_ours)
+
+
+def _is_ours(name) -> bool:
+    return isinstance(name, str) and AttentionInterface._global_mapping.get(name) is attention_forward
 
 
 def attention_forward(
@@ -137,6 +145,7 @@ def attention_forward(
     _refuse_unknown(kwargs, _PAGED_KWARGS if paged else ())
     if paged:
         key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+        attention_mask = None  # the mask of this step's tokens alone; cu_seq_lens_q/k state that of the cache
     elif cache is not None:
         raise NotImplementedError(f"cache is a {type(cache).__name__}; only a PagedAttentionCache is supported")
     if torch.is_autocast_enabled(query.device.type):  # as torch's own attention does
@@ -216,11 +225,8 @@ def make_mask(
 
     ValueError if the model of `config` computes attention itself, and so would misread the mask.
     """
-    if config is not None and _computes_its_own_attention(type(config)):
-        raise ValueError(
-            f"{type(config).__name__}: this model computes attention by itself and does not take another "
-            "implementation; load it with attn_implementation='eager'"
-        )
+    if config is not None and (owner := _own_attention(type(config))):  # the configuration got around `models.admit`
+        raise models.refusal(owner, config._attn_implementation)
     traced = torch.compiler.is_dynamo_compiling() or is_tracing(attention_mask)
     traced = traced or (isinstance(q_offset, torch.Tensor) and is_tracing(q_offset))
     if traced and attention_mask is None and not isinstance(q_offset, torch.Tensor):
@@ -288,20 +294,20 @@ def _refuse_unknown(kwargs: dict, also_known=()) -> None:
         raise NotImplementedError(f"{name}={kwargs[name]!r:.60} is not supported by fastattn: {instead}")
 
 
-def _computes_its_own_attention(config_class: type) -> bool:
-    """transformers' own test, which `set_attn_implementation` applies and `from_pretrained` does not."""
-    if config_class not in _own_attention:
-        _own_attention[config_class] = _find_own_attention(config_class)
-    return _own_attention[config_class]
+def _own_attention(config_class: type) -> str | None:
+    """The name of a class of models of this configuration, if they compute attention themselves."""
+    if config_class not in _owners:
+        _owners[config_class] = _find_owner(config_class)
+    return _owners[config_class]
 
 
-_own_attention: dict[type, bool] = {}
-_computes_its_own_attention._dynamo_marked_constant = True  # Dynamo calls it while it traces
+_owners: dict[type, str | None] = {}
+_own_attention._dynamo_marked_constant = True  # Dynamo calls it while it traces
 
 
-def _find_own_attention(config_class: type) -> bool:
+def _find_owner(config_class: type) -> str | None:
     modeling = sys.modules.get(config_class.__module__.replace("configuration_", "modeling_"))
     for value in vars(modeling).values() if modeling is not None else ():
         if isinstance(value, type) and issubclass(value, PreTrainedModel) and value.__module__ == modeling.__name__:
-            return not value._can_set_attn_implementation()
-    return False
+            return None if value._can_set_attn_implementation() else value.__name__
+    return None

@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 
 from fastattn.integrations import transformers as integration  # noqa: E402
-from models import CONFIGS, build, model_inputs, text  # noqa: E402
+from models import CONFIGS, SIZES, build, model_inputs, text  # noqa: E402
 
 integration.register()
 transformers.logging.set_verbosity_error()
@@ -125,20 +125,67 @@ def test_attention_weights_are_refused():
         model(text("unpadded")[0], output_attentions=True)
 
 
-def test_models_with_their_own_attention():
-    config = transformers.BloomConfig(vocab_size=99, hidden_size=32, n_layer=1, n_head=4)
-    model = transformers.AutoModel.from_config(config, attn_implementation="fastattn").eval()
-    with pytest.raises(ValueError, match="BloomConfig.*by itself"):
-        model(text("unpadded")[0])
+OWN_ATTENTION = {
+    "bloom": {"hidden_size": 32, "n_layer": 1, "n_head": 4},
+    "mpt": {"d_model": 32, "n_layers": 1, "n_heads": 4},
+    "falcon": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4},
+    "gptj": {"n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4},
+    "longformer": {**SIZES, "attention_window": 4},
+    **dict.fromkeys(("mpnet", "deberta-v2", "megatron-bert", "big_bird"), SIZES),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The `paged:FutureWarning")
+@pytest.mark.parametrize("name", OWN_ATTENTION)
+def test_models_with_their_own_attention_are_refused(name, tmp_path):
+    config = transformers.AutoConfig.for_model(name, **{**OWN_ATTENTION[name], "vocab_size": 99})
     model = transformers.AutoModel.from_config(config, attn_implementation="eager")
-    model.set_attn_implementation("fastattn")
+    refusal = f"attn_implementation='fastattn': {type(model).__name__} computes attention by itself"
+    with pytest.raises(ValueError, match=refusal):
+        model.set_attn_implementation("fastattn")
     assert model.config._attn_implementation == "eager"
+    model.save_pretrained(tmp_path)
+    for implementation in ("fastattn", "paged|fastattn", {"": "fastattn"}):
+        with pytest.raises(ValueError, match="computes attention by itself"):
+            transformers.AutoModel.from_pretrained(tmp_path, attn_implementation=implementation)
+
+
+def test_a_refusal_that_the_configuration_got_around():
+    config = transformers.BloomConfig(vocab_size=99, hidden_size=32, n_layer=1, n_head=4)
+    model = transformers.AutoModel.from_config(config, attn_implementation="eager").eval()
+    model.config._attn_implementation = "fastattn"
+    with pytest.raises(ValueError, match="'fastattn': Bloom.* computes attention by itself"):
+        model(text("unpadded")[0])
+
+
+@pytest.mark.parametrize(
+    "name", ["mistral", *(pytest.param(x, marks=pytest.mark.slow) for x in ("llama", "gemma2", "gpt_oss"))]
+)
+def test_continuous_batching_equals_eager(name, monkeypatch):
+    """Requests of unequal lengths in one batch, whose pages of the cache fastattn reads as packed sequences."""
+    model, prompts = build(name, transformers.AutoModelForCausalLM), [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [20]]
+    options = transformers.GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    batching = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+    masks = []  # the batches run in a thread of their own, which `record` does not see
+
+    def noted(*args, mask, **kwargs):
+        masks.append(mask)
+        return fastattn.attention(*args, mask=mask, **kwargs)
+
+    monkeypatch.setattr(integration, "attention", noted)
+    tokens = {}
+    for implementation in ("paged|eager", "fastattn"):
+        model.set_attn_implementation(implementation)
+        outputs = model.generate_batch(prompts, generation_config=options, continuous_batching_config=batching)
+        tokens[implementation] = [outputs[key].generated_tokens for key in sorted(outputs)]
+    assert tokens["fastattn"] == tokens["paged|eager"] and {len(x) for x in tokens["fastattn"]} == {8}
+    assert len(masks) >= 2 * 8 and all(isinstance(mask, fastattn.Mask) for mask in masks)
 
 
 def test_register():
     integration.register("fastattn")
     integration.register("fastattn_again")
-    for name in ("fastattn", "fastattn_again"):
+    for name in ("fastattn", "fastattn_again", "paged|fastattn"):
         assert transformers.AttentionInterface()[name] is integration.attention_forward
         assert transformers.AttentionMaskInterface()[name] is integration.make_mask
     for name in ("my_flash", "Flash", "owner/fastattn", "paged|fastattn", "sdpa", "eager", ""):
