@@ -22,6 +22,7 @@ from .. import Mask, attention
 from . import transformers_masks as recognition
 from . import transformers_models as models
 from .transformers_masks import IntervalMask
+from .transformers_rows import compact_mask
 
 if "q_offset" not in inspect.signature(masking_utils.sdpa_mask).parameters:
     raise ImportError(f"transformers {transformers.__version__} is too old: its masks have no q_offset; upgrade it")
@@ -208,6 +209,7 @@ def make_mask(
     attention_mask: torch.Tensor | None = None,
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
+    use_vmap: bool = False,
     device: torch.device | str = "cpu",
     config=None,
     **kwargs,
@@ -218,10 +220,10 @@ def make_mask(
     q_offset, kv_offset   position of the first query and of the first key
 
     Returns None where `attention_forward` needs no mask (the skips allowed by the caller, and the pattern is plain
-    causal or full); an `IntervalMask`, O(batch * seqlen) memory, where the pattern is causal, full or a sliding
-    window and the tokens of every sequence are contiguous; and sdpa_mask's own bool tensor [batch, 1, q_length,
-    kv_length] for everything else (packed sequences, chunks, images, gaps between tokens, user-made patterns, and
-    while a graph is traced).
+    causal or full); an `IntervalMask`, O(batch * seqlen) memory, where each query sees one run of keys (causal, full,
+    sliding windows, chunks, packed documents, prefixes, images whose tokens see each other, padding, and what
+    transformers combines of these), or few runs in a large mask (gaps in the padding); and sdpa_mask's own bool tensor
+    [batch, 1, q_length, kv_length] for what is left (users' own patterns, many gaps, and while a graph is traced).
 
     ValueError if the model of `config` computes attention itself, and so would misread the mask.
     """
@@ -237,25 +239,21 @@ def make_mask(
                 return None
         elif mask_function is masking_utils.bidirectional_mask_function and allow_is_bidirectional_skip:
             return None
-    reach = None if traced else recognition.reach_of(mask_function)
-    padding = None if reach is None else recognition.padding_of(attention_mask, batch_size, kv_length, kv_offset)
-    if padding is not None:
-        mask = recognition.interval_mask(reach, padding, q_length, kv_length, int(q_offset) - int(kv_offset), device)
-        is_causal = reach.right == 0
-        if recognition.is_plain(mask, is_causal, q_length, kv_length):
-            if allow_is_causal_skip if is_causal else allow_is_bidirectional_skip:
+    sizes = (batch_size, q_length, kv_length, q_offset, kv_offset)
+    if not traced:
+        mask, is_causal = compact_mask(mask_function, attention_mask, *sizes, device)
+        if mask is not None:
+            skip = allow_is_causal_skip if is_causal else allow_is_bidirectional_skip
+            if skip and recognition.is_plain(mask, is_causal, q_length, kv_length):
                 return None
-        return IntervalMask(mask, (batch_size, 1, q_length, kv_length), device)
+            return IntervalMask(mask, (batch_size, 1, q_length, kv_length), device)
     return masking_utils.sdpa_mask(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
+        *sizes,
         mask_function=mask_function,
         attention_mask=attention_mask,
         allow_is_causal_skip=allow_is_causal_skip,
         allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+        use_vmap=use_vmap,
         device=device,
         **kwargs,
     )

@@ -6,23 +6,24 @@ import torch
 from torch.utils._pytree import tree_map_only
 from transformers import masking_utils
 
+from ..masks.block_mask import BlockMask
 from ..masks.intervals import Mask
 
 
 class IntervalMask(torch.Tensor):
-    """A bool mask [batch, 1, seqlen_q, seqlen_k] that stores only the `Mask` it stands for.
+    """A bool mask [batch, 1, seqlen_q, seqlen_k] that stores only the `Mask` or `BlockMask` it stands for.
 
     A tensor, because models slice masks, join them, test them with isinstance and move them. The first operation on
     it, in-place or not, forms the full tensor, which from then on is the value: nothing that a model does to its mask
-    gets lost. value is the `Mask`, or that tensor. Only `attention_forward` may take it to `fastattn.attention`.
+    gets lost. value is the mask, or that tensor. Only `attention_forward` may take it to `fastattn.attention`.
     """
 
-    value: Mask | torch.Tensor
+    value: Mask | BlockMask | torch.Tensor
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, mask: Mask, shape: tuple[int, ...], device: torch.device | str):
+    def __new__(cls, mask: Mask | BlockMask, shape: tuple[int, ...], device: torch.device | str):
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
         self.value = mask
         return self
@@ -33,9 +34,9 @@ class IntervalMask(torch.Tensor):
         return func(*args, **kwargs)
 
     def _form(self) -> torch.Tensor:
-        if isinstance(self.value, Mask):
-            _, _, seqlen_q, seqlen_k = self.shape
-            self.value = self.value.to_dense(seqlen_q, seqlen_k, self.device).expand(self.shape).contiguous()
+        if not isinstance(self.value, torch.Tensor):
+            lengths = (*self.shape[2:], self.device) if isinstance(self.value, Mask) else ()
+            self.value = self.value.to_dense(*lengths).expand(self.shape).contiguous()
         return self.value
 
     def __repr__(self) -> str:
@@ -51,16 +52,27 @@ class Reach(NamedTuple):
 
 def reach_of(mask_function) -> Reach | None:
     """The reach of one of transformers' own mask functions; None if it is not certain to be nothing but that."""
-    rule = _RULES.get(getattr(mask_function, "__code__", None))
-    return None if rule is None else rule(*[cell.cell_contents for cell in mask_function.__closure__ or ()])
+    rule = _RULES.get(code_of(mask_function))
+    return None if rule is None else rule(**captured(mask_function))
 
 
-def _causal_window(window) -> Reach | None:
-    return Reach(window - 1, None) if type(window) is int and window > 0 else None
+def code_of(mask_function):
+    """The code object, which only that one line of transformers has; None if there is none."""
+    return getattr(mask_function, "__code__", None)
 
 
-def _two_sided_window(window) -> Reach | None:
-    return Reach(window, window) if type(window) is int and window > 0 else None
+def captured(mask_function) -> dict:
+    """The variables that the function closes over."""
+    values = [cell.cell_contents for cell in mask_function.__closure__ or ()]
+    return dict(zip(code_of(mask_function).co_freevars, values, strict=True))
+
+
+def _causal_window(sliding_window) -> Reach | None:
+    return Reach(sliding_window - 1, None) if type(sliding_window) is int and sliding_window > 0 else None
+
+
+def _two_sided_window(sliding_window) -> Reach | None:
+    return Reach(sliding_window, sliding_window) if type(sliding_window) is int and sliding_window > 0 else None
 
 
 def _intersection(mask_functions) -> Reach | None:
@@ -84,8 +96,8 @@ def _agrees(mask_function, reach: Reach, size: int = 9) -> bool:
 def _recognised() -> dict:
     """Code object of transformers' own patterns -> function from the values that the pattern closes over to its reach.
 
-    Only that one line of transformers has that code object. Each pattern is tried out first: if a release changes what
-    it means, it is no longer recognised, and its masks become bool tensors.
+    Each pattern is tried out first: if a release changes what it means, it is no longer recognised, and its masks
+    become bool tensors.
     """
     causal, full = masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function
     window, two_sided = masking_utils.sliding_window_overlay, masking_utils.sliding_window_bidirectional_overlay
@@ -138,9 +150,9 @@ def interval_mask(reach: Reach, padding: Mask, q_length: int, kv_length: int, sh
     return diagonal & Mask(k_start=k_start, k_end=k_end)
 
 
-def is_plain(mask: Mask, is_causal: bool, q_length: int, kv_length: int) -> bool:
+def is_plain(mask: Mask | BlockMask, is_causal: bool, q_length: int, kv_length: int) -> bool:
     """Whether `attention_forward` does the same without `mask`."""
-    if mask.k_start is not None or mask.k_end is not None:
+    if isinstance(mask, BlockMask) or mask.k_start is not None or mask.k_end is not None:
         return False
     if is_causal and q_length > 1:
         return q_length == kv_length and mask.windows == Mask.causal().windows
