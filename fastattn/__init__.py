@@ -9,6 +9,7 @@ from .layouts.csr import attention_csr
 from .masks import BlockMask, Mask
 from .merging import merge
 from .scores.dropout import dropout_mask
+from .seeing.weights import attention_weights
 from .selection import coverage, select_blocks
 
 __version__ = "0.1.0"
@@ -20,6 +21,7 @@ __all__ = [
     "UnsupportedError",
     "attention",
     "attention_csr",
+    "attention_weights",
     "coverage",
     "dropout_mask",
     "explain",

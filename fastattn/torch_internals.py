@@ -77,8 +77,9 @@ def _unwrapped(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def outside_of_graphs(function):
-    """`function`, at whose calls Dynamo breaks its graph, and which it runs as it stands, whatever it calls."""
+def outside_of_graphs(function, why: str):
+    """`function`, at whose calls Dynamo breaks its graph, for this reason, and which it runs as it stands, whatever it
+    calls."""
 
     @functools.wraps(function)
     def run(*args, **kwargs):
@@ -87,7 +88,5 @@ def outside_of_graphs(function):
         return torch.compiler.disable(function)(*args, **kwargs)
 
     run._torchdynamo_disable = True  # what torch.compiler.disable sets
-    run._torchdynamo_disable_msg = (
-        "the lists of a BlockMask depend on the values of tensors: build it outside of torch.compile and pass it in"
-    )
+    run._torchdynamo_disable_msg = why
     return run

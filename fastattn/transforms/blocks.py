@@ -55,9 +55,15 @@ class BlockFunction(NamedTuple):
 
 def over_blocks(function: BlockFunction, call: Call, tensors: dict) -> list[torch.Tensor]:
     """The results of a function over all blocks."""
-    dtype = compute_dtype(call.problem)
     sums = {name: _zeros(call, name, tensors) for name in function.outs}
     dims = {slot: call.dims(slot, x) for slot, x in (sums | tensors).items()}
+    with torch.autocast(tensors["q"].device.type, enabled=False):
+        _add_blocks(function, call, tensors, dims, sums)
+    return [total.to(_dtype(call, name, tensors)) for name, total in sums.items()]
+
+
+def _add_blocks(function: BlockFunction, call: Call, tensors: dict, dims: dict, sums: dict) -> None:
+    dtype = compute_dtype(call.problem)
     for block in _blocks(call, tensors):
         cut = {slot: block.cut(x, dims[slot]) for slot, x in tensors.items()}
         cut = {slot: x.to(dtype) if x.is_floating_point() else x for slot, x in cut.items()}
@@ -67,7 +73,6 @@ def over_blocks(function: BlockFunction, call: Call, tensors: dict) -> list[torc
                 sums[name] = sums[name] + found[name]
             else:
                 block.cut(sums[name], dims[name]).add_(found[name])
-    return [total.to(_dtype(call, name, tensors)) for name, total in sums.items()]
 
 
 def derived(function: BlockFunction, cotangents: tuple[str, ...], wanted: tuple[str, ...]) -> BlockFunction:
@@ -122,18 +127,14 @@ def gradients(ys, xs, dys, create_graph: bool) -> tuple[torch.Tensor, ...]:
 
 def _zeros(call: Call, name: str, tensors: dict) -> torch.Tensor:
     """Where a result adds up, in the compute dtype."""
-    if name in tensors:
-        shape = tensors[name].shape
-    else:
-        problem = call.problem_of(tensors)
-        shape = [getattr(problem, dim) for dim in call.full_dims(name)]
+    shape = tensors[name].shape if name in tensors else call.sizes(name, tensors)
     return tensors["q"].new_zeros(shape, dtype=compute_dtype(call.problem))
 
 
 def _dtype(call: Call, name: str, tensors: dict) -> torch.dtype:
     if name in tensors:
         return tensors[name].dtype
-    return compute_dtype(call.problem) if base(name) == "lse" else tensors["q"].dtype
+    return compute_dtype(call.problem) if base(name) in ("lse", "weights") else tensors["q"].dtype
 
 
 def _blocks(call: Call, tensors: dict) -> Iterator[Block]:
@@ -142,6 +143,8 @@ def _blocks(call: Call, tensors: dict) -> Iterator[Block]:
         return
     if is_traced():
         sizes = {name: (0, getattr(problem, name)) for name in (*LENGTHS, "num_heads", "num_heads_k")}
+        if call.runs != (sizes["seqlen_q"],):
+            raise NotImplementedError("chosen query rows cannot be traced (make_fx, torch.func.linearize): choose all")
         yield Block(sizes, problem.batch, True, {})
         return
     # A sum is finite only if all of it is; where it overflows instead, blocks are needlessly small.
@@ -163,10 +166,14 @@ def _row_ranges(call: Call, problem, tensors: dict, rows: int) -> Iterator[tuple
         yield from _edge_ranges(problem, tensors["indptr"])
         return
     lo, hi = call.fixed.diagonal_lo, call.fixed.diagonal_hi
-    for start, end in _ranges(problem.seqlen_q, rows):
-        keys = max(0, start + lo), min(problem.seqlen_k, end + hi)
-        keys = keys if keys[0] < keys[1] else (0, min(1, problem.seqlen_k))  # rows that see nothing: one hidden key
-        yield (start, end), {"seqlen_k": keys}, (end - start) * (keys[1] - keys[0])
+    done = 0  # of the rows that are looked at
+    for first, last in call.runs:
+        for start, end in ((first + a, first + b) for a, b in _ranges(last - first, rows)):
+            keys = max(0, start + lo), min(problem.seqlen_k, end + hi)
+            keys = keys if keys[0] < keys[1] else (0, min(1, problem.seqlen_k))  # rows that see nothing: one hidden key
+            at = done, done + end - start
+            yield (start, end), {"seqlen_k": keys, "rows": at}, (end - start) * (keys[1] - keys[0])
+            done = at[1]
 
 
 def _edge_ranges(problem, indptr: torch.Tensor) -> Iterator[tuple]:

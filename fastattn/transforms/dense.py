@@ -1,4 +1,4 @@
-"""Tangents and second derivatives of a block of query rows of a dense call, in plain torch, so that they have
+"""Weights, tangents and second derivatives of a block of query rows of a dense call, in plain torch, so that they have
 derivatives again.
 
 With S the scores, P their softmax, t. a tangent, d. a cotangent and * the product of elements:
@@ -21,6 +21,35 @@ from ..terms import SCORE_TERMS
 from ..torch_internals import is_traced
 from .blocks import Block, gradients, source
 from .slots import Call, base
+
+_LARGEST_LSE = 2.0**14  # beyond it, the rounding of a float32 would be a factor of 1.001 and more
+
+
+def weights(call: Call, block: Block, x: dict) -> dict:
+    """Probabilities "weights", [b, H, rows, keys]. With "lse" they are exp(S - lse): the softmax's denominator comes
+    from there, and counts keys that are not among these; derivatives are those of the softmax all the same."""
+    x, visible = _without_nan(x, _visible(call, block, x), block)
+    s, _, _ = _modified(call, block, x, _product(x["q"] * _factor(call), x["k"]), None, False)
+    if "lse" not in x:
+        return {"weights": _softmax(block, x, s, visible)[0]}
+    return {"weights": _given_lse(block, x, s, visible)}
+
+
+def _given_lse(block: Block, x: dict, s: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
+    lse, sighted = x["lse"][..., None], None
+    # A rounded number of this size is no denominator (finfo.min in a bias): such rows find their own.
+    is_rough = (lse.abs() > _LARGEST_LSE) & (lse > -torch.inf)
+    own = _softmax(block, x, s.clone(), visible)[0] if is_traced() or is_rough.any() else None
+    lse = lse.masked_fill(is_rough | (lse == -torch.inf), torch.inf)
+    if visible is not None:
+        s, sighted = _masked(block, s, visible, x.get("sinks"))
+    p = torch.exp(s - lse)
+    p = p if sighted is None else p * sighted
+    total = p.sum(-1, keepdim=True)
+    if "sinks" in x:
+        total = total + torch.exp(x["sinks"].view(1, -1, 1, 1) - lse)
+    p = p / (total + (1.0 - total).detach())
+    return p if own is None else torch.where(is_rough, own, p)
 
 
 def tangent(call: Call, block: Block, x: dict) -> dict:
@@ -90,23 +119,31 @@ def _weights(call: Call, block: Block, x: dict, visible: torch.Tensor | None, un
     if "t.k" in x:
         ts = _product(q, x["t.k"], ts)
     s, ts, undo = _modified(call, block, x, s, torch.zeros_like(s) if ts is None else ts, undoes)
-    sighted = sink = tsink = None
-    if visible is not None:
-        s, sighted = _masked(block, s, visible, x.get("sinks"))
-    if "sinks" in x:
-        column = x["sinks"].view(1, -1, 1, 1).expand(*s.shape[:3], 1)
-        p, sink = torch.softmax(torch.cat([s, column], -1), -1).split([s.shape[-1], 1], -1)
+    p, sink = _softmax(block, x, s, visible)
+    tsink = None
+    if sink is not None:
         tsink = x["t.sinks"].view(1, -1, 1, 1) if "t.sinks" in x else torch.zeros_like(sink)
-    else:
-        p = torch.softmax(s, -1)
-    if sighted is not None:
-        p, sink = p * sighted, None if sink is None else sink * sighted
     tp = p * ts
     mu = tp.sum(-1, keepdim=True)
     if sink is not None:
         mu = mu + sink * tsink
     tp = _minus(tp, p, mu)
     return _Weights(p, tp, mu, sink, tsink, q, tq, undo, _keep(call, block, x))
+
+
+def _softmax(block: Block, x: dict, s: torch.Tensor, visible: torch.Tensor | None) -> tuple:
+    """(weights, those of the sinks or None)"""
+    sighted = sink = None
+    if visible is not None:
+        s, sighted = _masked(block, s, visible, x.get("sinks"))
+    if "sinks" in x:
+        column = x["sinks"].view(1, -1, 1, 1).expand(*s.shape[:3], 1)
+        p, sink = torch.softmax(torch.cat([s, column], -1), -1).split([s.shape[-1], 1], -1)
+    else:
+        p = torch.softmax(s, -1)
+    if sighted is not None:
+        p, sink = p * sighted, None if sink is None else sink * sighted
+    return p, sink
 
 
 def _masked(block: Block, s: torch.Tensor, visible: torch.Tensor, sinks: torch.Tensor | None) -> tuple:
@@ -144,7 +181,7 @@ def _without_nan(x: dict, visible: torch.Tensor | None, block: Block) -> tuple[d
 
 
 def _modified(call: Call, block: Block, x: dict, s, ts, undoes: bool) -> tuple:
-    """(scores and their tangents after all modifications, `undo` of `_Weights`)"""
+    """(scores and their tangents, if there are, after all modifications, `undo` of `_Weights`)"""
     steps = [(term, value) for term in SCORE_TERMS if (value := _value(call, x, term)) is not None]
     values = {term.name: value for term, value in steps if isinstance(value, torch.Tensor)}
     create_graph, sources = torch.is_grad_enabled(), (s, ts)
@@ -154,7 +191,7 @@ def _modified(call: Call, block: Block, x: dict, s, ts, undoes: bool) -> tuple:
         s, ts = sources
         for term, value in steps:
             place, value = _place(call, block), values.get(term.name, value)
-            ts = term.push(ts, s, value, x.get(f"t.{term.name}"), place)
+            ts = ts if ts is None else term.push(ts, s, value, x.get(f"t.{term.name}"), place)
             s = term.modify(s, value, place)
 
     def undo(ds, dts):

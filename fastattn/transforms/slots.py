@@ -18,6 +18,7 @@ _SHAPES = {
     "exact": ("batch", "num_heads", "seqlen_q", "head_dim_v"),
     "lse": ("batch", "num_heads", "seqlen_q"),
     "parts": ("batch", "num_heads", "seqlen_q", "two"),
+    "weights": ("batch", "num_heads", "rows", "seqlen_k"),
 }
 _DENSE = {term.name: sorted(((), *term.shapes), key=len)[-1] for term in TERMS}
 _CSR = {"indptr": ("starts",), "indices": ("edges",), "bias": ("batch", "num_heads", "edges")}
@@ -35,10 +36,12 @@ class Call:
     problem  that of one sample, as the caller of `attention` sees it
     backend  that of the kernel which takes it
     keeps    whether the forward pass keeps what the backward pass wants
+    runs     the query rows that are looked at, as (start, end) of rows side by side; all, but for `fastattn.seeing`
     """
 
-    def __init__(self, problem, backend: str, terms: tuple, keeps: bool):
+    def __init__(self, problem, backend: str, terms: tuple, keeps: bool, runs: tuple | None = None):
         self.problem, self.backend, self.keeps, self.layout = problem, backend, keeps, problem.layout
+        self.runs = ((0, problem.seqlen_q),) if runs is None else runs
         self.term_slots = tuple(name for name in terms._fields if isinstance(getattr(terms, name), torch.Tensor))
         # Tensors belong to the graph, not to this object, which outlives a call.
         self.fixed = terms._replace(**dict.fromkeys(self.term_slots))
@@ -57,6 +60,11 @@ class Call:
     def problem_of(self, tensors: dict):
         """The problem of these tensors, in which samples may have been folded into the batch."""
         return self.problem.with_lengths((tensors["q"].shape[0], self.problem.seqlen_q, self.problem.seqlen_k))
+
+    def sizes(self, slot: str, tensors: dict) -> list[int]:
+        """The shape of the tensor of a slot that has all dimensions that it may have."""
+        sizes = self.problem_of(tensors)._asdict() | {"rows": sum(end - start for start, end in self.runs)}
+        return [sizes[dim] for dim in self.full_dims(slot)]
 
     def terms(self, tensors: dict) -> tuple:
         """The terms with their tensors."""

@@ -4,7 +4,10 @@ import ctypes
 import gc
 import mmap
 import multiprocessing
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,3 +85,12 @@ def reset_peak() -> int:
     except OSError:
         pytest.skip("/proc/self/clear_refs cannot reset VmHWM")
     return before
+
+
+def printed_by_child(call: str) -> int:
+    """The number that "module.function(...)" returns in a process of its own, whose heap is new."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    code = f"import {call.partition('.')[0]}; print({call})"
+    child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    return int(child.stdout)

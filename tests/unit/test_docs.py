@@ -8,10 +8,11 @@ import pytest
 from fastattn import dispatch
 
 ROOT = Path(__file__).parents[2]
-README, GUIDE, SUPPORT, TRANSFORMS = (
-    (ROOT / path).read_text() for path in ("README.md", "docs/guide.md", "docs/support.md", "docs/transforms.md")
+README, GUIDE, SUPPORT, TRANSFORMS, SEEING = (
+    (ROOT / path).read_text()
+    for path in ("README.md", "docs/guide.md", "docs/support.md", "docs/transforms.md", "docs/seeing.md")
 )
-PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README + GUIDE + TRANSFORMS, re.S)
+PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README + GUIDE + TRANSFORMS + SEEING, re.S)
 
 
 @pytest.mark.parametrize("layout", ["dense", "csr"])

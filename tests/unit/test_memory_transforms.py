@@ -1,14 +1,10 @@
 """Derivatives of all kinds in O(n) memory."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 import fastattn
-from guarded import reset_peak, status
+from guarded import printed_by_child, reset_peak, status
 from isas import needs_cpu
 
 pytestmark = needs_cpu
@@ -16,7 +12,6 @@ pytestmark = needs_cpu
 SEQLEN, HEADS, DIM = 4096, 2, 16
 SCORES = HEADS * SEQLEN * SEQLEN * 4  # bytes, 128 MiB
 LIMIT = 72 * 2**20
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
 def tensors(count):
@@ -72,7 +67,4 @@ def test_extra_memory_is_not_quadratic(function):
     """Less than one tensor of scores, of which each formula by itself has ten; in a process of its own, whose heap
     holds nothing of other tests."""
     assert LIMIT < 0.6 * SCORES
-    code = f"import test_memory_transforms; print(test_memory_transforms.extra_bytes({function.__name__!r}))"
-    child = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr
-    assert 0 < int(child.stdout) < LIMIT
+    assert 0 < printed_by_child(f"test_memory_transforms.extra_bytes({function.__name__!r})") < LIMIT

@@ -1,0 +1,48 @@
+"""What looks at weights takes O(n) memory."""
+
+import pytest
+import torch
+
+import fastattn
+from guarded import printed_by_child, reset_peak, status
+from isas import needs_cpu
+
+pytestmark = needs_cpu
+
+LIMIT = 16 * 2**20
+
+
+def tensors(seqlen, heads=8, dim=64):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1, heads, seqlen, dim, generator=generator) for _ in range(3)]
+
+
+def weights_of_rows(seqlen):
+    """64 scattered rows: beyond their weights, less than two blocks of scores."""
+    q, k, _ = tensors(seqlen)
+    weights = fastattn.attention_weights(q, k, rows=range(0, seqlen, seqlen // 64), causal=True)
+    return weights.nbytes
+
+
+def gradients_of_rows(seqlen):
+    q, k, _ = (x.requires_grad_() for x in tensors(seqlen, heads=2, dim=32))
+    weights = fastattn.attention_weights(q, k, rows=[0, seqlen - 1, 17], causal=True)
+    grads = torch.autograd.grad(weights.square().sum(), (q, k))
+    return 2 * weights.nbytes + 2 * sum(x.nbytes for x in grads)  # the gradient of the weights; sums, then results
+
+
+def extra_bytes(name, seqlen):
+    """What a function takes beyond its inputs and results in this process, at its peak."""
+    torch.set_num_threads(1)
+    function = globals()[name]
+    function(256)  # what is imported on first use
+    inputs = sum(x.nbytes for x in (tensors(seqlen, 2, 32) if "gradients" in name else tensors(seqlen)))
+    before = reset_peak()
+    results = function(seqlen)
+    return max(status("VmHWM") - before - inputs - results, 0)
+
+
+@pytest.mark.parametrize("name", ["weights_of_rows", "gradients_of_rows"])
+@pytest.mark.parametrize("seqlen", [8192, pytest.param(32768, marks=pytest.mark.slow)])
+def test_extra_memory_is_not_quadratic(name, seqlen):
+    assert printed_by_child(f"test_memory_seeing.extra_bytes({name!r}, {seqlen})") < LIMIT
