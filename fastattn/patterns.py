@@ -15,15 +15,18 @@ import torch
 from .checks import check_int, one_line
 from .masks.block_checks import BlockSize, check_integers
 from .masks.block_mask import BlockMask
+from .masks.graphs import in_graphs, of_axes, of_documents, of_lengths
 from .masks.intervals import Mask
 from .masks.neighborhoods import neighbors, per_axis, visited_blocks
 
 
+@in_graphs(of_lengths)
 def causal(seqlen_q: int, seqlen_k: int | None = None, *, block_size: BlockSize = 128) -> BlockMask:
     """Each query sees the keys up to its own position."""
     return BlockMask.from_mask(Mask.causal(), seqlen_q=seqlen_q, seqlen_k=seqlen_k, block_size=block_size)
 
 
+@in_graphs(of_lengths)
 def sliding_window(
     seqlen_q: int, seqlen_k: int | None = None, *, left: int | None, right: int | None, block_size: BlockSize = 128
 ) -> BlockMask:
@@ -32,6 +35,7 @@ def sliding_window(
     return BlockMask.from_mask(mask, seqlen_q=seqlen_q, seqlen_k=seqlen_k, block_size=block_size)
 
 
+@in_graphs(of_lengths)
 def dilated_window(
     seqlen_q: int, seqlen_k: int | None = None, *, left: int, right: int, dilation: int, block_size: BlockSize = 128
 ) -> BlockMask:
@@ -44,6 +48,7 @@ def dilated_window(
     return reach if dilation == 1 else _at_distances(reach, lambda distance: distance % dilation == 0)
 
 
+@in_graphs(of_lengths)
 def strided(seqlen_q: int, seqlen_k: int | None = None, *, stride: int, block_size: BlockSize = 128) -> BlockMask:
     """The last `stride` keys and each key a multiple of `stride` back (Sparse Transformer, arXiv 1904.10509)."""
     check_int("stride", stride, 1)
@@ -51,6 +56,7 @@ def strided(seqlen_q: int, seqlen_k: int | None = None, *, stride: int, block_si
     return _at_distances(past, lambda distance: (distance < stride) | (distance % stride == 0))
 
 
+@in_graphs(of_lengths)
 def prefix_lm(
     prefix_lengths: torch.Tensor, seqlen_q: int, seqlen_k: int | None = None, *, block_size: BlockSize = 128
 ) -> BlockMask:
@@ -59,6 +65,7 @@ def prefix_lm(
     return BlockMask.from_mask(mask, seqlen_q=seqlen_q, seqlen_k=seqlen_k, block_size=block_size)
 
 
+@in_graphs(of_documents)
 def documents(ids_q: torch.Tensor, ids_k: torch.Tensor | None = None, *, block_size: BlockSize = 128) -> BlockMask:
     """Packed documents: a query sees the keys with its own id. int [batch, seqlen], not decreasing."""
     mask = Mask.documents(ids_q, ids_k)
@@ -66,6 +73,7 @@ def documents(ids_q: torch.Tensor, ids_k: torch.Tensor | None = None, *, block_s
     return BlockMask.from_mask(mask, seqlen_q=ids_q.shape[1], seqlen_k=seqlen_k, block_size=block_size)
 
 
+@in_graphs(of_lengths)
 def streaming(
     seqlen_q: int, seqlen_k: int | None = None, *, num_sinks: int, window: int, block_size: BlockSize = 128
 ) -> BlockMask:
@@ -79,6 +87,7 @@ def streaming(
 a_shape = streaming  # the name of the pattern in MInference, arXiv 2407.02490
 
 
+@in_graphs(of_lengths)
 def vertical_slash(
     seqlen_q: int,
     seqlen_k: int | None = None,
@@ -108,6 +117,7 @@ def vertical_slash(
     )
 
 
+@in_graphs(of_lengths)
 def global_tokens(seqlen: int, tokens: int | Sequence[int] | torch.Tensor, *, block_size: BlockSize = 128) -> BlockMask:
     """Tokens that see everything and that everything sees: the first `tokens` ones, or those with these indices."""
     chosen = _token_set(seqlen, tokens, "tokens")
@@ -116,6 +126,7 @@ def global_tokens(seqlen: int, tokens: int | Sequence[int] | torch.Tensor, *, bl
     return see | BlockMask.from_tokens(everything, chosen, block_size=block_size)
 
 
+@in_graphs(of_lengths)
 def longformer(
     seqlen: int,
     *,
@@ -132,6 +143,7 @@ def longformer(
     return local | global_tokens(seqlen, tokens, block_size=block_size)
 
 
+@in_graphs(of_lengths)
 def random_blocks(
     seqlen: int, *, num_blocks: int, num_heads: int = 1, seed: int = 0, causal: bool = False, block_size: int = 64
 ) -> BlockMask:
@@ -145,6 +157,7 @@ def random_blocks(
     return _block_columns(drawn, seqlen, causal, block_size)
 
 
+@in_graphs(of_lengths)
 def bigbird(
     seqlen: int,
     *,
@@ -181,6 +194,7 @@ def bigbird(
     return mask & Mask.causal() if causal else mask
 
 
+@in_graphs(of_lengths)
 def deepspeed_fixed(
     seqlen: int,
     *,
@@ -224,6 +238,7 @@ def deepspeed_fixed(
     return masks[0] if patterns == 1 else BlockMask.cat([masks[head % patterns] for head in range(num_heads)])
 
 
+@in_graphs(of_lengths)
 def deepspeed_variable(
     seqlen: int,
     *,
@@ -258,6 +273,7 @@ def deepspeed_variable(
     )
 
 
+@in_graphs(of_axes)
 def neighborhood(
     shape: Sequence[int],
     *,

@@ -9,6 +9,7 @@ from .checks import check_flag, check_int, check_real, one_line
 from .masks.block_checks import BlockSize, check_block_size
 from .masks.block_mask import BlockMask, build
 from .masks.blocks import Grid, full_blocks
+from .masks.graphs import in_graphs
 from .masks.intervals import Mask
 from .scores.scale import TERM as scale_term
 
@@ -18,6 +19,7 @@ LAST_QUERIES = 64  # that vertical_slash looks at
 _CELLS = 1 << 17  # scores of antidiagonal at a time
 
 
+@in_graphs(lambda given: ((given["q"].shape[2], given["k"].shape[2]), given["block_size"]))
 @torch.no_grad()
 def select_blocks(
     q: torch.Tensor,

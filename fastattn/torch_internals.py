@@ -7,6 +7,7 @@ import sys
 import torch
 from torch.autograd import forward_ad
 
+_allocate_size = getattr(torch._library.fake_impl, "allocate_size", None)
 _functorch = getattr(torch._C, "_functorch", None)
 _transforms = getattr(_functorch, "get_interpreter_stack", lambda: ())
 _transform_on_top = getattr(_functorch, "peek_interpreter_stack", lambda: None)
@@ -90,3 +91,13 @@ def outside_of_graphs(function, why: str):
     run._torchdynamo_disable = True  # what torch.compiler.disable sets
     run._torchdynamo_disable_msg = why
     return run
+
+
+def new_dynamic_size() -> torch.SymInt:
+    """A size that a graph learns when it runs, for the fake of an operator; also where torch would rather break the
+    graph than have one, as it does unless asked for fullgraph=True."""
+    context = torch.library.get_ctx()
+    shapes = context._shape_env
+    if shapes is None or shapes.allow_dynamic_output_shape_ops:
+        return context.new_dynamic_size()
+    return _allocate_size(shapes)

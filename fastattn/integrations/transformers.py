@@ -263,7 +263,10 @@ def _packed(cu_seqlens_q, cu_seqlens_k, query, key, causal: bool, sliding_window
     """Each query sees the keys of its own sequence only; causal and window are bottom-right in each sequence."""
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-    if query.shape[0] != 1 or int(cu_seqlens_q[-1]) != seqlen_q or int(cu_seqlens_k[-1]) != seqlen_k:
+    if query.shape[0] == 1 and torch.compiler.is_dynamo_compiling():  # no value is known yet
+        ends = (cu_seqlens_q[-1] == seqlen_q) & (cu_seqlens_k[-1] == seqlen_k)
+        torch._assert_async(ends, "cu_seq_lens_q and cu_seq_lens_k must end at seqlen_q and seqlen_k")
+    elif query.shape[0] != 1 or int(cu_seqlens_q[-1]) != seqlen_q or int(cu_seqlens_k[-1]) != seqlen_k:
         raise ValueError(
             f"cu_seq_lens_q ends at {int(cu_seqlens_q[-1])}, cu_seq_lens_k at {int(cu_seqlens_k[-1])}; they must end "
             f"at seqlen_q={seqlen_q} and seqlen_k={seqlen_k}, in a batch of 1 (query has shape {tuple(query.shape)})"

@@ -291,7 +291,7 @@ def evaluate(grid: Grid, keys: torch.Tensor, fn: Callable, alike: torch.Tensor |
         i = (grid.row(place) * grid.block_q + query[:, None]).clamp(max=grid.seqlen_q - 1)
         j = (grid.column(place) * grid.block_k + key).clamp(max=grid.seqlen_k - 1)
         seen = fn(entry // max(grid.num_heads, 1), entry % max(grid.num_heads, 1), i, j)
-        seen = _check_predicate(seen, (len(part), grid.block_q, grid.block_k))
+        seen = check_predicate(seen, (len(part), grid.block_q, grid.block_k))
         distinct, inverse = unique_bitmaps(pack(seen) & inside[grid.edge(part)])
         ids.append(inverse + count)
         bitmaps.append(distinct)
@@ -299,7 +299,7 @@ def evaluate(grid: Grid, keys: torch.Tensor, fn: Callable, alike: torch.Tensor |
     return keys, torch.cat(ids), torch.cat(bitmaps)
 
 
-def _check_predicate(seen, shape) -> torch.Tensor:
+def check_predicate(seen, shape) -> torch.Tensor:
     if not isinstance(seen, torch.Tensor) or seen.dtype != torch.bool:
         kind = seen.dtype if isinstance(seen, torch.Tensor) else type(seen).__name__
         raise TypeError(f"the mask_mod returned {kind}; it must return a bool tensor, True = attend")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from . import blocks
 from .block_checks import check_lists, shared_grid
@@ -24,7 +25,9 @@ def is_flex(mask) -> bool:
 
 
 def converted(mask, convert: Callable) -> "BlockMask":
-    """convert(mask), once for every object."""
+    """convert(mask), once for every object (in a graph, for every call)."""
+    if is_dynamo_compiling():
+        return convert(mask)
     if mask not in _converted:
         _converted[mask] = convert(mask)
     return _converted[mask]

@@ -1,7 +1,5 @@
 """The operators of `attention`. Their options follow from the table of terms."""
 
-import dataclasses
-
 import torch
 
 from .. import reference
@@ -9,6 +7,7 @@ from ..backends import cpu
 from ..calls import current_backend
 from ..masks import block_checks
 from ..masks.block_mask import BlockMask
+from ..masks.graphs import assembled
 from ..masks.intervals import ALIGNMENTS, Window, dense, diagonal_bounds
 from ..plans import Bound, find, recall
 from ..terms import SCORE_TERMS, TERMS, Terms
@@ -32,15 +31,16 @@ _TERMS = [term for term in TERMS if term.name not in _POSITIONS]
 _TENSORS = tuple(term.name for term in _TERMS if term.shapes)
 _OPTIONS = [
     "bool causal=False", "float? scale=None", "SymInt[]? windows=None", "bool return_lse=False",
-    *map(_schema_of, _TERMS), "str? backend=None",
+    *map(_schema_of, _TERMS), "str? backend=None", "Tensor? number=None",
 ]  # fmt: skip
-"""scale is the softmax_scale that is a number; windows are three integers each: left and right, -1 where open, and
-which of ALIGNMENTS."""
+"""scale is the softmax_scale that is a number, number the same in a graph that takes any; windows are three integers
+each: left and right, -1 where open, and which of ALIGNMENTS."""
 
 
 def _bind(q, k, v, options: dict, needs_grad: bool) -> Bound:
     """The call of `attention` that these options are."""
     get, tensors, windows = options.get, {}, ()
+    scale = get("scale")
     for name, value in options.items():
         if value is None:
             pass
@@ -50,10 +50,12 @@ def _bind(q, k, v, options: dict, needs_grad: bool) -> Bound:
             tensors["block_mask"] = _together(value, options["block_sizes"])
         elif name == "seed":
             tensors["seed"] = int(value)
+        elif name == "number":
+            scale = float(value)
         elif name == "windows":
             windows = windows_of(value)
     settings = (
-        get("causal", False), get("scale"), get("softcap", 0.0), get("dropout_p", 0.0), get("skip_negligible"),
+        get("causal", False), scale, get("softcap", 0.0), get("dropout_p", 0.0), get("skip_negligible"),
         get("return_lse", False), get("backend") or current_backend(),
     )  # fmt: skip
     return find(q, k, v, windows, tensors, settings, needs_grad)
@@ -99,11 +101,7 @@ def _together(lists, sizes) -> BlockMask:
     mask = block_checks.made.get(lists[0].data_ptr())
     if mask is not None and all(map(_is_same_memory, mask.tensors().values(), lists)):
         return mask
-    mask = object.__new__(BlockMask)
-    names = [field.name for field in dataclasses.fields(BlockMask)]
-    for name, value in zip(names, [*lists, tuple(sizes[:2]), tuple(sizes[2:]), {}], strict=True):
-        object.__setattr__(mask, name, value)
-    return mask
+    return assembled(lists, tuple(sizes[:2]), tuple(sizes[2:]))
 
 
 def _is_same_memory(x: torch.Tensor, y: torch.Tensor) -> bool:
@@ -113,7 +111,7 @@ def _is_same_memory(x: torch.Tensor, y: torch.Tensor) -> bool:
 LAYOUT = library.Layout(
     names=("attention", "forward", "forward_train", "backward"),
     options=", ".join(_OPTIONS),
-    tensors=(*_TENSORS, "seed"),
+    tensors=(*_TENSORS, "seed", "number"),
     learned=tuple(term.name for term in TERMS if term.gradient),
     lists=("block_mask",),
     bind=_bind,

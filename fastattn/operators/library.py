@@ -95,6 +95,7 @@ def define(layout: Layout) -> Callable:
         _backward(layout),
         partial(_fake_backward, layout),
     )
+    inputs = inputs.replace("float? scale", "Scalar? scale")  # a float would be made a constant at once
     LIBRARY.define(f"{attention}({inputs}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):
         LIBRARY.impl(attention, _composite(layout), key)
@@ -211,6 +212,8 @@ def _composite(layout: Layout) -> Callable:
     def attention(q, k, v, *values, **options):
         options = layout.named(values, options)
         refuse_subclasses(q, k, v)
+        if isinstance(options.get("scale"), torch.SymFloat):  # compilers make constants of numbers, but not of tensors
+            options["number"] = torch.ones((), dtype=torch.float64) * options.pop("scale")
         if is_transformed():
             return layout.plain(q, k, v, options)
         learned = [q, k, v, *[x for name in layout.learned if (x := options.get(name)) is not None]]

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastattn
 from compiling import BLOCKS, CASES, EVERYTHING, assert_compiles, assert_equal, attend, leaves_of, num_graphs
-from fastattn import BlockMask, Mask, attention, attention_csr, merge, patterns
+from fastattn import Mask, attention, attention_csr, merge, patterns
 from fastattn.operators import dense
 from graphs import Graph
 from graphs import inputs as graph_inputs
@@ -74,6 +74,23 @@ def test_other_lengths_compile_nothing(dynamic, expected):
     for seqlen in (5, 9, 33, 11, 150):
         qkv = tensors(seqlen, seqlen + 3)
         assert torch.equal(compiled(*qkv), attention(*qkv, causal=True, window_size=(6, None)))
+    assert num_graphs() == expected
+
+
+@pytest.mark.parametrize("dynamic, expected", [(True, 1), (None, 2)])
+def test_other_scales_compile_nothing(dynamic, expected):
+    def step(q, k, v, scale):
+        out = attention(q, k, v, softmax_scale=scale, causal=True)
+        return out, *torch.autograd.grad(out.square().sum(), (q, k, v))
+
+    compiled = torch.compile(
+        lambda *qkvs: attention(*qkvs[:3], softmax_scale=qkvs[3], causal=True), **AOT, dynamic=dynamic
+    )
+    q, k, v = tensors(requires_grad=True)
+    for scale in (0.1, 0.2, -0.7, 3.0):
+        out, *expected_grads = step(q, k, v, scale)
+        found = compiled(q, k, v, scale)
+        assert_equal([found, *torch.autograd.grad(found.square().sum(), (q, k, v))], [out, *expected_grads])
     assert num_graphs() == expected
 
 
@@ -169,19 +186,6 @@ def test_masks_made_inside_ask_for_their_rules_when_the_graph_runs():
         packed(ids.flip(1))
 
 
-def test_a_block_mask_made_inside_breaks_the_graph_once():
-    q, k, v = tensors()
-
-    def model(q, k, v):
-        return attention(
-            q, k, v, mask=BlockMask.from_mask(Mask.causal(), seqlen_q=5, seqlen_k=7) & Mask.window(2, None)
-        )
-
-    assert torch.equal(torch.compile(model, backend="eager")(q, k, v), model(q, k, v))
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="build it outside of torch.compile"):
-        torch.compile(model, **AOT)(q, k, v)
-
-
 def test_a_block_mask_that_still_exists_is_not_built_again(monkeypatch):
     leaves, kwargs = leaves_of(BLOCKS._replace(mask="blocks"))
     found, together = [], dense._together
@@ -203,6 +207,37 @@ def test_edges():
         return found
 
     assert_compiles(model, [x.requires_grad_() for given, _ in lists for x in given[:3]], dynamic=True)
+
+
+def test_every_public_function():
+    """Masks have tests of their own, `attention`'s arguments the cases above."""
+    q, k, v = tensors()
+    lists = torch.arange(6), torch.zeros(5, dtype=torch.int64)
+    mask = patterns.causal(5, 7)
+    calls = {
+        "attention": lambda q: attention(q, k, v),
+        "attention_csr": lambda q: attention_csr(q, k, v, *lists),
+        "coverage": lambda q: fastattn.coverage(q, k, mask, within=Mask.lengths(torch.tensor([5, 7])) & mask),
+        "dropout_mask": lambda q: fastattn.dropout_mask(1, 2, q.shape[2], 7, 0.3, 5),
+        "merge": lambda q: merge([q, q + 1], [q[..., 0], q[..., 1]])[0],
+        "scaled_dot_product_attention": lambda q: fastattn.scaled_dot_product_attention(q, k, v),
+        "select_blocks": lambda q: fastattn.select_blocks(q, k, top_k=1).kv_num_blocks,
+    }
+    others = {
+        "BlockMask",
+        "Mask",
+        "FallbackWarning",
+        "UnsupportedError",
+        "patterns",
+        "explain",
+        "last_call",
+        "record",
+        "use",
+    }
+    assert set(calls) == set(fastattn.__all__) - others
+    found = torch.compile(lambda q: [call(q) for call in calls.values()], **AOT)(q)
+    assert_equal(found, [call(q) for call in calls.values()])
+    assert num_graphs() == 1
 
 
 @pytest.mark.parametrize(
