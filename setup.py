@@ -6,6 +6,7 @@ FASTATTN_BUILD_EXT   auto (default): if the C++ build fails, install the Python 
 MAX_JOBS             how many compilers run at once (default: one per core)
 """
 
+import copy
 import os
 import sys
 import sysconfig
@@ -33,6 +34,7 @@ ISA_FLAGS = {
     "aarch64": {"scalar": [], "neon": []},
 }
 """Machine -> ISA -> flags: the only place with a -m flag. csrc/isa_<name>.cpp is compiled with the flags of its row."""
+REALS = "float", "double"  # once for each, so that two compilers at once have units of like size
 NO_SIMD = {"scalar": []}  # any other machine
 
 # No -ffast-math: it would delete the rounding trick of exp2 and the rules for NaN and Inf.
@@ -55,18 +57,19 @@ def isa_flags(target: str) -> dict[str, list[str]]:
 
 
 def libraries(target: str, headers: list[str]) -> list[tuple[str, dict]]:
-    """One static library per ISA, as setuptools' build_clib takes them."""
+    """One static library per ISA and real type, as setuptools' build_clib takes them."""
     return [
         (
-            f"fastattn_{isa}",
+            f"fastattn_{isa}_{real}",
             {
                 "sources": [f"csrc/isa_{isa}.cpp"],
                 "include_dirs": ["csrc"],
-                "cflags": flags,
+                "cflags": [*flags, f"-DFASTATTN_REAL={real}"],
                 "obj_deps": {"": headers},
             },
         )
         for isa, flags in isa_flags(target).items()
+        for real in REALS
     ]
 
 
@@ -99,9 +102,14 @@ class BuildLibraries(build_clib):
         attempt(super().run)
 
     def build_libraries(self, libraries):
-        build = super().build_libraries
         with ThreadPoolExecutor(jobs()) as pool:
-            list(pool.map(lambda library: build([library]), libraries))
+            list(pool.map(self.build_alone, libraries))
+
+    def build_alone(self, library):
+        """In a folder of its own: the libraries of an ISA have the same source."""
+        command = copy.copy(self)
+        command.build_temp = f"{self.build_temp}/{library[0]}"
+        super(BuildLibraries, command).build_libraries([library])
 
 
 class BuildExtension(build_ext):

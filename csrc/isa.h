@@ -1,4 +1,5 @@
-// The body of every isa_*.cpp: the kernels compiled for one instruction set, behind one table for each real type.
+// The body of every isa_*.cpp, compiled once for each real type (FASTATTN_REAL: float, double), so that a build has units
+// of like size: the kernels of one instruction set, behind one table.
 // No std container here and nothing else with a body from a std header: compiled under -mavx512f it would be a weak
 // symbol that the linker may pick for everybody.
 #pragma once
@@ -50,7 +51,9 @@ constexpr Kernels make_kernels() {
   return table;
 }
 
-extern const InstructionSet instruction_set;
-const InstructionSet instruction_set = {FASTATTN_NAME, make_kernels<float>(), make_kernels<double>()};
+#define FASTATTN_PASTE(a, b) a##b
+#define FASTATTN_KERNELS(real) FASTATTN_PASTE(kernels_of_, real)
+extern const Kernels FASTATTN_KERNELS(FASTATTN_REAL);
+const Kernels FASTATTN_KERNELS(FASTATTN_REAL) = make_kernels<FASTATTN_REAL>();
 
 }  // namespace fastattn::FASTATTN_ISA

@@ -1,5 +1,4 @@
 #define FASTATTN_ISA avx2
-#define FASTATTN_NAME "avx2"
 #define FASTATTN_WIDTH 32
 // 16 registers; 12 accumulators cover two multiply-adds a cycle at a latency of up to 5.
 #define FASTATTN_NV 2

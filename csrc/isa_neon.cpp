@@ -1,5 +1,4 @@
 #define FASTATTN_ISA neon
-#define FASTATTN_NAME "neon"
 #define FASTATTN_WIDTH 16
 // 32 registers.
 #define FASTATTN_NV 2

@@ -1,5 +1,4 @@
 #define FASTATTN_ISA scalar
-#define FASTATTN_NAME "scalar"
 #define FASTATTN_WIDTH 16
 // SSE4.2: 16 registers, multiply and add apart.
 #define FASTATTN_NV 2

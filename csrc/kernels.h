@@ -93,12 +93,12 @@ struct Kernels {
   double (*multiply_adds)(int64_t steps);
 };
 
-// What an isa_*.cpp offers.
+// What an isa_*.cpp offers, compiled for both real types.
 struct InstructionSet {
   const char* name;
-  Kernels of_float, of_double;
+  const Kernels *of_float, *of_double;
 
-  const Kernels& kernels_for(DType dtype) const { return dtype == DType::float64 ? of_double : of_float; }
+  const Kernels& kernels_for(DType dtype) const { return dtype == DType::float64 ? *of_double : *of_float; }
 };
 
 }  // namespace fastattn

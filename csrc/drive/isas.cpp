@@ -17,9 +17,11 @@
 
 namespace fastattn {
 
-#define FASTATTN_DECLARE(isa)                  \
-  namespace isa {                              \
-  extern const InstructionSet instruction_set; \
+// inline: what is not used need not exist
+#define FASTATTN_DECLARE(isa)                                                                      \
+  namespace isa {                                                                                  \
+  extern const Kernels kernels_of_float, kernels_of_double;                                        \
+  inline constexpr InstructionSet instruction_set = {#isa, &kernels_of_float, &kernels_of_double}; \
   }
 FASTATTN_DECLARE(scalar)
 FASTATTN_DECLARE(avx2)

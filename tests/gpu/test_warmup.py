@@ -17,8 +17,9 @@ from triton import knobs  # noqa: E402
 
 import fastattn  # noqa: E402
 from fake_device import nothing_compiled  # noqa: E402
-from fastattn import __main__ as command  # noqa: E402
+from fastattn import cli  # noqa: E402
 from fastattn.backends import triton as gpu  # noqa: E402
+from fastattn.cli import warmup  # noqa: E402
 from fastattn.kernels import config, launch, tuning  # noqa: E402
 from kernel_report import compiling_for  # noqa: E402
 
@@ -30,7 +31,7 @@ BACKWARD = ["forward_kernel", "delta_kernel", "key_value_kernel", "query_kernel"
 @pytest.fixture
 def device(monkeypatch, tmp_path):
     """A fake sm_90, its own folder of tuned tiles, and the command line believing that there is a device."""
-    monkeypatch.setattr(command, "DEVICE", "meta")
+    monkeypatch.setattr(warmup, "DEVICE", "meta")
     monkeypatch.setattr(gpu, "unavailable", lambda: None)
     monkeypatch.setenv("FASTATTN_TUNED", str(tmp_path / "tuned"))
     monkeypatch.setenv("FASTATTN_AUTOTUNE", "0")  # --tune sets it, for a process that ends then
@@ -54,18 +55,18 @@ def test_a_process_that_comes_later_compiles_nothing(device, arguments, expected
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     hits = []
     monkeypatch.setattr(knobs.compilation, "listener", lambda *, cache_hit, **others: hits.append(cache_hit))
-    assert command.main(["warmup", SHAPE, "--causal", "0", *arguments]) == 0
+    assert cli.main(["warmup", SHAPE, "--causal", "0", *arguments]) == 0
     assert names(device) == expected and hits == [False] * len(expected)
     assert "1,4,2,64,96,32 bfloat16: 100%" in capsys.readouterr().err
     hits.clear(), launch.forget()
     with compiling_for(90) as later:
-        command.main(["warmup", "3,4,2,200,70,32", "--causal", "0", *arguments])
+        cli.main(["warmup", "3,4,2,200,70,32", "--causal", "0", *arguments])
     assert names(later) == expected and hits == [True] * len(expected)
 
 
 def test_every_combination_is_called(device, capsys):
     with nothing_compiled() as launched:
-        assert command.main(["warmup", SHAPE, "1,4,4,1,4096,64", "--dtype", "bfloat16", "float16"]) == 0
+        assert cli.main(["warmup", SHAPE, "1,4,4,1,4096,64", "--dtype", "bfloat16", "float16"]) == 0
     kernels = ["forward_kernel"] * 4 + ["decode_kernel", "combine_kernel"] * 4
     assert [name for name, *_ in launched] == kernels
     assert len(set(map(str, launched))) == len(kernels) - 2  # `combine` does not care about causal
@@ -78,7 +79,7 @@ def test_every_combination_is_called(device, capsys):
 )
 def test_a_shape_that_no_kernel_takes(device, shape, message, capsys):
     try:
-        assert command.main(["warmup", shape]) == 1
+        assert cli.main(["warmup", shape]) == 1
     except SystemExit as refused:  # argparse's
         assert refused.code == 2
     assert message in capsys.readouterr().err and device == []
@@ -130,7 +131,7 @@ def test_a_sweep_is_remembered(device, times, tmp_path, monkeypatch):
     candidates = list(tuning.candidates("prefill", problem_of(), launch.device_facts(0)))
     assert len(set(candidates)) == len(candidates) > 10
     with nothing_compiled() as launched:
-        assert command.main(["warmup", SHAPE, "--causal", "0", "--tune"]) == 0
+        assert cli.main(["warmup", SHAPE, "--causal", "0", "--tune"]) == 0
         assert len(times) == len(candidates) and len(launched) == len(candidates) + 1
     (file,) = (tmp_path / "tuned").iterdir()
     assert file.name == "fake.json"
@@ -138,7 +139,7 @@ def test_a_sweep_is_remembered(device, times, tmp_path, monkeypatch):
     clear_caches()
     monkeypatch.setenv("FASTATTN_AUTOTUNE", "0")
     with nothing_compiled() as launched:
-        command.main(["warmup", "2,4,2,512,512,32", "--causal", "0"])
+        cli.main(["warmup", "2,4,2,512,512,32", "--causal", "0"])
     ((_, key, grid, _),) = launched
     assert len(times) == len(candidates)  # nothing was measured again
     assert grid[0] == 2 * 4 * -(-512 // candidates[4].BLOCK_M)
@@ -152,17 +153,17 @@ def test_a_sweep_is_remembered(device, times, tmp_path, monkeypatch):
 
 def test_a_sweep_adds_to_the_file(device, times, tmp_path):
     with nothing_compiled():
-        command.main(["warmup", SHAPE, "1,4,2,1,512,32", "--causal", "0", "--tune", "--backward"])
+        cli.main(["warmup", SHAPE, "1,4,2,1,512,32", "--causal", "0", "--tune", "--backward"])
     found = json.loads((tmp_path / "tuned" / "fake.json").read_text())
     assert {name.split()[0] for name in found} == {"prefill", "key_value", "query"}
     assert len(found) == 3 and all(config.Config(**fields) for fields in found.values())
     first = len(times)
     with nothing_compiled():
-        command.main(["warmup", "1,4,2,1,512,32", "--causal", "0", "--tune"])
+        cli.main(["warmup", "1,4,2,1,512,32", "--causal", "0", "--tune"])
         assert len(times) > first
         measured = len(times)
         launch.forget()
-        command.main(["warmup", SHAPE, "1,4,2,1,512,32", "--causal", "0", "--tune"])
+        cli.main(["warmup", SHAPE, "1,4,2,1,512,32", "--causal", "0", "--tune"])
     assert len(times) == measured  # what is in the file is not measured again
     assert json.loads((tmp_path / "tuned" / "fake.json").read_text()).keys() == found.keys() | {
         "decode bfloat16 D32 none"
@@ -174,7 +175,7 @@ def test_what_does_not_fit_is_not_chosen(device, monkeypatch):
     too_large, fits = config.Config(128, 128, 8, 5), config.Config(64, 32, 4, 1)
     monkeypatch.setattr(tuning, "candidates", lambda *args: iter((too_large, fits)))
     monkeypatch.setattr(triton.testing, "do_bench", lambda call: call() or 1.0)
-    assert command.main(["warmup", "1,2,2,256,256,128", "--causal", "0", "--tune"]) == 0
+    assert cli.main(["warmup", "1,2,2,256,256,128", "--causal", "0", "--tune"]) == 0
     assert [launch.binary.metadata["num_warps"] for launch in device] == [fits.num_warps] * 2  # measured, then called
 
 

@@ -5,12 +5,11 @@ import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from building import ROOT, compiler, output, setup, tool
+from building import ROOT, compile_kernels, compiler, output, setup, tool
 from isas import supported_isas
 
 MACHINE = setup.machine()
@@ -21,18 +20,15 @@ PANELS = {"": [], "wide": ["-DFASTATTN_WIDE_L1=0"], "narrow": ["-DFASTATTN_WIDE_
 KERNELS = [x for isa in supported_isas() for x in (["avx512 wide", "avx512 narrow"] if isa == "avx512" else [isa])]
 
 
-def build(folder: Path, cxx: str, isas: dict[str, list[str]], *flags: str) -> tuple[Path, dict[str, Path]]:
-    """(native/parity.cpp linked with the kernels of `isas`, name -> flags; those kernels' objects)"""
-    objects = {isa: folder / f"{isa}.o" for isa in isas}
+def build(folder: Path, cxx: str, machine: str, isas: list[str], *flags: str) -> tuple[Path, dict[str, list[Path]]]:
+    """(native/parity.cpp linked with the kernels of `isas`; ISA -> those kernels' objects)"""
+    objects = {isa: compile_kernels(folder, cxx, isa, *flags, machine=machine) for isa in isas}
     common = [*flags, "-I", ROOT / "csrc", "-fopenmp"]
-    jobs = [[ROOT / f"csrc/isa_{isa}.cpp", "-c", "-o", objects[isa], *isas[isa], *common] for isa in isas]
     host_only = ROOT.glob("csrc/drive/*.cpp")
     sources = [ROOT / "tests/native/parity.cpp", *sorted(host_only)]
     host = [*setup.COMMON_FLAGS, *[f"-DFASTATTN_HAVE_{isa.upper()}" for isa in isas], *common, "-Wall", "-Wextra"]
-    with ThreadPoolExecutor(setup.jobs()) as pool:
-        list(pool.map(lambda job: output(cxx, *job), jobs))
     program = folder / "parity"
-    output(cxx, *sources, *objects.values(), "-o", program, *host)
+    output(cxx, *sources, *[x for pair in objects.values() for x in pair], "-o", program, *host)
     return program, objects
 
 
@@ -46,13 +42,12 @@ def assert_all_pass(isa: str, *command) -> None:
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_parity(tmp_path, kernels, flags):
     isa, _, panels = kernels.partition(" ")
-    isas = {isa: [*setup.isa_flags(MACHINE)[isa], *PANELS[panels]]}
-    assert_all_pass(isa, build(tmp_path, compiler(), isas, *flags)[0])
+    assert_all_pass(isa, build(tmp_path, compiler(), MACHINE, [isa], *PANELS[panels], *flags)[0])
 
 
 @pytest.fixture(scope="module")
 def as_shipped(tmp_path_factory) -> Path:
-    return build(tmp_path_factory.mktemp("as_shipped"), compiler(), setup.isa_flags(MACHINE))[0]
+    return build(tmp_path_factory.mktemp("as_shipped"), compiler(), MACHINE, list(setup.isa_flags(MACHINE)))[0]
 
 
 @pytest.mark.slow
@@ -70,10 +65,10 @@ def test_emulated_older_x86(as_shipped, cpu, isa, lacking):
 
 
 @pytest.fixture(scope="module")
-def aarch64(tmp_path_factory) -> tuple[Path, dict[str, Path]]:
+def aarch64(tmp_path_factory) -> tuple[Path, dict[str, list[Path]]]:
     tool(CROSS)
     # static: no libraries of the other machine needed at run time
-    return build(tmp_path_factory.mktemp("aarch64"), CROSS, setup.isa_flags("aarch64"), "-static")
+    return build(tmp_path_factory.mktemp("aarch64"), CROSS, "aarch64", list(setup.isa_flags("aarch64")), "-static")
 
 
 @pytest.mark.slow
@@ -84,7 +79,7 @@ def test_emulated_aarch64(aarch64, isa):
 
 @pytest.mark.slow
 def test_neon_multiply_adds(aarch64):
-    code = output(tool("aarch64-linux-gnu-objdump"), "-d", aarch64[1]["neon"])
+    code = output(tool("aarch64-linux-gnu-objdump"), "-d", *aarch64[1]["neon"])
     assert len(re.findall(r"fmla\tv\d+\.4s", code)) > 300 and len(re.findall(r"fmla\tv\d+\.2d", code)) > 100
 
 

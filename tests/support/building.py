@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,16 @@ def tool(name: str) -> str:
 
 def compiler() -> str:
     return tool((os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "g++").split()[0])
+
+
+def compile_kernels(folder: Path, cxx: str, isa: str, *flags, machine: str | None = None) -> list[Path]:
+    """The objects of csrc/isa_<isa>.cpp with the flags of setup.py for `machine` (this one), one for each real type."""
+    flags = [*setup.isa_flags(machine or setup.machine())[isa], "-I", ROOT / "csrc", *flags]
+    objects = {real: folder / f"{isa}_{real}.o" for real in setup.REALS}
+
+    def build(real):
+        output(cxx, ROOT / f"csrc/isa_{isa}.cpp", "-c", f"-DFASTATTN_REAL={real}", "-o", objects[real], *flags)
+
+    with ThreadPoolExecutor(setup.jobs()) as pool:
+        list(pool.map(build, objects))
+    return list(objects.values())

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import fastattn
-from building import ROOT, compiler, output, run, setup, tool
+from building import ROOT, compile_kernels, compiler, output, run, setup, tool
 from fastattn.backends import cpu
 
 TORCH_SYMBOL = re.compile(r"\b(c10|at|torch|caffe2)::|\bTHP")
@@ -32,16 +32,13 @@ def extension() -> Path:
 
 
 @pytest.fixture(scope="module")
-def kernel_objects(tmp_path_factory) -> dict[str, Path]:
-    """ISA -> its compiled kernels: the library of the last build, or compiled here where that is absent or older."""
+def kernel_objects(tmp_path_factory) -> dict[str, list[Path]]:
+    """ISA -> its compiled kernels: the libraries of the last build, or compiled here where they are absent or older."""
     newest = max(path.stat().st_mtime for path in [ROOT / "setup.py", *ROOT.glob("csrc/**/*.*")])
     objects, folder = {}, tmp_path_factory.mktemp("objects")
-    for isa, flags in ISAS.items():
-        built = [p for p in ROOT.glob(f"build/temp.*/libfastattn_{isa}.a") if p.stat().st_mtime > newest]
-        objects[isa] = built[0] if built else folder / f"{isa}.o"
-        if not built:
-            source = ROOT / f"csrc/isa_{isa}.cpp"
-            output(compiler(), "-fPIC", "-c", source, "-I", ROOT / "csrc", "-o", objects[isa], *flags)
+    for isa in ISAS:
+        built = [p for p in ROOT.glob(f"build/temp.*/libfastattn_{isa}_*.a") if p.stat().st_mtime > newest]
+        objects[isa] = built if len(built) == len(setup.REALS) else compile_kernels(folder, compiler(), isa, "-fPIC")
     return objects
 
 
@@ -54,7 +51,7 @@ def test_flags():
         flags = [flag for isa in setup.isa_flags(target).values() for flag in isa]
         flags += setup.extension(target, headers).extra_compile_args
         assert not {"-ffast-math", "-Ofast", "-march=native", "-mcpu=native"} & set(flags)
-        assert [name for name, _ in setup.libraries(target, headers)][0] == "fastattn_scalar"
+        assert [name for name, _ in setup.libraries(target, headers)][0] == "fastattn_scalar_float"
     assert list(setup.isa_flags("x86_64")) == ["scalar", "avx2", "avx512"]
     assert list(setup.isa_flags("aarch64")) == ["scalar", "neon"]
     assert not any(flag.startswith("-mavx") for flag in setup.extension("x86_64", []).extra_compile_args)
@@ -111,7 +108,7 @@ def test_extension_is_hardened(extension):
 @pytest.mark.parametrize("isa", ISAS)
 def test_weak_symbols_carry_the_isa(kernel_objects, isa):
     """Of equal weak symbols the linker keeps any: one that was compiled for AVX-512 may serve every CPU."""
-    lines = output(tool("nm"), "--defined-only", kernel_objects[isa]).splitlines()
+    lines = output(tool("nm"), "--defined-only", *kernel_objects[isa]).splitlines()
     symbols = [line.split()[-2:] for line in lines if len(line.split()) == 3]
     assert symbols
     assert [name for kind, name in symbols if kind in "WVu" and f"8fastattn{len(isa)}{isa}" not in name] == []
@@ -119,7 +116,7 @@ def test_weak_symbols_carry_the_isa(kernel_objects, isa):
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_kernels_call_into_c_alone(kernel_objects, isa):
-    lines = output(tool("nm"), "--undefined-only", kernel_objects[isa]).splitlines()
+    lines = output(tool("nm"), "--undefined-only", *kernel_objects[isa]).splitlines()
     names = [line.split()[-1] for line in lines if len(line.split()) == 2]
     assert [name for name in names if name.startswith("_Z") and "fastattn" not in name] == []
 
@@ -128,7 +125,7 @@ def test_kernels_call_into_c_alone(kernel_objects, isa):
 def test_registers(kernel_objects, isa):
     if setup.machine() != "x86_64":
         pytest.skip("the registers of x86")
-    code = output(tool("objdump"), "-d", "--no-show-raw-insn", kernel_objects[isa])
+    code = output(tool("objdump"), "-d", "--no-show-raw-insn", *kernel_objects[isa])
     assert ("%zmm" in code, "%ymm" in code) == {
         "scalar": (False, False), "avx2": (False, True), "avx512": (True, True),
     }[isa]  # fmt: skip
@@ -139,7 +136,7 @@ def test_multiply_adds(kernel_objects, isa):
     """The products are fused multiply-adds on whole vectors; the baseline must have none."""
     if setup.machine() != "x86_64":
         pytest.skip("the registers of x86")
-    code = output(tool("objdump"), "-d", "--no-show-raw-insn", kernel_objects[isa])
+    code = output(tool("objdump"), "-d", "--no-show-raw-insn", *kernel_objects[isa])
     register = {"scalar": "", "avx2": "%ymm", "avx512": "%zmm"}[isa]
     count = len(re.findall(rf"vfmadd\w+p[sd] .*{register}", code))
     assert count == 0 if isa == "scalar" else count > 300
@@ -381,13 +378,13 @@ def test_a_header_edit_rebuilds_and_a_failure_leaves_nothing_stale(small_source,
 
     build(compiler())
     assert number().startswith("1 None")
-    before = {path: path.stat().st_mtime_ns for path in small_source.glob("build/temp.*/csrc/*.o")}
+    before = {path: path.stat().st_mtime_ns for path in small_source.glob("build/temp.*/**/*.o")}
     time.sleep(0.02)
     (small_source / "csrc/number.h").write_text("#define NUMBER 2\n")
     build(compiler())
     assert number().startswith("2 None")
     assert all(path.stat().st_mtime_ns > stamp for path, stamp in before.items())
-    assert len(before) == 1 + len(ISAS)
+    assert len(before) == 1 + len(ISAS) * len(setup.REALS)
     time.sleep(0.02)
     (small_source / "csrc/number.h").write_text("#define NUMBER 3\n")
     build("/bin/false")
