@@ -3,6 +3,7 @@
 // No std container here and nothing else with a body from a std header: compiled under -mavx512f it would be a weak
 // symbol that the linker may pick for everybody.
 #pragma once
+#include "passes/append.h"
 #include "passes/backward.h"
 #include "passes/csr.h"
 #include "passes/decode.h"
@@ -47,6 +48,7 @@ constexpr Kernels make_kernels() {
   table.csr_forward = csr_forward<Real>;
   table.csr_backward_rows = csr_backward_rows<Real>;
   table.csr_backward_keys = csr_backward_keys<Real>;
+  table.move_rows = move_rows<Real>;
   table.multiply_adds = [](int64_t steps) { return multiply_adds<Real>(steps, std::make_integer_sequence<int, 12>{}); };
   return table;
 }

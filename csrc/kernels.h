@@ -53,6 +53,15 @@ struct CsrUnit {
   int64_t batch, head_k, batches, heads_k, first, last;
 };
 
+// Rows 0 ... rows - 1 of a head of `from`, with or without a turn by rotary embedding, to rows to_row ... of `to`.
+struct RowMove {
+  Tensor from, to;
+  int64_t batch, head;  // the head of both
+  int64_t to_batch, to_row, rows, columns;
+  int64_t position, step;  // of row 0, and from row to row
+  bool turns;
+};
+
 // The kernels of one instruction set that compute in float, or in double.
 struct Kernels {
   Blocking (*blocking)(const Operands&);
@@ -89,6 +98,7 @@ struct Kernels {
   void (*csr_backward_rows)(const Operands&, const Gradients&, const Csr&, const CsrUnit&, char* stats, char* scratch);
   // dk and dv of a unit of keys, by the transposed lists.
   void (*csr_backward_keys)(const Operands&, const Gradients&, const Csr&, const CsrUnit&, char* stats, char* scratch);
+  void (*move_rows)(const RowMove&, const Sequences&, char* scratch);
   // `steps` rounds of independent multiply-adds on registers; returns how many FLOPs they were.
   double (*multiply_adds)(int64_t steps);
 };

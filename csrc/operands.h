@@ -5,13 +5,24 @@
 
 namespace fastattn {
 
-enum class DType : int8_t { float32, float64, bfloat16, float16, boolean, uint8, int32, int64 };
+enum class DType : int8_t { float32, float64, bfloat16, float16, boolean, uint8, int32, int64, int8 };
+constexpr int64_t bytes_of_dtype[] = {4, 8, 2, 2, 1, 1, 4, 8, 1};
+
+// Where the rows of a sequence lie in a cache [pages, heads, size, columns]: row i is row (first + i) % size of the page
+// table[(first + i) / size].
+struct Pages {
+  const int64_t* table;
+  int64_t size, first;
+};
 
 // A tensor seen as [batch, heads, rows, columns]; strides in elements, 0 where it broadcasts. data is null if absent.
 struct Tensor {
   char* data = nullptr;
   int64_t stride[4] = {0, 0, 0, 0};
   DType dtype = DType::float32;
+  const Pages* pages = nullptr;  // null: rows lie stride[2] apart
+  const Tensor* factors =
+      nullptr;  // [batch, heads, rows, 1], float32: what the elements of an int8 row are multiplied by
 
   explicit operator bool() const { return data != nullptr; }
 };
@@ -51,7 +62,8 @@ struct BlockLists {
 // The tensors are the callers', read and written in place; those that are absent have no data.
 struct Operands {
   int64_t batch, num_heads, num_heads_k, seqlen_q, seqlen_k, head_dim, head_dim_v;
-  Tensor q, k, v, out, lse;  // lse [batch, num_heads, seqlen_q, 1], absent or float32 (float64 for float64)
+  Tensor k_factors, v_factors;  // of the rows of k and v where these are int8
+  Tensor q, k, v, out, lse;     // lse [batch, num_heads, seqlen_q, 1], absent or float32 (float64 for float64)
   // [batch, num_heads, seqlen_q, 2] in lse's dtype, absent unless a backward pass follows: lse in units of log2 as
   // reference point + log2 of the sum. One rounded number would not do beside a bias of -1e38.
   Tensor lse_parts;
@@ -75,6 +87,8 @@ struct Operands {
   // Query heads that share a key head, and the key head of a query head; most often without a division.
   int64_t group_size() const { return num_heads == num_heads_k ? 1 : num_heads / num_heads_k; }
   int64_t head_k(int64_t head) const { return num_heads == num_heads_k ? head : head / group_size(); }
+  // The factors of int8 rows are part of this call.
+  void link_factors() { k.factors = k_factors ? &k_factors : nullptr, v.factors = v_factors ? &v_factors : nullptr; }
   bool drops() const { return keep_factor != 1.0; }
   // Whether tiles that change nothing are looked for in some head (skip.h). A bias may be anything.
   bool may_skip() const { return !bias && (skip_negligible < 0 ? alibi_slopes && seqlen_q >= 128 : skip_negligible); }
@@ -130,6 +144,27 @@ inline constexpr TensorTerm tensor_terms[] = {
     {"alibi_slopes", &Operands::alibi_slopes, 2, Holds::floats, &Gradients::dalibi_slopes, &Tangents::alibi_slopes,
      &Gradients::slope_sums, SumsOver::splits},
     {"sinks", &Operands::sinks, 2, Holds::floats, &Gradients::dsinks, &Tangents::sinks, &Gradients::sink_sums},
+};
+
+// Sequences of different lengths in one call, as the caller names them; lists are [1, 1, 1, n] of int32 or int64, absent
+// ones have no data. The diagonal and query_start of the Operands count from length of keys - length of queries.
+struct Sequences {
+  int64_t count = 0;
+  Tensor cu_seqlens_q,
+      cu_seqlens_k;             // [count + 1]: the batch has one entry, the sequences lie one after the other in it
+  Tensor seqused_q, seqused_k;  // [count]: how many of its rows a sequence uses; absent: all
+  Tensor block_table;           // [1, 1, count, entries]: k and v are [pages, num_heads_k, page_size, columns]
+  int64_t page_size = 0;
+  int64_t key_entries = 0;                               // batch entries, or pages, of k and v
+  Tensor cache_seqlens, cache_batch_idx, cache_leftpad;  // [count]: k and v are caches
+  bool is_cache = false;
+
+  // What is appended to the caches first: [count, num_heads_k, new_rows, columns]
+  Tensor k, v;
+  int64_t new_rows = 0;
+  Tensor rotary_cos, rotary_sin;  // [1, 1, positions, rotary_pairs], absent or both there
+  int64_t positions = 0, rotary_pairs = 0;
+  bool rotary_interleaved = false, rotary_steps = false;  // steps: query i turns by cache_seqlens + i, not all alike
 };
 
 // Edges as compressed sparse rows; the bias of the Operands is [batch, num_heads, 1, num_edges]. Or transposed: row j holds

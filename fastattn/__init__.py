@@ -5,7 +5,10 @@ from .api import attention, explain
 from .calls import FallbackWarning, last_call, record, use
 from .compat.sdpa import scaled_dot_product_attention
 from .dispatch import UnsupportedError
+from .kv_cache import KVCache, quantization_error
 from .layouts.csr import attention_csr
+from .layouts.kvcache import attention_with_kvcache
+from .layouts.varlen import attention_varlen
 from .masks import BlockMask, Mask
 from .merging import merge
 from .scores.dropout import dropout_mask
@@ -17,17 +20,21 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockMask",
     "FallbackWarning",
+    "KVCache",
     "Mask",
     "UnsupportedError",
     "attention",
     "attention_csr",
+    "attention_varlen",
     "attention_weights",
+    "attention_with_kvcache",
     "coverage",
     "dropout_mask",
     "explain",
     "last_call",
     "merge",
     "patterns",
+    "quantization_error",
     "record",
     "scaled_dot_product_attention",
     "select_blocks",

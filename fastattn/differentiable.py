@@ -41,6 +41,8 @@ class Differentiable(torch.autograd.Function):
         # Grad mode is on in here for create_graph=True alone: somebody will differentiate this gradient.
         if torch.is_grad_enabled() or is_transformed() or is_in_old_vmap(dout if dlse is None else dlse):
             call = ctx.choice.row.backend, ctx.problem, (q, k, v), terms
+            if ctx.problem.layout == "varlen":
+                return None, None, None, *_of_each(*call, dout, dlse, ctx.needs_input_grad[3:])
             return None, None, None, *gradients_again(*call, saved, dout, dlse, ctx.needs_input_grad[3:])
         bound = derivative_of(ctx.problem, "backward", ctx.choice.row.backend, dlse is not None)
         note(bound)
@@ -48,6 +50,13 @@ class Differentiable(torch.autograd.Function):
         wanted = want_q, want_k, want_v, _new(type(terms), wants)
         dq, dk, dv, grads = choice.forward(problem, q, k, v, terms, saved, dout, dlse, wanted)
         return None, None, None, dq, dk, dv, *grads
+
+
+def _of_each(*call) -> list:
+    """Gradients of packed sequences through a call for each, which can be differentiated again."""
+    from .layouts.each import gradients_again  # it calls `attention`, which comes here
+
+    return gradients_again(*call)
 
 
 def _replaced(terms: tuple, places: list[int], values: list) -> tuple:

@@ -60,6 +60,8 @@ _CPU_DECODE = {  # more rows fill the lanes of cpu.prefill
     **_CPU, **_FORWARD, "rows_per_key_head": range(0, 13), "mask": set(MASK_KINDS) - {"block"}, "needs_grad": {False},
 }  # fmt: skip
 _CPU_CSR = {field: _CPU[field] for field in ("device", "dtype", "bias")} | {"layout": {"csr"}}
+_CPU_VARLEN = {field: _CPU[field] for field in ("device", "dtype", *_HEADS)} | {"layout": {"varlen"}}
+_CPU_CACHE = {**_CPU_VARLEN, "layout": {"cache"}, "transformed": {False}}
 _TRITON = {
     "device": {"cuda", "cpu"} if INTERPRETED else {"cuda"},
     "dtype": {"float16", "bfloat16", "float32"},
@@ -89,6 +91,8 @@ def _rows_of(backend: str, forward: str, backward: str, supports: dict) -> tuple
 
 _OF_DENSE, _OF_CSR = {"layout": {"dense"}}, {"layout": {"csr"}}
 _REFERENCE = "fastattn.backends.reference"
+_EACH, _SEQUENCES = "fastattn.layouts.each", {"varlen", "cache"}
+_TRITON_EACH = {field: _TRITON[field] for field in ("device", "dtype", *_HEADS)} | {"layout": _SEQUENCES, **_FORWARD}
 _DERIVATIVES = "tangent", "second"
 """What the reference computes in blocks of rows, without n x n memory."""
 _TRANSFORMED = "fastattn.transforms.works:attention"
@@ -100,6 +104,11 @@ KERNELS = (
     Row("triton.decode", "fastattn.backends.triton:decode", "fastattn.backends.triton:unavailable", _TRITON_DECODE),
     *_rows_of("triton", "prefill", "backward", _TRITON),
     *_rows_of("cpu", "csr", "csr_backward", _CPU_CSR),
+    *_rows_of("cpu", "varlen", "varlen_backward", {**_CPU_VARLEN, "transformed": {False}}),
+    Row("cpu.each", f"{_EACH}:cpu", "fastattn.backends.cpu:unavailable", {**_CPU_VARLEN, **_FORWARD}),
+    Row("cpu.cache", "fastattn.backends.cpu:cache", "fastattn.backends.cpu:unavailable", {**_CPU_CACHE, **_FORWARD}),
+    Row("triton.each", f"{_EACH}:triton", "fastattn.backends.triton:unavailable", _TRITON_EACH),
+    Row("reference.each", f"{_EACH}:reference", None, {"layout": _SEQUENCES, **_FORWARD}),
     Row("reference.csr", f"{_REFERENCE}:csr", None, {**_OF_CSR, **_FORWARD}),
     Row("reference.csr_backward", f"{_REFERENCE}:csr_backward", None, {**_OF_CSR, "direction": {"backward"}}),
     *(Row(f"reference.csr_{x}", f"{_REFERENCE}:csr_{x}", None, {**_OF_CSR, "direction": {x}}) for x in _DERIVATIVES),
@@ -190,7 +199,7 @@ def _find_choices(problem: Problem, backend: str | None) -> tuple[Choice, ...]:
         is_fallback = row.backend == "reference" and is_passed_over and problem.direction not in _DERIVATIVES
         train = _load(row.train) if row.train and problem.needs_grad else None
         forward = _load(row.entry)
-        if problem.transformed and problem.direction == "forward":
+        if problem.transformed and problem.direction == "forward" and problem.layout not in _SEQUENCES:
             forward, train = partial(_load(_TRANSFORMED), row.backend), None
         choices.append(Choice(row, forward, train, lengths, is_fallback, isa_of(row)))
         if not lengths:

@@ -56,6 +56,9 @@ _new, _is_grad_enabled = tuple.__new__, torch.is_grad_enabled
 known: dict[tuple, Plan] = {}
 """By `signature` and settings of the call."""
 
+bounds: dict[tuple, Bound] = {}
+"""Calls over caches, by the dtypes and sizes of their tensors and their settings."""
+
 _MAX_PLANS = 4096
 _CAUSAL = (Window(None, 0),)
 _PLACES = {term.name: place for place, term in enumerate(TERMS)}
@@ -69,8 +72,16 @@ def count() -> int:
 def forget() -> None:
     """Drop all plans and selections, after a change of dispatch.KERNELS."""
     known.clear()
+    bounds.clear()
     derivative_of.cache_clear()
     dispatch.forget()
+
+
+def remember(key: tuple, bound: Bound) -> None:
+    """Keep what a later call with the same `key` will find in `bounds`."""
+    if len(bounds) >= _MAX_PLANS:
+        bounds.clear()
+    bounds[key] = bound
 
 
 def recall(q, k, v, settings: tuple) -> Bound | None:

@@ -46,7 +46,9 @@ class Problem(namedtuple("Problem", _FIELDS, defaults=_DEFAULTS.values())):
     device, dtype        "cpu" | "cuda" | ..., "float32" | "bfloat16" | "float16" | "float64" (of q, k and v)
     batch ... head_dim_v sizes: q [batch, num_heads, seqlen_q, head_dim], k [batch, num_heads_k, seqlen_k, head_dim],
                          v [batch, num_heads_k, seqlen_k, head_dim_v]
-    layout               "dense", or "csr": the keys of each query are listed (`attention_csr`)
+    layout               "dense"; "csr": the keys of each query are listed (`attention_csr`); "varlen": sequences lie
+                         one after the other, batch is 1, lengths are totals (`attention_varlen`); "cache": seqlen_k is
+                         the rows of an entry or a page (`attention_with_kvcache`)
     mask                 one of MASK_KINDS
     bias                 dtype of the additive bias, or "none"
     alibi softcap sinks  whether that score modification is on

@@ -1,5 +1,6 @@
 // The backward pass of a whole call.
 #include <algorithm>
+#include <list>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -8,46 +9,106 @@
 #include "driver.h"
 #include "parallel.h"
 #include "score_sums.h"
+#include "sequences.h"
 
 namespace fastattn {
 namespace {
 
 constexpr int64_t max_partial_bytes = 64 << 20;  // a wave of batches whose dq of all splits fit, but one at least
 
-struct BackwardPass {
-  const Operands& p;
-  const Gradients& g;
-  const Kernels& kernels;
-  BackwardBlocking blocking;
-  int64_t scratch_bytes;
-  std::vector<KeyUnit> units;
-  std::vector<char> partials;  // dq of the wave's [batch][head][split]; empty without splits
-  int64_t first_batch, head_bytes;
+// A call, or a sequence of one: its units leave their dq in `partials` where its keys are split.
+class BackwardPass {
+  std::vector<char> partials;  // of the wave's [batch][head][split]
+  int64_t first_batch = 0;
 
   char* partial(int64_t batch, int64_t head) {
     return partials.data() + ((batch - first_batch) * p.num_heads + head) * head_bytes;
   }
+
+ public:
+  const Operands& p;
+  Gradients g;
+  const Kernels& kernels;
+  const BackwardBlocking b;
+  const int64_t scratch_bytes, head_bytes;
+  const ScoreSums sums;
+
+  BackwardPass(const Operands& p, const Gradients& wanted, const Kernels& kernels)
+      : p(p),
+        g(wanted),
+        kernels(kernels),
+        b(kernels.backward_blocking(p, wanted)),
+        scratch_bytes(kernels.backward_scratch_bytes(p, b)),
+        head_bytes(b.num_splits * b.partial_size * element_bytes(p)),
+        sums(p, g, b.num_splits) {}
+  BackwardPass(const BackwardPass&) = delete;
+
+  int64_t batch_bytes() const { return b.num_splits > 1 ? p.num_heads * head_bytes : 0; }
+  int64_t query_blocks() const { return (p.seqlen_q + b.block_rows - 1) / b.block_rows; }
+  bool combines() const { return g.needs_dq() && b.num_splits > 1; }
+
+  // Makes room for the partial results of a wave.
+  void start(int64_t first, int64_t end) {
+    first_batch = first;
+    if (batch_bytes()) partials.resize((end - first) * batch_bytes());
+  }
+
+  void run_unit(const KeyUnit& unit) {
+    char* place = nullptr;
+    if (b.num_splits > 1)
+      place = partial(unit.batch, unit.head_k * p.group_size()) + unit.split * (head_bytes / b.num_splits);
+    kernels.run_key_unit(p, g, b, unit, place, head_bytes, thread_scratch(scratch_bytes));
+  }
+  void combine(int64_t index) {
+    const int64_t blocks = query_blocks(), head = index / blocks % p.num_heads;
+    const int64_t batch = first_batch + index / blocks / p.num_heads;
+    kernels.combine_dq(p, g, b, batch, head, index % blocks * b.block_rows, partial(batch, head),
+                       thread_scratch(scratch_bytes));
+  }
 };
 
-void run_key_unit(void* context, int64_t index, int) {
-  BackwardPass& pass = *(BackwardPass*)context;
-  const KeyUnit& unit = pass.units[index];
-  const BackwardBlocking& b = pass.blocking;
-  const int64_t group_size = pass.p.group_size();
-  char* partial = nullptr;
-  if (b.num_splits > 1)
-    partial = pass.partial(unit.batch, unit.head_k * group_size) + unit.split * (pass.head_bytes / b.num_splits);
-  pass.kernels.run_key_unit(pass.p, pass.g, b, unit, partial, pass.head_bytes, thread_scratch(pass.scratch_bytes));
-}
+// What runs at once: units of some batch entries of one or several passes, longest first.
+class Wave {
+  struct Piece {
+    BackwardPass* pass;
+    KeyUnit unit;
+    double pairs;
+  };
+  struct Block {
+    BackwardPass* pass;
+    int64_t index;
+  };
+  std::vector<Piece> pieces;
+  std::vector<Block> blocks;
+  double flops = 0;
 
-void combine_dq(void* context, int64_t index, int) {
-  BackwardPass& pass = *(BackwardPass*)context;
-  const Operands& p = pass.p;
-  const int64_t rows = pass.blocking.block_rows, blocks = (p.seqlen_q + rows - 1) / rows;
-  const int64_t head = index / blocks % p.num_heads, batch = pass.first_batch + index / blocks / p.num_heads;
-  pass.kernels.combine_dq(p, pass.g, pass.blocking, batch, head, index % blocks * rows, pass.partial(batch, head),
-                          thread_scratch(pass.scratch_bytes));
-}
+ public:
+  void add(BackwardPass& pass, int64_t first, int64_t end) {
+    pass.start(first, end);
+    const Operands& p = pass.p;
+    const Tensor& dbias = pass.g.dbias;
+    // Waves come one after the other, so a dbias that the batch shares is added up in the same order for any wave.
+    const int64_t batches = pass.g.dense_bias() && !dbias.stride[0] ? end - first : 1;
+    const int64_t heads_k = pass.g.dense_bias() && !dbias.stride[1] ? p.num_heads_k : 1;
+    for (int64_t batch = first; batch < end; batch += batches)
+      for (int64_t head_k = 0; head_k < p.num_heads_k; head_k += heads_k)
+        for (int split = 0; split < pass.b.num_splits; split++) {
+          const KeyUnit unit{(int32_t)batch, (int32_t)head_k, split, (int32_t)batches, (int32_t)heads_k};
+          pieces.push_back({&pass, unit, pass.kernels.count_pairs(p, pass.b, unit)});
+          flops += 2 * pieces.back().pairs * (3 * p.head_dim + 2 * p.head_dim_v);
+        }
+    if (!pass.combines()) return;
+    for (int64_t i = 0; i < (end - first) * p.num_heads * pass.query_blocks(); i++) blocks.push_back({&pass, i});
+  }
+
+  void run(int threads) {
+    std::stable_sort(pieces.begin(), pieces.end(), [](auto& x, auto& y) { return x.pairs > y.pairs; });
+    parallel_for((int64_t)pieces.size(), threads, flops,
+                 [](void* x, int64_t i, int) { ((Piece*)x)[i].pass->run_unit(((Piece*)x)[i].unit); }, pieces.data());
+    parallel_for((int64_t)blocks.size(), threads, flops,
+                 [](void* x, int64_t i, int) { ((Block*)x)[i].pass->combine(((Block*)x)[i].index); }, blocks.data());
+  }
+};
 
 }  // namespace
 
@@ -55,43 +116,36 @@ void backward(Operands& p, const Gradients& wanted, int threads) {
   if (!p.batch || !p.num_heads_k) return;
   std::optional<OwnedLists> lists;
   if (p.block_mask) p.blocks = &lists.emplace(p, true).lists;
-  const Kernels& kernels = instruction_set().kernels_for(p.q.dtype);
-  Gradients g = wanted;
   p.skipped_pairs = skipped_counter();
-  BackwardPass pass{p, g, kernels, kernels.backward_blocking(p, g), 0, {}, {}, 0, 0};
-  const BackwardBlocking& b = pass.blocking;
-  const ScoreSums sums(p, g, b.num_splits);
-  pass.scratch_bytes = kernels.backward_scratch_bytes(p, b);
-  pass.head_bytes = b.num_splits * b.partial_size * element_bytes(p);
-  const int64_t batch_bytes = b.num_splits > 1 ? p.num_heads * pass.head_bytes : 0;
-  const int64_t wave = batch_bytes ? std::max<int64_t>(1, max_partial_bytes / batch_bytes) : p.batch;
-  if (batch_bytes) pass.partials.resize(std::min(wave, p.batch) * batch_bytes);
-
-  for (pass.first_batch = 0; pass.first_batch < p.batch; pass.first_batch += wave) {
-    const int64_t end = std::min(pass.first_batch + wave, p.batch);
-    // Waves come one after the other, so a dbias that the batch shares is added up in the same order for any wave.
-    const int64_t batches = g.dense_bias() && !g.dbias.stride[0] ? end - pass.first_batch : 1;
-    const int64_t heads_k = g.dense_bias() && !g.dbias.stride[1] ? p.num_heads_k : 1;
-    std::vector<std::pair<double, KeyUnit>> units;
-    double pairs = 0;
-    for (int64_t batch = pass.first_batch; batch < end; batch += batches)
-      for (int64_t head_k = 0; head_k < p.num_heads_k; head_k += heads_k)
-        for (int split = 0; split < b.num_splits; split++) {
-          const KeyUnit unit{(int32_t)batch, (int32_t)head_k, split, (int32_t)batches, (int32_t)heads_k};
-          units.push_back({kernels.count_pairs(p, b, unit), unit});
-          pairs += units.back().first;
-        }
-    std::stable_sort(units.begin(), units.end(), [](auto& x, auto& y) { return x.first > y.first; });
-    pass.units.clear();
-    for (auto& [_, unit] : units) pass.units.push_back(unit);
-
-    const double flops = 2 * pairs * (3 * p.head_dim + 2 * p.head_dim_v);
-    parallel_for((int64_t)units.size(), threads, flops, run_key_unit, &pass);
-    const int64_t blocks = (p.seqlen_q + b.block_rows - 1) / b.block_rows;
-    if (g.needs_dq() && b.num_splits > 1)
-      parallel_for((end - pass.first_batch) * p.num_heads * blocks, threads, flops, combine_dq, &pass);
+  BackwardPass pass(p, wanted, instruction_set().kernels_for(p.q.dtype));
+  const int64_t bytes = pass.batch_bytes();
+  const int64_t at_once = bytes ? std::max<int64_t>(1, max_partial_bytes / bytes) : p.batch;
+  for (int64_t first = 0; first < p.batch; first += at_once) {
+    Wave wave;
+    wave.add(pass, first, std::min(first + at_once, p.batch));
+    wave.run(threads);
   }
-  sums.add_to_gradients();
+  pass.sums.add_to_gradients();
+}
+
+void backward(Operands& whole, const Gradients& wanted, const Sequences& s, int threads) {
+  const PlacedSequences placed(whole, s);
+  if (!whole.num_heads_k) return;
+  const Kernels& kernels = instruction_set().kernels_for(whole.q.dtype);
+  whole.skipped_pairs = skipped_counter();
+  for (int64_t i = 0; i < s.count;) {
+    std::list<Operands> calls;
+    std::list<BackwardPass> passes;
+    Wave wave;
+    for (int64_t bytes = 0; i < s.count && (passes.empty() || bytes < max_partial_bytes); i++) {
+      calls.push_back(placed.operands(i));
+      BackwardPass& pass = passes.emplace_back(calls.back(), placed.gradients(wanted, i), kernels);
+      wave.add(pass, 0, 1);
+      bytes += pass.batch_bytes();
+    }
+    wave.run(threads);
+    for (const BackwardPass& pass : passes) pass.sums.add_to_gradients();
+  }
 }
 
 }  // namespace fastattn

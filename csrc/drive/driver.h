@@ -16,6 +16,14 @@ void forward(Operands& p, int threads);
 // The same for few query rows a key head; no list of blocks.
 void decode(Operands& p, int threads);
 
+// The most query rows a key head for which `decode` is the faster of the two; nobody decides this anywhere else.
+constexpr int64_t few_rows = 12;
+
+// Each sequence by itself, with the bits of a call of its own. std::invalid_argument, before anything is read or written,
+// for an entry of the lists that is out of range.
+void forward(Operands& p, const Sequences& sequences, int threads);
+void backward(Operands& p, const Gradients& gradients, const Sequences& sequences, int threads);
+
 // dq, dk, dv and the sums of a forward pass that has filled out and lse_parts.
 void backward(Operands& p, const Gradients& gradients, int threads);
 

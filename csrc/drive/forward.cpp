@@ -1,4 +1,5 @@
-// The forward pass of a whole call.
+// The forward pass of a whole call, of one sequence length or of many.
+#include <algorithm>
 #include <optional>
 #include <stdexcept>
 #include <vector>
@@ -6,6 +7,7 @@
 #include "block_lists.h"
 #include "driver.h"
 #include "parallel.h"
+#include "sequences.h"
 #include "units.h"
 
 namespace fastattn {
@@ -13,19 +15,24 @@ namespace {
 
 // The kernels of one of the algorithms.
 struct Algorithm {
+  decltype(Kernels::blocking) blocking;
   decltype(Kernels::scratch_bytes) scratch_bytes;
   decltype(Kernels::run_unit) run_unit;
   int64_t least_rows;  // a unit of fewer rows takes as long, for it waits for memory
 };
+Algorithm prefill_of(const Kernels& kernels) { return {kernels.blocking, kernels.scratch_bytes, kernels.run_unit, 1}; }
+Algorithm decode_of(const Kernels& kernels) {
+  return {kernels.decode_blocking, kernels.decode_scratch_bytes, kernels.run_decode_unit, 8};
+}
 
 constexpr int64_t most_decode_rows = 4096;  // that a thread has memory for
 
-struct ForwardPass {
+class ForwardPass {
   const Operands& p;
   const Kernels& kernels;
-  const Algorithm& algorithm;
+  const Algorithm algorithm;
   const Blocking blocking;
-  const int64_t scratch_bytes, element;
+  const int64_t element;
   const Units units;
   std::vector<char> partials;  // out, max, sum of every row of every unit; empty without splits
 
@@ -34,39 +41,77 @@ struct ForwardPass {
     char* max = partials.data() + (rows * Dv + row) * element;
     return {partials.data() + row * Dv * element, max, max + rows * element};
   }
+
+ public:
+  const int64_t scratch_bytes;
+
+  ForwardPass(const Operands& p, const Kernels& kernels, const Algorithm& algorithm, int threads)
+      : p(p),
+        kernels(kernels),
+        algorithm(algorithm),
+        blocking(algorithm.blocking(p)),
+        element(element_bytes(p)),
+        units(p, kernels, blocking, threads, algorithm.least_rows),
+        scratch_bytes(algorithm.scratch_bytes(p, blocking)) {
+    if (blocking.num_splits > 1) partials.resize(units.size() * blocking.rows * (p.head_dim_v + 2) * element);
+  }
+
+  int64_t size() const { return units.size(); }
+  int64_t combinations() const { return blocking.num_splits > 1 ? units.size() / blocking.num_splits : 0; }
+  double flops() const { return 2 * units.pairs * (p.head_dim + p.head_dim_v); }
+  double combine_flops() const { return 4.0 * partials.size() / element; }
+
+  void run_unit(int64_t index) {
+    const int64_t unit = units.place(index);
+    const Partial place = blocking.num_splits > 1 ? partial(unit) : Partial{};
+    algorithm.run_unit(p, blocking, units.units[unit], place, thread_scratch(scratch_bytes));
+  }
+  void combine(int64_t index) {
+    const int64_t unit = index * blocking.num_splits;
+    kernels.combine(p, blocking, units.units[unit], partial(unit), thread_scratch(scratch_bytes));
+  }
 };
 
-void run_unit(void* context, int64_t index, int) {
-  ForwardPass& pass = *(ForwardPass*)context;
-  const int64_t unit = pass.units.place(index);
-  const Partial partial = pass.blocking.num_splits > 1 ? pass.partial(unit) : Partial{};
-  pass.algorithm.run_unit(pass.p, pass.blocking, pass.units.units[unit], partial, thread_scratch(pass.scratch_bytes));
+void run(ForwardPass& pass, int threads) {
+  parallel_for(
+      pass.size(), threads, pass.flops(), [](void* x, int64_t i, int) { ((ForwardPass*)x)->run_unit(i); }, &pass);
+  if (const int64_t count = pass.combinations())
+    parallel_for(
+        count, threads, pass.combine_flops(), [](void* x, int64_t i, int) { ((ForwardPass*)x)->combine(i); }, &pass);
 }
 
-void combine(void* context, int64_t index, int) {
-  ForwardPass& pass = *(ForwardPass*)context;
-  const int64_t unit = index * pass.blocking.num_splits;
-  pass.kernels.combine(pass.p, pass.blocking, pass.units.units[unit], pass.partial(unit),
-                       thread_scratch(pass.scratch_bytes));
+// Many passes, the largest first: their units in one loop, then their combinations.
+void run(std::vector<ForwardPass>& passes, int threads) {
+  struct Place {
+    ForwardPass* pass;
+    int64_t index;
+  };
+  std::vector<ForwardPass*> order;
+  for (ForwardPass& pass : passes) order.push_back(&pass);
+  std::stable_sort(order.begin(), order.end(), [](auto* x, auto* y) { return x->flops() > y->flops(); });
+  std::vector<Place> units, combinations;
+  double flops = 0, combine_flops = 0;
+  for (ForwardPass* pass : order) {
+    for (int64_t i = 0; i < pass->size(); i++) units.push_back({pass, i});
+    for (int64_t i = 0; i < pass->combinations(); i++) combinations.push_back({pass, i});
+    flops += pass->flops(), combine_flops += pass->combine_flops();
+  }
+  parallel_for((int64_t)units.size(), threads, flops,
+               [](void* x, int64_t i, int) { ((Place*)x)[i].pass->run_unit(((Place*)x)[i].index); }, units.data());
+  parallel_for((int64_t)combinations.size(), threads, combine_flops,
+               [](void* x, int64_t i, int) { ((Place*)x)[i].pass->combine(((Place*)x)[i].index); },
+               combinations.data());
 }
 
 int64_t skipped = 0;  // over all calls; added to atomically, without std, which kernels do not know
 
-void run(const Operands& p, const Kernels& kernels, const Algorithm& algorithm, const Blocking& b, int threads) {
-  ForwardPass pass{p,
-                   kernels,
-                   algorithm,
-                   b,
-                   algorithm.scratch_bytes(p, b),
-                   element_bytes(p),
-                   Units(p, kernels, b, threads, algorithm.least_rows),
-                   {}};
-  if (b.num_splits > 1) pass.partials.resize(pass.units.size() * b.rows * (p.head_dim_v + 2) * pass.element);
-
-  const double flops = 2 * pass.units.pairs * (p.head_dim + p.head_dim_v);
-  parallel_for(pass.units.size(), threads, flops, run_unit, &pass);
-  const double combine_flops = 4.0 * pass.partials.size() / pass.element;
-  if (b.num_splits > 1) parallel_for(pass.units.size() / b.num_splits, threads, combine_flops, combine, &pass);
+// Room for what prefill finds out about the tiles of keys of a call that may skip some.
+std::vector<double> take_tile_facts(Operands& p, const Kernels& kernels) {
+  if (!p.may_skip()) return {};
+  const int64_t n_block = kernels.blocking(p).n_block;
+  std::vector<double> facts(p.batch * p.num_heads_k * ((p.seqlen_k + n_block - 1) / n_block) * 2, -1.0);
+  p.tile_facts = facts.data(), p.skipped_pairs = skipped_counter();
+  return facts;
 }
 
 }  // namespace
@@ -79,13 +124,9 @@ void forward(Operands& p, int threads) {
   std::optional<OwnedLists> lists;
   if (p.block_mask) p.blocks = &lists.emplace(p, false).lists;
   const Kernels& kernels = instruction_set().kernels_for(p.q.dtype);
-  const Blocking b = kernels.blocking(p);
-  std::vector<double> tile_facts;
-  if (p.may_skip()) {
-    tile_facts.assign(p.batch * p.num_heads_k * ((p.seqlen_k + b.n_block - 1) / b.n_block) * 2, -1.0);
-    p.tile_facts = tile_facts.data(), p.skipped_pairs = skipped_counter();
-  }
-  run(p, kernels, {kernels.scratch_bytes, kernels.run_unit, 1}, b, threads);
+  const std::vector<double> tile_facts = take_tile_facts(p, kernels);
+  ForwardPass pass(p, kernels, prefill_of(kernels), threads);
+  run(pass, threads);
 }
 
 void decode(Operands& p, int threads) {
@@ -93,7 +134,29 @@ void decode(Operands& p, int threads) {
   if (!p.batch || !p.num_heads || !p.seqlen_q) return;
   if (p.seqlen_q > most_decode_rows / p.group_size()) throw std::invalid_argument("seqlen_q: too many rows a key head");
   const Kernels& kernels = instruction_set().kernels_for(p.q.dtype);
-  run(p, kernels, {kernels.decode_scratch_bytes, kernels.run_decode_unit, 8}, kernels.decode_blocking(p), threads);
+  ForwardPass pass(p, kernels, decode_of(kernels), threads);
+  run(pass, threads);
+}
+
+void forward(Operands& whole, const Sequences& s, int threads) {
+  const PlacedSequences placed(whole, s);
+  std::vector<char> rotated;
+  append(whole, s, placed, rotated, threads);
+  if (!whole.num_heads) return;
+  const Kernels& kernels = instruction_set().kernels_for(whole.q.dtype);
+  std::vector<Operands> calls;
+  for (int64_t i = 0; i < s.count; i++)
+    if (placed.sequences[i].q_rows) calls.push_back(placed.operands(i));
+  std::vector<std::vector<double>> tile_facts;
+  std::vector<ForwardPass> passes;
+  passes.reserve(calls.size());
+  for (Operands& p : calls) {
+    p.link_factors();
+    const bool few = !p.lse_parts && p.seqlen_q * p.group_size() <= few_rows;
+    if (!few) tile_facts.push_back(take_tile_facts(p, kernels));
+    passes.emplace_back(p, kernels, few ? decode_of(kernels) : prefill_of(kernels), threads);
+  }
+  run(passes, threads);
 }
 
 }  // namespace fastattn

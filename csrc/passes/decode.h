@@ -55,6 +55,7 @@ struct DecodeScratch {
   Real *q, *out, *sums;     // packed queries, outputs in the order of the loads, [rows][VL] sums of weights
   Real *scores, *seen;      // [rows][stride]; scores before the softmax where they must be kept
   Real *bias, *mask;        // [n_block] of a row
+  Real* factors;            // [n_block] of the keys, then of the values
   Real *plain, *max, *sum;  // [rows][head_dim or head_dim_v], [rows]: rows on their way in and out
   char *k, *v;              // copies of a block
   int64_t stride, plain_stride, bytes;
@@ -85,6 +86,7 @@ class DecodeUnit {
     s.sums = arena.take<Real>(b.rows * L);
     s.scores = arena.take<Real>(b.rows * s.stride), s.seen = arena.take<Real>(b.rows * s.stride);
     s.bias = arena.take<Real>(s.stride), s.mask = arena.take<Real>(s.stride);
+    s.factors = arena.take<Real>(s.stride);
     s.plain_stride = k.padded;
     s.plain = arena.take<Real>(b.rows * larger(k.padded, v.padded));
     s.max = arena.take<Real>(b.rows), s.sum = arena.take<Real>(b.rows);
@@ -106,8 +108,8 @@ class DecodeUnit {
         v_block(block_keys(v_loads.row_bytes())),
         q_size(k_loads.vectors() * L),
         out_size(v_loads.vectors() * L),
-        k_copied(p.k.stride[3] != 1 || p.head_dim < Rows::step),
-        v_copied(p.v.stride[3] != 1 || p.head_dim_v < Rows::step),
+        k_copied(p.k.stride[3] != 1 || p.head_dim < Rows::step || p.k.pages),
+        v_copied(p.v.stride[3] != 1 || p.head_dim_v < Rows::step || p.v.pages),
         careful(careful),
         s(layout(p, b, memory)) {
     const double unit = product_unit(p);
@@ -215,9 +217,11 @@ class DecodeUnit {
                                                         s.scores + r * s.stride + key - whole.lo, s.stride);
                  });
                });
+    scale_scores(p.k, whole);
     for (int64_t j = keys.lo; j < smaller(keys.lo + v_block, keys.hi); j++)  // memory should not rest meanwhile
       prefetch_row(p.v, u.batch, p.head_k(u.head), j, p.head_dim_v);
     for (int64_t r = 0; r < rows; r++) weigh(r, whole, keys);
+    scale_scores(p.v, whole);
     each_block(p.v, keys, v_block, v_loads, v_copied ? s.v : nullptr,
                [&](int64_t key, int64_t n, const char* v, int64_t stride) {
                  const int64_t at = key - whole.lo;
@@ -229,6 +233,15 @@ class DecodeUnit {
                  for (int64_t r = 0; r < rows; r++)
                    add(r, std::integral_constant<int, 1>{}, s.seen + r * s.stride + at);
                });
+  }
+
+  // The scores of keys, or weights of values, times the factors of these rows.
+  void scale_scores(const Tensor& t, Range keys) {
+    if (!t.factors) return;
+    const int64_t n = keys.hi - keys.lo;
+    for (int64_t j = 0; j < n; j++) s.factors[j] = (Real)factor_of(t, u.batch, p.head_k(u.head), keys.lo + j);
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t j = 0; j < n; j++) s.scores[r * s.stride + j] *= s.factors[j];
   }
 
   // The scores of a row become weights; `visited` keys of the tile are multiplied by them.
@@ -297,6 +310,7 @@ FASTATTN_INLINE auto with_rows(DType dtype, const Body& body) {
   if constexpr (sizeof(Real) == 4) {
     if (dtype == DType::bfloat16) return body(BFloat16Rows{});
     if (dtype == DType::float16) return body(Float16Rows{});
+    if (dtype == DType::int8) return body(Int8Rows{});
   }
   return body(PlainRows<Real>{});
 }

@@ -4,26 +4,11 @@
 #include <utility>
 
 #include "checked.h"
-#include "fields.h"
+#include "readers.h"
 
 namespace fastattn::python {
 namespace py = pybind11;
-namespace {
 
-constexpr size_t num_tensor_terms = sizeof tensor_terms / sizeof *tensor_terms;
-
-// The fields of a Terms that the kernels read: those of tensor_terms, in its order, and then these.
-enum TermsField : size_t {
-  kSoftcap = num_tensor_terms,
-  kDiagonalLo,
-  kDiagonalHi,
-  kQueryStart,
-  kBlockMask,
-  kDropoutP,
-  kSeed,
-  kSkipNegligible,
-  num_terms_fields,
-};
 std::vector<const char*> names_of_terms() {
   std::vector<const char*> names;
   for (const TensorTerm& term : tensor_terms) names.push_back(term.name);
@@ -32,10 +17,6 @@ std::vector<const char*> names_of_terms() {
     names.push_back(name);
   return names;
 }
-Fields terms_fields("Terms", names_of_terms());
-
-enum EdgesField : size_t { kIndptr, kIndices, kEdgeBias, kEdgesScale };
-Fields edges_fields("Edges", {"indptr", "indices", "bias", "softmax_scale"});
 
 double number(PyObject* object) {
   const double x = PyFloat_AsDouble(object);
@@ -48,6 +29,21 @@ int64_t integer(PyObject* object) {
   if (x == -1 && PyErr_Occurred()) throw py::error_already_set();
   return x;
 }
+
+Tensor list_of(const View& v, const char* name, int64_t size) {
+  if (v.ndim != 1) refuse(name, "must have 1 dimension");
+  if (!is_index(v.dtype)) refuse(name, "must be int32 or int64");
+  if (v.shape[0] != size) refuse(name, "has a wrong length");
+  return broadcast(v, name, {1, 1, 1, size});
+}
+
+namespace {
+
+Fields terms_fields("Terms", names_of_terms());
+Fields sequences_fields("Sequences", names_of_sequences());
+
+enum EdgesField : size_t { kIndptr, kIndices, kEdgeBias, kEdgesScale };
+Fields edges_fields("Edges", {"indptr", "indices", "bias", "softmax_scale"});
 
 bool is_number(PyObject* object) { return PyFloat_Check(object) || PyLong_Check(object); }
 
@@ -112,14 +108,6 @@ BlockMask read_block_mask(py::handle mask, const Operands& p, Owned& owned) {
   return m;
 }
 
-// Entries of one of the lists of edges.
-Tensor list_of(const View& v, const char* name, int64_t size) {
-  if (v.ndim != 1) refuse(name, "must have 1 dimension");
-  if (!is_index(v.dtype)) refuse(name, "must be int32 or int64");
-  if (v.shape[0] != size) refuse(name, "has a wrong length");
-  return broadcast(v, name, {1, 1, 1, size});
-}
-
 // [batch, num_heads, edges] as [batch, num_heads, 1, edges].
 View with_row(View v, const char* name) {
   if (v.ndim == 0 || v.ndim > 3) refuse(name, "must broadcast to [batch, num_heads, edges]");
@@ -129,13 +117,6 @@ View with_row(View v, const char* name) {
   return v;
 }
 
-// The sizes of what belongs to queries and to keys, as many columns as asked for.
-struct Sizes {
-  int64_t of[4];
-
-  using Four = const int64_t (&)[4];
-  operator Four() const { return of; }
-};
 Sizes queries(const Operands& p, int64_t columns) { return {{p.batch, p.num_heads, p.seqlen_q, columns}}; }
 Sizes keys(const Operands& p, int64_t columns) { return {{p.batch, p.num_heads_k, p.seqlen_k, columns}}; }
 Sizes scores(const Operands& p) { return queries(p, p.seqlen_k); }
@@ -146,8 +127,9 @@ Tensor result(PyObject* object, const char* name, const Sizes& sizes, DType dtyp
   return object == Py_None ? Tensor{} : exact(written(object), name, sizes, dtype, missing_right);
 }
 
-void read_terms(PyObject* object, Operands& p, Owned& owned) {
-  const Fields::Values terms = terms_fields.of(object);
+}  // namespace
+
+void read_terms(const Fields::Values& terms, const Sizes& scores, Operands& p, Owned& owned) {
   for (size_t i = 0; i < num_tensor_terms; i++) {
     const TensorTerm& term = tensor_terms[i];
     if (terms[i] == Py_None) continue;
@@ -155,7 +137,7 @@ void read_terms(PyObject* object, Operands& p, Owned& owned) {
       p.*term.number = number(terms[i]);
       continue;
     }
-    const Tensor& t = p.*term.tensor = broadcast(read(terms[i], owned), term.name, scores(p), term.missing_right);
+    const Tensor& t = p.*term.tensor = broadcast(read(terms[i], owned), term.name, scores, term.missing_right);
     check_dtype(t, term.name, term.holds);
   }
   p.softcap = number(terms[kSoftcap]);
@@ -170,6 +152,8 @@ void read_terms(PyObject* object, Operands& p, Owned& owned) {
   if (terms[kSkipNegligible] != Py_None) p.skip_negligible = integer(terms[kSkipNegligible]) != 0;
 }
 
+namespace {
+
 void read_edges(PyObject* object, Operands& p, Csr& lists, Owned& owned) {
   const Fields::Values edges = edges_fields.of(object);
   p.softmax_scale = number(edges[kEdgesScale]);
@@ -182,8 +166,7 @@ void read_edges(PyObject* object, Operands& p, Csr& lists, Owned& owned) {
   check_dtype(p.bias, "edge_bias", Holds::floats);
 }
 
-void read_grads(PyObject* object, const Operands& p, Gradients& g) {
-  const Fields::Values grads = terms_fields.of(object);
+void read_grads(const Fields::Values& grads, const Sizes& scores, const Operands& p, Gradients& g) {
   for (size_t i = 0; i < num_tensor_terms; i++) {
     const TensorTerm& term = tensor_terms[i];
     if (grads[i] == Py_None) continue;
@@ -191,7 +174,7 @@ void read_grads(PyObject* object, const Operands& p, Gradients& g) {
     if (!term.gradient) refuse(name.c_str(), "is no gradient that the kernels compute");
     if (!(p.*term.tensor)) refuse(name.c_str(), "has no tensor of which it is the gradient");
     const View view = written(grads[i]);
-    g.*term.gradient = reduced(view, name.c_str(), scores(p), term.missing_right);
+    g.*term.gradient = reduced(view, name.c_str(), scores, term.missing_right);
     const bool dense = term.gradient == &Gradients::dbias && g.dense_bias();
     if (view.dtype != (dense ? compute_dtype(p.q.dtype) : DType::float64)) refuse(name.c_str(), "has a wrong dtype");
   }
@@ -226,40 +209,46 @@ void read_edge_grads(PyObject* object, const Operands& p, const Csr& lists, Grad
 }  // namespace
 
 void bind_fields(const std::string& kind, const std::vector<std::string>& fields) {
-  if (kind != "Terms" && kind != "Edges") refuse(kind.c_str(), "is no kind of arguments: it must be Terms or Edges");
-  (kind == "Terms" ? terms_fields : edges_fields).bind(fields);
+  for (auto& [name, of_kind] : {std::pair<const char*, Fields&>{"Terms", terms_fields},
+                                {"Edges", edges_fields},
+                                {"Sequences", sequences_fields}})
+    if (kind == name) return of_kind.bind(fields);
+  refuse(kind.c_str(), "is no kind of arguments: it must be Terms, Edges or Sequences");
 }
 
-Bound::Bound(const ForwardArguments& a, bool csr) {
-  read_inputs(a.q, a.k, a.v);
+Bound::Bound(const ForwardArguments& a, Extras kind) {
+  read_call(a.q, a.k, a.v, a.extras, kind);
   const DType real = compute_dtype(p.q.dtype);
   p.out = exact(written(a.out), "out", queries(p, p.head_dim_v), p.q.dtype);
   p.lse = result(a.lse, "lse", queries(p, 1), real, 1);
   p.lse_parts = result(a.lse_parts, "lse_parts", queries(p, 2), real);
   p.out_exact = result(a.out_exact, "out_exact", queries(p, p.head_dim_v), real);
-  read_extras(a.extras, csr);
   threads = (int)integer(a.threads);
 }
 
-BoundBackward::BoundBackward(const BackwardArguments& a, bool csr) {
-  read_inputs(a.q, a.k, a.v);
+BoundBackward::BoundBackward(const BackwardArguments& a, Extras kind) {
+  read_call(a.q, a.k, a.v, a.extras, kind);
+  if (sequences.block_table || sequences.is_cache) refuse("a cache", "has no gradients");
   const DType real = compute_dtype(p.q.dtype);
   if (a.lse_parts == Py_None) refuse("lse_parts", "must be given");
   p.out = exact(read(a.out, owned), "out", queries(p, p.head_dim_v), real);
   p.lse_parts = exact(read(a.lse_parts, owned), "lse_parts", queries(p, 2), real);
-  read_extras(a.extras, csr);
   g.dout = exact(read(a.dout, owned), "dout", queries(p, p.head_dim_v), p.q.dtype);
   if (a.dlse != Py_None) g.dlse = exact(read(a.dlse, owned), "dlse", queries(p, 1), real, 1);
   g.dq = result(a.dq, "dq", queries(p, p.head_dim), p.q.dtype);
   g.dk = result(a.dk, "dk", keys(p, p.head_dim), p.q.dtype);
   g.dv = result(a.dv, "dv", keys(p, p.head_dim_v), p.q.dtype);
-  csr ? read_edge_grads(a.grads, p, lists, g) : read_grads(a.grads, p, g);
+  if (kind == Extras::edges)
+    read_edge_grads(a.grads, p, lists, g);
+  else if (kind == Extras::terms)
+    read_grads(terms_fields.of(a.grads), scores(p), p, g);
+  else
+    read_grads(sequences_fields.of(a.grads), {{sequences.count, p.num_heads, 1, 1}}, p, g);
   threads = (int)integer(a.threads);
 }
 
-BoundTangent::BoundTangent(const TangentArguments& a, bool csr) {
-  read_inputs(a.q, a.k, a.v);
-  read_extras(a.extras, csr);
+BoundTangent::BoundTangent(const TangentArguments& a) {
+  read_call(a.q, a.k, a.v, a.extras, Extras::terms);
   auto tangent_of = [&](PyObject* object, const char* name, const Sizes& sizes) {
     return object == Py_None ? Tensor{} : exact(read(object, owned), name, sizes, p.q.dtype);
   };
@@ -270,6 +259,20 @@ BoundTangent::BoundTangent(const TangentArguments& a, bool csr) {
   t.out = exact(written(a.tout), "tout", queries(p, p.head_dim_v), p.q.dtype);
   t.lse = result(a.tlse, "tlse", queries(p, 1), compute_dtype(p.q.dtype), 1);
   threads = (int)integer(a.threads);
+}
+
+BoundAppend::BoundAppend(const AppendArguments& a) {
+  read_sequences(Py_None, a.k, a.v, sequences_fields.of(a.extras));
+  threads = (int)integer(a.threads);
+}
+
+void Bound::read_call(PyObject* q, PyObject* k, PyObject* v, PyObject* extras, Extras kind) {
+  if (kind == Extras::sequences) return read_sequences(q, k, v, sequences_fields.of(extras));
+  read_inputs(q, k, v);
+  if (kind == Extras::edges)
+    read_edges(extras, p, lists, owned);
+  else
+    read_terms(terms_fields.of(extras), scores(p), p, owned);
 }
 
 void Bound::read_inputs(PyObject* q_object, PyObject* k_object, PyObject* v_object) {
@@ -284,10 +287,6 @@ void Bound::read_inputs(PyObject* q_object, PyObject* k_object, PyObject* v_obje
   p.q = exact(q, "q", queries(p, p.head_dim), q.dtype);
   p.k = exact(k, "k", keys(p, p.head_dim), q.dtype);
   p.v = exact(v, "v", keys(p, p.head_dim_v), q.dtype);
-}
-
-void Bound::read_extras(PyObject* extras, bool csr) {
-  csr ? read_edges(extras, p, lists, owned) : read_terms(extras, p, owned);
 }
 
 }  // namespace fastattn::python

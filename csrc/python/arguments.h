@@ -1,5 +1,6 @@
 // The arguments of _C's functions, checked: everything that native code relies on, whatever the caller has checked.
 #pragma once
+#include "fields.h"
 #include "tensors.h"
 
 namespace fastattn::python {
@@ -10,37 +11,53 @@ struct ForwardArguments {
 struct BackwardArguments {
   PyObject *q, *k, *v, *out, *lse_parts, *extras, *dout, *dlse, *dq, *dk, *dv, *grads, *threads;
 };
+struct AppendArguments {
+  PyObject *k, *v, *extras, *threads;
+};
 struct TangentArguments {
   PyObject *q, *k, *v, *extras, *tq, *tk, *tv, *textras, *tout, *tlse, *threads;
 };
 
-// A call: what it reads and writes, and what must live until it ends. `extras` is a Terms, or an Edges of the csr layout.
+// What stands in the place of `extras`: a Terms, an Edges of the csr layout, or a Sequences.
+enum class Extras { terms, edges, sequences };
+
+// A call: what it reads and writes, and what must live until it ends.
 class Bound {
  protected:
   Owned owned;
 
   Bound() = default;
+  void read_call(PyObject* q, PyObject* k, PyObject* v, PyObject* extras, Extras kind);
   void read_inputs(PyObject* q, PyObject* k, PyObject* v);
-  void read_extras(PyObject* extras, bool csr);
+  void read_sequences(PyObject* q, PyObject* k, PyObject* v,
+                      const Fields::Values& fields);  // q: None, if rows are only appended
+  void read_lists(const Fields::Values& fields, int64_t entries);
+  void read_new_rows(const Fields::Values& fields);
 
  public:
   Operands p{};
-  Csr lists{};  // of the csr layout
+  Csr lists{};  // of an Edges
+  Sequences sequences{};
+  int64_t one_length = 0;  // of all sequences, where cache_seqlens is a number
   int threads = 1;
 
-  Bound(const ForwardArguments& arguments, bool csr);
+  Bound(const ForwardArguments& arguments, Extras kind);
 };
 class BoundBackward : public Bound {
  public:
   Gradients g{};
 
-  BoundBackward(const BackwardArguments& arguments, bool csr);
+  BoundBackward(const BackwardArguments& arguments, Extras kind);
 };
 class BoundTangent : public Bound {
  public:
   Tangents t{};
 
-  BoundTangent(const TangentArguments& arguments, bool csr);
+  explicit BoundTangent(const TangentArguments& arguments);
+};
+class BoundAppend : public Bound {
+ public:
+  explicit BoundAppend(const AppendArguments& arguments);
 };
 
 void bind_fields(const std::string& kind, const std::vector<std::string>& fields);
@@ -48,5 +65,8 @@ void bind_fields(const std::string& kind, const std::vector<std::string>& fields
 // signature(q, k, v, *extras): the shapes and dtypes of a call's tensors as a dictionary key, cheaper than their Python
 // attributes.
 PyObject* signature(PyObject*, PyObject* const* args, Py_ssize_t count);
+
+// shapes(*tensors): the same of up to 16 tensors, ints and Nones, with all sizes; None where one is not a plain CPU tensor.
+PyObject* shapes(PyObject*, PyObject* const* args, Py_ssize_t count);
 
 }  // namespace fastattn::python

@@ -19,15 +19,14 @@ constexpr double tiny_work = 1e5;
 
 // Runs a METH_FASTCALL function of the arguments that `Arguments` lists, without pybind11's argument conversion, which
 // would cost more than a tiny call. calculate(bound) may or may not let go of the GIL.
-template <class Bound, class Arguments, class Calculate>
-PyObject* call(PyObject* const* args, Py_ssize_t count, bool csr, Calculate calculate) {
+template <class Arguments, class Calculate>
+PyObject* call(PyObject* const* args, Py_ssize_t count, const Calculate& calculate) {
   constexpr Py_ssize_t expected = sizeof(Arguments) / sizeof(PyObject*);
   try {
     if (count != expected) throw std::invalid_argument("takes " + std::to_string(expected) + " arguments");
     Arguments arguments;
     memcpy(&arguments, args, sizeof arguments);
-    Bound bound(arguments, csr);
-    calculate(bound);
+    calculate(arguments);
   } catch (py::error_already_set& error) {
     error.restore();
     return nullptr;
@@ -45,7 +44,8 @@ PyObject* call(PyObject* const* args, Py_ssize_t count, bool csr, Calculate calc
 
 template <void (*run)(fastattn::Operands&, int)>
 PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return call<Bound, ForwardArguments>(args, count, false, [](Bound& bound) {
+  return call<ForwardArguments>(args, count, [](const ForwardArguments& arguments) {
+    Bound bound(arguments, Extras::terms);
     fastattn::Operands& p = bound.p;
     const double pairs = (double)p.batch * p.num_heads * p.seqlen_q * p.seqlen_k;
     if (pairs * (p.head_dim + p.head_dim_v) < tiny_work) return run(p, 1);
@@ -54,35 +54,46 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
-PyObject* backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return call<BoundBackward, BackwardArguments>(args, count, false, [](auto& bound) {
-    py::gil_scoped_release release;
-    fastattn::backward(bound.p, bound.g, bound.threads);
-  });
-}
-
 PyObject* tangent(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return call<BoundTangent, TangentArguments>(args, count, false, [](auto& bound) {
+  return call<TangentArguments>(args, count, [](const TangentArguments& arguments) {
+    BoundTangent bound(arguments);
     py::gil_scoped_release release;
     fastattn::tangent(bound.p, bound.t, bound.threads);
   });
 }
 
-PyObject* csr_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return call<Bound, ForwardArguments>(args, count, true, [](auto& bound) {
+PyObject* append(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return call<AppendArguments>(args, count, [](const AppendArguments& arguments) {
+    BoundAppend bound(arguments);
     py::gil_scoped_release release;
-    fastattn::csr_forward(bound.p, bound.lists, bound.threads);
+    fastattn::forward(bound.p, bound.sequences, bound.threads);
   });
 }
 
-PyObject* csr_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return call<BoundBackward, BackwardArguments>(args, count, true, [](auto& bound) {
+// The same of the other kinds, of which `run` takes the bound call.
+template <Extras kind, class Bound, class Arguments, void (*run)(Bound&)>
+PyObject* call_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return call<Arguments>(args, count, [](const Arguments& arguments) {
+    Bound bound(arguments, kind);
     py::gil_scoped_release release;
-    fastattn::csr_backward(bound.p, bound.g, bound.lists, bound.threads);
+    run(bound);
   });
 }
+template <Extras kind, void (*run)(Bound&)>
+constexpr auto forward_of = call_of<kind, Bound, ForwardArguments, run>;
+template <Extras kind, void (*run)(BoundBackward&)>
+constexpr auto backward_of = call_of<kind, BoundBackward, BackwardArguments, run>;
+
+void dense_backward(BoundBackward& x) { fastattn::backward(x.p, x.g, x.threads); }
+void csr_forward(Bound& x) { fastattn::csr_forward(x.p, x.lists, x.threads); }
+void csr_backward(BoundBackward& x) { fastattn::csr_backward(x.p, x.g, x.lists, x.threads); }
+void sequences_forward(Bound& x) { fastattn::forward(x.p, x.sequences, x.threads); }
+void sequences_backward(BoundBackward& x) { fastattn::backward(x.p, x.g, x.sequences, x.threads); }
 
 PyMethodDef fast_methods[] = {
+    {"shapes", (PyCFunction)(void (*)())shapes, METH_FASTCALL,
+     "shapes(*tensors) -> dtypes and sizes of up to 16 tensors, ints and Nones as a key, or None where one is not a "
+     "plain CPU tensor."},
     {"signature", (PyCFunction)(void (*)())signature, METH_FASTCALL,
      "signature(q, k, v, *extras) -> (key, (batch, seqlen_q, seqlen_k)), or None where a tensor is not a plain CPU "
      "tensor "
@@ -94,18 +105,27 @@ PyMethodDef fast_methods[] = {
      "out_exact that are not None."},
     {"decode", (PyCFunction)(void (*)())forward<fastattn::decode>, METH_FASTCALL,
      "decode(...): as forward, for few query rows a key head; takes no block_mask."},
-    {"backward", (PyCFunction)(void (*)())backward, METH_FASTCALL,
+    {"backward", (PyCFunction)(void (*)())backward_of<Extras::terms, dense_backward>, METH_FASTCALL,
      "backward(q, k, v, out, lse_parts, terms, dout, dlse, dq, dk, dv, grads, threads): out in the compute dtype. "
      "Fills "
      "those of dq, dk, dv that are not None, adds to the gradients in grads, a Terms."},
     {"tangent", (PyCFunction)(void (*)())tangent, METH_FASTCALL,
      "tangent(q, k, v, terms, tq, tk, tv, tterms, tout, tlse, threads): fills tout, and tlse if it is not None. Of the "
      "tangents tq, tk, tv and those in tterms, a Terms, None is zero."},
-    {"csr_forward", (PyCFunction)(void (*)())csr_forward, METH_FASTCALL,
+    {"csr_forward", (PyCFunction)(void (*)())forward_of<Extras::edges, csr_forward>, METH_FASTCALL,
      "csr_forward(q, k, v, out, lse, lse_parts, out_exact, edges, threads): as forward, with an Edges."},
-    {"csr_backward", (PyCFunction)(void (*)())csr_backward, METH_FASTCALL,
+    {"csr_backward", (PyCFunction)(void (*)())backward_of<Extras::edges, csr_backward>, METH_FASTCALL,
      "csr_backward(q, k, v, out, lse_parts, edges, dout, dlse, dq, dk, dv, grads, threads): as backward, with two "
      "Edges."},
+    {"sequences_forward", (PyCFunction)(void (*)())forward_of<Extras::sequences, sequences_forward>, METH_FASTCALL,
+     "sequences_forward(q, k, v, out, lse, lse_parts, out_exact, sequences, threads): as forward, with a Sequences; "
+     "appends to the caches first what it holds."},
+    {"sequences_backward", (PyCFunction)(void (*)())backward_of<Extras::sequences, sequences_backward>, METH_FASTCALL,
+     "sequences_backward(q, k, v, out, lse_parts, sequences, dout, dlse, dq, dk, dv, grads, threads): as backward, "
+     "with "
+     "two Sequences, of packed rows alone. Rows that belong to no sequence are left as they are."},
+    {"append", (PyCFunction)(void (*)())append, METH_FASTCALL,
+     "append(k_cache, v_cache, sequences, threads): writes the new rows alone."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

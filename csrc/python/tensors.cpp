@@ -16,6 +16,7 @@ DType dtype_of_dlpack(dlpack::DataType type) {
   if (type.code == dlpack::kBfloat && bits == 16) return DType::bfloat16;
   if (type.code == dlpack::kBool && bits == 8) return DType::boolean;
   if (type.code == dlpack::kUInt && bits == 8) return DType::uint8;
+  if (type.code == dlpack::kInt && bits == 8) return DType::int8;
   if (type.code == dlpack::kInt && bits == 32) return DType::int32;
   if (type.code == dlpack::kInt && bits == 64) return DType::int64;
   throw std::invalid_argument("a tensor's dtype is not supported by the CPU kernels");
@@ -85,6 +86,7 @@ DType dtype_of(const std::string& name) {
   if (name == "float16") return DType::float16;
   if (name == "bool") return DType::boolean;
   if (name == "uint8") return DType::uint8;
+  if (name == "int8") return DType::int8;
   if (name == "int32") return DType::int32;
   if (name == "int64") return DType::int64;
   throw std::invalid_argument("dtype " + name + " is not supported by the CPU kernels");
@@ -94,7 +96,9 @@ DType compute_dtype(DType dtype) { return dtype == DType::float64 ? DType::float
 
 bool is_index(DType dtype) { return dtype == DType::int32 || dtype == DType::int64; }
 
-bool is_float(DType dtype) { return dtype != DType::boolean && dtype != DType::uint8 && !is_index(dtype); }
+bool is_float(DType dtype) {
+  return dtype == DType::float32 || dtype == DType::float64 || dtype == DType::bfloat16 || dtype == DType::float16;
+}
 
 View written(PyObject* tensor) { return view_of(type_of(tensor), tensor); }
 

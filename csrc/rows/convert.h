@@ -132,6 +132,9 @@ void load_row(const char* source, DType dtype, int64_t stride, int64_t n, Real* 
     case DType::bfloat16: return load_narrow_row((const uint16_t*)source, DType::bfloat16, stride, n, row);
     case DType::float16: return load_narrow_row((const uint16_t*)source, DType::float16, stride, n, row);
     case DType::boolean: return load_narrow_row((const uint8_t*)source, DType::boolean, stride, n, row);
+    case DType::int8:
+      for (int64_t i = 0; i < n; i++) row[i] = (Real)((const int8_t*)source)[i * stride];
+      return;
     case DType::uint8:
     case DType::int32:
     case DType::int64: return;
@@ -180,11 +183,6 @@ void store_row(const Real* row, Real factor, int64_t n, char* target, DType dtyp
   }
 }
 
-FASTATTN_INLINE int64_t bytes_of(DType dtype) {
-  return dtype == DType::boolean || dtype == DType::uint8   ? 1
-         : dtype == DType::float64 || dtype == DType::int64 ? 8
-         : dtype == DType::float32 || dtype == DType::int32 ? 4
-                                                            : 2;
-}
+FASTATTN_INLINE int64_t bytes_of(DType dtype) { return bytes_of_dtype[(int)dtype]; }
 
 }  // namespace fastattn::FASTATTN_ISA

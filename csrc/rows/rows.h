@@ -3,10 +3,11 @@
 //
 //   dense   row i of (batch, head) lies `stride[2]` behind row i - 1: `at` is the only place that says so
 //   csr     the same tensors, read by `gather_rows` at the keys that a query lists
+//   packed  dense: the driver gives each sequence Operands of its own, whose tensors start with its first row
+//   paged   row i lies in the page that the table of the sequence names: `at` looks it up, `runs_on` says where rows lie
+//           in one run
 //
-// A layout to come answers here: packed sequences add the start of their sequence in `at`; pages look up theirs there,
-// and `tile_rows`, which copies where rows do not lie in one run, cuts a run at its pages. How many rows a sequence has
-// is asked in scores/intervals.h: `row_range` bounds the keys of a query.
+// The rows of an int8 cache have a factor each, which `load_row` applies.
 #pragma once
 #include "convert.h"
 #include "tile/microkernel.h"
@@ -14,14 +15,30 @@
 namespace fastattn::FASTATTN_ISA {
 
 FASTATTN_INLINE char* at(const Tensor& t, int64_t b, int64_t h, int64_t row, int64_t column = 0) {
+  if (t.pages) {
+    row += t.pages->first;
+    b = t.pages->table[row / t.pages->size], row %= t.pages->size;
+  }
   int64_t offset = b * t.stride[0] + h * t.stride[1] + row * t.stride[2] + column * t.stride[3];
   return t.data + offset * bytes_of(t.dtype);
+}
+
+// Whether `count` rows from `row` on lie stride[2] apart.
+FASTATTN_INLINE bool runs_on(const Tensor& t, int64_t row, int64_t count) {
+  return !t.pages || (t.pages->first + row) % t.pages->size + count <= t.pages->size;
+}
+
+FASTATTN_INLINE float factor_of(const Tensor& t, int64_t batch, int64_t head, int64_t row) {
+  return *(const float*)at(*t.factors, batch, head, row);
 }
 
 // Row `row` as Real.
 template <class Real>
 FASTATTN_INLINE void load_row(const Tensor& t, int64_t batch, int64_t head, int64_t row, int64_t columns, Real* to) {
   load_row(at(t, batch, head, row), t.dtype, t.stride[3], columns, to);
+  if (!t.factors) return;
+  const Real factor = (Real)factor_of(t, batch, head, row);
+  for (int64_t d = 0; d < columns; d++) to[d] *= factor;
 }
 template <class Real>
 FASTATTN_INLINE void store_row(const Real* from, Real factor, int64_t columns, const Tensor& t, int64_t batch,
@@ -52,7 +69,7 @@ FASTATTN_INLINE TileRows<Real> rows_in_place(const Tensor& t, int64_t batch, int
 template <class Real>
 TileRows<Real> tile_rows(const Tensor& t, int64_t batch, int64_t head, int64_t row, int64_t count, int64_t columns,
                          Real* buffer, int64_t stride) {
-  if (lies_as<Real>(t)) return rows_in_place<Real>(t, batch, head, row);
+  if (lies_as<Real>(t) && runs_on(t, row, count)) return rows_in_place<Real>(t, batch, head, row);
   for (int64_t j = 0; j < count; j++) load_row(t, batch, head, row + j, columns, buffer + j * stride);
   return {buffer, stride};
 }
@@ -81,8 +98,14 @@ FASTATTN_INLINE void copy_rows(const Tensor& t, int64_t batch, int64_t head, int
   for (int64_t j = 0; j < count; j++) {
     const char* from = at(t, batch, head, row + j);
     char* to = copies + j * bytes;
+    if (step == size) {
+      memcpy(to, from, columns * size);
+      continue;
+    }
     for (int64_t d = 0; d < columns; d++, from += step, to += size) {
-      if (size == 2)
+      if (size == 1)
+        *to = *from;
+      else if (size == 2)
         memcpy(to, from, 2);
       else if (size == 4)
         memcpy(to, from, 4);

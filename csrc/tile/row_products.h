@@ -45,6 +45,24 @@ struct Float16Rows {
   }
 };
 
+struct Int8Rows {  // without the factor of the row
+  using Real = float;
+  typedef int8_t Raw __attribute__((vector_size(FASTATTN_WIDTH == 32 ? 16 : FASTATTN_WIDTH / 4)));
+  static constexpr int vectors = FASTATTN_WIDTH == 32 ? 2 : 1, step = vectors * VL<float>, size = 1;
+  static constexpr int column(int v, int lane) { return v * VL<float> + lane; }
+  template <int V>
+  FASTATTN_INLINE Vec<float> vector(Raw x) {
+#if defined(__AVX512F__)
+    return (Vec<float>)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)x));
+#elif defined(__AVX2__)
+    const __m128i half = V == 0 ? (__m128i)x : _mm_unpackhi_epi64((__m128i)x, (__m128i)x);
+    return (Vec<float>)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(half));
+#else
+    return __builtin_convertvector(x, Vec<float>);
+#endif
+  }
+};
+
 template <class Rows>
 FASTATTN_INLINE typename Rows::Raw load_raw(const char* p) {
   typename Rows::Raw x;

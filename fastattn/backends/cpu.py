@@ -6,6 +6,7 @@ import torch
 
 from ..layouts.edges import Edges
 from ..layouts.lists import check_entries
+from ..layouts.sequences import Sequences
 from ..outputs import compute_dtype, empty_out, empty_results
 from ..terms import TERMS, Terms
 
@@ -33,11 +34,17 @@ def signature(*tensors) -> None:
     return None
 
 
+def shapes(*tensors) -> None:
+    """dtypes and sizes of plain CPU tensors, ints and Nones as a key; None where a tensor is another thing."""
+    return None
+
+
 if _C is not None:
     # C++ reads the fields of these tuples by name: it learns their places here, and refuses a name it does not know.
     _C.bind_fields("Terms", Terms._fields)
     _C.bind_fields("Edges", Edges._fields)
-    signature = _C.signature  # noqa: F811  (straight, without a Python frame)
+    _C.bind_fields("Sequences", Sequences._fields)
+    signature, shapes = _C.signature, _C.shapes  # noqa: F811  (straight, without a Python frame)
 
 
 def isa() -> str:
@@ -124,6 +131,42 @@ def csr_backward(problem, q, k, v, edges, saved, dout, dlse, wanted):
     grads = Edges(None, None, dbias, None)
     _run_csr(_C.csr_backward, problem, edges, q, k, v, *saved, edges, dout, dlse, dq, dk, dv, grads)
     return dq, dk, dv, grads if dbias is None else grads._replace(bias=dbias.to(edges.bias.dtype))
+
+
+def varlen(problem, q, k, v, terms):
+    """Forward pass of packed sequences."""
+    return varlen_for_backward(problem, q, k, v, terms, False)[:2]
+
+
+def varlen_for_backward(problem, q, k, v, terms, for_backward: bool = True):
+    """As `prefill_for_backward`, of packed sequences."""
+    out, lse, out_exact, lse_parts = empty_results(problem, q, for_backward)
+    if terms.seqused_q is not None:
+        out.zero_()
+        if lse is not None:
+            lse.fill_(-torch.inf)
+    _C.sequences_forward(q, k, v, out, lse, lse_parts, out_exact, terms, _get_num_threads())
+    return out, lse, (out if out_exact is None else out_exact, lse_parts)
+
+
+def varlen_backward(problem, q, k, v, terms, saved, dout, dlse, wanted):
+    """Gradients of packed sequences."""
+    grads = _empty_gradients(q, k, v, wanted)
+    for x, used in zip(grads, (terms.seqused_q, terms.seqused_k, terms.seqused_k), strict=True):
+        if x is not None and used is not None:
+            x.zero_()
+    wants = wanted[3]
+    sums = [x.new_zeros(x.shape, dtype=torch.float64) if want else None for x, want in zip(terms, wants, strict=True)]
+    _C.sequences_backward(q, k, v, *saved, terms, dout, dlse, *grads, Sequences._make(sums), _get_num_threads())
+    return *grads, [y if y is None else y.to(x.dtype) for x, y in zip(terms, sums, strict=True)]
+
+
+def cache(problem, q, k, v, terms):
+    """Forward pass over caches, to which it appends first."""
+    out = empty_out(problem, q)
+    lse = q.new_empty(out.shape[:3], dtype=compute_dtype(problem)) if problem.lse else None
+    _C.sequences_forward(q, k, v, out, lse, None, None, terms, _get_num_threads())
+    return out, lse
 
 
 def _run_csr(function, problem, edges, *arguments) -> None:

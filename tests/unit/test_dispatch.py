@@ -48,7 +48,7 @@ def test_each_row_accepts_some_case(row):
     device = min(row.supports.get("device", {"cpu"}))
     direction = min(row.supports["direction"])
     problems = [problem._replace(device=device, direction=direction, needs_grad=False) for problem in PROBLEMS]
-    problems += [problem._replace(layout="csr") for problem in problems]
+    problems += [problem._replace(layout=layout) for layout in ("csr", "varlen", "cache") for problem in problems]
     assert any(not refuse(row._replace(available=None), problem) for problem in problems)
 
 

@@ -1,0 +1,100 @@
+"""`attention_varlen()`: sequences of different lengths in one call, without padding, with gradients."""
+
+import torch
+
+from ..calls import current_backend, note
+from ..checks import check_tensors
+from ..differentiable import Differentiable
+from .sequence_arguments import bind_packed, check_longest
+
+
+def attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] | None = None,
+    softmax_scale: float | torch.Tensor | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    block_table: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    seqused_q: torch.Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention of many sequences, each by itself, whose rows lie one after the other: no padding, stored or computed.
+
+    q             [total_q, num_heads, head_dim], any strides; float32, bfloat16, float16 or float64
+    k, v          [total_k, num_heads_k, head_dim], [total_k, num_heads_k, head_dim_v], same dtype
+    cu_seqlens_q  [sequences + 1], int32 or int64, on q's device: from 0 up to total_q; the queries of sequence i are
+                  rows cu_seqlens_q[i] ... cu_seqlens_q[i + 1] - 1. A sequence may be empty
+    cu_seqlens_k  the same for keys and values
+    max_seqlen_q, max_seqlen_k  the longest sequence, which callers of other packages pass; no kernel needs it
+    block_table   [sequences, entries], int32 or int64: k and v are pages [num_pages, page_size, num_heads_k, dim] then,
+                  and key j of sequence i lies in page block_table[i, j // page_size]; cu_seqlens_k gives the lengths
+                  alone (or seqused_k does, and cu_seqlens_k is None). No gradients
+    seqused_q, seqused_k  [sequences]: a sequence uses its first so many queries or keys; None: all. A row that is not
+                  used gives out = 0, lse = -inf and a gradient of 0
+    alibi_slopes  [num_heads] or [sequences, num_heads]
+    dropout_p, seed  sequence i drops what `attention` drops with the seed (seed + i) % 2^63
+
+    causal, window_size, softmax_scale, softcap, sinks, return_lse and backend are those of `fastattn.attention`, with
+    the lengths of each sequence: causal is aligned bottom-right in each.
+
+    Returns out [total_q, num_heads, head_dim_v] in q's dtype, or (out, lse) with lse [num_heads, total_q], natural log,
+    float32 (float64 for float64 inputs). Bit for bit what `attention` gives for each sequence alone, and so are the
+    gradients of q, k, v; those of alibi_slopes, sinks and softmax_scale are summed over the sequences.
+
+    Memory is O(total) beyond inputs and outputs. Lists are read once by the kernel: the caller needs no `.item()`.
+
+    Raises TypeError or ValueError that names the argument, its value and the rule, also for each entry of a list,
+    before anything is computed; `UnsupportedError` if the named backend refuses. Method: FlashAttention-2, arXiv
+    2307.08691.
+    """
+    check_tensors(q=q, k=k, v=v)
+    check_longest("max_seqlen_q", max_seqlen_q)
+    check_longest("max_seqlen_k", max_seqlen_k)
+    for name, x, dim in (
+        ("q", q, 3),
+        ("k", k, 3 if block_table is None else 4),
+        ("v", v, 3 if block_table is None else 4),
+    ):
+        if x.dim() != dim:
+            shape = "[total, heads, dim]" if dim == 3 else "[num_pages, page_size, heads, dim]"
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {shape}")
+    q = q.transpose(0, 1)[None]
+    if block_table is None:
+        k, v = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+    else:
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+    places = {
+        "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "seqused_q": seqused_q, "seqused_k": seqused_k,
+        "block_table": block_table,
+    }  # fmt: skip
+    options = {
+        "causal": causal, "window_size": window_size, "softmax_scale": softmax_scale, "softcap": softcap,
+        "alibi_slopes": alibi_slopes, "sinks": sinks, "dropout_p": dropout_p, "seed": seed, "return_lse": return_lse,
+        "backend": current_backend() if backend is None else backend,
+    }  # fmt: skip
+    out, lse = _run(bind_packed(q, k, v, places, **options), q, k, v)
+    out = out[0].transpose(0, 1)
+    return (out, lse[0]) if return_lse else out
+
+
+def _run(bound, q, k, v):
+    note(bound)
+    choice, problem, terms, _ = bound
+    if problem.dropout and terms.seed is None:
+        terms = terms._replace(seed=int(torch.randint(2**63 - 1, ())))
+    if choice.train is None:
+        return choice.forward(problem, q, k, v, terms)
+    return Differentiable.apply(choice, problem, terms, q, k, v, *terms)
