@@ -8,8 +8,9 @@ from ..checks import check_flag, check_int
 from ..plans import Bound, bounds, remember
 from ..torch_internals import is_transformed
 from .sequence_arguments import bind_cache
+from .sequences import PLACES, Sequences
 
-_shapes, _is_grad_enabled = cpu.shapes, torch.is_grad_enabled
+_shapes, _new, _is_grad_enabled = cpu.shapes, tuple.__new__, torch.is_grad_enabled
 
 
 def attention_with_kvcache(
@@ -70,46 +71,50 @@ def attention_with_kvcache(
     for a cache that is full, before anything is written; `UnsupportedError` if the named backend refuses. Methods:
     Flash-Decoding (Dao, Haziza, Massa, Sizov, 2023), pages as in arXiv 2309.06180, rotary embedding arXiv 2104.09864.
     """
+    if torch.compiler.is_dynamo_compiling():
+        raise NotImplementedError(
+            "attention_with_kvcache writes into its caches and is no operator of a graph: call it outside of "
+            "torch.compile, from a function that torch.compiler.disable marks"
+        )
     if backend is None:
         backend = current_backend()
-    tensors = (
-        cache_seqlens, cache_batch_idx, cache_leftpad, block_table, k, v, k_scale, v_scale, rotary_cos, rotary_sin,
+    places = (
+        block_table, cache_seqlens, cache_batch_idx, cache_leftpad, k, v, k_scale, v_scale, rotary_cos, rotary_sin,
     )  # fmt: skip
     settings = causal, window_size, softmax_scale, softcap, return_lse, backend, rotary_interleaved, num_splits
-    key = None if is_transformed() else _shapes(q, k_cache, v_cache, *tensors, alibi_slopes, sinks)
+    key = None if is_transformed() else _shapes(q, k_cache, v_cache, *places, alibi_slopes, sinks)
     try:
-        bound = bounds.get((key, settings, _is_grad_enabled())) if key is not None else None
+        bound = None if key is None else bounds.get((key, settings))
     except TypeError:  # an argument is not hashable: the checks say which
         bound = None
     if bound is None or (_is_grad_enabled() and _wants_grad(q, k_cache, v_cache, k, v, alibi_slopes, sinks)):
-        bound = _bind(q, k_cache, v_cache, tensors, alibi_slopes, sinks, settings)
+        bound = _bind(q, k_cache, v_cache, places, alibi_slopes, sinks, settings)
         if key is not None:
-            remember((key, settings, _is_grad_enabled()), _without_tensors(bound))
+            remember((key, settings), _without_tensors(bound))
     note(bound)
     choice, problem, terms, _ = bound
-    terms = terms._replace(**dict(zip(_NAMES, (*tensors, alibi_slopes, sinks), strict=True)))
+    terms = _new(Sequences, (*_PACKED, *places, *terms[_REST:]))
+    if alibi_slopes is not None or sinks is not None:
+        terms = terms._replace(alibi_slopes=alibi_slopes, sinks=sinks)
     out, lse = choice.forward(problem, q, k_cache, v_cache, terms)
     return (out, lse) if return_lse else out
 
 
-_NAMES = (
-    "cache_seqlens", "cache_batch_idx", "cache_leftpad", "block_table", "k", "v", "k_scale", "v_scale", "rotary_cos",
-    "rotary_sin", "alibi_slopes", "sinks",
-)  # fmt: skip
+_NAMES = PLACES[PLACES.index("block_table") : PLACES.index("rotary_interleaved")]
+_PACKED, _REST = (None,) * PLACES.index("block_table"), PLACES.index("rotary_interleaved")
 
 
 def _wants_grad(*tensors) -> bool:
     return any([x is not None and x.requires_grad for x in tensors])
 
 
-def _bind(q, k_cache, v_cache, tensors, alibi_slopes, sinks, settings) -> Bound:
+def _bind(q, k_cache, v_cache, places, alibi_slopes, sinks, settings) -> Bound:
     causal, window_size, softmax_scale, softcap, return_lse, backend, interleaved, num_splits = settings
     if isinstance(softmax_scale, torch.Tensor):
         raise TypeError("softmax_scale must be a float: attention over a cache learns nothing (use .item())")
     check_int("num_splits", num_splits)
-    places = dict(zip(_NAMES, tensors, strict=False)) | {
-        "rotary_interleaved": check_flag("rotary_interleaved", interleaved)
-    }
+    places = dict(zip(_NAMES, places, strict=True))
+    places["rotary_interleaved"] = check_flag("rotary_interleaved", interleaved)
     return bind_cache(
         q, k_cache, v_cache, places, causal=causal, window_size=window_size, softmax_scale=softmax_scale,
         softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, return_lse=return_lse, backend=backend,
@@ -118,4 +123,4 @@ def _bind(q, k_cache, v_cache, tensors, alibi_slopes, sinks, settings) -> Bound:
 
 def _without_tensors(bound: Bound) -> Bound:
     """Nobody may keep the tensors of a call."""
-    return bound._replace(terms=bound.terms._replace(**dict.fromkeys(_NAMES)))
+    return bound._replace(terms=bound.terms._replace(**dict.fromkeys((*_NAMES, "alibi_slopes", "sinks"))))

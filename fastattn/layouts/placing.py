@@ -43,15 +43,15 @@ def place(q: torch.Tensor, k: torch.Tensor, terms) -> list[Place]:
 
 def rows_of(x: torch.Tensor, one: Place) -> torch.Tensor:
     """[1, heads, keys, ...] of a tensor of keys, values or factors of rows."""
-    if not one.pages:
+    if one.k_entry is not None:
         return x[one.k_entry, :, one.k_rows.start : one.k_rows.stop][None]
-    pages = x[torch.tensor(one.pages, device=x.device)].transpose(0, 1).flatten(1, 2)
+    pages = x[torch.tensor(one.pages, dtype=torch.int64, device=x.device)].transpose(0, 1).flatten(1, 2)
     return pages[None, :, one.k_rows.start : one.k_rows.stop]
 
 
 def slot(one: Place, row: int, page_size: int) -> tuple[int, int]:
     """(batch entry or page, row in it) of a row of `one.k_rows`."""
-    return (one.pages[row // page_size], row % page_size) if one.pages else (one.k_entry, row)
+    return (one.k_entry, row) if one.k_entry is not None else (one.pages[row // page_size], row % page_size)
 
 
 def new_rows(terms) -> int:

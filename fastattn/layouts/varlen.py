@@ -2,9 +2,16 @@
 
 import torch
 
-from ..calls import current_backend, note
-from ..checks import check_tensors
+from .. import dispatch
+from ..calls import current_backend, in_graph, note
+from ..checks import check_flag, check_one_device, check_tensors
 from ..differentiable import Differentiable
+from ..masks.intervals import check_window
+from ..operators import varlen as operator
+from ..scores import dropout, scale
+from ..scores import softcap as softcap_scores
+from ..scores.dropout import check_seed
+from ..torch_internals import is_memoryless, num_dispatch_modes
 from .sequence_arguments import bind_packed, check_longest
 
 
@@ -83,11 +90,42 @@ def attention_varlen(
     options = {
         "causal": causal, "window_size": window_size, "softmax_scale": softmax_scale, "softcap": softcap,
         "alibi_slopes": alibi_slopes, "sinks": sinks, "dropout_p": dropout_p, "seed": seed, "return_lse": return_lse,
-        "backend": current_backend() if backend is None else backend,
+        "backend": backend,
     }  # fmt: skip
-    out, lse = _run(bind_packed(q, k, v, places, **options), q, k, v)
+    if torch.compiler.is_dynamo_compiling() or num_dispatch_modes() or is_memoryless(q):
+        out, lse = _traced(q, k, v, places, **options)
+    else:
+        if backend is None:
+            options["backend"] = current_backend()
+        out, lse = _run(bind_packed(q, k, v, places, **options), q, k, v)
     out = out[0].transpose(0, 1)
     return (out, lse[0]) if return_lse else out
+
+
+def _traced(
+    q, k, v, places, *, causal, window_size, softmax_scale, softcap, alibi_slopes, sinks, dropout_p, seed, return_lse,
+    backend,
+):  # fmt: skip
+    """`attention_varlen` as an operator, as in `fastattn.api`."""
+    check_one_device(q, k, v)
+    check_seed(seed)
+    learned, number = {"alibi_slopes": alibi_slopes, "sinks": sinks}, softmax_scale
+    if isinstance(softmax_scale, torch.Tensor):
+        learned["softmax_scale"], number = softmax_scale, None
+    options = {name: x for name, x in (places | learned).items() if x is not None}
+    check_tensors(**options)
+    if window_size is not None:
+        options["window"] = [-1 if side is None else side for side in check_window(window_size)]
+    if dropout_p > 0.0:  # a tensor: each run of the graph draws another one, and the backward pass gets the same
+        draw = torch.randint(2**63 - 1, (), device="cpu") if seed is None else torch.full((), seed, dtype=torch.int64)
+        options["seed"] = draw
+    if backend is None and in_graph:
+        backend = in_graph[-1]
+    return operator.attention_varlen(
+        q, k, v, **options, causal=check_flag("causal", causal), scale=scale.TERM.check(number),
+        softcap=softcap_scores.TERM.check(softcap), dropout_p=dropout.P.check(dropout_p),
+        return_lse=check_flag("return_lse", return_lse), backend=dispatch.check_backend(backend, "backend"),
+    )  # fmt: skip
 
 
 def _run(bound, q, k, v):

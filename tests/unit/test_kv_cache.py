@@ -1,5 +1,8 @@
 """`KVCache`: what it holds after appending, truncating, forking and errors."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -157,3 +160,8 @@ def test_arguments_that_are_wrong():
     ):
         with pytest.raises(error, match=rule):
             wrong()
+
+
+def test_the_code_of_the_document_runs():
+    text = (Path(__file__).parents[2] / "docs" / "generation.md").read_text()
+    exec("\n".join(re.findall(r"```python\n(.*?)```", text, re.S)), {})
