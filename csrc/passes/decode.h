@@ -108,8 +108,8 @@ class DecodeUnit {
         v_block(block_keys(v_loads.row_bytes())),
         q_size(k_loads.vectors() * L),
         out_size(v_loads.vectors() * L),
-        k_copied(p.k.stride[3] != 1 || p.head_dim < Rows::step || p.k.pages),
-        v_copied(p.v.stride[3] != 1 || p.head_dim_v < Rows::step || p.v.pages),
+        k_copied(p.k.stride[3] != 1 || p.head_dim < Rows::step || uneven(p.k)),
+        v_copied(p.v.stride[3] != 1 || p.head_dim_v < Rows::step || uneven(p.v)),
         careful(careful),
         s(layout(p, b, memory)) {
     const double unit = product_unit(p);
@@ -164,6 +164,11 @@ class DecodeUnit {
   }
 
  private:
+  // Whether runs of rows may begin off the grid of the chains.
+  static bool uneven(const Tensor& t) {
+    return t.pages && (t.pages->size % row_chains<Real> || t.pages->first % row_chains<Real>);
+  }
+
   static void clear(Real* x, int64_t n) { memset(x, 0, n * sizeof(Real)); }
 
   // body(first row, how many at once) for all rows.
@@ -189,18 +194,19 @@ class DecodeUnit {
           }
   }
 
-  // body(first key, keys, their rows and the step between them) for the blocks of keys lo ... hi - 1.
+  // body(first key, keys, their rows) for the blocks of keys lo ... hi - 1.
   template <class Body>
   void each_block(const Tensor& t, Range keys, int64_t block, const RowLoads<Rows>& loads, char* copies,
                   const Body& body) {
     const int64_t head_k = p.head_k(u.head);
+    const char* runs[64 / row_chains<Real> + 1] = {copies};
     for (int64_t key = keys.lo; key < keys.hi;) {
       const int64_t n = smaller((key / block + 1) * block, keys.hi) - key;
       if (copies) {
         copy_rows(t, u.batch, head_k, key, n, loads.columns, copies, loads.row_bytes());
-        body(key, n, (const char*)copies, loads.row_bytes());
+        body(key, n, RowRuns{runs, n, n, loads.row_bytes()});
       } else {
-        body(key, n, (const char*)at(t, u.batch, head_k, key), t.stride[2] * Rows::size);
+        body(key, n, runs_of(t, u.batch, head_k, key, n, runs));
       }
       key += n;
     }
@@ -210,29 +216,28 @@ class DecodeUnit {
   void visit(Range keys) {
     constexpr int chains = row_chains<Real>;
     const Range whole{keys.lo / chains * chains, keys.hi};  // lanes have their place on the grid
-    each_block(p.k, whole, k_block, k_loads, k_copied ? s.k : nullptr,
-               [&](int64_t key, int64_t n, const char* k, int64_t stride) {
-                 each_rows([&](int64_t r, auto R) {
-                   score_rows<Rows, decltype(R)::value>(k, stride, n, k_loads, s.q + r * q_size,
-                                                        s.scores + r * s.stride + key - whole.lo, s.stride);
-                 });
-               });
+    each_block(p.k, whole, k_block, k_loads, k_copied ? s.k : nullptr, [&](int64_t key, int64_t n, const RowRuns& k) {
+      const char* const* run = k.first;
+      for (int64_t j = 0, many = k.head; j < n; j += many, many = smaller(k.each, n - j), run++)
+        each_rows([&](int64_t r, auto R) {
+          score_rows<Rows, decltype(R)::value>(*run, k.stride, many, k_loads, s.q + r * q_size,
+                                               s.scores + r * s.stride + key + j - whole.lo, s.stride);
+        });
+    });
     scale_scores(p.k, whole);
     for (int64_t j = keys.lo; j < smaller(keys.lo + v_block, keys.hi); j++)  // memory should not rest meanwhile
       prefetch_row(p.v, u.batch, p.head_k(u.head), j, p.head_dim_v);
     for (int64_t r = 0; r < rows; r++) weigh(r, whole, keys);
     scale_scores(p.v, whole);
-    each_block(p.v, keys, v_block, v_loads, v_copied ? s.v : nullptr,
-               [&](int64_t key, int64_t n, const char* v, int64_t stride) {
-                 const int64_t at = key - whole.lo;
-                 auto add = [&](int64_t r, auto R, const Real* seen) {
-                   add_values<Rows, decltype(R)::value>(v, stride, n, v_loads, s.scores + r * s.stride + at, s.stride,
-                                                        seen, r == 0, s.out + r * out_size, out_size);
-                 };
-                 if (!careful) return each_rows([&](int64_t r, auto R) { add(r, R, nullptr); });
-                 for (int64_t r = 0; r < rows; r++)
-                   add(r, std::integral_constant<int, 1>{}, s.seen + r * s.stride + at);
-               });
+    each_block(p.v, keys, v_block, v_loads, v_copied ? s.v : nullptr, [&](int64_t key, int64_t n, const RowRuns& v) {
+      const int64_t at = key - whole.lo;
+      auto add = [&](int64_t r, auto R, const Real* seen) {
+        add_values<Rows, decltype(R)::value>(v, n, v_loads, s.scores + r * s.stride + at, s.stride, seen, r == 0,
+                                             s.out + r * out_size, out_size);
+      };
+      if (!careful) return each_rows([&](int64_t r, auto R) { add(r, R, nullptr); });
+      for (int64_t r = 0; r < rows; r++) add(r, std::integral_constant<int, 1>{}, s.seen + r * s.stride + at);
+    });
   }
 
   // The scores of keys, or weights of values, times the factors of these rows.

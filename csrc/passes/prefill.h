@@ -122,6 +122,8 @@ struct Pending {
   bool select = false;  // some key is masked and v may not be finite
 };
 
+constexpr int few_panels = 2;  // that do not hide how keys and values come
+
 template <class Real, int NV>
 class ForwardUnit {
   static constexpr int NR = NV * VL<Real>;
@@ -138,6 +140,7 @@ class ForwardUnit {
   const bool careful;
   int64_t rows;
   int panels;
+  bool copies_k, copies_v;
   Modifier<Real, NV> modifier;
   bool any_masked = false, skips = false;
   int tiles = 0, items = 0;
@@ -156,6 +159,7 @@ class ForwardUnit {
         modifier(p, s.modifier, b.heads_per_unit == 1) {
     rows = smaller<int64_t>(b.rows, b.heads_per_unit * p.seqlen_q - u.row);
     panels = (int)((rows + NR - 1) / NR);
+    copies_k = panels > few_panels && crowds(p.k), copies_v = panels > few_panels && crowds(p.v);
     for (int i = 0; i < panels; i++) {
       ForwardPanel<Real>& panel = s.panels[i];
       start_panel<Real, NV>(p, u, i * NR, smaller<int64_t>(NR, rows - i * NR), panel, p.head_dim_v, s.rows, s.k);
@@ -240,8 +244,20 @@ class ForwardUnit {
     prefetch_next_queries();
     const int64_t head_k = p.head_k(u.head), keys = tile.hi - tile.lo;
     modifier.load_tile(u.batch, u.head, u.row, tile);
-    return {tile, tile_rows(p.k, u.batch, head_k, tile.lo, keys, p.head_dim, s.k, s.k_stride),
-            tile_rows(p.v, u.batch, head_k, tile.lo, keys, p.head_dim_v, s.v[tiles % 2], s.v_stride)};
+    Real* v_copies = s.v[tiles % 2];
+    const LoadedTile loaded{
+        tile, tile_rows(p.k, u.batch, head_k, tile.lo, keys, p.head_dim, s.k, s.k_stride, copies_k),
+        tile_rows(p.v, u.batch, head_k, tile.lo, keys, p.head_dim_v, v_copies, s.v_stride, copies_v)};
+    if (panels <= few_panels) {  // waits for memory: in the order of addresses, which the products do not keep
+      if (loaded.k.data != s.k) touch(loaded.k, keys, p.head_dim);
+      if (loaded.v.data != v_copies) touch(loaded.v, keys, p.head_dim_v);
+    }
+    return loaded;
+  }
+
+  static void touch(const TileRows<Real>& x, int64_t keys, int64_t columns) {
+    for (int64_t j = 0; j < keys; j++)
+      for (int64_t d = 0; d < columns; d += 64 / sizeof(Real)) (void)*(const volatile Real*)(x.data + j * x.stride + d);
   }
 
   // One panel against one tile: its scores now, its output when the next panel's scores are computed.

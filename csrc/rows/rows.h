@@ -28,6 +28,26 @@ FASTATTN_INLINE bool runs_on(const Tensor& t, int64_t row, int64_t count) {
   return !t.pages || (t.pages->first + row) % t.pages->size + count <= t.pages->size;
 }
 
+// Rows one after the other in runs, `stride` bytes apart within: `head` rows in the first, `each` in those that follow.
+struct RowRuns {
+  const char* const* first;
+  int64_t head, each, stride;
+};
+
+// `count` rows from `row` on; to: room for a run for each page that they touch.
+FASTATTN_INLINE RowRuns runs_of(const Tensor& t, int64_t batch, int64_t head, int64_t row, int64_t count,
+                                const char** to) {
+  const int64_t stride = t.stride[2] * bytes_of(t.dtype);
+  to[0] = at(t, batch, head, row);
+  if (!t.pages) return {to, count, count, stride};
+  const int64_t size = t.pages->size, rows = smaller(size - (t.pages->first + row) % size, count);
+  for (int64_t j = rows, i = 1; j < count; j += size) to[i++] = at(t, batch, head, row + j);
+  return {to, rows, size, stride};
+}
+
+// Whether the lines of a tile of rows share so few sets of an L1 that they throw each other out.
+FASTATTN_INLINE bool crowds(const Tensor& t) { return t.stride[2] && t.stride[2] * bytes_of(t.dtype) % 512 == 0; }
+
 FASTATTN_INLINE float factor_of(const Tensor& t, int64_t batch, int64_t head, int64_t row) {
   return *(const float*)at(*t.factors, batch, head, row);
 }
@@ -65,11 +85,11 @@ FASTATTN_INLINE TileRows<Real> rows_in_place(const Tensor& t, int64_t batch, int
   return {(const Real*)at(t, batch, head, row, column), t.stride[2]};
 }
 
-// Rows row ... row + count - 1: in place if they lie as Real, else converted into buffer, `stride` apart.
+// Rows row ... row + count - 1: in place if they lie as Real, else (or if asked) copied into buffer, `stride` apart.
 template <class Real>
 TileRows<Real> tile_rows(const Tensor& t, int64_t batch, int64_t head, int64_t row, int64_t count, int64_t columns,
-                         Real* buffer, int64_t stride) {
-  if (lies_as<Real>(t) && runs_on(t, row, count)) return rows_in_place<Real>(t, batch, head, row);
+                         Real* buffer, int64_t stride, bool copies = false) {
+  if (!copies && lies_as<Real>(t) && runs_on(t, row, count)) return rows_in_place<Real>(t, batch, head, row);
   for (int64_t j = 0; j < count; j++) load_row(t, batch, head, row + j, columns, buffer + j * stride);
   return {buffer, stride};
 }

@@ -7,7 +7,7 @@
 // fetch ahead. Each sum has one order, however many rows are computed at once.
 #pragma once
 #include "gather_products.h"
-#include "rows/convert.h"
+#include "rows/rows.h"
 
 namespace fastattn::FASTATTN_ISA {
 
@@ -204,32 +204,37 @@ __attribute__((noinline)) void score_rows(const char* k, int64_t stride, int64_t
   }
 }
 
-// out [R][out_stride] += weights of `C` loads of columns from v on. seen: null, or the scores of one row, of which -inf
-// masks: such a key adds nothing, not 0 * NaN.
+// out [R][out_stride] += weights of `C` loads of columns, `offset` bytes from where the rows begin. seen: null, or the
+// scores of one row, of which -inf masks: such a key adds nothing, not 0 * NaN.
 template <class Rows, int R, int C, int... I, int... J>
-FASTATTN_INLINE void add_value_columns(const char* v, int64_t stride, int64_t keys, const typename Rows::Real* w,
+FASTATTN_INLINE void add_value_columns(const RowRuns& rows, int64_t offset, int64_t keys, const typename Rows::Real* w,
                                        int64_t w_stride, const typename Rows::Real* seen, Fetch fetch,
                                        typename Rows::Real* out, int64_t out_stride,
                                        std::integer_sequence<int, I...> all, std::integer_sequence<int, J...>) {
   using Real = typename Rows::Real;
   constexpr int V = Rows::vectors, N = sizeof...(I), columns = C * V, L = VL<Real>;
   Tile<Real, N, 1> tile{};
-  for (int64_t j = 0; j < keys; j++, v += stride) {
-    if (fetch.bytes) fetch(v);
-    if (R == 1 && seen && seen[j] == (Real)-__builtin_inf()) continue;
-    const typename Rows::Raw x[C] = {load_raw<Rows>(v + J * Rows::step * Rows::size)...};
-    ((tile.c[I] += Rows::template vector<I % V>(x[I % columns / V]) * splat(w[I / columns * w_stride + j])), ...);
-    pin<Real, N, 1>(tile, all);
+  const char* const* run = rows.first;
+  for (int64_t j = 0, end = rows.head; j < keys; end = smaller(end + rows.each, keys), run++) {
+    const char* v = *run + offset;
+    for (; j < end; j++, v += rows.stride) {
+      if (fetch.bytes) fetch(v);
+      if (R == 1 && seen && seen[j] == (Real)-__builtin_inf()) continue;
+      const typename Rows::Raw x[C] = {load_raw<Rows>(v + J * Rows::step * Rows::size)...};
+      ((tile.c[I] += Rows::template vector<I % V>(x[I % columns / V]) * splat(w[I / columns * w_stride + j])), ...);
+      pin<Real, N, 1>(tile, all);
+    }
   }
   Real* to[R];
   for (int r = 0; r < R; r++) to[r] = out + r * out_stride;
   ((store(to[I / columns] + I % columns * L, load(to[I / columns] + I % columns * L) + tile.c[I])), ...);
 }
 template <class Rows, int R, int C>
-__attribute__((noinline)) void add_values_of(const char* v, int64_t stride, int64_t keys, const typename Rows::Real* w,
-                                             int64_t w_stride, const typename Rows::Real* seen, Fetch fetch,
-                                             typename Rows::Real* out, int64_t out_stride) {
-  add_value_columns<Rows, R, C>(v, stride, keys, w, w_stride, seen, fetch, out, out_stride,
+__attribute__((noinline)) void add_values_of(const RowRuns& rows, int64_t offset, int64_t keys,
+                                             const typename Rows::Real* w, int64_t w_stride,
+                                             const typename Rows::Real* seen, Fetch fetch, typename Rows::Real* out,
+                                             int64_t out_stride) {
+  add_value_columns<Rows, R, C>(rows, offset, keys, w, w_stride, seen, fetch, out, out_stride,
                                 std::make_integer_sequence<int, R * C * Rows::vectors>{},
                                 std::make_integer_sequence<int, C>{});
 }
@@ -241,23 +246,24 @@ constexpr int value_loads =
 
 // out [R][out_stride] += w v over a block of keys: in passes, the first of which touches the rows.
 template <class Rows, int R, int C = value_loads<Rows, R>>
-FASTATTN_INLINE int64_t add_values(const char* v, int64_t stride, int64_t keys, const RowLoads<Rows>& loads,
+FASTATTN_INLINE int64_t add_values(const RowRuns& rows, int64_t keys, const RowLoads<Rows>& loads,
                                    const typename Rows::Real* w, int64_t w_stride, const typename Rows::Real* seen,
                                    bool cold, typename Rows::Real* out, int64_t out_stride, int64_t done = 0) {
   constexpr int L = VL<typename Rows::Real>, V = Rows::vectors;
   // One row, or by loads: whole rows in the first pass. Else each pass its columns of the block that follows.
   constexpr bool whole_rows = R == 1 || Fetch::by_loads;
   auto fetch = [&](int64_t columns) __attribute__((always_inline)) {
-    if (!cold || (whole_rows && (done || (columns == loads.count && stride == loads.row_bytes())))) return Fetch{0, 0};
-    return whole_rows ? loads.fetch(stride) : Fetch{columns * Rows::step * Rows::size, keys * stride};
+    const bool in_order = columns == loads.count && rows.stride == loads.row_bytes();
+    if (!cold || (whole_rows && (done || in_order))) return Fetch{0, 0};
+    return whole_rows ? loads.fetch(rows.stride) : Fetch{columns * Rows::step * Rows::size, keys * rows.stride};
   };
   for (; done + C <= loads.whole; done += C)
-    add_values_of<Rows, R, C>(v + done * Rows::step * Rows::size, stride, keys, w, w_stride, seen, fetch(C),
+    add_values_of<Rows, R, C>(rows, done * Rows::step * Rows::size, keys, w, w_stride, seen, fetch(C),
                               out + done * V * L, out_stride);
   if constexpr (C > 1)
-    return add_values<Rows, R, C / 2>(v, stride, keys, loads, w, w_stride, seen, cold, out, out_stride, done);
+    return add_values<Rows, R, C / 2>(rows, keys, loads, w, w_stride, seen, cold, out, out_stride, done);
   if (done < loads.count)
-    add_values_of<Rows, R, 1>(v + loads.offset(done), stride, keys, w, w_stride, seen, fetch(1), out + done * V * L,
+    add_values_of<Rows, R, 1>(rows, loads.offset(done), keys, w, w_stride, seen, fetch(1), out + done * V * L,
                               out_stride);
   return loads.count;
 }
