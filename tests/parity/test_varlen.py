@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastattn
-from forward import assert_same_bits, dtypes
+from forward import DTYPES, assert_same_bits
 from isas import needs_cpu
 from sequences import LENGTHS, one_by_one, packed, starts
 
@@ -32,9 +32,10 @@ def varlen(*args, **options):
     return found
 
 
-@dtypes
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options))
-def test_bits_are_those_of_a_call_for_each_sequence(options, dtype):
+@pytest.mark.parametrize("dtype, options", [
+    (dtype, options) for options in OPTIONS for dtype in (DTYPES if options is OPTIONS[-1] else DTYPES[:2])
+], ids=lambda x: x if isinstance(x, str) else "-".join(x))  # fmt: skip
+def test_bits_are_those_of_a_call_for_each_sequence(dtype, options):
     call = packed(dtype=getattr(torch, dtype))
     assert_same_bits(varlen(*call, **options), one_by_one(*call, **options))
 
@@ -68,7 +69,7 @@ def gradients(function, call, options, cotangents):
     return torch.autograd.grad(results, [*leaves, *learned.values()], cotangents)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("options", OPTIONS[::2], ids=lambda options: "-".join(options))
 def test_gradients_are_those_of_a_call_for_each_sequence(options, dtype):
     lengths = (*LENGTHS[:7], (600, 1100))

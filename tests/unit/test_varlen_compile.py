@@ -17,7 +17,7 @@ EVERYTHING = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=len)
+@pytest.mark.parametrize("options", [pytest.param({}, marks=pytest.mark.slow), EVERYTHING], ids=len)
 def test_a_graph_gives_the_bits_of_an_eager_call(options):
     def call(q, k, v, *bounds):
         out, lse = fastattn.attention_varlen(q * 2.0, k, v, *bounds, **options, return_lse=True)
