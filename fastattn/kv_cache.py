@@ -100,6 +100,9 @@ class KVCache:
             needed = -(-capacity // check_int("page_size", page_size, 1)) * batch
             pages = needed if num_pages is None else check_int("num_pages", num_pages, 1)
             self._rows, self._tables = _Rows(pages, num_heads_k, page_size, dims, dtype), [[] for _ in range(batch)]
+            self._numbers = torch.zeros(
+                batch, -(-capacity // page_size), dtype=torch.int64
+            )  # of pages, as kernels read
 
     @property
     def batch(self) -> int:
@@ -115,9 +118,9 @@ class KVCache:
         """Writes k [batch, num_heads_k, new keys, head_dim] and v behind what `sequences` (None: all, in their order)
         hold. rotary: rotary_cos, rotary_sin, rotary_interleaved of `attention_with_kvcache`, which turn k."""
         check_tensors(k=k, v=v)
-        heads, (_, _, _, dim) = k.shape[1:2] if k.dim() == 4 else (0,), (k.shape if k.dim() == 4 else (0, 0, 0, 0))
-        q = k.new_empty(len(k), *heads, 0, dim)
-        self.attend(q, k, v, sequences, **rotary)
+        if k.dim() != 4:
+            raise ValueError(f"k has shape {tuple(k.shape)}; it must be [batch, num_heads_k, new keys, head_dim]")
+        self.attend(k[:, :, :0], k, v, sequences, **rotary)
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor | None = None, v: torch.Tensor | None = None,
@@ -138,7 +141,7 @@ class KVCache:
         places = {"cache_seqlens": torch.tensor([self.lengths[i] for i in chosen], dtype=torch.int64)}
         rows = self._rows
         if self._tables is not None:
-            places["block_table"] = self._table(chosen)
+            places["block_table"] = self._numbers if sequences is None else self._numbers[chosen]
         elif sequences is not None:
             places["cache_batch_idx"] = torch.tensor(chosen, dtype=torch.int64)
         try:
@@ -183,7 +186,7 @@ class KVCache:
         other.lengths = [self.lengths[i] for i in chosen]
         other._rows, other._tables = self._rows, None
         if self._tables is not None:
-            other._tables = [list(self._tables[i]) for i in chosen]
+            other._tables, other._numbers = [list(self._tables[i]) for i in chosen], self._numbers[chosen]
             for page in (page for table in other._tables for page in table):
                 self._rows.holders[page] += 1
             return other
@@ -242,11 +245,12 @@ class KVCache:
             page = rows.take()
             if shared is None:
                 self._tables[i].append(page)
-                continue
-            for x in rows.tensors():
-                x[page] = x[shared]
-            self._tables[i][-1] = page
-            rows.release(shared)
+            else:
+                for x in rows.tensors():
+                    x[page] = x[shared]
+                self._tables[i][-1] = page
+                rows.release(shared)
+            self._numbers[i, len(self._tables[i]) - 1] = page
         return taken
 
     def _give_back(self, taken: list[tuple[int, int | None]]) -> None:
@@ -254,8 +258,3 @@ class KVCache:
         for i, shared in reversed(taken):
             if shared is None:
                 self._rows.release(self._tables[i].pop())
-
-    def _table(self, chosen: list[int]) -> torch.Tensor:
-        tables = [self._tables[i] for i in chosen]
-        entries = -(-self.capacity // self.page_size)
-        return torch.tensor([table + [0] * (entries - len(table)) for table in tables], dtype=torch.int64)

@@ -157,6 +157,7 @@ def test_arguments_that_are_wrong():
         (lambda: cache.reset([2]), ValueError, "sequence 2 must be below batch=2"),
         (lambda: cache.append(*step(0, 1)[1:], sequences=[0, 0]), ValueError, "different ones"),
         (lambda: cache.append(None, None), TypeError, "k must be a torch.Tensor"),
+        (lambda: cache.append(rows(1)[0], rows(1)[0]), ValueError, "k has shape"),
     ):
         with pytest.raises(error, match=rule):
             wrong()
