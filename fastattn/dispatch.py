@@ -56,8 +56,9 @@ _TANGENT = {"direction": {"tangent"}}
 _DENSE = {"layout": {"dense"}, "mask": set(MASK_KINDS), "bias": {"none", *FLOATS}}
 _HEADS = {"head_dim": range(1, 513), "head_dim_v": range(1, 513)}
 _CPU = {"device": {"cpu"}, "dtype": set(FLOATS), **_HEADS, **_DENSE}
-_CPU_DECODE = {  # more rows fill the lanes of cpu.prefill
-    **_CPU, **_FORWARD, "rows_per_key_head": range(0, 13), "mask": set(MASK_KINDS) - {"block"}, "needs_grad": {False},
+_CPU_DECODE = {
+    **_CPU, **_FORWARD, "rows_per_key_head": range(0, cpu.FEW_ROWS + 1), "mask": set(MASK_KINDS) - {"block"},
+    "needs_grad": {False},
 }  # fmt: skip
 _CPU_CSR = {field: _CPU[field] for field in ("device", "dtype", "bias")} | {"layout": {"csr"}}
 _CPU_VARLEN = {field: _CPU[field] for field in ("device", "dtype", *_HEADS)} | {"layout": {"varlen"}}

@@ -16,7 +16,8 @@ void forward(Operands& p, int threads);
 // The same for few query rows a key head; no list of blocks.
 void decode(Operands& p, int threads);
 
-// The most query rows a key head for which `decode` is the faster of the two; nobody decides this anywhere else.
+// The most query rows a key head for which `decode` is the faster of the two: asked for whole calls by fastattn.dispatch,
+// and here for each of many sequences.
 constexpr int64_t few_rows = 12;
 
 // Each sequence by itself, with the bits of a call of its own. std::invalid_argument, before anything is read or written,

@@ -14,8 +14,9 @@ namespace {
 [[noreturn]] void refuse(const char* name, int64_t i, int64_t value, const std::string& rule) {
   throw std::invalid_argument(std::string(name) + "[" + std::to_string(i) + "]=" + std::to_string(value) + " " + rule);
 }
-void check_range(const char* name, int64_t i, int64_t value, int64_t most, const char* of_what) {
+int64_t in_range(const char* name, int64_t i, int64_t value, int64_t most, const char* of_what) {
   if (value < 0 || value > most) refuse(name, i, value, "must be in 0 ... " + std::to_string(most) + ", " + of_what);
+  return value;
 }
 
 int64_t entry(const Tensor& list, int64_t i, int64_t row = 0) {
@@ -29,16 +30,20 @@ Tensor from_row(Tensor t, int64_t batch, int64_t row) {
   return t;
 }
 
-void check_starts(const Tensor& starts, const char* name, int64_t count, int64_t total, bool to_the_end) {
-  if (entry(starts, 0) != 0) refuse(name, 0, entry(starts, 0), "must be 0");
-  for (int64_t i = 1, last = 0; i <= count; i++) {
-    const int64_t next = entry(starts, i);
-    if (next < last) refuse(name, i, next, "is below the entry before it; the starts of sequences must not decrease");
+// The entries of a list of starts, read once: nobody changes them after the check.
+std::vector<int64_t> read_starts(const Tensor& list, const char* name, int64_t count, int64_t total, bool to_the_end) {
+  std::vector<int64_t> starts(count + 1);
+  for (int64_t i = 0; i <= count; i++) starts[i] = entry(list, i);
+  if (starts[0] != 0) refuse(name, 0, starts[0], "must be 0");
+  for (int64_t i = 1; i <= count; i++) {
+    const int64_t next = starts[i];
+    if (next < starts[i - 1])
+      refuse(name, i, next, "is below the entry before it; the starts of sequences must not decrease");
     if (next > total) refuse(name, i, next, "must be at most " + std::to_string(total) + ", the rows that there are");
-    last = next;
   }
-  if (to_the_end && entry(starts, count) != total)
-    refuse(name, count, entry(starts, count), "must be the number of rows, " + std::to_string(total));
+  if (to_the_end && starts[count] != total)
+    refuse(name, count, starts[count], "must be the number of rows, " + std::to_string(total));
+  return starts;
 }
 
 }  // namespace
@@ -50,45 +55,41 @@ PlacedSequences::PlacedSequences(const Operands& whole, const Sequences& s) : wh
 }
 
 void PlacedSequences::place_queries() {
-  if (s.cu_seqlens_q) check_starts(s.cu_seqlens_q, "cu_seqlens_q", s.count, whole.seqlen_q, true);
+  std::vector<int64_t> starts;
+  if (s.cu_seqlens_q) starts = read_starts(s.cu_seqlens_q, "cu_seqlens_q", s.count, whole.seqlen_q, true);
   for (int64_t i = 0; i < s.count; i++) {
     Sequence& one = sequences[i];
     one = {i, 0, whole.seqlen_q, i, 0, 0, {}};
-    if (s.cu_seqlens_q) {
-      one.q_entry = 0, one.q_row = entry(s.cu_seqlens_q, i);
-      one.q_rows = entry(s.cu_seqlens_q, i + 1) - one.q_row;
-    }
+    if (s.cu_seqlens_q) one.q_entry = 0, one.q_row = starts[i], one.q_rows = starts[i + 1] - starts[i];
     if (!s.seqused_q) continue;
-    check_range("seqused_q", i, entry(s.seqused_q, i), one.q_rows, "the queries of the sequence");
-    one.q_rows = entry(s.seqused_q, i);
+    one.q_rows = in_range("seqused_q", i, entry(s.seqused_q, i), one.q_rows, "the queries of the sequence");
   }
 }
 
 void PlacedSequences::place_keys() {
-  check_starts(s.cu_seqlens_k, "cu_seqlens_k", s.count, whole.seqlen_k, true);
+  const auto starts = read_starts(s.cu_seqlens_k, "cu_seqlens_k", s.count, whole.seqlen_k, true);
   for (int64_t i = 0; i < s.count; i++) {
     Sequence& one = sequences[i];
-    one.k_entry = 0, one.k_row = entry(s.cu_seqlens_k, i);
-    one.k_rows = entry(s.cu_seqlens_k, i + 1) - one.k_row;
+    one.k_entry = 0, one.k_row = starts[i], one.k_rows = starts[i + 1] - starts[i];
     if (!s.seqused_k) continue;
-    check_range("seqused_k", i, entry(s.seqused_k, i), one.k_rows, "the keys of the sequence");
-    one.k_rows = entry(s.seqused_k, i);
+    one.k_rows = in_range("seqused_k", i, entry(s.seqused_k, i), one.k_rows, "the keys of the sequence");
   }
 }
 
 // whole.seqlen_k: how many rows a sequence may have.
 void PlacedSequences::place_in_cache() {
   const char* name = s.is_cache ? "cache_seqlens" : s.seqused_k ? "seqused_k" : "cu_seqlens_k";
-  if (!s.is_cache && !s.seqused_k) check_starts(s.cu_seqlens_k, name, s.count, INT64_MAX, false);
+  std::vector<int64_t> starts;
+  if (!s.is_cache && !s.seqused_k) starts = read_starts(s.cu_seqlens_k, name, s.count, INT64_MAX, false);
   for (int64_t i = 0; i < s.count; i++) {
     Sequence& one = sequences[i];
     const int64_t seqlen = s.is_cache    ? entry(s.cache_seqlens, i)
                            : s.seqused_k ? entry(s.seqused_k, i)
-                                         : entry(s.cu_seqlens_k, i + 1) - entry(s.cu_seqlens_k, i);
-    check_range(name, i, seqlen, whole.seqlen_k - s.new_rows,
-                s.new_rows ? "the capacity of the cache less what is appended" : "the capacity of the cache");
-    if (s.cache_leftpad) one.k_row = entry(s.cache_leftpad, i);
-    check_range("cache_leftpad", i, one.k_row, seqlen, "the cache_seqlens of the sequence");
+                                         : starts[i + 1] - starts[i];
+    in_range(name, i, seqlen, whole.seqlen_k - s.new_rows,
+             s.new_rows ? "the capacity of the cache less what is appended" : "the capacity of the cache");
+    if (s.cache_leftpad)
+      one.k_row = in_range("cache_leftpad", i, entry(s.cache_leftpad, i), seqlen, "the cache_seqlens of the sequence");
     one.k_rows = seqlen + s.new_rows - one.k_row;
     if (s.rotary_cos && seqlen + std::max(s.new_rows, s.rotary_steps ? one.q_rows : 1) > s.positions)
       refuse(name, i, seqlen, "leads beyond the " + std::to_string(s.positions) + " positions of rotary_cos");
@@ -96,8 +97,8 @@ void PlacedSequences::place_in_cache() {
       place_in_pages(i, one.k_row, seqlen + s.new_rows);
       continue;
     }
-    if (s.cache_batch_idx) one.k_entry = entry(s.cache_batch_idx, i);
-    check_range("cache_batch_idx", i, one.k_entry, s.key_entries - 1, "the entries of the cache");
+    const int64_t place = s.cache_batch_idx ? entry(s.cache_batch_idx, i) : i;
+    one.k_entry = in_range("cache_batch_idx", i, place, s.key_entries - 1, "the entries of the cache");
   }
   if (s.new_rows) check_appended();
 }

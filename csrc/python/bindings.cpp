@@ -135,6 +135,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   PyModule_AddFunctions(m.ptr(), fast_methods);
   m.def("bind_fields", bind_fields, py::arg("kind"), py::arg("fields"),
         "Names the fields of Terms or Edges in their order, once, before a function gets one.");
+  m.attr("few_rows") = fastattn::few_rows;
   m.def("isa", [] { return fastattn::instruction_set().name; }, "The instruction set that the kernels run on.");
   m.def("skipped_pairs", fastattn::skipped_pairs,
         "How many (query, key) pairs the calls of this process have skipped because their weights are 0.");

@@ -15,6 +15,9 @@ try:
 except ImportError as error:  # a wheel built without a compiler, or for another platform
     _C, _import_error = None, error
 
+FEW_ROWS = getattr(_C, "few_rows", 12)
+"""The most query rows a key head that `decode` takes; more fill the lanes of `prefill`."""
+
 _NO_GRADIENTS = Terms._make([None] * len(Terms._fields))
 _empty_like, _get_num_threads = torch.empty_like, torch.get_num_threads
 

@@ -143,6 +143,23 @@ def test_rotary_embedding(options, interleaved, dtype):
         torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
 
 
+def test_rotary_embedding_is_that_of_transformers():
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    gptj = pytest.importorskip("transformers.models.gptj.modeling_gptj")
+    _, k_cache, v_cache, k, v = inputs()
+    angles = torch.outer(torch.arange(610.0), 100.0 ** -torch.linspace(0, 1, DIM // 2))
+    positions = torch.stack([torch.arange(length, length + 3) for length in SEQLENS.tolist()])
+    cos, sin = angles.cos(), angles.sin()
+    doubled = [torch.cat([x, x], -1)[positions] for x in (cos, sin)]
+    turned = {False: llama.apply_rotary_pos_emb(k, k, *doubled)[0]}
+    turned[True] = gptj.apply_rotary_pos_emb(k.transpose(1, 2), sin[positions], cos[positions]).transpose(1, 2)
+    for interleaved, expected in turned.items():
+        rotary = {"rotary_cos": cos, "rotary_sin": sin, "rotary_interleaved": interleaved}
+        cached(inputs()[0], k_cache, v_cache, k, v, cache_seqlens=SEQLENS, **rotary)
+        for i, length in enumerate(SEQLENS.tolist()):
+            torch.testing.assert_close(k_cache[i, :, length : length + 3], expected[i], rtol=1e-5, atol=1e-5)
+
+
 def int8_caches(k_cache, v_cache):
     (k8, k_scale), (v8, v_scale) = quantized(k_cache), quantized(v_cache)
     return k8, v8, {"k_scale": k_scale, "v_scale": v_scale}
