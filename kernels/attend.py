@@ -9,12 +9,21 @@ import triton.language as tl
 
 from .bounds import bit, masked_block, masked_blocks, visible
 from .lists import masked_tile, unmasked_tile
-from .rows import skip
+from .rows import is_quantized, k_rows, v_rows
 from .score_dropout import dropout_keep
 from .scores import hide_biased, hide_masked, multiplied, seen_in, shifted
 from .softmax import LOG2E, natural_lse, normalizer
 from .state import Rows, Softmax, Window
-from .tile import empty_both, finite_or, load_columns, load_described, product_of_chunks, store_both
+from .tile import (
+    empty_both,
+    finite_or,
+    like_factor,
+    load_columns,
+    load_described,
+    load_scale_of_keys,
+    product_of_chunks,
+    store_both,
+)
 
 
 @triton.jit
@@ -30,6 +39,8 @@ def attend(
     cols = tl.arange(0, TILE.BLOCK_N)[None, :]
     window = Window(queries.rows, queries.local_rows, cols, queries.left, left, col)
 
+    QUANTIZED: tl.constexpr = is_quantized(keys)
+
     # loads before the product: of two layouts the compiler keeps the later one for the running maximum and sum
     added = None
     if MASKED:
@@ -37,19 +48,21 @@ def attend(
         if terms.bias.ptr is not None:
             seen, added = hide_biased(seen, terms, window, 0, n)
 
+    rows = k_rows(keys, n, TILE.BLOCK_N)
     if TILE.RELOAD:
         s = product_of_chunks(
-            queries.factor, skip(keys.k, n), left, TILE.BLOCK_M, TILE.BLOCK_N, DIMS.D0, DIMS.D1, DIMS.HEAD_DIM,
-            TILE.PRECISION,
-        )  # fmt: skip
+            queries.factor, rows, left, TILE.BLOCK_M, TILE.BLOCK_N, DIMS.D0, DIMS.D1, DIMS.HEAD_DIM, TILE.PRECISION
+        )
     else:
-        k0 = load_described(
-            keys.k, keys.k_descriptor, place, col, n, left, TILE.BLOCK_N, DIMS.D0, DIMS.HEAD_DIM, MASKED
-        )  # fmt: skip
+        k0 = load_described(rows, keys.k_descriptor, place, col, left, TILE.BLOCK_N, DIMS.D0, DIMS.HEAD_DIM, MASKED)
+        k0 = like_factor(k0, queries.factor, TILE.RELOAD)
         s = tl.dot(queries.factor.x0, tl.trans(k0), input_precision=TILE.PRECISION)
         if DIMS.D1 > 0:
-            k1 = load_columns(skip(keys.k, n), left, TILE.BLOCK_N, DIMS.D0, DIMS.D1, DIMS.HEAD_DIM, MASKED)
+            k1 = load_columns(rows, left, TILE.BLOCK_N, DIMS.D0, DIMS.D1, DIMS.HEAD_DIM, MASKED)
+            k1 = like_factor(k1, queries.factor, TILE.RELOAD)
             s = tl.dot(queries.factor.x1, tl.trans(k1), s, input_precision=TILE.PRECISION)
+    if QUANTIZED:
+        s *= load_scale_of_keys(keys.cache.k, keys.cache.pages, n, left, TILE.BLOCK_N)
 
     factor = terms.scale * LOG2E
     if FLAGS.MODIFIED:
@@ -68,15 +81,20 @@ def attend(
         keep = dropout_keep(queries.rows, col, place.heads, place.batch, terms, False, TILE.BLOCK_M, TILE.BLOCK_N)
         p = tl.where(keep, p, 0.0)
 
-    v0 = load_described(
-        keys.v, keys.v_descriptor, place, col, n, left, TILE.BLOCK_N, DIMS.E0, DIMS.HEAD_DIM_V, MASKED
-    )  # fmt: skip
+    if QUANTIZED:
+        scale = load_scale_of_keys(keys.cache.v, keys.cache.pages, n, left, TILE.BLOCK_N)
+        p *= finite_or(scale, clean) if HIDES else scale
+
+    rows = v_rows(keys, n, TILE.BLOCK_N)
+    v0 = load_described(rows, keys.v_descriptor, place, col, left, TILE.BLOCK_N, DIMS.E0, DIMS.HEAD_DIM_V, MASKED)
+    v0 = like_factor(v0, queries.factor, TILE.RELOAD)
     if HIDES:
         v0 = finite_or(v0, clean)
     p = p.to(v0.dtype)
     acc0, acc1 = tl.dot(p, v0, state.acc0 * alpha[:, None], input_precision=TILE.PRECISION), state.acc1
     if DIMS.E1 > 0:
-        v1 = load_columns(skip(keys.v, n), left, TILE.BLOCK_N, DIMS.E0, DIMS.E1, DIMS.HEAD_DIM_V, MASKED)
+        v1 = load_columns(rows, left, TILE.BLOCK_N, DIMS.E0, DIMS.E1, DIMS.HEAD_DIM_V, MASKED)
+        v1 = like_factor(v1, queries.factor, TILE.RELOAD)
         if HIDES:
             v1 = finite_or(v1, clean)
         acc1 = tl.dot(p, v1, state.acc1 * alpha[:, None], input_precision=TILE.PRECISION)
@@ -107,13 +125,17 @@ def add_poison(
 
     Arguments as in `attend`; with a bitmap, lo ... hi - 1 are the keys of its block.
     """
+    QUANTIZED: tl.constexpr = is_quantized(keys)
     for key in range(lo, hi):
         col, n = tl.cast(key, tl.int32), tl.cast(key, tl.int64)
-        v0 = load_columns(skip(keys.v, n), 1, 1, 0, DIMS.E0, DIMS.HEAD_DIM_V, False).to(tl.float32)
+        row, scale = v_rows(keys, n, 1), 1.0
+        if QUANTIZED:
+            scale = load_scale_of_keys(keys.cache.v, keys.cache.pages, n, 1, 1)
+        v0 = load_columns(row, 1, 1, 0, DIMS.E0, DIMS.HEAD_DIM_V, False).to(tl.float32) * scale
         bad0 = (tl.abs(v0) < float("inf")) == 0
         found = tl.max(bad0.to(tl.int32))
         if DIMS.E1 > 0:
-            v1 = load_columns(skip(keys.v, n), 1, 1, DIMS.E0, DIMS.E1, DIMS.HEAD_DIM_V, False).to(tl.float32)
+            v1 = load_columns(row, 1, 1, DIMS.E0, DIMS.E1, DIMS.HEAD_DIM_V, False).to(tl.float32) * scale
             bad1 = (tl.abs(v1) < float("inf")) == 0
             found = tl.maximum(found, tl.max(bad1.to(tl.int32)))
         if found > 0:

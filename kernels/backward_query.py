@@ -107,7 +107,7 @@ def query_kernel(
 
     # 2. q, dout and the statistics; where the rest is
     of_q, of_dout = rows_of(q, q_strides, b, h, m, WIDE), rows_of(dout, dout_strides, b, h, m, WIDE)
-    keys = Keys(rows_of(k, k_strides, b, hk, 0, WIDE), None, rows_of(v, v_strides, b, hk, 0, WIDE), None)
+    keys = Keys(rows_of(k, k_strides, b, hk, 0, WIDE), None, rows_of(v, v_strides, b, hk, 0, WIDE), None, None)
     of_mask = rows_of(mask, mask_strides, b, h, 0, WIDE)
     of_bias = rows_of(bias, bias_strides, b, h, 0, WIDE)
     terms = terms_of(

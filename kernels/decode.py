@@ -5,6 +5,8 @@ programs, the keys are split and `combine_kernel` puts the parts together (Flash
 2023). How many splits follows from heads, lengths and the device, never from the batch.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -13,14 +15,14 @@ from .. import outputs
 from . import launch, tuning
 from .attend import attend_range, store_rows
 from .bounds import key_range, limits_of, row_bounds
-from .rows import lengths_of, row_number, rows_of
+from .rows import cache_of, lengths_of, row_number, rows_of
 from .scores import flags_of, terms_of
 from .softmax import load_sink, natural_lse, normalizer
 from .state import Dims, KeyRange, Keys, Place, Queries, Tile
 from .tile import load_factor
 
 
-@triton.jit(do_not_specialize=[*launch.SIZES, "keys_per_split", "num_splits", "batch_size"])
+@triton.jit(do_not_specialize=[*launch.SIZES, "num_blocks", "num_pages", "keys_per_split", "num_splits", "batch_size"])
 def decode_kernel(
     q,             # [batch, num_heads, seqlen_q, head_dim]
     k,             # [batch, num_heads_k, seqlen_k, head_dim]
@@ -30,6 +32,8 @@ def decode_kernel(
     k_start, k_end, mask, bias, alibi_slopes, softmax_scale,  # as in prefill.forward_kernel
     seed: tl.int64,
     sinks,         # [num_heads], or None
+    block_table, k_scale, v_scale,  # as in `Cache`
+    table_strides, num_blocks, num_pages, page_size, k_scale_strides, v_scale_strides,
     keys_per_split, num_splits, batch_size, sink_stride,
     q_strides, k_strides, v_strides, out_strides, start_strides, end_strides, mask_strides, bias_strides,
     slope_strides, scale_stride,
@@ -69,7 +73,15 @@ def decode_kernel(
 
     # 2. q, and where the rest is: heads change within a tile
     of_q = rows_of(q, q_strides, b, h, m, WIDE, True)
-    keys = Keys(rows_of(k, k_strides, b, hk, 0, WIDE), None, rows_of(v, v_strides, b, hk, 0, WIDE), None)
+    cache = cache_of(
+        block_table, table_strides, num_blocks, num_pages, page_size, k_strides, v_strides, k_scale, k_scale_strides,
+        v_scale, v_scale_strides, b, hk, WIDE,
+    )  # fmt: skip
+    in_cache = b
+    if block_table is not None:
+        in_cache = b * 0
+    of_k, of_v = rows_of(k, k_strides, in_cache, hk, 0, WIDE), rows_of(v, v_strides, in_cache, hk, 0, WIDE)
+    keys = Keys(of_k, None, of_v, None, cache)
     place, positions, places = Place(batch, head_k, heads[:, None]), rows[:, None], local_rows[:, None]
     of_mask = rows_of(mask, mask_strides, b, h, m, WIDE, True)
     of_bias = rows_of(bias, bias_strides, b, h, m, WIDE, True)
@@ -153,24 +165,42 @@ def combine_kernel(
     tl.store(out, (acc * factor * keep_factor).to(out.dtype.element_ty), mask=cols < HEAD_DIM_V)
 
 
-def forward(problem, q, k, v, terms):
-    """Forward pass of few queries, without gradients (kernel signature of dispatch.Row)."""
+class Cache(NamedTuple):
+    """How k and v are held that are no plain tensors of [batch, num_heads_k, seqlen_k, head_dim].
+
+    block_table       int32 [batch, blocks], the pages of each sequence; k and v are [num_pages, num_heads_k, page_size,
+                      head_dim] then. Entries that no visible key has may hold anything
+    k_scale, v_scale  float32 [batch, num_heads_k, seqlen_k] (in pages: [num_pages, num_heads_k, page_size]), what the
+                      numbers of each key and value are multiplied by; k and v are int8 then
+    """
+
+    block_table: torch.Tensor | None = None
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
+
+
+PLAIN = Cache()
+
+
+def forward(problem, q, k, v, terms, cache=PLAIN):
+    """Forward pass of few queries, without gradients (kernel signature of dispatch.Row), on a plain or other cache."""
     out, lse, *_ = outputs.empty_results(problem, q, False)
     if not out.numel():
         return out, lse
-    launches = launch.launches_of(("decode", *launch.call_key(problem, q, k, v, terms)))
+    key = () if cache is PLAIN else (len(k), launch.facts_of(*cache))
+    launches = launch.launches_of(("decode", *key, *launch.call_key(problem, q, k, v, terms)))
     if "splits" not in launches:
         launches["splits"] = split_keys(problem, launch.device_facts(q.get_device()))
     keys_per_split, num_splits = launches["splits"]
     parts = empty_parts(problem, q, num_splits) if num_splits > 1 else None
     extras = (terms.k_start, terms.k_end, terms.mask, terms.bias, terms.alibi_slopes, terms.softmax_scale)
-    tensors = (q, k, v, out if parts is None else parts, lse, *extras, terms.seed or 0, terms.sinks)
+    tensors = (q, k, v, out if parts is None else parts, lse, *extras, terms.seed or 0, terms.sinks, *cache)
 
     def plan():
         device = launch.device_facts(q.get_device())
 
         def plan_with(tiles):
-            return _plan(problem, q, k, v, out, terms, keys_per_split, num_splits, device, tiles)
+            return _plan(problem, q, k, v, out, terms, cache, (keys_per_split, num_splits), device, tiles)
 
         return launch.plan_with_best_tiles("decode", problem, device, tensors, plan_with)
 
@@ -187,13 +217,26 @@ def empty_parts(problem, q: torch.Tensor, num_splits: int) -> torch.Tensor:
     return q.new_empty(size, dtype=torch.float32)
 
 
-def _plan(problem, q, k, v, out, terms, keys_per_split, num_splits, device, tiles) -> launch.Plan:
+def _plan(problem, q, k, v, out, terms, cache, splits, device, tiles) -> launch.Plan:
     arguments, constexprs = launch.score_arguments(problem, q, k, v, out, terms)
+    keys_per_split, num_splits = splits
     constexprs |= {"BLOCK_M": tiles.BLOCK_M, "BLOCK_N": tiles.BLOCK_N, "SPLIT": num_splits > 1}
     constexprs |= {"ANY_SIGN": launch.is_of_any_sign(terms.softmax_scale), "RELOAD": tiles.reload}
-    arguments = (keys_per_split, num_splits, problem.batch, *launch.strides(terms.sinks, 1), *arguments)
+    arguments = (
+        *_cache_arguments(k, cache), keys_per_split, num_splits, problem.batch, *launch.strides(terms.sinks, 1),
+        *arguments,
+    )  # fmt: skip
     programs = num_splits * row_blocks(problem, tiles) * problem.num_heads_k * problem.batch
     return launch.Plan(decode_kernel, programs, arguments, constexprs, tiles.options(device))
+
+
+def _cache_arguments(k, cache: Cache) -> tuple:
+    """From table_strides to v_scale_strides."""
+    of_scales = [launch.strides(x if x is None else x[..., None], 4) for x in cache[1:]]
+    table = cache.block_table
+    if table is None:
+        return (0, 0), 0, 0, 1, *of_scales
+    return table.stride(), table.shape[1], len(k), k.shape[2], *of_scales
 
 
 def _plan_to_combine(problem, out, terms, num_splits) -> launch.Plan:

@@ -68,7 +68,7 @@ def forward_kernel(
     # 2. q, and where the rest is
     of_q = rows_of(q, q_strides, b, h, m, WIDE)
     keys = Keys(
-        rows_of(k, k_strides, b, hk, 0, WIDE), k_descriptor, rows_of(v, v_strides, b, hk, 0, WIDE), v_descriptor
+        rows_of(k, k_strides, b, hk, 0, WIDE), k_descriptor, rows_of(v, v_strides, b, hk, 0, WIDE), v_descriptor, None
     )  # fmt: skip
     place, positions, places = Place(batch, head_k, head), rows[:, None], tl.arange(0, BLOCK_M)[:, None]
     of_mask = rows_of(mask, mask_strides, b, h, m, WIDE)

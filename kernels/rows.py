@@ -1,13 +1,14 @@
 """Where a row lies in memory, and how long its sequence is: asked here, by every kernel.
 
 Dense tensors answer with strides, by tile (`GATHERED` False) or, where the rows of a tile are of several heads, with
-a pointer for each row. Packed sequences, page tables and gathered rows are further answers of the same functions.
+a pointer for each row. So do the keys of a paged cache (`paged`). Packed sequences and gathered rows would be further
+answers of the same functions.
 """
 
 import triton
 import triton.language as tl
 
-from .state import Lengths, Rows
+from .state import Cache, Held, Lengths, Pages, Rows
 
 
 @triton.jit
@@ -55,6 +56,68 @@ def rows_of(
 def skip(rows, n):
     """The rows from the n-th on."""
     return Rows(rows.ptr + n * rows.row_stride, rows.row_stride, rows.col_stride)
+
+
+@triton.jit
+def cache_of(
+    block_table, table_strides, num_blocks, num_pages, page_size, k_strides, v_strides, k_scale, k_scale_strides,
+    v_scale, v_scale_strides, batch, head, WIDE: tl.constexpr,
+):  # fmt: skip
+    """How the keys of a sequence are held, by these arguments of `decode_kernel`; None where k and v are plain."""
+    pages, k_rows, v_rows = None, None, None
+    if block_table is not None:
+        pages = Pages(block_table + batch * table_strides[0], table_strides[1], num_blocks, num_pages, page_size)
+        batch = batch * 0  # pages are first in a paged cache, and not sequences
+    if k_scale is not None:
+        k_rows = rows_of(k_scale, k_scale_strides, batch, head, 0, WIDE)
+        v_rows = rows_of(v_scale, v_scale_strides, batch, head, 0, WIDE)
+    if block_table is None and k_scale is None:
+        return None
+    else:
+        return Cache(
+            pages, Held(k_strides[0], k_rows, k_scale_strides[0]), Held(v_strides[0], v_rows, v_scale_strides[0])
+        )
+
+
+@triton.jit
+def is_quantized(keys):
+    """Whether k and v are int8 with scales."""
+    if keys.cache is None:
+        return False
+    else:
+        return keys.cache.k.scale is not None
+
+
+@triton.jit
+def paged(rows, n, pages, page_stride, N: tl.constexpr):
+    """N rows of keys from the n-th (in 64 bits) on, wherever their `Pages` are; whatever the table holds, these are."""
+    if pages is None:
+        return skip(rows, n)
+    else:
+        at = n + tl.arange(0, N)
+        entry = at // pages.size
+        page = tl.load(pages.table + entry * pages.step, mask=entry < pages.length, other=0).to(tl.int64)
+        page = tl.minimum(tl.maximum(page, 0), pages.count - 1)
+        offsets = page * page_stride + at % pages.size * rows.row_stride
+        return Rows(rows.ptr + offsets[:, None], 0, rows.col_stride)
+
+
+@triton.jit
+def k_rows(keys, n, N: tl.constexpr):
+    """N keys from the n-th on."""
+    if keys.cache is None:
+        return skip(keys.k, n)
+    else:
+        return paged(keys.k, n, keys.cache.pages, keys.cache.k.page_stride, N)
+
+
+@triton.jit
+def v_rows(keys, n, N: tl.constexpr):
+    """The values of N keys from the n-th on."""
+    if keys.cache is None:
+        return skip(keys.v, n)
+    else:
+        return paged(keys.v, n, keys.cache.pages, keys.cache.v.page_stride, N)
 
 
 @triton.jit

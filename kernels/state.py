@@ -93,13 +93,42 @@ class Reloaded(NamedTuple):
     left: object
 
 
+class Pages(NamedTuple):
+    """Where keys lie that are not one after another: pointer to the numbers of a sequence's pages, elements from one to
+    the next, how many these are; how many pages there are, keys in a page."""
+
+    table: object
+    step: object
+    length: object
+    count: object
+    size: object
+
+
+class Held(NamedTuple):
+    """How a cache holds k, or v: elements from page to page; one number a key that its int8 are multiplied by, as rows
+    of one column, or None; elements of these from page to page."""
+
+    page_stride: object
+    scale: object
+    scale_page_stride: object
+
+
+class Cache(NamedTuple):
+    """`Pages`, or None where keys lie one after another; how k and v are held."""
+
+    pages: object
+    k: Held
+    v: Held
+
+
 class Keys(NamedTuple):
-    """Keys and values of a head from the first one on; tensor descriptors of both, or None."""
+    """Keys and values of a head from the first one on; tensor descriptors of both, or None; a `Cache`, or None."""
 
     k: Rows
     k_descriptor: object
     v: Rows
     v_descriptor: object
+    cache: object
 
 
 class Bounds(NamedTuple):

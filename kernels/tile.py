@@ -4,7 +4,7 @@ padded (`config.split_head_dim`)."""
 import triton
 import triton.language as tl
 
-from .rows import skip
+from .rows import paged
 from .state import Factor, Reloaded
 
 
@@ -57,19 +57,35 @@ def product_of_chunks(
     zero = ((b_left >> 2) + 2**24) >> 30  # which the compiler does not know: it would unroll, load all, and spill
     for start in tl.range(0, W0 + W1 + zero, CHUNK):
         part_a = load_chunk(a.rows, a.left, start, M, CHUNK, DIM)
-        part_b = load_chunk(b, b_left, start, N, CHUNK, DIM)
+        part_b = load_chunk(b, b_left, start, N, CHUNK, DIM).to(part_a.dtype)
         acc = tl.dot(part_a, tl.trans(part_b), acc, input_precision=PRECISION)
     return acc
 
 
 @triton.jit
-def load_described(rows, descriptor, place, col, n, left, N: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr,
+def load_described(rows, descriptor, place, col, left, N: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr,
                    CHECK: tl.constexpr):  # fmt: skip
-    """The first tile of columns of N keys from col (n in 64 bits) on, by the descriptor if there is one."""
+    """The first tile of columns of N rows, by the descriptor if there is one, in which they begin at col."""
     if descriptor is not None:
         return descriptor.load([place.batch, place.head_k, tl.cast(col, tl.int32), 0]).reshape([N, WIDTH])
     else:
-        return load_columns(skip(rows, n), left, N, 0, WIDTH, DIM, CHECK)
+        return load_columns(rows, left, N, 0, WIDTH, DIM, CHECK)
+
+
+@triton.jit
+def like_factor(x, factor, RELOAD: tl.constexpr):
+    """x in the dtype of a `Factor` or `Reloaded`: a cache of int8 is multiplied in the dtype of q."""
+    if RELOAD:
+        return x.to(factor.rows.ptr.dtype.element_ty)
+    else:
+        return x.to(factor.x0.dtype)
+
+
+@triton.jit
+def load_scale_of_keys(held, pages, n, left, N: tl.constexpr):
+    """What the int8 of N keys from the n-th on are multiplied by, [1, N]."""
+    rows = paged(held.scale, n, pages, held.scale_page_stride, N)
+    return tl.trans(load_columns(rows, left, N, 0, 1, 1, True)).to(tl.float32)
 
 
 @triton.jit

@@ -34,6 +34,7 @@ class Spec(NamedTuple):
     blocks: bool = False  # a block mask
     window: bool = False
     learned_scale: bool = False
+    cache: str = ""  # decoding from "pages", of "int8", or both
 
     def __str__(self) -> str:
         return f"{self.name} D{self.head_dim} {self.dtype}"
@@ -47,6 +48,8 @@ SPECS = (
     *(Spec("prefill window", head_dim, window=True) for head_dim in (64, 128, 256)),
     Spec("prefill everything", everything=True),
     *(Spec("decode", head_dim, seqlen_q=1) for head_dim in (64, 128, 256)),
+    Spec("decode pages", seqlen_q=1, cache="pages"),
+    Spec("decode pages of int8", seqlen_q=1, cache="pages int8"),
     Spec("block_sparse", blocks=True),
     Spec("block_sparse backward", blocks=True, backward=True),
     *(Spec("backward", head_dim, backward=True) for head_dim in (64, 128, 256)),
@@ -150,6 +153,9 @@ def attend(spec: Spec) -> None:
         return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=spec.backward and dtype != torch.bool)
 
     q, k, v = empty(b, h, spec.seqlen_q, d), empty(b, h, s, d), empty(b, h, s, d)
+    if spec.cache:
+        decode_from_cache(q, k, v, spec.cache)
+        return
     kwargs: dict = {"causal": True} if spec.causal else {}
     if spec.window:
         kwargs["window_size"] = (512, 512)
@@ -168,6 +174,22 @@ def attend(spec: Spec) -> None:
     if spec.backward:
         wanted = [x for x in (q, k, v, *kwargs.values()) if isinstance(x, torch.Tensor) and x.requires_grad]
         torch.autograd.grad(out, wanted, torch.empty_like(out))
+
+
+def decode_from_cache(q, k, v, cache: str) -> None:
+    """Decoding where k and v are held in pages of 16 keys, and in int8 if `cache` says so."""
+    from fastattn.api import bind
+    from fastattn.kernels import decode
+
+    (batch, heads, seqlen, _), size = k.shape, 16
+    bound = bind(q, k, v, backend="triton")
+    table = q.new_empty(batch, seqlen // size).int()
+    k, v = (x.new_empty(batch * seqlen // size, heads, size, x.shape[3]) for x in (k, v))
+    scales = (None, None)
+    if "int8" in cache:
+        scales = [x[..., 0].float() for x in (k, v)]
+        k, v = (x.char() for x in (k, v))
+    decode.forward(bound.problem, q, k, v, bound.terms, decode.Cache(table, *scales))
 
 
 def compile_spec(arch: int | str, spec: Spec) -> dict[str, dict]:
