@@ -8,6 +8,7 @@ from . import dispatch, plans
 from .calls import current_backend, in_graph, note
 from .checks import check_flag, check_one_device, check_tensors, refuse_subclasses
 from .differentiable import Differentiable
+from .dispatch import KernelError
 from .layouts import csr
 from .masks import flex
 from .masks.block_mask import BlockMask
@@ -99,16 +100,21 @@ def attention(
         bound = None if is_traced else bind(q, k, v, **options)
         if is_traced or (bound.choice and is_memoryless(q) and not bound.choice.takes_meta):
             return _traced(q, k, v, **options)
-    note(bound)
-    choice, problem, terms, _ = bound
-    if problem.dropout and terms.seed is None:
+    if bound.problem.dropout and bound.terms.seed is None:
         seed = torch.randint(2**63 - 1, ())
-        terms = terms._replace(seed=seed if problem.transformed else int(seed))  # under vmap, perhaps one a sample
-    if choice.train is None:
-        out, lse = choice.forward(problem, q, k, v, terms)
-    else:
-        out, lse = Differentiable.apply(choice, problem, terms, q, k, v, *terms)
-    return (out, lse) if return_lse else out
+        seed = seed if bound.problem.transformed else int(seed)  # under vmap, perhaps one a sample
+        bound = bound._replace(terms=bound.terms._replace(seed=seed))
+    while True:
+        note(bound)
+        choice, problem, terms, _ = bound
+        try:
+            if choice.train is None:
+                out, lse = choice.forward(problem, q, k, v, terms)
+            else:
+                out, lse = Differentiable.apply(bound, q, k, v, *terms)
+            return (out, lse) if return_lse else out
+        except KernelError as error:
+            bound = plans.after_failure(bound, error)
 
 
 def _traced(

@@ -19,6 +19,10 @@ class UnsupportedError(NotImplementedError):
     """A backend asked for by name refuses the call, or FASTATTN_FALLBACK=error forbids the reference."""
 
 
+class KernelError(RuntimeError):
+    """A kernel could not be compiled or loaded for the device of its tensors: the next row is asked then."""
+
+
 class Row(NamedTuple):
     """A kernel: its name "backend.algorithm", its functions ("module:function", imported on first use), its limits.
 
@@ -187,13 +191,34 @@ _choices: dict[tuple, tuple[Choice, ...]] = {}
 _MAX_KINDS = 4096
 
 
+def note_failure(row: Row, problem: Problem, reason: str) -> None:
+    """`row` refuses calls of this kind from now on."""
+    _failures[row.name, _kind_of(problem)] = reason
+    _choices.clear()
+
+
+_failures: dict[tuple, str] = {}
+
+
+def _kind_of(problem: Problem) -> tuple:
+    return problem._replace(lse=False).kind  # whether a gradient of lse came is no reason to compile again
+
+
+def _failure(row: Row, problem: Problem) -> str | None:
+    """Why the row's kernel, or the one of its gradients where they will be wanted, could not be prepared before."""
+    found = _failures.get((row.name, _kind_of(problem)))
+    if found is None and problem.needs_grad and row.backward is not None:
+        found = _failures.get((row.backward, _kind_of(backward_of(problem))))
+    return found
+
+
 def _find_choices(problem: Problem, backend: str | None) -> tuple[Choice, ...]:
     choices, is_passed_over = [], False
     for row in rows_of(backend, problem.layout):
         if not _is_of_direction(row, problem):
             continue
         mismatches = _mismatches(row, problem)
-        if _missing(row) or any(field not in BY_LENGTHS for field, _, _ in mismatches):
+        if _missing(row) or _failure(row, problem) or any(field not in BY_LENGTHS for field, _, _ in mismatches):
             is_passed_over = True
             continue
         lengths = tuple((field, accepted) for field, accepted in _supports(row, problem) if field in BY_LENGTHS)
@@ -211,8 +236,8 @@ def _find_choices(problem: Problem, backend: str | None) -> tuple[Choice, ...]:
 
 def refuse(row: Row, problem: Problem) -> list[str]:
     """Why `row` does not accept `problem`; empty if it does."""
-    missing = _missing(row)
-    return ([missing] if missing else []) + [
+    missing = [x for x in (_missing(row), _failure(row, problem)) if x]
+    return missing + [
         f"{field}={value!r} (supports {text_of(accepted)})" for field, value, accepted in _mismatches(row, problem)
     ]
 
@@ -294,7 +319,7 @@ def isa_of(row: Row) -> str | None:
 
 def forget() -> None:
     """Drop what is remembered of selections, after a change of KERNELS."""
-    _choices.clear()
+    _choices.clear(), _failures.clear()
     _load.cache_clear()
     _answer.cache_clear()
 

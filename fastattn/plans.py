@@ -71,10 +71,23 @@ def count() -> int:
 
 def forget() -> None:
     """Drop all plans and selections, after a change of dispatch.KERNELS."""
+    _forget_plans()
+    dispatch.forget()
+
+
+def _forget_plans() -> None:
     known.clear()
     bounds.clear()
     derivative_of.cache_clear()
-    dispatch.forget()
+
+
+def after_failure(bound: Bound, error: dispatch.KernelError) -> Bound:
+    """The call on the next kernel that takes it. The one that could not be prepared is not asked again."""
+    choice, problem, terms, backend = bound
+    dispatch.note_failure(choice.row, problem, str(error))
+    _forget_plans()
+    choice = dispatch.first_that_takes(dispatch.choices_of(problem, backend), problem)
+    return _new(Bound, (choice, problem, terms, backend))
 
 
 def remember(key: tuple, bound: Bound) -> None:
@@ -193,7 +206,7 @@ def derivative_of(problem: Problem, direction: str, backend: str, has_lse: bool)
     "backward"; has_lse: given one of lse), or what other backends may compute where this one does not ("tangent",
     "second")."""
     problem = problem._replace(direction=direction, needs_grad=False, lse=has_lse)
-    for asked in (backend, None)[: 1 if direction == "backward" else 2]:
+    for asked in (backend, None):
         choice = dispatch.first_that_takes(dispatch.choices_of(problem, asked), problem)
         if choice is not None:
             break

@@ -174,6 +174,6 @@ class BackwardPass:
 
             table = "query" if name == "totals" else name
             block_size = self.lists and self.lists.block_size
-            return launch.plan_with_best_tiles(table, problem, device, tensors, plan_with, block_size)
+            return launch.plan_with_best_tiles(table, problem, device, tensors, plan_with, results, block_size)
 
         launch.run(self.launches, name, tensors, plan)

@@ -39,6 +39,23 @@ class Config(NamedTuple):
         return options
 
 
+_AMD = ("gfx90a", "gfx942", "gfx950", "gfx11", "gfx12")
+_OLDEST_ON_AMD = (3, 9)
+
+
+def refusal(device: Device, version: str) -> str | None:
+    """None if Triton of this version can compile these kernels for the device, else why not."""
+    arch, of_triton = device.arch, tuple(int(x) for x in version.split(".")[:2])
+    if arch.startswith("sm_") and int(arch[3:]) < 80:
+        return f"{device.name or arch} is {arch}, and Triton compiles for sm_80 and later (Ampere)"
+    if arch.startswith("gfx") and not arch.startswith(_AMD):
+        return f"{device.name or arch} is {arch}, and these kernels know {', '.join(_AMD)}"
+    if arch.startswith("gfx") and of_triton < _OLDEST_ON_AMD:
+        # triton-lang/triton issue 11313: its range analysis may delete a branch of nested loops
+        return f"Triton {version} may compile nested loops wrongly on AMD; 3.9 does not"
+    return None
+
+
 KB = 1024
 SMEM = {
     "sm_80": 163 * KB, "sm_86": 99 * KB, "sm_87": 163 * KB, "sm_89": 99 * KB, "sm_90": 227 * KB, "sm_100": 227 * KB,

@@ -202,7 +202,7 @@ def forward(problem, q, k, v, terms, cache=PLAIN):
         def plan_with(tiles):
             return _plan(problem, q, k, v, out, terms, cache, (keys_per_split, num_splits), device, tiles)
 
-        return launch.plan_with_best_tiles("decode", problem, device, tensors, plan_with)
+        return launch.plan_with_best_tiles("decode", problem, device, tensors, plan_with, (tensors[3], lse))
 
     launch.run(launches, "decode", tensors, plan)
     if num_splits > 1:

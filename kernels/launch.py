@@ -6,12 +6,15 @@ The same for a GPU, for Triton's interpreter (CPU tensors, TRITON_INTERPRET=1) a
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from typing import NamedTuple
 
 import torch
+import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..dispatch import KernelError
 from . import config, tuning
 from .config import SMEM, Device
 from .triton_internals import (
@@ -81,19 +84,45 @@ def forget() -> None:
 
 
 def run(launches: dict, name: str, tensors: tuple, make_plan: Callable[[], Plan]) -> None:
-    """Launch a kernel as make_plan() says."""
+    """Launch a kernel as make_plan() says; KernelError if that cannot be prepared."""
     launch = launches.get(name)
     if launch is None:
-        launch = launches[name] = _prepare(tensors, make_plan())
+        launch = launches[name] = _prepared(name, tensors, make_plan)
     launch(tensors)
 
 
+def is_capturing() -> bool:
+    """Whether the launches of this thread go into a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _prepared(name: str, tensors: tuple, make_plan: Callable[[], Plan]) -> Callable:
+    """A first launch of its kind, compiled for the device of the tensors and loaded there, whichever is current."""
+    if interpreted():
+        return _prepare(tensors, make_plan())
+    if is_capturing():
+        raise RuntimeError(
+            f"{name}: the first call of its kind compiles its kernels, which a CUDA graph cannot capture; call it once "
+            "before the capture (`python -m fastattn warmup` compiles ahead of time)"
+        )
+    device = tensors[0].get_device()
+    if refusal := config.refusal(device_facts(device), triton.__version__):
+        raise KernelError(refusal)
+    with nullcontext() if current_device() == device else torch.cuda.device(device):
+        try:
+            return _prepare(tensors, make_plan())
+        except Exception as error:  # of Triton's compiler, ptxas, a driver: of any type
+            raise KernelError(f"{name}: {type(error).__name__}: {error}".splitlines()[0]) from error
+
+
 def plan_with_best_tiles(
-    kernel: str, problem, device: Device, tensors: tuple, plan_with: Callable[[config.Config], Plan], block_size=None
-) -> Plan:
+    kernel: str, problem, device: Device, tensors: tuple, plan_with: Callable[[config.Config], Plan],
+    results: tuple, block_size=None,
+) -> Plan:  # fmt: skip
     """plan_with(tiles) for the tiles of the table, or measured ones, or ones that are measured now.
 
-    block_size: of a block mask, which the tiles have to divide; nothing is measured then.
+    results     the tensors that the kernel writes: where candidates have others than the table's tiles, they are wrong
+    block_size  of a block mask, which the tiles have to divide; nothing is measured then
     """
     tiles = tuning.tiles(kernel, problem, device)
     if block_size:
@@ -104,7 +133,7 @@ def plan_with_best_tiles(
             launch = _prepare(tensors, plan_with(candidate))
             return lambda: launch(tensors)
 
-        tiles = tuning.tune(kernel, problem, device, launch_with)
+        tiles = tuning.tune(kernel, problem, device, launch_with, [x for x in results if x is not None])
     return plan_with(tiles)
 
 
@@ -204,10 +233,12 @@ def is_wide(*strides: tuple[int, ...]) -> bool:
     return max(abs(s) for each in strides for s in each[-2:]) >= 1 << 22
 
 
-def precision(problem) -> str:
-    """input_precision of products of float32: IEEE unless torch's own products may use tf32."""
-    exact = problem.dtype != "float32" or torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if exact else "tf32"
+def precision(problem, device: int) -> str:
+    """input_precision of products of float32: IEEE unless torch's own products may use tf32, and the device has it."""
+    if problem.dtype != "float32" or torch.get_float32_matmul_precision() == "highest":
+        return "ieee"
+    arch = device_facts(device).arch
+    return "ieee" if arch.startswith("gfx") and arch != "gfx942" else "tf32"
 
 
 def facts_of(*extras: torch.Tensor | None) -> tuple:
@@ -229,7 +260,7 @@ def call_key(problem, q, k, v, terms) -> tuple:
     return (
         problem, q.get_device(), q.stride(), k.stride(), v.stride(), alignment(q, k, v), extras, terms.softcap,
         terms.diagonal_lo, terms.diagonal_hi, terms.dropout_p,
-        facts_of(scale) if isinstance(scale, torch.Tensor) else scale <= 0.0, precision(problem),
+        facts_of(scale) if isinstance(scale, torch.Tensor) else scale <= 0.0, precision(problem, q.get_device()),
     )  # fmt: skip
 
 
@@ -262,6 +293,6 @@ def score_arguments(problem, q, k, v, out, terms) -> tuple[tuple, dict]:
     constexprs = {
         "HEAD_DIM": problem.head_dim, "HEAD_DIM_V": problem.head_dim_v, "D0": d0, "D1": d1, "E0": e0, "E1": e1,
         "SOFTCAP": problem.softcap, "DROPOUT": problem.dropout, "LEARNED_SCALE": learned,
-        "PRECISION": precision(problem), "WIDE": is_wide(*arguments[:8]), **diagonal_flags(lo, hi),
+        "PRECISION": precision(problem, q.get_device()), "WIDE": is_wide(*arguments[:8]), **diagonal_flags(lo, hi),
     }  # fmt: skip
     return arguments, constexprs

@@ -134,8 +134,9 @@ def _forward(problem, q, k, v, terms, for_backward: bool):
                 return _plan(problem, q, k, v, out, terms, of_mask, device, tiles)
 
             return launch.plan_with_best_tiles(
-                "prefill", problem, device, tensors, plan_with, of_mask and of_mask.block_size
-            )
+                "prefill", problem, device, tensors, plan_with, (out, out_exact, lse, lse_parts),
+                of_mask and of_mask.block_size,
+            )  # fmt: skip
 
         launch.run(launch.launches_of(key), "prefill", tensors, plan)
     return out, lse, out if out_exact is None else out_exact, lse_parts

@@ -1,19 +1,18 @@
-"""Tiles that were measured: read from tuned/<device>.json, written there with FASTATTN_AUTOTUNE=1.
+"""Tiles that were measured: read from a file of the user's cache, written there with FASTATTN_AUTOTUNE=1.
 
 A measurement stands for all calls with the same kernel, dtype, head dims and kind of scores; lengths are no part of it,
 so tune with lengths that matter to you (`python -m fastattn warmup`). Without a file, `config` decides.
 """
 
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterator
 from functools import cache, lru_cache
 from pathlib import Path
 
+import torch
 import triton
-from triton.runtime.errors import OutOfResources
 
 from . import config
 from .config import Config, Device
@@ -28,12 +27,15 @@ TABLES = {
 
 
 def directory() -> Path:
-    """Where the files are: FASTATTN_TUNED, or tuned/ in the package."""
-    return Path(os.environ.get("FASTATTN_TUNED") or Path(__file__).absolute().parents[1] / "tuned")
+    """Where the files are: FASTATTN_TUNED, or fastattn/tuned in the user's cache folder (XDG_CACHE_HOME, ~/.cache)."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("FASTATTN_TUNED") or cache / "fastattn" / "tuned")
 
 
 def file_of(device: Device) -> Path:
-    return directory() / (re.sub(r"[^A-Za-z0-9]+", "-", device.name or device.arch).strip("-") + ".json")
+    """One for each kind of device and version of Triton, whose code the measured times are of."""
+    name = re.sub(r"[^A-Za-z0-9]+", "-", device.name or device.arch).strip("-")
+    return directory() / f"{name}-triton-{triton.__version__}.json"
 
 
 def tiles(kernel: str, problem, device: Device) -> Config:
@@ -53,8 +55,9 @@ tiles.cache_clear = _tiles_of_kind.cache_clear
 
 def name_of(kernel: str, problem) -> str:
     """What a measurement stands for."""
-    terms = [name for name in ("alibi", "softcap", "dropout") if getattr(problem, name)]
+    terms = [name for name in ("alibi", "softcap", "dropout", "learned_scale") if getattr(problem, name)]
     terms += [] if problem.bias == "none" else ["bias"]
+    terms += [f"{problem.group_size}x{problem.seqlen_q} rows"] if kernel == "decode" else []
     dims = f"D{problem.head_dim}" + (f"/{problem.head_dim_v}" if problem.head_dim_v != problem.head_dim else "")
     return " ".join([kernel, problem.dtype, dims, problem.mask, *terms])
 
@@ -64,18 +67,39 @@ def is_wanted(kernel: str, problem, device: Device) -> bool:
     return os.environ.get("FASTATTN_AUTOTUNE") == "1" and name_of(kernel, problem) not in _read(file_of(device))
 
 
-def tune(kernel: str, problem, device: Device, launch_with: Callable[[Config], Callable], measure=None) -> Config:
-    """Time every candidate, remember the best. launch_with(tiles) compiles and returns a function that launches."""
+def tune(
+    kernel: str, problem, device: Device, launch_with: Callable[[Config], Callable], results: list, measure=None
+) -> Config:
+    """Time every candidate whose results are those of the table's tiles, remember the best.
+
+    launch_with(tiles) compiles and returns a function that launches, which writes the tensors `results`.
+    """
     measure = measure or triton.testing.do_bench
-    times = {}
-    for candidate in candidates(kernel, problem, device):
+    first, *others = candidates(kernel, problem, device)
+    launch = launch_with(first)  # tiles of the table have to work
+    launch()
+    expected = [x.clone() for x in results]
+    times = {first: measure(launch)}
+    for candidate in others:
         try:
-            times[candidate] = measure(launch_with(candidate))
-        except OutOfResources:  # the estimate of shared memory was too low
-            times[candidate] = math.inf
+            launch = launch_with(candidate)
+            launch()
+            if all(map(_agree, results, expected)):
+                times[candidate] = measure(launch)
+        except Exception:  # too much shared memory, or whatever the compiler and the driver raise
+            continue
     best = min(times, key=times.get)
     _write(file_of(device), name_of(kernel, problem), best)
     return best
+
+
+def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether two results differ by rounding alone, as far as a fast wrong kernel has to be told from a right one."""
+    if found.is_meta:  # compiled for a device that is not there
+        return True
+    tolerance = 1e-3 if found.dtype == torch.float32 else 2e-2
+    found, expected = (torch.nan_to_num(x.double(), posinf=1e30, neginf=-1e30) for x in (found, expected))
+    return bool((found - expected).abs().max() <= tolerance * expected.abs().max()) if found.numel() else True
 
 
 def candidates(kernel: str, problem, device: Device) -> Iterator[Config]:

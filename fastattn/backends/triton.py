@@ -3,6 +3,7 @@
 Signatures: `fastattn.dispatch.Row`.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 from functools import cache
@@ -18,13 +19,24 @@ CHECK = os.environ.get("FASTATTN_CHECK") == "1"
 every index that they read, so that none leaves its tensor; a mask that was changed since it was made gives nonsense."""
 
 
+OLDEST = (3, 7)
+
+
 def unavailable() -> str | None:
-    """None if Triton kernels can run here, else why not."""
+    """None if Triton kernels can run here, else why not. What a device cannot do shows at its first call."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
+    version = _version()
+    if tuple(int(x) for x in version.split(".")[:2]) < OLDEST:
+        return f"Triton {version} is too old: these kernels take 3.7 and later (pip install -U triton)"
     if not INTERPRETED and not torch.cuda.is_available():
         return "there is no CUDA or ROCm device (with TRITON_INTERPRET=1, Triton interprets calls on CPU tensors)"
     return None
+
+
+def _version() -> str:
+    """Triton's, without an import of it."""
+    return importlib.metadata.version("triton")
 
 
 @cache

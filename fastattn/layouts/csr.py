@@ -81,7 +81,7 @@ def attention_csr(
     if choice.train is None:
         out, lse = choice.forward(problem, q, k, v, edges)
     else:
-        out, lse = Differentiable.apply(choice, problem, edges, q, k, v, *edges)
+        out, lse = Differentiable.apply(bound, q, k, v, *edges)
     return (out, lse) if return_lse else out
 
 

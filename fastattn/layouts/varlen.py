@@ -135,4 +135,4 @@ def _run(bound, q, k, v):
         terms = terms._replace(seed=int(torch.randint(2**63 - 1, ())))
     if choice.train is None:
         return choice.forward(problem, q, k, v, terms)
-    return Differentiable.apply(choice, problem, terms, q, k, v, *terms)
+    return Differentiable.apply(bound._replace(terms=terms), q, k, v, *terms)

@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 import fastattn  # noqa: E402
 import launch as bench_launch  # noqa: E402
 from fake_device import nothing_compiled  # noqa: E402
-from fastattn.kernels import launch, tuning  # noqa: E402
+from fastattn.kernels import config, launch, tuning  # noqa: E402
 from kernel_report import compiling_for  # noqa: E402
 from launching import BLOCKS, call, empty, variants  # noqa: E402
 
@@ -27,7 +27,7 @@ KINDS = {
     # Keyword arguments of `call`; the kernels that it launches, with the most arguments that the C launcher may have to
     # look at one by one: constants included, strides a tuple each.
     "prefill": ({}, {"forward_kernel": 64}),
-    "decode": ({"seqlen_q": 1, "seqlen_k": 4096}, {"decode_kernel": 55, "combine_kernel": 16}),
+    "decode": ({"seqlen_q": 1, "seqlen_k": 4096}, {"decode_kernel": 64, "combine_kernel": 16}),
     "block_sparse": ({"mask": BLOCKS}, {"forward_kernel": 64}),
     "backward": (
         {"backward": True},
@@ -189,3 +189,70 @@ def test_the_benchmark_runs(capsys):
     assert figures.keys() == bench_launch.MODULES.keys()
     assert all(len(row) == 3 and min(row) > 0.0 for row in figures.values())
     assert "from the entry" in capsys.readouterr().out
+
+
+# --- first calls -----------------------------------------------------------------------------------------------------
+
+
+def test_a_first_call_compiles_and_loads_on_the_device_of_its_tensors(launches, monkeypatch):
+    """Whichever is current: a function of another context would be remembered for ever."""
+    current, loaded, compile_and_load = [7], [], launch.compile_and_load
+
+    @contextmanager
+    def device(index):
+        current.append(index)
+        yield
+        current.pop()
+
+    def load(*args):
+        loaded.append(current[-1])
+        return compile_and_load(*args)
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(launch, "current_device", lambda: current[-1])
+    monkeypatch.setattr(launch, "compile_and_load", load)
+    call(backward=True)
+    assert set(loaded) == {-1} and len(loaded) == 4  # -1: meta tensors
+
+
+def test_what_the_compiler_raises_is_a_refusal(launches, monkeypatch):
+    def fail(*args):
+        raise ValueError("PassManager::run failed\nand a page of text")
+
+    monkeypatch.setattr(launch, "compile_and_load", fail)
+    with pytest.raises(
+        fastattn.UnsupportedError, match=r"triton\.prefill: prefill: ValueError: PassManager::run failed"
+    ):
+        call()
+
+
+@pytest.mark.parametrize("arch, message", [("sm_75", "sm_80 and later"), ("gfx803", "these kernels know gfx90a")])
+def test_a_device_that_triton_does_not_compile_for(launches, arch, message, monkeypatch):
+    monkeypatch.setattr(launch, "device_facts", lambda index: config.Device(arch, 64 << 10, 40, "Old"))
+    with pytest.raises(fastattn.UnsupportedError, match=f"Old is {arch}, and .*{message}"):
+        call()
+
+
+def test_amd_wants_the_triton_that_mends_its_loops():
+    device = config.Device("gfx1100", 64 << 10, 40, "Radeon")
+    assert "3.9 does not" in config.refusal(device, "3.8.0") and config.refusal(device, "3.9.0") is None
+    assert config.refusal(config.Device("sm_90", 1, 1), "3.7.1") is None
+
+
+def test_a_first_call_while_a_graph_is_captured(launches, monkeypatch):
+    monkeypatch.setattr(launch, "is_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="call it once before the capture"):
+        call()
+    monkeypatch.undo()
+    assert launches == []
+
+
+def test_products_of_float32_are_exact_where_amd_has_no_tf32(monkeypatch):
+    torch.set_float32_matmul_precision("high")
+    try:
+        for arch, expected in ((90, "tf32"), ("gfx942", "tf32"), ("gfx90a", "ieee"), ("gfx1100", "ieee")):
+            with compiling_for(arch) as launches:
+                call(dtype=torch.float32, head_dim=32)
+            assert len(launches) == 1 and expected in launches[0].args
+    finally:
+        torch.set_float32_matmul_precision("highest")

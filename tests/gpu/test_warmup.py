@@ -25,6 +25,7 @@ from kernel_report import compiling_for  # noqa: E402
 
 ROOT = Path(fastattn.__file__).parents[1]
 SHAPE = "1,4,2,64,96,32"
+FILE = f"fake-triton-{triton.__version__}.json"
 BACKWARD = ["forward_kernel", "delta_kernel", "key_value_kernel", "query_kernel"]
 
 
@@ -132,9 +133,9 @@ def test_a_sweep_is_remembered(device, times, tmp_path, monkeypatch):
     assert len(set(candidates)) == len(candidates) > 10
     with nothing_compiled() as launched:
         assert cli.main(["warmup", SHAPE, "--causal", "0", "--tune"]) == 0
-        assert len(times) == len(candidates) and len(launched) == len(candidates) + 1
+        assert len(times) == len(candidates) and len(launched) == 2 * len(candidates) + 1
     (file,) = (tmp_path / "tuned").iterdir()
-    assert file.name == "fake.json"
+    assert file.name == FILE
     assert json.loads(file.read_text()) == {"prefill bfloat16 D32 none": candidates[4]._asdict()}
     clear_caches()
     monkeypatch.setenv("FASTATTN_AUTOTUNE", "0")
@@ -154,7 +155,7 @@ def test_a_sweep_is_remembered(device, times, tmp_path, monkeypatch):
 def test_a_sweep_adds_to_the_file(device, times, tmp_path):
     with nothing_compiled():
         cli.main(["warmup", SHAPE, "1,4,2,1,512,32", "--causal", "0", "--tune", "--backward"])
-    found = json.loads((tmp_path / "tuned" / "fake.json").read_text())
+    found = json.loads((tmp_path / "tuned" / FILE).read_text())
     assert {name.split()[0] for name in found} == {"prefill", "key_value", "query"}
     assert len(found) == 3 and all(config.Config(**fields) for fields in found.values())
     first = len(times)
@@ -165,18 +166,18 @@ def test_a_sweep_adds_to_the_file(device, times, tmp_path):
         launch.forget()
         cli.main(["warmup", SHAPE, "1,4,2,1,512,32", "--causal", "0", "--tune"])
     assert len(times) == measured  # what is in the file is not measured again
-    assert json.loads((tmp_path / "tuned" / "fake.json").read_text()).keys() == found.keys() | {
-        "decode bfloat16 D32 none"
+    assert json.loads((tmp_path / "tuned" / FILE).read_text()).keys() == found.keys() | {
+        "decode bfloat16 D32 none 2x1 rows"
     }
 
 
 def test_what_does_not_fit_is_not_chosen(device, monkeypatch):
     """Compiled for real, with more shared memory than the device has."""
     too_large, fits = config.Config(128, 128, 8, 5), config.Config(64, 32, 4, 1)
-    monkeypatch.setattr(tuning, "candidates", lambda *args: iter((too_large, fits)))
+    monkeypatch.setattr(tuning, "candidates", lambda *args: iter((fits, too_large)))
     monkeypatch.setattr(triton.testing, "do_bench", lambda call: call() or 1.0)
     assert cli.main(["warmup", "1,2,2,256,256,128", "--causal", "0", "--tune"]) == 0
-    assert [launch.binary.metadata["num_warps"] for launch in device] == [fits.num_warps] * 2  # measured, then called
+    assert [launch.binary.metadata["num_warps"] for launch in device] == [fits.num_warps] * 3  # tried, timed, called
 
 
 def test_candidates_fit(device):
@@ -186,3 +187,27 @@ def test_candidates_fit(device):
             first, *others = tuning.candidates(kernel, problem, small)
             assert first == tuning.TABLES[kernel](problem, small) and first not in others
             assert all(config.shared_memory(tiles, problem) <= small.smem for tiles in others)
+
+
+def test_tiles_that_compute_something_else_or_nothing_are_not_chosen(device):
+    """However fast they are."""
+    result, seconds = torch.zeros(8), {}
+
+    def launch_with(tiles):
+        number = len(seconds)
+        seconds[tiles] = [5.0, 1.0, 4.0, 0.5][min(number, 3)]
+        if number == 3:
+            raise RuntimeError("ptxas died")
+
+        def launch():
+            result.fill_(3.0 if number == 1 else 2.0)
+            return tiles
+
+        return launch
+
+    problem, facts = problem_of(), launch.device_facts(0)
+    table = list(tuning.candidates("prefill", problem, facts))[:4]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "candidates", lambda *args: iter(table))
+        best = tuning.tune("prefill", problem, facts, launch_with, [result], lambda launch: seconds[launch()])
+    assert best == table[2]

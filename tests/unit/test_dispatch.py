@@ -387,3 +387,68 @@ def test_fallback_policy_is_checked(fresh_fallbacks, monkeypatch):
     monkeypatch.setenv("FASTATTN_FALLBACK", "loud")
     with pytest.raises(ValueError, match="FASTATTN_FALLBACK='loud' must be one of warn, silent, error"):
         fastattn.attention(*wide_qkv())
+
+
+# --- kernels that cannot be prepared ---------------------------------------------------------------------------------
+
+
+def broken(*args):
+    raise dispatch.KernelError("broken: no such instruction")
+
+
+@pytest.fixture
+def broken_rows(monkeypatch, fresh_fallbacks):
+    """Before all others, two rows: one cannot be compiled forward, the other one backward."""
+    here, works = f"{__name__}:broken", "fastattn.backends.reference"
+    forward, backward = {"direction": {"forward"}}, {"direction": {"backward"}}
+    rows = (
+        Row("fast.prefill", here, None, {**forward, "softcap": {False}}, here, "fast.backward"),
+        Row("fast.backward", f"{works}:backward", None, backward),
+        Row(
+            "half.prefill", f"{works}:forward", None, {**forward, "needs_grad": {True}}, f"{__name__}:train",
+            "half.backward",
+        ),
+        Row("half.backward", here, None, backward),
+    )  # fmt: skip
+    monkeypatch.setattr(dispatch, "KERNELS", (*rows, *(row for row in KERNELS if row.backend == "reference")))
+    monkeypatch.setattr(dispatch, "BACKENDS", ("fast", "half", "reference"))
+    plans.forget()
+    yield
+    monkeypatch.undo()
+    plans.forget()
+
+
+def train(problem, q, k, v, terms):
+    return *reference_backend.forward(problem, q, k, v, terms), ()
+
+
+def test_a_kernel_that_cannot_be_prepared_is_passed_over_and_named(broken_rows):
+    q, k, v = qkv()
+    with pytest.warns(FallbackWarning, match=r"fast\.prefill: broken: no such instruction"):
+        out = fastattn.attention(q, k, v)
+    assert torch.equal(out, fastattn.attention(q, k, v, backend="reference"))
+    assert "fast.prefill            refused: broken" in fastattn.explain(q, k, v)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastattn.attention(q, k, v)  # said once
+    with pytest.raises(UnsupportedError, match="no such instruction"):
+        fastattn.attention(q, k, v, backend="fast")
+    with pytest.raises(UnsupportedError, match="no such instruction"):  # found out by the call itself
+        fastattn.attention(q, k, v, causal=True, backend="fast")
+
+
+def test_gradients_that_cannot_be_prepared_come_from_the_next_row(broken_rows):
+    q, k, v = (x.requires_grad_() for x in qkv())
+    kwargs = {"softcap": 3.0}  # which "fast" does not take
+    expected = torch.autograd.grad(fastattn.attention(q, k, v, **kwargs, backend="reference").sum(), (q, k, v))
+    for _ in range(2):  # in the second call, the forward pass knows
+        found = torch.autograd.grad(fastattn.attention(q, k, v, **kwargs).sum(), (q, k, v))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert "half.prefill            refused: broken" in fastattn.explain(q, k, v, **kwargs)
+
+
+def test_gradients_of_a_backend_by_name_come_from_no_other(broken_rows):
+    q, k, v = (x.requires_grad_() for x in qkv())
+    out = fastattn.attention(q, k, v, softcap=3.0, backend="half")
+    with pytest.raises(UnsupportedError, match="no such instruction"):
+        out.sum().backward()

@@ -52,14 +52,16 @@ def test_environment_with_an_unknown_backend():
 @pytest.mark.parametrize(
     "installed, cuda, reason",
     [
-        (False, False, "Triton is not installed (pip install triton)"),
-        (False, True, "Triton is not installed (pip install triton)"),
-        (True, False, "there is no CUDA or ROCm device (with TRITON_INTERPRET=1, Triton interprets calls"),
-        (True, True, None),
+        ("", False, "Triton is not installed (pip install triton)"),
+        ("", True, "Triton is not installed (pip install triton)"),
+        ("3.6.1", True, "Triton 3.6.1 is too old"),
+        ("3.7.0", False, "there is no CUDA or ROCm device (with TRITON_INTERPRET=1, Triton interprets calls"),
+        ("3.10.0", True, None),
     ],
 )  # fmt: skip
 def test_the_triton_rows_say_what_is_missing(installed, cuda, reason, monkeypatch):
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(gpu, "_version", lambda: installed)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(gpu, "INTERPRETED", False)
     dispatch._answer.cache_clear()
