@@ -1,6 +1,6 @@
 """fastattn: fused attention for PyTorch, on CPUs first. See README.md; start with `fastattn.attention`."""
 
-from . import patterns, viz
+from . import nn, patterns, viz
 from .api import attention, explain
 from .calls import FallbackWarning, last_call, record, use
 from .compat.sdpa import scaled_dot_product_attention
@@ -33,6 +33,7 @@ __all__ = [
     "explain",
     "last_call",
     "merge",
+    "nn",
     "patterns",
     "quantization_error",
     "record",

@@ -8,6 +8,7 @@ from ..api import attention
 from ..checks import one_line
 from ..masks.block_mask import BlockMask
 from ..masks.intervals import Mask
+from ..seeing.weights import attention_weights
 from .rotary import Rotary
 
 QK_NORMS = (None, "l2", "rms", "layer")
@@ -80,7 +81,9 @@ class MultiHeadAttention(nn.MultiheadAttention):
 
         self.qk_norm, self.rotary = qk_norm, rotary
         norms = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
-        self.q_norm, self.k_norm = (norms[qk_norm](self.head_dim, **factory) if qk_norm in norms else None for _ in "qk")
+        self.q_norm, self.k_norm = (
+            norms[qk_norm](self.head_dim, **factory) if qk_norm in norms else None for _ in "qk"
+        )
         learned_scale = qk_norm == "l2" if learned_scale is None else learned_scale
         scale = 10.0 if qk_norm == "l2" else self.head_dim**-0.5
         self.softmax_scale = scale
@@ -128,7 +131,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
         if need_weights:
             heads, lse = heads
             del options["backend"]
-            weights = attention_weights(q, k, lse, **options)
+            weights = attention_weights(q, k, lse, **options).to(q.dtype)
             weights = weights.mean(1) if average_attn_weights else weights
         out = heads.transpose(1, 2).flatten(2)
         if self.gate is not None:
@@ -208,7 +211,9 @@ class MultiHeadAttention(nn.MultiheadAttention):
         if not more_k:
             return k, v, seen
         if self.causal or self.window_size is not None or self.alibi_slopes is not None:
-            raise ValueError("add_bias_kv and add_zero_attn add keys without a position: not with causal, window_size, alibi")
+            raise ValueError(
+                "add_bias_kv and add_zero_attn add keys without a position: not with causal, window_size, alibi"
+            )
         mask, bias, count = seen["mask"], seen["bias"], len(more_k)
         if isinstance(mask, BlockMask):
             raise ValueError("add_bias_kv and add_zero_attn do not go with a BlockMask: its keys are k's")
@@ -233,7 +238,9 @@ def _combined(parts: list, seqlen_q: int, seqlen_k: int) -> Mask | BlockMask | t
     if len(parts) < 2:
         return parts[0] if parts else None
     if any(isinstance(part, BlockMask) for part in parts):
-        raise ValueError("a BlockMask does not combine with other masks: build it of all of them (`BlockMask.from_mask`)")
+        raise ValueError(
+            "a BlockMask does not combine with other masks: build it of all of them (`BlockMask.from_mask`)"
+        )
     masks, tensors = [x for x in parts if isinstance(x, Mask)], [x for x in parts if isinstance(x, torch.Tensor)]
     found = masks[0] if masks else None
     for other in masks[1:]:
@@ -250,5 +257,5 @@ def _slopes(num_heads: int, device) -> torch.Tensor:
     them every second of the next larger one."""
     whole = 1 << (num_heads.bit_length() - 1)
     powers = torch.arange(1, whole + 1, device=device) * (8 / whole)
-    between = torch.arange(1, 2 * (num_heads - whole), 2, device=device) * (4 / whole)
+    between = (2 * torch.arange(num_heads - whole, device=device) + 1) * (4 / whole)
     return torch.exp2(-torch.cat((powers, between)).float())

@@ -18,14 +18,14 @@ class Rotary(nn.Module):
     fraction     share of the columns that are turned, the first ones (GPT-NeoX: 0.25)
     interleaved  False: column i goes with column i + width / 2 (Llama); True: 2i goes with 2i + 1 (the paper, GPT-J)
     scaling      how a context `factor` times longer than `trained_seqlen` is reached:
-                 "linear" divides positions by factor (Chen et al., 2306.15595); "ntk" raises the base so that the longest
-                 wavelength grows by factor; "yarn" divides long wavelengths alone and sharpens the scores
+                 "linear" divides positions by factor (Chen et al., 2306.15595); "ntk" raises the base so that the
+                 longest wavelength grows by factor; "yarn" divides long wavelengths alone and sharpens the scores
                  (Peng et al., 2309.00071)
     factor, trained_seqlen, beta_fast, beta_slow   of the scaling; the betas are YaRN's, in turns over trained_seqlen
 
-    Called with q [batch, num_heads, seqlen, head_dim], k likewise and, optionally, positions (int or float, broadcastable
-    to [batch, seqlen]; default 0 ... seqlen - 1): returns (q, k) turned, in their dtypes. `tables(positions)` gives the
-    (cos, sin) [..., seqlen, width / 2] that `apply_rotary` takes. Angles are computed in float32.
+    Called with q [batch, num_heads, seqlen, head_dim], k likewise and, optionally, positions (int or float,
+    broadcastable to [batch, seqlen]; default 0 ... seqlen - 1): returns (q, k) turned, in their dtypes.
+    `tables(positions)` gives the (cos, sin) [..., seqlen, width / 2] that `apply_rotary` takes. Angles are float32.
     """
 
     def __init__(
@@ -38,7 +38,9 @@ class Rotary(nn.Module):
             raise ValueError(f"scaling={one_line(scaling)} must be one of {SCALINGS}")
         width = int(head_dim * fraction)
         if width < 2 or width % 2 or width > head_dim:
-            raise ValueError(f"fraction={fraction} of head_dim={head_dim} is {width} columns; it must be an even number")
+            raise ValueError(
+                f"fraction={fraction} of head_dim={head_dim} is {width} columns; it must be an even number"
+            )
         if scaling == "yarn" and trained_seqlen is None:
             raise ValueError('scaling="yarn" needs trained_seqlen=, the context length of the training')
         self.head_dim, self.width, self.interleaved, self.sharpening = head_dim, width, interleaved, 1.0
@@ -89,7 +91,9 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interlea
     """
     half = cos.shape[-1]
     if cos.shape != sin.shape or 2 * half > x.shape[-1]:
-        raise ValueError(f"cos={one_line(cos)}, sin={one_line(sin)} must be [..., seqlen, width / 2], width <= {x.shape[-1]}")
+        raise ValueError(
+            f"cos={one_line(cos)}, sin={one_line(sin)} must be [..., seqlen, width / 2], width <= {x.shape[-1]}"
+        )
     part, rest = x[..., : 2 * half].to(cos.dtype), x[..., 2 * half :]
     if interleaved:
         a, b = part[..., 0::2], part[..., 1::2]
