@@ -11,6 +11,10 @@ from .layouts.kvcache import attention_with_kvcache
 from .layouts.varlen import attention_varlen
 from .masks import BlockMask, Mask
 from .merging import merge
+from .replacing.apply import apply
+from .replacing.audit import audit
+from .replacing.sdpa_patch import patch_sdpa
+from .replacing.verify import verify
 from .scores.dropout import dropout_mask
 from .seeing.weights import attention_weights
 from .selection import coverage, select_blocks
@@ -23,22 +27,26 @@ __all__ = [
     "KVCache",
     "Mask",
     "UnsupportedError",
+    "apply",
     "attention",
     "attention_csr",
     "attention_varlen",
     "attention_weights",
     "attention_with_kvcache",
+    "audit",
     "coverage",
     "dropout_mask",
     "explain",
     "last_call",
     "merge",
     "nn",
+    "patch_sdpa",
     "patterns",
     "quantization_error",
     "record",
     "scaled_dot_product_attention",
     "select_blocks",
     "use",
+    "verify",
     "viz",
 ]

@@ -92,6 +92,14 @@ def last_call() -> Call | None:
     return last
 
 
+def latest() -> tuple[str, Problem] | None:
+    """(kernel, problem) of the latest attention call of this thread: what costs nothing of `last_call`."""
+    last = getattr(_state, "last", None)
+    if last is None:
+        return None
+    return (last.kernel, last.problem) if isinstance(last, Call) else (last[0].row.name, last[1])
+
+
 @contextmanager
 def record() -> Iterator[list[Call]]:
     """`with record() as calls:` collects a `Call` for each attention call made inside the block (in this context)."""
@@ -138,6 +146,15 @@ class use(ContextDecorator):
         if not getattr(self, "_is_used", True):
             text = f"fastattn.use({self._backend!r}) has no effect outside a with statement"
             warnings.warn(text + "; FASTATTN_BACKEND sets the backend of a whole process", RuntimeWarning, 2)
+
+
+def run_on(backend: str | None, function, *args):
+    """`function(*args)` as inside of `use(backend)`, for less time."""
+    token = _backend.set(backend)
+    try:
+        return function(*args)
+    finally:
+        _backend.reset(token)
 
 
 def _report_fallback(call: Call) -> None:

@@ -26,6 +26,11 @@ def is_transformed() -> bool:
     return _tangents._current_level >= 0 or _transform_on_top() is not None
 
 
+def is_in_functorch() -> bool:
+    """Whether a torch.func transform is going on."""
+    return _transform_on_top() is not None
+
+
 _mode_keys = getattr(torch._C, "_TorchDispatchModeKey", None)
 _mode = getattr(torch._C, "_get_dispatch_mode", lambda key: None)
 
@@ -76,6 +81,19 @@ def _unwrapped(x: torch.Tensor) -> torch.Tensor:
     while _functorch is not None and _functorch.is_functorch_wrapped_tensor(x):
         x = _functorch.get_unwrapped(x)
     return x
+
+
+sdpa_choice = getattr(torch, "_fused_sdp_choice", lambda *args, **kwargs: -1)
+"""The number of the backend that F.scaled_dot_product_attention takes for arguments: 0 math, 1 flash, ..."""
+
+
+def kernel_of(operator: str, key: str):
+    """A function that calls the kernel which this operator now has under a dispatch key, also when it has another one
+    later; None where torch (before 2.9) cannot tell."""
+    if not hasattr(torch.library, "get_kernel"):
+        return None
+    kernel, keys = torch.library.get_kernel(operator, key), torch._C.DispatchKeySet(torch._C._dispatch_key_parse(key))
+    return functools.partial(kernel.call_boxed, keys)
 
 
 def outside_of_graphs(function, why: str):

@@ -62,7 +62,7 @@ def scaled_dot_product_attention(
         if attn_mask is None:
             mask = _TOP_LEFT if is_causal else None
             return attention(query, key, value, mask=mask, softmax_scale=scale, dropout_p=dropout_p)
-        mask, bias = _mask_and_bias(attn_mask, is_causal, (*q[:3], k[2]))
+        mask, bias = mask_and_bias(attn_mask, is_causal, (*q[:3], k[2]))
         return attention(query, key, value, mask=mask, bias=bias, softmax_scale=scale, dropout_p=dropout_p)
     return _any_rank(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
@@ -97,7 +97,7 @@ def _any_rank(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_
     if grouped:
         lead, lead_k = (*lead, heads), (*lead, heads_k)
     scores = (*(lead if rank > 2 else ()), query.shape[-2], key.shape[-2])
-    mask, bias = (None, None) if attn_mask is None else _mask_and_bias(attn_mask, is_causal, scores)
+    mask, bias = (None, None) if attn_mask is None else mask_and_bias(attn_mask, is_causal, scores)
 
     if query.shape[-1] == key.shape[-1] == 0:  # every score is 0: one column of zeros says the same
         query, key, scale = pad(query, (0, 1)), pad(key, (0, 1)), 0.0
@@ -142,7 +142,7 @@ def _fold(x: torch.Tensor, lead: tuple[int, ...], split: int, may_copy: bool) ->
     return x.reshape(shape) if may_copy else x.view(shape)
 
 
-def _mask_and_bias(attn_mask, is_causal: bool, scores: tuple[int, ...]):
+def mask_and_bias(attn_mask, is_causal: bool, scores: tuple[int, ...]):
     """attn_mask as `attention`'s (mask, bias), of rank 2 or more; `scores` is the shape it must broadcast to."""
     if is_causal:
         raise ValueError("attn_mask and is_causal=True exclude each other; combine them into one attn_mask")
