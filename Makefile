@@ -9,7 +9,7 @@ EXT := $(VENV)/.ext
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo train longformer neighborhood generate test test-all test-triton test-triton-versions test-gpu kernel-report
+.PHONY: help demo train longformer neighborhood generate serve test test-all test-triton test-triton-versions test-gpu kernel-report
 .PHONY: bench bench-gpu bench-launch bench-sparse lint format wheel clean triton-interpreted triton-compiled triton-sanitized
 
 help:  ## list the targets
@@ -26,6 +26,9 @@ longformer: $(VENV)/.demo $(EXT)  ## a Longformer of transformers on fastattn: s
 
 generate: $(VENV)/.speech $(EXT)  ## transformers' generate on fastattn: a Llama and Whisper, three kinds of caches
 	$(PY) examples/generate.py $(ARGS)
+
+serve: $(VENV)/.demo $(EXT)  ## many requests of different lengths from one paged cache, each as if alone
+	$(PY) examples/serve_paged.py $(ARGS)
 
 neighborhood: $(VENV)/.vision $(EXT)  ## DINOv2 on a large image with neighbourhood attention: time, features, a picture
 	$(PY) examples/neighborhood_vit.py $(ARGS)

@@ -9,7 +9,7 @@ import torch
 import fastattn
 from fastattn.compat import flash_attn
 from fastattn.compat.flash_attn import fa3, fa4
-from flash import attend, randn
+from flash import attend, check, randn
 
 SIZES = {"square": (7, 7), "decode": (1, 9), "more keys": (4, 9), "more queries": (9, 4)}
 OPTIONS = {  # flash-attn's argument, and the same in words of `attend`
@@ -31,14 +31,6 @@ def inputs(sizes, dtype=torch.float64, head_dim_v=8):
     seqlen_q, seqlen_k = sizes
     shapes = (2, seqlen_q, 4, 8), (2, seqlen_k, 2, 8), (2, seqlen_k, 2, head_dim_v)
     return [randn(*shape, dtype=dtype).requires_grad_() for shape in shapes]
-
-
-def check(found, expected, leaves):
-    """The same values, and the same gradients."""
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    dout = randn(*found.shape)
-    ours, theirs = (torch.autograd.grad(out, leaves, dout, retain_graph=True) for out in (found, expected))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
@@ -220,6 +212,36 @@ SIGNATURES = {
     "window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False)",
     flash_attn.flash_attn_kvpacked_func: "(q, kv, dropout_p=0.0, softmax_scale=None, causal=False, "
     "window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False)",
+    flash_attn.flash_attn_varlen_func: "(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, "
+    "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, "
+    "deterministic=False, return_attn_probs=False, block_table=None)",
+    flash_attn.flash_attn_varlen_qkvpacked_func: "(qkv, cu_seqlens, max_seqlen, dropout_p=0.0, softmax_scale=None, "
+    "causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, "
+    "return_attn_probs=False)",
+    flash_attn.flash_attn_varlen_kvpacked_func: "(q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, "
+    "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, "
+    "deterministic=False, return_attn_probs=False)",
+    flash_attn.flash_attn_with_kvcache: "(q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, "
+    "cache_seqlens=None, cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, "
+    "causal=False, window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0, "
+    "return_softmax_lse=False)",
+    fa3.flash_attn_varlen_func: "(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, "
+    "seqused_k=None, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None, "
+    "window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, "
+    "sm_margin=0, return_attn_probs=False)",
+    fa3.flash_attn_with_kvcache: "(q, k_cache, v_cache, k=None, v=None, qv=None, rotary_cos=None, rotary_sin=None, "
+    "cache_seqlens=None, cache_batch_idx=None, cache_leftpad=None, page_table=None, cu_seqlens_q=None, "
+    "cu_seqlens_k_new=None, max_seqlen_q=None, rotary_seqlens=None, q_descale=None, k_descale=None, v_descale=None, "
+    "softmax_scale=None, causal=False, window_size=(-1, -1), attention_chunk=0, softcap=0.0, "
+    "rotary_interleaved=True, scheduler_metadata=None, num_splits=0, pack_gqa=None, sm_margin=0, "
+    "return_softmax_lse=False)",
+    fa4.flash_attn_varlen_func: "(q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, "
+    "max_seqlen_k=None, min_seqlen_k=None, seqused_q=None, seqused_k=None, gather_kv_indices=None, page_table=None, "
+    "softmax_scale=None, causal=False, window_size=(None, None), learnable_sink=None, softcap=0.0, num_splits=1, "
+    "pack_gqa=None, deterministic=False, score_mod=None, score_mod_bwd=None, mask_mod=None, "
+    "block_sparse_tensors=None, aux_tensors=None, aux_scalars=None, return_lse=False, scheduler_metadata=None, "
+    "seqlen_k_per_split=None, disable_scheduler_metadata=False, gather_bwd_recompute_p=False, "
+    "gather_bwd_token_chunk=None)",
     fa3.flash_attn_func: "(q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, "
     "v_descale=None, window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, "
     "deterministic=False, sm_margin=0, return_attn_probs=False)",

@@ -40,3 +40,29 @@ def attend(q, k, v, *, causal=False, window=(None, None), softcap=0.0, slopes=No
     lse = scores.logsumexp(-1)
     weights = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None])[..., :seqlen_k]
     return torch.einsum("bhij,bjhd->bihd", weights, v), lse
+
+
+def check(found, expected, leaves, atol=1e-12):
+    """The same values, and the same gradients."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+    dout = randn(*found.shape)
+    ours, theirs = (torch.autograd.grad(out, leaves, dout, retain_graph=True) for out in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
+
+
+def angles(positions, columns):
+    """Tables (cos, sin) [positions, columns] of rotary embedding."""
+    frequency = 10000.0 ** -(torch.arange(columns, dtype=torch.float64) / columns)
+    angle = torch.arange(positions)[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def turned(x, position, interleaved, columns=3, positions=40):
+    """x [..., head_dim], its first 2 * columns columns as complex numbers, times exp(i * angle of the position)."""
+    cos, sin = (table[position] for table in angles(positions, columns))
+    first, rest = x[..., : 2 * columns], x[..., 2 * columns :]
+    a, b = (first[..., ::2], first[..., 1::2]) if interleaved else first.chunk(2, -1)
+    product = torch.complex(a, b) * torch.complex(cos, sin)
+    pair = product.real, product.imag
+    first = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
+    return torch.cat([first, rest], -1)

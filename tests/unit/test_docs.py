@@ -8,11 +8,18 @@ import pytest
 from fastattn import dispatch
 
 ROOT = Path(__file__).parents[2]
-README, GUIDE, SUPPORT, TRANSFORMS, SEEING = (
+README, GUIDE, SUPPORT, TRANSFORMS, SEEING, FLASH_ATTN = (
     (ROOT / path).read_text()
-    for path in ("README.md", "docs/guide.md", "docs/support.md", "docs/transforms.md", "docs/seeing.md")
+    for path in (
+        "README.md",
+        "docs/guide.md",
+        "docs/support.md",
+        "docs/transforms.md",
+        "docs/seeing.md",
+        "docs/flash_attn.md",
+    )
 )
-PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README + GUIDE + TRANSFORMS + SEEING, re.S)
+PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README + GUIDE + TRANSFORMS + SEEING + FLASH_ATTN, re.S)
 
 
 @pytest.mark.parametrize("layout", ["dense", "csr"])

@@ -40,6 +40,7 @@ demo = example("demo")
 longformer = example("longformer")
 neighborhood_vit = example("neighborhood_vit")
 generate = example("generate")
+serve_paged = example("serve_paged")
 
 
 def test_both_models_learn_the_same(train_char_lm, tmp_path, capsys):
@@ -288,3 +289,26 @@ def test_the_trained_llama_tells_a_story(generate):
     (case, *_) = generate.llama_cases(llama.model, 80)
     llama.model.set_attn_implementation("eager")
     assert len(set(case.generate()[0])) > 30
+
+
+def test_serving(serve_paged, without_files, capsys):
+    served = serve_paged.main(["--quick"])
+    assert served.most_running == 3 and 0 < served.most_pages <= 12 and len(served.answers) == 6
+    assert "Answers that are those of the request alone: 6 of 6" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.slow
+def test_serving_many(serve_paged):
+    served = serve_paged.main([])
+    assert served.most_running == 16 and served.most_pages <= 160 and len(served.answers) == 64
+
+
+def test_requests_wait_for_pages(serve_paged, without_files):
+    """Four places, and pages for one long request at a time."""
+    model = sys.modules["pretrained"].load_llama().model.double()
+    requests = [serve_paged.Request([1, 5, 6], 30), serve_paged.Request([1], 3), serve_paged.Request([1, 7], 40)]
+    served = serve_paged.serve(model, requests, places=4, num_pages=3)
+    assert served.most_running == 2 and served.most_pages == 3
+    assert served.answers == [serve_paged.alone(model, request) for request in requests]
+    with pytest.raises(ValueError, match="needs 4 pages; there are 3"):
+        serve_paged.serve(model, [serve_paged.Request([1], 60)], places=1, num_pages=3)

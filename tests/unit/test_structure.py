@@ -85,7 +85,7 @@ def test_no_function_is_long_or_takes_many_arguments_by_position(path):
         if isinstance(node, ast.FunctionDef) and not is_kernel(node):
             assert node.end_lineno - node.lineno < 100, node.name
             # transformers calls an attention function with 13; flash-attn's functions have flash-attn's arguments
-            limit = 30 if "flash_attn" in path.parts else 13
+            limit = 33 if "flash_attn" in path.parts else 13
             assert len(node.args.posonlyargs + node.args.args) <= limit, node.name
 
 

@@ -5,10 +5,11 @@ import torch
 from ...api import attention
 from ...checks import check_int, check_tensors, one_line
 from ...dispatch import UnsupportedError
+from ...layouts.kvcache import attention_with_kvcache
+from ...layouts.varlen import attention_varlen
 from ...masks.intervals import Mask
 
 DENSE = "[batch, seqlen, num_heads, head_dim]"
-PACKED = "[total, num_heads, head_dim]"
 
 
 def heads_first(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -19,7 +20,7 @@ def heads_first(x: torch.Tensor | None) -> torch.Tensor | None:
 
 def dense(q, k, v, *, window_size, attention_chunk: int = 0, return_lse: bool, **options):
     """`attention` on DENSE tensors: (out, lse [batch, num_heads, seqlen_q] or None)."""
-    check_shapes(DENSE, q, k, v)
+    check_dense(q, k, v)
     mask = chunks(attention_chunk, q.shape[1], k.shape[1], q.device) if attention_chunk else None
     found = attention(
         heads_first(q), heads_first(k), heads_first(v), mask=mask, window_size=open_sides(window_size),
@@ -27,6 +28,39 @@ def dense(q, k, v, *, window_size, attention_chunk: int = 0, return_lse: bool, *
     )  # fmt: skip
     out, lse = found if return_lse else (found, None)
     return heads_first(out), lse
+
+
+def packed(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None, *, window_size, attention_chunk=0,
+    return_lse: bool, **options,
+):  # fmt: skip
+    """`attention_varlen`: (out, lse [num_heads, total_q] or None)."""
+    if attention_chunk:
+        lists = "block_table", "seqused_q", "seqused_k"
+        refuse(**{f"attention_chunk with {name}": options.get(name) for name in lists})
+        cu_seqlens_q, cu_seqlens_k = cut_into_chunks(attention_chunk, cu_seqlens_q, cu_seqlens_k)
+        max_seqlen_q = max_seqlen_k = None
+    found = attention_varlen(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window_size=open_sides(window_size),
+        return_lse=return_lse, **options,
+    )  # fmt: skip
+    return found if return_lse else (found, None)
+
+
+def with_cache(q, k_cache, v_cache, k, v, *, cache_seqlens, block_table, window_size, return_lse: bool, **options):
+    """`attention_with_kvcache` on DENSE tensors and caches, or pages [num_pages, page_size, num_heads_k, head_dim]."""
+    new = {name: x for name, x in (("k", k), ("v", v)) if x is not None}
+    _check_rank(q=q, k_cache=k_cache, v_cache=v_cache, **new)
+    if cache_seqlens is None:
+        if k is not None:
+            raise ValueError("cache_seqlens=None: k cannot be appended without the lengths of what is in the cache")
+        cache_seqlens = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    found = attention_with_kvcache(
+        heads_first(q), heads_first(k_cache), heads_first(v_cache), heads_first(k), heads_first(v),
+        cache_seqlens=cache_seqlens, block_table=block_table, window_size=open_sides(window_size),
+        return_lse=return_lse, **options,
+    )  # fmt: skip
+    return (heads_first(found[0]), found[1]) if return_lse else heads_first(found)
 
 
 def unpacked(name: str, x: torch.Tensor, parts: int, rank: int) -> tuple[torch.Tensor, ...]:
@@ -38,24 +72,27 @@ def unpacked(name: str, x: torch.Tensor, parts: int, rank: int) -> tuple[torch.T
     return x.unbind(-3)
 
 
-def check_shapes(layout: str, q, k, v) -> None:
+def check_dense(q, k, v) -> None:
     """TypeError or ValueError in the caller's layout, before dimensions are moved."""
-    check_tensors(q=q, k=k, v=v)
-    rank = layout.count(",") + 1
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != rank:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {layout}")
-    if rank == 4 and k.shape[0] != q.shape[0]:
+    _check_rank(q=q, k=k, v=v)
+    if k.shape[0] != q.shape[0]:
         raise ValueError(f"k has batch {k.shape[0]} (shape {tuple(k.shape)}), q {q.shape[0]}; they must agree")
-    if k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"k has head_dim {k.shape[-1]} (shape {tuple(k.shape)}), q {q.shape[-1]}; they must agree")
-    if v.shape[:-1] != k.shape[:-1]:
+    if k.shape[3] != q.shape[3]:
+        raise ValueError(f"k has head_dim {k.shape[3]} (shape {tuple(k.shape)}), q {q.shape[3]}; they must agree")
+    if v.shape[:3] != k.shape[:3]:
         raise ValueError(f"v has shape {tuple(v.shape)}, k {tuple(k.shape)}; all but head_dim must agree")
-    if not k.shape[-2] or q.shape[-2] % k.shape[-2]:
+    if not k.shape[2] or q.shape[2] % k.shape[2]:
         raise ValueError(
-            f"q has {q.shape[-2]} heads and k {k.shape[-2]} (the layout is {layout}); the first must be a multiple of "
-            "the second"
+            f"q has {q.shape[2]} heads and k {k.shape[2]} (the layout is {DENSE}); the first must be a multiple of the "
+            "second"
         )
+
+
+def _check_rank(**tensors) -> None:
+    check_tensors(**tensors)
+    for name, x in tensors.items():
+        if x.dim() != 4:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {DENSE}")
 
 
 def open_sides(window_size):
@@ -72,6 +109,24 @@ def chunks(attention_chunk: int, seqlen_q: int, seqlen_k: int, device) -> Mask:
     positions = torch.arange(seqlen_q, device=device)[None, None] + seqlen_k - seqlen_q
     starts = positions - positions % attention_chunk
     return Mask.intervals(starts, starts + attention_chunk)
+
+
+def cut_into_chunks(attention_chunk: int, cu_seqlens_q, cu_seqlens_k) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cu_seqlens_q, cu_seqlens_k) where each chunk of a sequence is a sequence: the chunks of `chunks`."""
+    check_int("attention_chunk", attention_chunk, least=1)
+    check_tensors(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    cuts_q, cuts_k = starts_q[:1], starts_k[:1]
+    for begin_q, end_q, begin_k, end_k in zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False):
+        seqlen_q, seqlen_k = end_q - begin_q, end_k - begin_k
+        first = (seqlen_k - seqlen_q) // attention_chunk * attention_chunk  # where the chunk of query 0 begins
+        for edge in (*range(first, seqlen_k, attention_chunk), seqlen_k):
+            cuts_q.append(begin_q + min(max(edge - seqlen_k + seqlen_q, 0), seqlen_q))
+            cuts_k.append(begin_k + max(edge, 0))
+    return tuple(
+        torch.tensor(cuts, dtype=x.dtype, device=x.device)
+        for cuts, x in ((cuts_q, cu_seqlens_q), (cuts_k, cu_seqlens_k))
+    )
 
 
 def with_qv(q, k, v, qv, softmax_scale):

@@ -2,7 +2,9 @@
 
 import torch
 
-__all__ = ["apply_rotary_emb", "apply_rotary_emb_func", "apply_rotary_emb_torch"]
+from ...layouts.rotary import rotated
+
+__all__ = ["apply_rotary_emb", "apply_rotary_emb_func"]
 
 
 def apply_rotary_emb(
@@ -41,21 +43,14 @@ def apply_rotary_emb(
             f"positions {int(positions.min())} ... {int(positions.max())} are needed, and cos has {len(cos)}; give "
             "more rows of cos and sin, or a smaller seqlen_offsets"
         )
-    turned = apply_rotary_emb_torch(x, cos[positions], sin[positions], interleaved)
+    if cos.dim() != 2 or 2 * cos.shape[1] > x.shape[-1]:
+        raise ValueError(
+            f"cos has shape {tuple(cos.shape)}; it must be [positions, rotary_dim / 2], rotary_dim <= head_dim, here "
+            f"{x.shape[-1]}"
+        )
+    rows = positions if cu_seqlens is not None else positions[:, None]  # [..., num_heads, rows, head_dim] below
+    turned = rotated(x.transpose(-3, -2), rows, cos, sin, interleaved).transpose(-3, -2)
     return x.copy_(turned) if inplace else turned
 
 
 apply_rotary_emb_func = apply_rotary_emb
-
-
-def apply_rotary_emb_torch(x, cos, sin, interleaved: bool = False) -> torch.Tensor:
-    """`apply_rotary_emb` with the angles of each token: cos, sin [..., seqlen, rotary_dim / 2]."""
-    rotary_dim = 2 * cos.shape[-1]
-    if rotary_dim > x.shape[-1]:
-        raise ValueError(f"cos has rotary_dim / 2 = {cos.shape[-1]} columns, x head_dim={x.shape[-1]}: at most half")
-    turning, still = x[..., :rotary_dim], x[..., rotary_dim:]
-    a, b = (turning[..., ::2], turning[..., 1::2]) if interleaved else turning.chunk(2, dim=-1)
-    cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)
-    pair = a * cos - b * sin, a * sin + b * cos
-    turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
-    return torch.cat([turned, still], dim=-1)
