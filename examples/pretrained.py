@@ -211,16 +211,24 @@ def ctranslate2_arrays(path: Path) -> dict[str, torch.Tensor]:
     return arrays
 
 
-def load_speech(seconds: float = 10.0) -> tuple[torch.Tensor, str]:
-    """(features [1, 80, 3000] for Whisper, what was said)."""
+def load_sound(seconds: float = 10.0) -> tuple[torch.Tensor, str]:
+    """(samples, float32 at RATE, what they are)."""
     file = packaged("moonshine_voice", "assets/beckett.wav")
     if file is None:
         samples = 0.1 * torch.randn(int(seconds * RATE), generator=torch.Generator().manual_seed(0))
-        what = "noise: moonshine-voice, which carries a recording, is not installed"
-    else:
-        with wave.open(str(file)) as recording:
-            frames = recording.readframes(int(seconds * RATE))
-        samples = torch.frombuffer(bytearray(frames), dtype=torch.int16) / 32768
-        what = f"{file.name} of moonshine-voice"
-    features = WhisperFeatureExtractor(feature_size=80)(samples.numpy(), sampling_rate=RATE, return_tensors="pt")
-    return features.input_features, what
+        return samples, "noise: moonshine-voice, which carries a recording, is not installed"
+    with wave.open(str(file)) as recording:
+        frames = recording.readframes(int(seconds * RATE))
+    return torch.frombuffer(bytearray(frames), dtype=torch.int16) / 32768, f"{file.name} of moonshine-voice"
+
+
+def features_of(samples: torch.Tensor) -> torch.Tensor:
+    """[1, 80, 3000] for Whisper."""
+    extractor = WhisperFeatureExtractor(feature_size=80)
+    return extractor(samples.numpy(), sampling_rate=RATE, return_tensors="pt").input_features
+
+
+def load_speech(seconds: float = 10.0) -> tuple[torch.Tensor, str]:
+    """(features [1, 80, 3000] for Whisper, what was said)."""
+    samples, what = load_sound(seconds)
+    return features_of(samples), what

@@ -13,6 +13,7 @@ import sys
 
 COMMANDS = {
     "explain": "which kernel a call of this shape would run, and why no other",
+    "look": "an HTML page that shows what the tokens of a sentence attend to, in a transformers model on disk",
     "warmup": "compile the Triton kernels of given shapes before the first call needs them",
 }
 """Name -> what it does, in one line."""

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 import fastattn
+from example import example_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def example(name):
@@ -20,17 +20,8 @@ def example(name):
 
     @pytest.fixture(scope="module", name=name)
     def fixture():
-        path = list(sys.path)
-        sys.path.append(str(EXAMPLES))  # as for a script
-        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except SystemExit as missing:  # how an example says that it needs more packages
-            pytest.skip(str(missing))
-        yield module
-        del sys.modules[spec.name]
-        sys.path[:] = path
+        with example_module(name) as module:
+            yield module
 
     return fixture
 
