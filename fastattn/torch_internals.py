@@ -1,6 +1,7 @@
 """The private names of torch that fastattn asks. Tried with torch 2.4 to 2.14; where one is missing, its question is
 answered as an ordinary call would answer it."""
 
+import contextlib
 import functools
 import sys
 
@@ -94,6 +95,18 @@ def kernel_of(operator: str, key: str):
         return None
     kernel, keys = torch.library.get_kernel(operator, key), torch._C.DispatchKeySet(torch._C._dispatch_key_parse(key))
     return functools.partial(kernel.call_boxed, keys)
+
+
+def above_autograd():
+    """A context inside the kernel of an operator, below which torch's operators have no gradients otherwise."""
+    try:
+        keys, included = torch._C.DispatchKey.__members__, torch._C._dispatch_tls_local_include_set()
+        excluded = torch._C._dispatch_tls_local_exclude_set()
+        for name in ("AutogradCPU", "AutogradCUDA", "AutogradOther", "ADInplaceOrView"):
+            excluded = excluded.remove(keys[name])
+        return torch._C._ForceDispatchKeyGuard(included, excluded)
+    except AttributeError:
+        return contextlib.nullcontext()
 
 
 def outside_of_graphs(function, why: str):

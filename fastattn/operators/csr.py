@@ -1,6 +1,5 @@
 """The operators of `attention_csr`."""
 
-from .. import reference
 from ..calls import current_backend
 from ..layouts.csr_arguments import bind
 from ..layouts.edges import Edges
@@ -17,15 +16,6 @@ def _bind(q, k, v, options: dict, needs_grad: bool) -> Bound:
     )  # fmt: skip
 
 
-def _plain(q, k, v, options: dict):
-    """The reference, whose operators torch.func transforms and Dynamo traces."""
-    out, lse = reference.attention_csr(
-        q, k, v, options["indptr"], options["indices"], edge_bias=options.get("bias"),
-        softmax_scale=options.get("softmax_scale"),
-    )  # fmt: skip
-    return out, lse if options.get("return_lse") else lse.new_empty(0)
-
-
 attention_csr = library.define(
     library.Layout(
         names=("attention_csr", "csr_forward", "csr_forward_train", "csr_backward"),
@@ -35,7 +25,8 @@ attention_csr = library.define(
         learned=("bias",),
         lists=(),
         bind=_bind,
-        plain=_plain,
         terms=Edges,
+        kind="csr",
+        neutral=dict.fromkeys(Edges._fields),
     )
 )

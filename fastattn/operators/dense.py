@@ -2,15 +2,14 @@
 
 import torch
 
-from .. import reference
 from ..backends import cpu
 from ..calls import current_backend
 from ..masks import block_checks
 from ..masks.block_mask import BlockMask
 from ..masks.graphs import assembled
-from ..masks.intervals import ALIGNMENTS, Window, dense, diagonal_bounds
+from ..masks.intervals import ALIGNMENTS, Window
 from ..plans import Bound, find, recall
-from ..terms import SCORE_TERMS, TERMS, Terms
+from ..terms import TERMS, Terms
 from . import library
 
 _POSITIONS = ("diagonal_lo", "diagonal_hi", "query_start")  # follow from windows and lengths when the graph runs
@@ -47,7 +46,7 @@ def _bind(q, k, v, options: dict, needs_grad: bool) -> Bound:
         elif name in _TENSORS:
             tensors[name] = value
         elif name == "block_mask":
-            tensors["block_mask"] = _together(value, options["block_sizes"])
+            tensors["block_mask"] = _of_batch(_together(value, options["block_sizes"]), q.shape[0])
         elif name == "seed":
             tensors["seed"] = int(value)
         elif name == "number":
@@ -75,26 +74,6 @@ def windows_of(flat) -> tuple[Window, ...]:
     return windows
 
 
-def _plain(q, k, v, options: dict):
-    """The reference, whose operators torch.func transforms and Dynamo traces."""
-    get, lengths = options.get, (q.shape[2], k.shape[2])
-    if get("block_mask") is not None:
-        raise NotImplementedError(
-            "a BlockMask inside torch.func inside torch.compile is not supported; pass mask=block_mask.to_dense()"
-        )
-    windows = (*windows_of(get("windows")), *([Window(None, 0)] if get("causal") else []))
-    visible = get("mask")
-    if windows or get("k_start") is not None or get("k_end") is not None:
-        inside = dense(*diagonal_bounds(windows, *lengths), get("k_start"), get("k_end"), *lengths, q.device)
-        visible = inside if visible is None else visible & inside
-    modifications = {term.name: x for term in SCORE_TERMS if (x := get(term.name)) is not None}
-    modifications.setdefault("softmax_scale", get("scale"))
-    out, lse = reference.attention(
-        q, k, v, visible=visible, sinks=get("sinks"), dropout_p=get("dropout_p", 0.0), seed=get("seed"), **modifications
-    )
-    return out, lse if get("return_lse") else lse.new_empty(0)
-
-
 def _together(lists, sizes) -> BlockMask:
     """The mask that `call` took apart; nothing is checked again. The same object where somebody still has it, so that
     its transpose is computed once."""
@@ -102,6 +81,12 @@ def _together(lists, sizes) -> BlockMask:
     if mask is not None and all(map(_is_same_memory, mask.tensors().values(), lists)):
         return mask
     return assembled(lists, tuple(sizes[:2]), tuple(sizes[2:]))
+
+
+def _of_batch(mask: BlockMask, batch: int) -> BlockMask:
+    """A mask of so many batch entries, among which the samples of a vmap may be."""
+    own = mask.shape[0]
+    return mask if own in (1, batch) or batch % own else BlockMask.cat([mask] * (batch // own), dim=0)
 
 
 def _is_same_memory(x: torch.Tensor, y: torch.Tensor) -> bool:
@@ -115,8 +100,8 @@ LAYOUT = library.Layout(
     learned=tuple(term.name for term in TERMS if term.gradient),
     lists=("block_mask",),
     bind=_bind,
-    plain=_plain,
     terms=Terms,
+    kind="dense",
     into=(cpu.decode, cpu.prefill, cpu.prefill_for_backward),
     short=_bind_short,
 )

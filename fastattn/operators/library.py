@@ -16,6 +16,7 @@ not asked for has no elements, so that the number of results is fixed.
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -24,7 +25,8 @@ import torch
 from ..calls import note
 from ..checks import refuse_subclasses
 from ..plans import Bound, derivative_of
-from ..torch_internals import is_transformed
+from ..torch_internals import above_autograd, is_transformed
+from . import works
 
 LIBRARY = torch.library.Library("fastattn", "DEF")
 _DEVICES = ("CPU", "CUDA")
@@ -42,8 +44,8 @@ class Layout(NamedTuple):
     tensors   the options that are tensors; learned: those of them that may have a gradient, in the order of results
     lists     the options that are lists of tensors
     bind      (q, k, v, options, needs_grad) -> Bound
-    plain     (q, k, v, options) -> (out, lse) in torch's own operators, for torch.func inside a graph
-    terms     the type of its terms
+    kind      of a Problem: its `layout`
+    terms     the type of its terms; neutral: fields of it that have no default
     into      functions of rows that also take the result, as their last argument
     short     (q, k, v, causal, scale) -> Bound, for `forward_plain`; None: there is none
     """
@@ -54,15 +56,21 @@ class Layout(NamedTuple):
     learned: tuple[str, ...]
     lists: tuple[str, ...]
     bind: Callable
-    plain: Callable
     terms: type
+    kind: str
     into: tuple[Callable, ...] = ()
     short: Callable | None = None
+    neutral: dict = {}
 
     def named(self, values: tuple, options: dict) -> dict:
         """The options by name, of which `values` came by position."""
         options.update(zip(self.option_names, values, strict=False))
         return options
+
+    @property
+    def work(self):
+        """The operator of what transforms ask of a call (`works`)."""
+        return getattr(_ops, f"{self.kind}_work").default
 
     @property
     def option_names(self) -> list[str]:
@@ -96,8 +104,16 @@ def define(layout: Layout) -> Callable:
         partial(_fake_backward, layout),
     )
     inputs = inputs.replace("float? scale", "Scalar? scale")  # a float would be made a constant at once
+    rest = [option for option in layout.options.split(", ") if not option.startswith("Tensor")]
+    _register(
+        f"{layout.kind}_work",
+        f"(str kind, Tensor[] tensors, str[] slots, str[] outs, bool keeps, *, {', '.join(rest)}) -> Tensor[]",
+        works.kernel_of(layout),
+        works.fake_of(layout),
+    )
     LIBRARY.define(f"{attention}({inputs}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
-    for key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):
+    # The second is what meets an operator first inside of torch.func: what it calls goes through the transforms, too.
+    for key in ("CompositeImplicitAutograd", "FuncTorchDynamicLayerFrontMode"):
         LIBRARY.impl(attention, _composite(layout), key)
     return getattr(_ops, attention).default
 
@@ -174,7 +190,9 @@ def _backward(layout: Layout) -> Callable:
         for place, want in zip(places, wanted[3:], strict=True):
             wants[place] = want
         wanted = *wanted[:3], layout.terms._make(wants)
-        *grads, of_terms = bound.choice.forward(bound.problem, q, k, v, terms, (out, lse_parts), dout, dlse, wanted)
+        with above_autograd() if bound.choice.row.backend == "reference" else nullcontext():
+            found = bound.choice.forward(bound.problem, q, k, v, terms, (out, lse_parts), dout, dlse, wanted)
+        *grads, of_terms = found
         grads = [q.new_empty(0) if x is None else _rows_first(x) for x in grads]
         found = [of_terms[place] if wants[place] else None for place in places]
         return (*grads, *[q.new_empty(0) if x is None else x.contiguous() for x in found])
@@ -215,7 +233,7 @@ def _composite(layout: Layout) -> Callable:
         if isinstance(options.get("scale"), torch.SymFloat):  # compilers make constants of numbers, but not of tensors
             options["number"] = torch.ones((), dtype=torch.float64) * options.pop("scale")
         if is_transformed():
-            return layout.plain(q, k, v, options)
+            return works.attention(layout, q, k, v, options)
         learned = [q, k, v, *[x for name in layout.learned if (x := options.get(name)) is not None]]
         if torch.is_grad_enabled() and any([x.requires_grad for x in learned]):
             tensors, counts = [], {}
@@ -255,17 +273,19 @@ class Traced(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, dlse, *_):
-        if torch.is_grad_enabled():
-            raise NotImplementedError(
-                "fastattn: a gradient of a compiled or exported call cannot be differentiated again; call "
-                "fastattn.attention outside of torch.compile for create_graph=True"
-            )
         if dout is None and dlse is None:
             return (None,) * len(ctx.needs_input_grad)
         out, parts, q, k, v, *tensors = ctx.saved_tensors
         learned, owners = ctx.layout.learned, _owners(ctx.counts)
         needs = dict(zip(owners, ctx.needs_input_grad[6:], strict=True))
         wanted = [*ctx.needs_input_grad[3:6], *[needs.get(name, False) for name in learned]]
+        if torch.is_grad_enabled():  # somebody will differentiate these gradients
+            outs = [name for name, want in zip(("q", "k", "v", *learned), wanted, strict=True) if want]
+            cotangents = {"out": None if dout is None else dout.transpose(1, 2), "lse": dlse}
+            cotangents = {out: x for out, x in cotangents.items() if x is not None}
+            options = ctx.options | _named(ctx.counts, tensors)
+            of_names = works.gradients(ctx.layout, (q, k, v), options, cotangents, outs)
+            return None, None, None, *[of_names.get(name) for name in ("q", "k", "v", *owners)]
         found = getattr(_ops, ctx.layout.names[3]).default(
             None if dout is None else dout.transpose(1, 2), dlse if ctx.options.get("return_lse") else None,
             q, k, v, out.transpose(1, 2) if out.dtype == q.dtype else out, parts, wanted,

@@ -46,11 +46,13 @@ class BlockFunction(NamedTuple):
 
     slots  of the tensors
     outs   names of the results: a slot among `slots`, whose shape the result has, or "out" or "lse"
+    recipe what the function is made of, in constants alone: `formulas.function_of`
     """
 
     run: Callable
     slots: tuple[str, ...]
     outs: tuple[str, ...]
+    recipe: tuple = ()
 
 
 def over_blocks(function: BlockFunction, call: Call, tensors: dict) -> list[torch.Tensor]:
@@ -88,7 +90,8 @@ def derived(function: BlockFunction, cotangents: tuple[str, ...], wanted: tuple[
             grads = gradients([found[y] for y in ys], [inputs[x] for x in wanted], [given[y] for y in ys], create_graph)
         return dict(zip(wanted, grads, strict=True))
 
-    return BlockFunction(run, (*function.slots, *cotangents), wanted)
+    recipe = "derived", function.recipe, cotangents, wanted
+    return BlockFunction(run, (*function.slots, *cotangents), wanted, recipe)
 
 
 def pushed(function: BlockFunction, tangents: dict[str, str]) -> BlockFunction:
@@ -109,7 +112,8 @@ def pushed(function: BlockFunction, tangents: dict[str, str]) -> BlockFunction:
             results = gradients([x for x, _ in pairs], us, [t for _, t in pairs], create_graph)
         return dict(zip(weights, results, strict=True))
 
-    return BlockFunction(run, (*function.slots, *tangents.values()), function.outs)
+    recipe = "pushed", function.recipe, tangents
+    return BlockFunction(run, (*function.slots, *tangents.values()), function.outs, recipe)
 
 
 def source(x: torch.Tensor) -> torch.Tensor:

@@ -48,6 +48,14 @@ class Call:
         self.inputs = ("q", "k", "v", *self.term_slots)
         self._block_masks: dict[int, BlockMask] = {}
 
+    def run(self, work, tensors: dict) -> list[torch.Tensor]:
+        """The results of a `Work` of this call."""
+        return work.run(tensors)
+
+    def note(self, work) -> None:
+        """Tell `fastattn.calls` what will run."""
+        work.note()
+
     def full_dims(self, slot: str) -> tuple[str, ...]:
         """What the dimensions of the tensor of a slot mean if it has all that it may have."""
         return _NAMES[self.layout][base(slot)]

@@ -65,7 +65,7 @@ class Transformed(torch.autograd.Function):
 
     @staticmethod
     def forward(work, *tensors):
-        found = work.run(dict(zip(work.slots, tensors, strict=True)))
+        found = work.call.run(work, dict(zip(work.slots, tensors, strict=True)))
         # Forward mode wants the tangent of a view to lie in memory as the view does: no result may be one.
         return tuple(x.clone() if x._is_view() else x for x in found)
 
@@ -103,7 +103,7 @@ class Transformed(torch.autograd.Function):
 
 def apply(work: Work, tensors: dict) -> dict:
     """The results of `work` by out, with all their derivatives."""
-    work.note()
+    work.call.note(work)
     inputs = [tensors[slot] for slot in work.slots]
     if any(map(is_in_old_vmap, inputs)):
         return dict(zip(work.outs, _in_old_vmap(work, inputs), strict=True))
@@ -271,10 +271,13 @@ class Higher(Work):
 
     def __init__(self, call: Call, function: BlockFunction):
         super().__init__(call, function.slots, function.outs)
-        self._function = lambda: function
+        self.function = function
 
     def run(self, tensors):
-        return over_blocks(self._function(), self.call, tensors)
+        return over_blocks(self.function, self.call, tensors)
+
+    def _function(self):
+        return self.function
 
 
 def backward(call: Call, tensors: dict, cotangents: dict, wanted) -> tuple[Work, dict]:

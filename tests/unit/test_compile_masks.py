@@ -119,13 +119,9 @@ def run(function, seqlen_q, seqlen_k):
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_calls_and_gradients(backend):
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    """Also where torch may break the graph, as it does for others' lists of unknown length."""
+    compiled = torch.compile(model, backend=backend)
     assert all(map(torch.equal, run(compiled, 70, 90), run(model, 70, 90)))
-
-
-def test_a_graph_without_fullgraph_does_not_break_either():
-    compiled = torch.compile(model, backend="aot_eager")
-    run(compiled, 70, 90)
     assert num_graphs() == 1 and not counters["graph_break"]
 
 
