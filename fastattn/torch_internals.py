@@ -8,7 +8,6 @@ import sys
 import torch
 from torch.autograd import forward_ad
 
-_allocate_size = getattr(torch._library.fake_impl, "allocate_size", None)
 _functorch = getattr(torch._C, "_functorch", None)
 _transforms = getattr(_functorch, "get_interpreter_stack", lambda: ())
 _transform_on_top = getattr(_functorch, "peek_interpreter_stack", lambda: None)
@@ -128,7 +127,7 @@ def new_dynamic_size() -> torch.SymInt:
     """A size that a graph learns when it runs, for the fake of an operator; also where torch would rather break the
     graph than have one, as it does unless asked for fullgraph=True."""
     context = torch.library.get_ctx()
-    shapes = context._shape_env
-    if shapes is None or shapes.allow_dynamic_output_shape_ops:
+    shapes, module = getattr(context, "_shape_env", None), getattr(torch._library, "fake_impl", None)
+    if shapes is None or shapes.allow_dynamic_output_shape_ops or not hasattr(module, "allocate_size"):
         return context.new_dynamic_size()
-    return _allocate_size(shapes)
+    return module.allocate_size(shapes)

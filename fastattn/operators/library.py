@@ -44,7 +44,8 @@ class Layout(NamedTuple):
     tensors   the options that are tensors; learned: those of them that may have a gradient, in the order of results
     lists     the options that are lists of tensors
     bind      (q, k, v, options, needs_grad) -> Bound
-    kind      of a Problem: its `layout`
+    kind      of a Problem: its `layout`, for transforms inside of graphs
+    plain     (q, k, v, options) -> (out, lse) instead of that
     terms     the type of its terms; neutral: fields of it that have no default
     into      functions of rows that also take the result, as their last argument
     short     (q, k, v, causal, scale) -> Bound, for `forward_plain`; None: there is none
@@ -57,7 +58,8 @@ class Layout(NamedTuple):
     lists: tuple[str, ...]
     bind: Callable
     terms: type
-    kind: str
+    kind: str = ""
+    plain: Callable | None = None
     into: tuple[Callable, ...] = ()
     short: Callable | None = None
     neutral: dict = {}
@@ -94,6 +96,7 @@ def define(layout: Layout) -> Callable:
     _register(forward, f"({inputs}) -> (Tensor, Tensor)", _forward(layout), partial(_fake_forward, layout))
     if layout.short:
         _register("forward_plain", _SHORT, _forward_plain(layout), _fake_plain)
+        LIBRARY.impl("forward_plain", torch.library.fallthrough_kernel, "Autograd")  # nobody asks it for gradients
     results = "(Tensor, Tensor, Tensor, Tensor)"
     _register(forward_train, f"({inputs}) -> {results}", _train(layout), partial(_fake_train, layout))
     _register(
@@ -103,7 +106,17 @@ def define(layout: Layout) -> Callable:
         _backward(layout),
         partial(_fake_backward, layout),
     )
+    if not layout.plain:
+        _define_work(layout)
     inputs = inputs.replace("float? scale", "Scalar? scale")  # a float would be made a constant at once
+    LIBRARY.define(f"{attention}({inputs}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+    # The second is what meets an operator first inside of torch.func: what it calls goes through the transforms, too.
+    for key in ("CompositeImplicitAutograd", "FuncTorchDynamicLayerFrontMode"):
+        LIBRARY.impl(attention, _composite(layout), key)
+    return getattr(_ops, attention).default
+
+
+def _define_work(layout: Layout) -> None:
     rest = [option for option in layout.options.split(", ") if not option.startswith("Tensor")]
     _register(
         f"{layout.kind}_work",
@@ -111,11 +124,6 @@ def define(layout: Layout) -> Callable:
         works.kernel_of(layout),
         works.fake_of(layout),
     )
-    LIBRARY.define(f"{attention}({inputs}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
-    # The second is what meets an operator first inside of torch.func: what it calls goes through the transforms, too.
-    for key in ("CompositeImplicitAutograd", "FuncTorchDynamicLayerFrontMode"):
-        LIBRARY.impl(attention, _composite(layout), key)
-    return getattr(_ops, attention).default
 
 
 def _register(name: str, schema: str, kernel: Callable, fake: Callable) -> None:
@@ -230,10 +238,11 @@ def _composite(layout: Layout) -> Callable:
     def attention(q, k, v, *values, **options):
         options = layout.named(values, options)
         refuse_subclasses(q, k, v)
-        if isinstance(options.get("scale"), torch.SymFloat):  # compilers make constants of numbers, but not of tensors
+        # Compilers make constants of numbers, but not of tensors.
+        if "number" in layout.tensors and isinstance(options.get("scale"), torch.SymFloat):
             options["number"] = torch.ones((), dtype=torch.float64) * options.pop("scale")
         if is_transformed():
-            return works.attention(layout, q, k, v, options)
+            return (layout.plain or partial(works.attention, layout))(q, k, v, options)
         learned = [q, k, v, *[x for name in layout.learned if (x := options.get(name)) is not None]]
         if torch.is_grad_enabled() and any([x.requires_grad for x in learned]):
             tensors, counts = [], {}
@@ -280,6 +289,11 @@ class Traced(torch.autograd.Function):
         needs = dict(zip(owners, ctx.needs_input_grad[6:], strict=True))
         wanted = [*ctx.needs_input_grad[3:6], *[needs.get(name, False) for name in learned]]
         if torch.is_grad_enabled():  # somebody will differentiate these gradients
+            if ctx.layout.plain:
+                raise NotImplementedError(
+                    f"fastattn: a gradient of {ctx.layout.names[0]} in a graph cannot be differentiated again; call it "
+                    "outside of torch.compile and torch.export for create_graph=True"
+                )
             outs = [name for name, want in zip(("q", "k", "v", *learned), wanted, strict=True) if want]
             cotangents = {"out": None if dout is None else dout.transpose(1, 2), "lse": dlse}
             cotangents = {out: x for out, x in cotangents.items() if x is not None}
