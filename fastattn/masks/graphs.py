@@ -149,7 +149,7 @@ def _value(text: tuple, tensors, sizes):
 
 
 def _build(function: str, arguments: str, tensors, sizes) -> BlockMask:
-    given = _value(ast.literal_eval(arguments), iter(tensors), iter(sizes))
+    given = _value(ast.literal_eval(arguments), iter(tensors or ()), iter(sizes or ()))  # AOTInductor: None is no list
     return _functions[function](**given)
 
 
@@ -162,7 +162,7 @@ def _block_mask(function, arguments, tensors, sizes, rows, block_size):
     if tensors:
         mask = _build(function, arguments, tensors, sizes)
     else:
-        mask = _constant(function, arguments, tuple(sizes))
+        mask = _constant(function, arguments, tuple(sizes or ()))
     return tuple([x.clone() for x in mask.tensors().values()])  # a graph may write into the results of an operator
 
 

@@ -66,6 +66,15 @@ def test_inductor_around_a_call():
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
+@pytest.mark.slow
+def test_reduce_overhead():
+    """A mode for GPUs: elsewhere it is inductor's usual one."""
+    compiled = torch.compile(lambda *qkv: attention(*qkv, causal=True), mode="reduce-overhead", fullgraph=True)
+    for _ in range(3):
+        qkv = tensors()
+        assert torch.equal(compiled(*qkv), attention(*qkv, causal=True))
+
+
 @pytest.mark.parametrize("dynamic, expected", [(True, 1), (None, 2)])
 def test_other_lengths_compile_nothing(dynamic, expected):
     """With dynamic=None torch makes one graph of the first lengths and one for all others."""

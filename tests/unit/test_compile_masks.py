@@ -164,12 +164,22 @@ def test_errors_show_when_the_graph_runs():
         torch.compile(lambda ids: BlockMask.from_mask(print, seqlen_q=5), **AOT)(IDS)
 
 
-def test_export():
-    class Sparse(torch.nn.Module):
-        def forward(self, q, ids):
-            return attention(q, q, q, mask=patterns.documents(ids) & Mask.window(20, 0))
+class Sparse(torch.nn.Module):
+    def forward(self, q, ids):
+        return attention(q, q, q, mask=patterns.documents(ids) & Mask.window(20, 0))
 
+
+def test_export():
     q = torch.randn(2, 2, 70, 8)
     for strict in (False, True):
         program = torch.export.export(Sparse(), (q, IDS), strict=strict)
         assert torch.equal(program.module()(q, IDS), Sparse()(q, IDS))
+
+
+@pytest.mark.slow
+def test_aot_inductor(tmp_path):
+    q = torch.randn(2, 2, 70, 8)
+    with torch.no_grad():
+        program = torch.export.export(Sparse(), (q, IDS))
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "sparse.pt2"))
+        assert torch.equal(torch._inductor.aoti_load_package(path)(q, IDS), Sparse()(q, IDS))
