@@ -281,8 +281,12 @@ REFUSALS = {
     "unknown": (FA2, (Q, K, V), {"attn_mask": None}, "attn_mask"),
     "qkv": (flash_attn.flash_attn_qkvpacked_func, (Q,), {}, r"qkv has shape .*\[batch, seqlen, 3, num_heads, head_dim"),
     "kv": (flash_attn.flash_attn_kvpacked_func, (Q, K), {}, r"kv has shape .*\[batch, seqlen, 2, num_heads, head_dim"),
+    "3-D num_heads_q": (fa3.flash_attn_qkvpacked_func, (Q[0, 0],), {"num_heads_q": 1}, "with num_heads_q=1 it must"),
     "num_heads_q": (fa3.flash_attn_qkvpacked_func, (Q,), {"num_heads_q": 1}, "with num_heads_q=1 it must be"),
     "chunk": (FA3, (Q, K, V), {"attention_chunk": -1}, "attention_chunk=-1 must be >= 1"),
+    "qkv of FA3": (fa3.flash_attn_qkvpacked_func, ([1.0],), {"num_heads_q": 1}, "qkv must be a torch.Tensor, got list"),
+    "q beside qv": (FA3, ([1.0], K, V), {"qv": Q}, "q must be a torch.Tensor, got list"),
+    "q of FA4": (FA4, ([1.0], K, V), {}, "q must be a torch.Tensor, got list"),
     "qv": (FA3, (Q, K, V), {"qv": Q[..., :7]}, r"qv has shape \(2, 5, 4, 7\); it must be \(2, 5, 4, 8\)"),
     "ambiguous window": (FA4, (Q, K, V), {"window_size": (3, -1)}, r"window_size=\(3, -1\): a side must be >= 0"),
     **{name: (FA3, (Q, K, V), {name: torch.ones(1)}, f"{name}=tensor.*is not supported: fp8")

@@ -173,6 +173,7 @@ TABLE = torch.zeros(3, 1, dtype=torch.int32)
 REFUSALS = {
     "list": (with_kvcache, {"k_cache": [1.0]}, "k_cache must be a torch.Tensor, got list"),
     "rank": (with_kvcache, {"q": Q[0]}, r"q has shape \(3, 4, 8\); it must be \[batch, seqlen, num_heads, head_dim\]"),
+    "table": (with_kvcache, {"block_table": [0]}, "block_table must be a torch.Tensor, got list"),
     "no lengths": (with_kvcache, {"k": K, "v": V}, "cache_seqlens=None: k cannot be appended"),
     "rotary alone": (with_kvcache, dict(zip(("rotary_cos", "rotary_sin"), angles(40, 3), strict=True)), "rotary_cos"),
     "gradient": (with_kvcache, {"q": Q.clone().requires_grad_()}, "no gradients"),

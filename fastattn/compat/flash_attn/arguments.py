@@ -54,7 +54,10 @@ def with_cache(q, k_cache, v_cache, k, v, *, cache_seqlens, block_table, window_
     if cache_seqlens is None:
         if k is not None:
             raise ValueError("cache_seqlens=None: k cannot be appended without the lengths of what is in the cache")
-        cache_seqlens = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+        cache_seqlens = k_cache.shape[1]
+        if block_table is not None:
+            check_tensors(block_table=block_table)
+            cache_seqlens *= block_table.shape[-1]
     found = attention_with_kvcache(
         heads_first(q), heads_first(k_cache), heads_first(v_cache), heads_first(k), heads_first(v),
         cache_seqlens=cache_seqlens, block_table=block_table, window_size=open_sides(window_size),
@@ -136,7 +139,7 @@ def with_qv(q, k, v, qv, softmax_scale):
     """
     if qv is None:
         return q, k, softmax_scale
-    check_tensors(qv=qv)
+    check_tensors(q=q, k=k, v=v, qv=qv)
     expected = (*q.shape[:-1], v.shape[-1])
     if qv.shape != expected:
         raise ValueError(f"qv has shape {tuple(qv.shape)}; it must be {expected}: q's with v's columns")

@@ -13,6 +13,7 @@ q_descale, k_descale, v_descale
 return_attn_probs=True returns (out, softmax_lse).
 """
 
+from ...checks import check_tensors
 from ...dispatch import UnsupportedError
 from ...merging import merge
 from .arguments import dense, packed, refuse, unpacked, with_cache, with_qv
@@ -75,8 +76,9 @@ def flash_attn_qkvpacked_func(
     if num_heads_q is None:
         q, k, v = unpacked("qkv", qkv, 3, 5)
     else:
-        num_heads_k, odd = divmod(qkv.shape[2] - num_heads_q, 2)
-        if qkv.dim() != 4 or odd or num_heads_k < 1:
+        check_tensors(qkv=qkv)
+        num_heads_k, odd = divmod(qkv.shape[2] - num_heads_q, 2) if qkv.dim() == 4 else (0, 0)
+        if odd or num_heads_k < 1:
             raise ValueError(
                 f"qkv has shape {tuple(qkv.shape)}; with num_heads_q={num_heads_q} it must be [batch, seqlen, "
                 "num_heads_q + 2 * num_heads_k, head_dim]"

@@ -138,7 +138,7 @@ def _joined(name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _wants_gradient(*tensors) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors)
 
 
 def _window(window_size):
