@@ -2,6 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
+#include <cstdint>
+#include <map>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -90,6 +93,17 @@ void csr_backward(BoundBackward& x) { fastattn::csr_backward(x.p, x.g, x.lists, 
 void sequences_forward(Bound& x) { fastattn::forward(x.p, x.sequences, x.threads); }
 void sequences_backward(BoundBackward& x) { fastattn::backward(x.p, x.g, x.sequences, x.threads); }
 
+using Method = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
+template <Method method>
+std::atomic<int64_t> runs{0};  // without an error
+
+template <Method method>
+PyObject* counted(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  PyObject* result = method(self, args, count);
+  if (result) runs<method>.fetch_add(1, std::memory_order_relaxed);
+  return result;
+}
+
 PyMethodDef fast_methods[] = {
     {"shapes", (PyCFunction)(void (*)())shapes, METH_FASTCALL,
      "shapes(*tensors) -> dtypes and sizes of up to 16 tensors, ints and Nones as a key, or None where one is not a "
@@ -100,31 +114,33 @@ PyMethodDef fast_methods[] = {
      "or where batch or seqlen_k differ. The key holds the dtypes, the other sizes of q, k and v, and of each of up to "
      "8 "
      "extras (a tensor or None) its rank and which of its sizes equal 1, batch, num_heads, seqlen_q or seqlen_k."},
-    {"forward", (PyCFunction)(void (*)())forward<fastattn::forward>, METH_FASTCALL,
+    {"forward", (PyCFunction)(void (*)())counted<forward<fastattn::forward>>, METH_FASTCALL,
      "forward(q, k, v, out, lse, lse_parts, out_exact, terms, threads): fills out, and those of lse, lse_parts and "
      "out_exact that are not None."},
-    {"decode", (PyCFunction)(void (*)())forward<fastattn::decode>, METH_FASTCALL,
+    {"decode", (PyCFunction)(void (*)())counted<forward<fastattn::decode>>, METH_FASTCALL,
      "decode(...): as forward, for few query rows a key head; takes no block_mask."},
-    {"backward", (PyCFunction)(void (*)())backward_of<Extras::terms, dense_backward>, METH_FASTCALL,
+    {"backward", (PyCFunction)(void (*)())counted<backward_of<Extras::terms, dense_backward>>, METH_FASTCALL,
      "backward(q, k, v, out, lse_parts, terms, dout, dlse, dq, dk, dv, grads, threads): out in the compute dtype. "
      "Fills "
      "those of dq, dk, dv that are not None, adds to the gradients in grads, a Terms."},
-    {"tangent", (PyCFunction)(void (*)())tangent, METH_FASTCALL,
+    {"tangent", (PyCFunction)(void (*)())counted<tangent>, METH_FASTCALL,
      "tangent(q, k, v, terms, tq, tk, tv, tterms, tout, tlse, threads): fills tout, and tlse if it is not None. Of the "
      "tangents tq, tk, tv and those in tterms, a Terms, None is zero."},
-    {"csr_forward", (PyCFunction)(void (*)())forward_of<Extras::edges, csr_forward>, METH_FASTCALL,
+    {"csr_forward", (PyCFunction)(void (*)())counted<forward_of<Extras::edges, csr_forward>>, METH_FASTCALL,
      "csr_forward(q, k, v, out, lse, lse_parts, out_exact, edges, threads): as forward, with an Edges."},
-    {"csr_backward", (PyCFunction)(void (*)())backward_of<Extras::edges, csr_backward>, METH_FASTCALL,
+    {"csr_backward", (PyCFunction)(void (*)())counted<backward_of<Extras::edges, csr_backward>>, METH_FASTCALL,
      "csr_backward(q, k, v, out, lse_parts, edges, dout, dlse, dq, dk, dv, grads, threads): as backward, with two "
      "Edges."},
-    {"sequences_forward", (PyCFunction)(void (*)())forward_of<Extras::sequences, sequences_forward>, METH_FASTCALL,
+    {"sequences_forward", (PyCFunction)(void (*)())counted<forward_of<Extras::sequences, sequences_forward>>,
+     METH_FASTCALL,
      "sequences_forward(q, k, v, out, lse, lse_parts, out_exact, sequences, threads): as forward, with a Sequences; "
      "appends to the caches first what it holds."},
-    {"sequences_backward", (PyCFunction)(void (*)())backward_of<Extras::sequences, sequences_backward>, METH_FASTCALL,
+    {"sequences_backward", (PyCFunction)(void (*)())counted<backward_of<Extras::sequences, sequences_backward>>,
+     METH_FASTCALL,
      "sequences_backward(q, k, v, out, lse_parts, sequences, dout, dlse, dq, dk, dv, grads, threads): as backward, "
      "with "
      "two Sequences, of packed rows alone. Rows that belong to no sequence are left as they are."},
-    {"append", (PyCFunction)(void (*)())append, METH_FASTCALL,
+    {"append", (PyCFunction)(void (*)())counted<append>, METH_FASTCALL,
      "append(k_cache, v_cache, sequences, threads): writes the new rows alone."},
     {nullptr, nullptr, 0, nullptr}};
 
@@ -136,6 +152,21 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("bind_fields", bind_fields, py::arg("kind"), py::arg("fields"),
         "Names the fields of Terms or Edges in their order, once, before a function gets one.");
   m.attr("few_rows") = fastattn::few_rows;
+  m.def(
+      "runs",
+      [] {
+        return std::map<std::string, int64_t>{
+            {"forward", runs<forward<fastattn::forward>>},
+            {"decode", runs<forward<fastattn::decode>>},
+            {"backward", runs<backward_of<Extras::terms, dense_backward>>},
+            {"tangent", runs<tangent>},
+            {"csr_forward", runs<forward_of<Extras::edges, csr_forward>>},
+            {"csr_backward", runs<backward_of<Extras::edges, csr_backward>>},
+            {"sequences_forward", runs<forward_of<Extras::sequences, sequences_forward>>},
+            {"sequences_backward", runs<backward_of<Extras::sequences, sequences_backward>>},
+            {"append", runs<append>}};
+      },
+      "How often each kernel has run in this process, by the name of its function here.");
   m.def("isa", [] { return fastattn::instruction_set().name; }, "The instruction set that the kernels run on.");
   m.def("skipped_pairs", fastattn::skipped_pairs,
         "How many (query, key) pairs the calls of this process have skipped because their weights are 0.");

@@ -60,6 +60,12 @@ def skipped_pairs() -> int:
     return _C.skipped_pairs() if _C is not None else 0
 
 
+def runs() -> dict[str, int]:
+    """How often each C++ kernel has run in this process, by its function's name in `_C`: what `last_call` must agree
+    with."""
+    return _C.runs() if _C is not None else {}
+
+
 def prefill(problem, q, k, v, terms, out=None):
     """Forward pass, into `out` where there is one."""
     out = empty_out(problem, q) if out is None else out
