@@ -98,6 +98,10 @@ _OF_DENSE, _OF_CSR = {"layout": {"dense"}}, {"layout": {"csr"}}
 _REFERENCE = "fastattn.backends.reference"
 _EACH, _SEQUENCES = "fastattn.layouts.each", {"varlen", "cache"}
 _TRITON_EACH = {field: _TRITON[field] for field in ("device", "dtype", *_HEADS)} | {"layout": _SEQUENCES, **_FORWARD}
+_TRITON_ALL = {  # in one call: distances and random numbers count from a sequence's own beginning
+    **_TRITON_EACH, "layout": {"varlen"}, "alibi": {False}, "dropout": {False}, "transformed": {False},
+}  # fmt: skip
+_TRITON_CACHE = {**_TRITON_ALL, "layout": {"cache"}, "seqlen_q": _TRITON_DECODE["seqlen_q"]}
 _DERIVATIVES = "tangent", "second"
 """What the reference computes in blocks of rows, without n x n memory."""
 _TRANSFORMED = "fastattn.transforms.works:attention"
@@ -112,6 +116,26 @@ KERNELS = (
     *_rows_of("cpu", "varlen", "varlen_backward", {**_CPU_VARLEN, "transformed": {False}}),
     Row("cpu.each", f"{_EACH}:cpu", "fastattn.backends.cpu:unavailable", {**_CPU_VARLEN, **_FORWARD}),
     Row("cpu.cache", "fastattn.backends.cpu:cache", "fastattn.backends.cpu:unavailable", {**_CPU_CACHE, **_FORWARD}),
+    Row(
+        "triton.varlen",
+        "fastattn.backends.triton_sequences:varlen",
+        "fastattn.backends.triton:unavailable",
+        _TRITON_ALL,
+        "fastattn.backends.triton_sequences:varlen_for_backward",
+        "triton.varlen_backward",
+    ),
+    Row(
+        "triton.varlen_backward",
+        "fastattn.backends.triton_sequences:varlen_backward",
+        "fastattn.backends.triton:unavailable",
+        {**_TRITON_ALL, **_BACKWARD},
+    ),
+    Row(
+        "triton.cache",
+        "fastattn.backends.triton_sequences:cache",
+        "fastattn.backends.triton:unavailable",
+        _TRITON_CACHE,
+    ),
     Row("triton.each", f"{_EACH}:triton", "fastattn.backends.triton:unavailable", _TRITON_EACH),
     Row("reference.each", f"{_EACH}:reference", None, {"layout": _SEQUENCES, **_FORWARD}),
     Row("reference.csr", f"{_REFERENCE}:csr", None, {**_OF_CSR, **_FORWARD}),

@@ -44,9 +44,10 @@ def _kernel(name: str) -> ModuleType:
     return importlib.import_module(f"fastattn.kernels.{name}")
 
 
-def decode(problem, q, k, v, terms):
-    """Forward pass of few queries."""
-    return _kernel("decode").forward(problem, q, k, v, terms)
+def decode(problem, q, k, v, terms, *cache):
+    """Forward pass of few queries; cache: block_table, k_scale, v_scale of `kernels.decode.Cache`."""
+    decode = _kernel("decode")
+    return decode.forward(problem, q, k, v, terms, *((decode.Cache(*cache),) if cache else ()))
 
 
 def prefill(problem, q, k, v, terms):

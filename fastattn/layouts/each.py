@@ -5,7 +5,7 @@ import torch
 
 from ..api import attention
 from ..masks.intervals import UNBOUNDED, Mask, Window
-from .placing import new_rows, place, rows_of, slot, turns
+from .placing import check_slots, new_rows, place, rows_of, slot, turns
 from .quantization import quantized
 from .rotary import rotated
 
@@ -93,12 +93,7 @@ def _rows(x, factors, one, dtype) -> torch.Tensor:
 def _append(q, k, v, terms, places) -> torch.Tensor:
     """Writes the new rows into the caches; the queries, turned."""
     new, turned = new_rows(terms), []
-    taken: dict[int, int] = {}
-    for i, one in enumerate(places):
-        for row in range(one.k_rows.stop - new, one.k_rows.stop):
-            entry, _ = slot(one, row, k.shape[2])
-            if taken.setdefault(entry, i) != i:
-                raise ValueError(f"sequences {taken[entry]} and {i} would write the same entry or page {entry}")
+    check_slots(places, new, k.shape[2])
     for i, one in enumerate(places):
         first = one.k_rows.stop - new
         keys, values = terms.k[i], terms.v[i]

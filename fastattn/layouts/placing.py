@@ -54,6 +54,16 @@ def slot(one: Place, row: int, page_size: int) -> tuple[int, int]:
     return (one.k_entry, row) if one.k_entry is not None else (one.pages[row // page_size], row % page_size)
 
 
+def check_slots(places: list[Place], new: int, page_size: int) -> None:
+    """ValueError if two sequences would append `new` rows each to one entry or page."""
+    taken: dict[int, int] = {}
+    for i, one in enumerate(places):
+        for row in range(one.k_rows.stop - new, one.k_rows.stop):
+            entry, _ = slot(one, row, page_size)
+            if taken.setdefault(entry, i) != i:
+                raise ValueError(f"sequences {taken[entry]} and {i} would write the same entry or page {entry}")
+
+
 def new_rows(terms) -> int:
     """How many rows each sequence appends."""
     return 0 if terms.k is None else terms.k.shape[2]

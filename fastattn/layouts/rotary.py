@@ -10,14 +10,19 @@ def rotated(x: torch.Tensor, positions: torch.Tensor, cos: torch.Tensor, sin: to
     interleaved   whether columns 2 i and 2 i + 1 are a pair, or columns i and i + rotary_dim / 2
     Computed in float32 (float64 for float64), in x's dtype.
     """
+    return turned(x, cos[positions], sin[positions], interleaved)
+
+
+def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """As `rotated`, where cos and sin [..., rows, rotary_dim / 2] are those of the rows, broadcastable to them."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    pairs = cos.shape[1]
-    c, s = cos[positions].to(dtype), sin[positions].to(dtype)
+    pairs = cos.shape[-1]
+    c, s = cos.to(dtype), sin.to(dtype)
     turning, rest = x[..., : 2 * pairs].to(dtype), x[..., 2 * pairs :]
     if interleaved:
         a, b = turning[..., ::2], turning[..., 1::2]
-        turned = torch.stack([a * c - b * s, a * s + b * c], -1).flatten(-2)
+        found = torch.stack([a * c - b * s, a * s + b * c], -1).flatten(-2)
     else:
         a, b = turning[..., :pairs], turning[..., pairs:]
-        turned = torch.cat([a * c - b * s, a * s + b * c], -1)
-    return torch.cat([turned.to(x.dtype), rest], -1)
+        found = torch.cat([a * c - b * s, a * s + b * c], -1)
+    return torch.cat([found.to(x.dtype), rest], -1)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..checks import one_line
+from ..layouts.rotary import turned
 
 SCALINGS = (None, "linear", "ntk", "yarn")
 
@@ -73,11 +74,11 @@ class Rotary(nn.Module):
             positions = torch.arange(q.shape[-2], device=q.device)
         if positions_k is None:
             positions_k = positions if k.shape[-2] == q.shape[-2] else torch.arange(k.shape[-2], device=k.device)
-        turned = (
+        both = (
             apply_rotary(x, *(table[..., None, :, :] for table in self.tables(at)), self.interleaved)
             for x, at in ((q, positions), (k, positions_k))
         )
-        return tuple(turned)
+        return tuple(both)
 
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, width={self.width}, interleaved={self.interleaved}"
@@ -86,7 +87,7 @@ class Rotary(nn.Module):
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
     """x [..., seqlen, head_dim] with its first 2 * cos.shape[-1] columns turned, in x's dtype.
 
-    cos, sin     [..., seqlen, width / 2], broadcastable to x's rows; the products are computed in their dtype
+    cos, sin     [..., seqlen, width / 2], broadcastable to x's rows; products are in float32, float64 for float64
     interleaved  as in `Rotary`
     """
     half = cos.shape[-1]
@@ -94,11 +95,4 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interlea
         raise ValueError(
             f"cos={one_line(cos)}, sin={one_line(sin)} must be [..., seqlen, width / 2], width <= {x.shape[-1]}"
         )
-    part, rest = x[..., : 2 * half].to(cos.dtype), x[..., 2 * half :]
-    if interleaved:
-        a, b = part[..., 0::2], part[..., 1::2]
-        turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
-    else:
-        a, b = part[..., :half], part[..., half:]
-        turned = torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
-    return torch.cat((turned.to(x.dtype), rest), -1)
+    return turned(x, cos, sin, interleaved)
