@@ -58,6 +58,20 @@ class Differentiable(torch.autograd.Function):
                 bound = after_failure(bound._replace(backend=backend), error)
 
 
+def run(bound: Bound, q, k, v) -> tuple:
+    """(out, lse) of a bound call, on the next kernel where one cannot be prepared. `attention` has this loop in line:
+    a frame less."""
+    while True:
+        note(bound)
+        choice, problem, terms, _ = bound
+        try:
+            if choice.train is None:
+                return choice.forward(problem, q, k, v, terms)
+            return Differentiable.apply(bound, q, k, v, *terms)
+        except KernelError as error:
+            bound = after_failure(bound, error)
+
+
 def _of_each(*call) -> list:
     """Gradients of packed sequences through a call for each, which can be differentiated again."""
     from .layouts.each import gradients_again  # it calls `attention`, which comes here

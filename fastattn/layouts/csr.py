@@ -3,9 +3,9 @@
 import torch
 
 from .. import dispatch
-from ..calls import current_backend, in_graph, note
+from ..calls import current_backend, in_graph
 from ..checks import check_flag, check_one_device, check_tensors, refuse_subclasses
-from ..differentiable import Differentiable
+from ..differentiable import run
 from ..operators import csr as operator
 from ..scores import scale
 from ..torch_internals import is_memoryless, num_dispatch_modes
@@ -76,12 +76,7 @@ def attention_csr(
     bound = bind(q, k, v, indptr, indices, **options)
     if bound.choice and is_memoryless(q):
         return _traced(q, k, v, indptr, indices, **options)
-    note(bound)
-    choice, problem, edges, _ = bound
-    if choice.train is None:
-        out, lse = choice.forward(problem, q, k, v, edges)
-    else:
-        out, lse = Differentiable.apply(bound, q, k, v, *edges)
+    out, lse = run(bound, q, k, v)
     return (out, lse) if return_lse else out
 
 

@@ -3,8 +3,9 @@
 import torch
 
 from ..backends import cpu
-from ..calls import current_backend, note
+from ..calls import current_backend
 from ..checks import check_flag, check_int
+from ..differentiable import run
 from ..plans import Bound, bounds, remember
 from ..torch_internals import is_transformed
 from .sequence_arguments import bind_cache
@@ -91,12 +92,11 @@ def attention_with_kvcache(
         bound = _bind(q, k_cache, v_cache, places, alibi_slopes, sinks, settings)
         if key is not None:
             remember((key, settings), _without_tensors(bound))
-    note(bound)
     choice, problem, terms, _ = bound
     terms = _new(Sequences, (*_PACKED, *places, *terms[_REST:]))
     if alibi_slopes is not None or sinks is not None:
         terms = terms._replace(alibi_slopes=alibi_slopes, sinks=sinks)
-    out, lse = choice.forward(problem, q, k_cache, v_cache, terms)
+    out, lse = run(_new(Bound, (choice, problem, terms, backend)), q, k_cache, v_cache)
     return (out, lse) if return_lse else out
 
 

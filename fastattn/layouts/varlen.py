@@ -3,9 +3,9 @@
 import torch
 
 from .. import dispatch
-from ..calls import current_backend, in_graph, note
+from ..calls import current_backend, in_graph
 from ..checks import check_flag, check_one_device, check_tensors
-from ..differentiable import Differentiable
+from ..differentiable import run
 from ..masks.intervals import check_window
 from ..operators import varlen as operator
 from ..scores import dropout, scale
@@ -129,10 +129,6 @@ def _traced(
 
 
 def _run(bound, q, k, v):
-    note(bound)
-    choice, problem, terms, _ = bound
-    if problem.dropout and terms.seed is None:
-        terms = terms._replace(seed=int(torch.randint(2**63 - 1, ())))
-    if choice.train is None:
-        return choice.forward(problem, q, k, v, terms)
-    return Differentiable.apply(bound._replace(terms=terms), q, k, v, *terms)
+    if bound.problem.dropout and bound.terms.seed is None:
+        bound = bound._replace(terms=bound.terms._replace(seed=int(torch.randint(2**63 - 1, ()))))
+    return run(bound, q, k, v)

@@ -57,8 +57,11 @@ def run(q, k, v, kwargs, held_k, held_v, **cache):
     return [x.cpu() for x in decode.forward(bound.problem, *held, bound.terms, cache)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("page_size", [1, 16, 48])
+DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("page_size", [pytest.param(1, marks=pytest.mark.slow), 16, 48])
 @pytest.mark.parametrize("call", CALLS)
 def test_pages_have_the_bits_of_a_plain_cache(call, page_size, dtype):
     q, k, v, table, kwargs = draw(page_size, dtype, **CALLS[call])
@@ -69,8 +72,8 @@ def test_pages_have_the_bits_of_a_plain_cache(call, page_size, dtype):
     assert_accuracy(found, q, k, v, **kwargs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("page_size", [pytest.param(None, marks=pytest.mark.slow), 16])
 @pytest.mark.parametrize("call", CALLS)
 def test_int8_is_what_its_numbers_say(call, page_size, dtype):
     """As exact as the same numbers in q's dtype."""

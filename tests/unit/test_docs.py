@@ -22,7 +22,7 @@ README, GUIDE, SUPPORT, TRANSFORMS, SEEING, FLASH_ATTN = (
 PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README + GUIDE + TRANSFORMS + SEEING + FLASH_ATTN, re.S)
 
 
-@pytest.mark.parametrize("layout", ["dense", "csr"])
+@pytest.mark.parametrize("layout", ["dense", "csr", "varlen", "cache"])
 def test_support_matrix_is_the_table_of_kernels(layout):
     assert dispatch.support_matrix(layout) in SUPPORT, f"paste dispatch.support_matrix({layout!r}) into docs/support.md"
 
