@@ -70,7 +70,8 @@ def refuse_subclasses(*tensors: torch.Tensor) -> None:
         if x.is_nested:
             raise TypeError(
                 "nested tensors (torch.nested, jagged or not) are not supported; pad them and pass "
-                "mask=fastattn.Mask.lengths(...), or join them and pass mask=fastattn.Mask.documents(...)"
+                "mask=fastattn.Mask.lengths(...), or give values() and offsets() of jagged ones "
+                "[batch, seqlen, heads, dim] to fastattn.attention_varlen"
             )
         if type(x).__name__ == "DTensor":
             raise TypeError(

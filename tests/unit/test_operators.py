@@ -178,6 +178,15 @@ def test_nested_tensors_are_refused(layout):
             call()
 
 
+def test_the_way_out_for_jagged_tensors():
+    parts = torch.randn(3, 4, 8), torch.randn(5, 4, 8)
+    x = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    out = fastattn.attention_varlen(*[x.values()] * 3, x.offsets(), x.offsets(), causal=True)
+    for part, rows in zip(parts, out.split([3, 5]), strict=True):
+        q = part.transpose(0, 1)[None]
+        assert torch.equal(rows, attention(q, q, q, causal=True)[0].transpose(0, 1))
+
+
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 def test_dtensors_are_refused_by_name(tmp_path):
     code = f"""
