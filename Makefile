@@ -80,6 +80,18 @@ test-triton-versions: $(VENV)/.test $(EXT) $(VENV)/triton-3.7.1 $(VENV)/triton-3
 kernel-report: $(VENV)/.test $(TRITON_PATH)  ## what Triton compiles: tests/gpu/golden.json, docs/triton.md
 	$(TRITON_PY) tests/gpu/kernel_report.py
 
+# Beside the environment as well: PyPI's torchvision, which some of them import, is for CUDA.
+LIBRARIES := diffusers==0.42.1 importlib_metadata==10.2.0 zipp==4.1.2 requests==2.34.2 urllib3==2.8.0 certifi \
+	charset-normalizer==3.5.3 timm==1.0.31 torchvision==0.29.1 open_clip_torch==3.3.0 ftfy==6.3.1 wcwidth==0.9.4 \
+	openai-whisper==20250625 tiktoken==0.14.0 more-itertools==11.2.1 numba==0.68.1 llvmlite==0.50.0
+
+.PHONY: test-libraries
+test-libraries: $(VENV)/.demo $(VENV)/.test $(EXT) $(VENV)/libraries  ## diffusers, timm, whisper, open_clip on fastattn
+	PYTHONPATH=$(VENV)/libraries $(PY) -m pytest -q -m "" $(addprefix tests/parity/test_,diffusers.py timm.py other_libraries.py) $(ARGS)
+
+$(VENV)/libraries: $(VENV)/.torch
+	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --target $@ $(LIBRARIES)
+
 test-gpu: $(VENV)/.test $(EXT)  ## the Triton kernels on this machine's GPU, with the triton that came with torch
 	$(PY) -m pytest -q -m "" tests/gpu/test_parity.py tests/gpu/test_kernels_lists.py tests/gpu/test_device.py $(ARGS)
 

@@ -9,7 +9,6 @@
 first alone transformers passes no mask at all, and padded batches come out wrong without a word.
 """
 
-import inspect
 import sys
 
 import torch
@@ -18,14 +17,16 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.utils.import_utils import is_tracing
 
-from .. import Mask, attention
+from .. import Mask, attention, attention_weights
 from . import transformers_masks as recognition
 from . import transformers_models as models
 from .transformers_masks import IntervalMask
 from .transformers_rows import compact_mask
 
-if "q_offset" not in inspect.signature(masking_utils.sdpa_mask).parameters:
-    raise ImportError(f"transformers {transformers.__version__} is too old: its masks have no q_offset; upgrade it")
+try:
+    from transformers.utils.output_capturing import _active_collector
+except ImportError as error:
+    raise ImportError(f"transformers {transformers.__version__} is too old; fastattn needs 5.23 or newer") from error
 
 IGNORED_KWARGS = {
     "cache_position",
@@ -43,6 +44,7 @@ IGNORED_KWARGS = {
     "mm_token_type_ids",
     "moe_mm_token_type_ids",
     "num_items_in_batch",
+    "output_attentions",  # `_wants_weights` reads it
     "output_hidden_states",
     "output_router_logits",
     "past_key_values",
@@ -59,8 +61,6 @@ made. Add a name here if `attention_forward` refuses one that you know to be of 
 
 _PAGED_KWARGS = {"logits_indices", "logits_processor_args", "read_index", "write_index"}  # of continuous batching
 _INSTEAD = {
-    "output_attentions": "the weights are never formed; load the model with attn_implementation='eager'",
-    "head_mask": "the weights are never formed; load the model with attn_implementation='eager'",
     "indices": "this model picks keys per query (sparse top-k); load it with attn_implementation='eager' or 'sdpa'",
     "block_indices": "this model picks blocks per query; load it with attn_implementation='eager' or 'sdpa'",
     "sinks": "sinks per query are not supported, only one a head (s_aux); load it with attn_implementation='eager'",
@@ -117,8 +117,9 @@ def attention_forward(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     cache: PagedAttentionCache | None = None,
+    head_mask: torch.Tensor | None = None,
     **kwargs,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The attention function of transformers' AttentionInterface.
 
     query           [batch, num_heads, seqlen_q, head_dim]
@@ -133,14 +134,17 @@ def attention_forward(
     sliding_window  keys that a query sees, itself included (a non-causal one: that many on either side)
     softcap, s_aux  score soft-cap; sink logits [num_heads]
     cache           a PagedAttentionCache is updated first
+    head_mask       factor of each head's weights: [num_heads], or four dimensions of which the last two are 1
     cu_seq_lens_q/k among kwargs, int [sequences + 1]: without a mask, packed sequences in a batch of 1
 
-    Returns (out [batch, seqlen_q, num_heads, head_dim_v] contiguous, None).
+    Returns (out [batch, seqlen_q, num_heads, head_dim_v] contiguous, None), or (out, weights [batch, num_heads,
+    seqlen_q, seqlen_k]) if the model was called with output_attentions=True, whichever way it passes that on. These are
+    computed by a second pass over queries and keys, and are the probabilities before dropout.
 
     Nothing is ignored silently. A keyword that is neither above nor in IGNORED_KWARGS raises NotImplementedError unless
-    its value is None or False; so does output_attentions=True. The reason: models pass their sparse patterns, sinks
-    and head masks this way, and losing one changes results; a name that turns out harmless is added to
-    IGNORED_KWARGS in one line. ValueError or TypeError for masks of other kinds (2-D, 3-D, int, FlexAttention's).
+    its value is None or False. The reason: models pass their sparse patterns and sinks this way, and losing one changes
+    results; a name that turns out harmless is added to IGNORED_KWARGS in one line. ValueError or TypeError for masks of
+    other kinds (2-D, 3-D, int, FlexAttention's).
     """
     paged = isinstance(cache, PagedAttentionCache)
     _refuse_unknown(kwargs, _PAGED_KWARGS if paged else ())
@@ -149,6 +153,7 @@ def attention_forward(
         attention_mask = None  # the mask of this step's tokens alone; cu_seq_lens_q/k state that of the cache
     elif cache is not None:
         raise NotImplementedError(f"cache is a {type(cache).__name__}; only a PagedAttentionCache is supported")
+    wants_weights, dtype_of_weights = _wants_weights(kwargs), query.dtype
     if torch.is_autocast_enabled(query.device.type):  # as torch's own attention does
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -183,20 +188,41 @@ def attention_forward(
     else:
         raise TypeError(f"attention_mask has dtype {attention_mask.dtype}; it must be bool (True = attend) or float")
 
-    out = attention(
-        query,
-        key,
-        value,
-        mask=mask,
-        causal=causal,
-        window_size=window,
-        softmax_scale=scaling,
-        softcap=softcap or 0.0,
-        bias=bias,
-        sinks=s_aux,
-        dropout_p=dropout,
+    options = {
+        "mask": mask, "causal": causal, "window_size": window, "softmax_scale": scaling, "softcap": softcap or 0.0,
+        "bias": bias, "sinks": s_aux,
+    }  # fmt: skip
+    weights = None
+    if wants_weights:
+        out, lse = attention(query, key, value, dropout_p=dropout, return_lse=True, **options)
+        weights = attention_weights(query, key, lse, **options).to(dtype_of_weights)
+    else:
+        out = attention(query, key, value, dropout_p=dropout, **options)
+    if head_mask is not None:  # a factor of all weights of a head is one of its output
+        head_mask = _of_heads(head_mask)
+        out = out * head_mask
+        weights = weights if weights is None else weights * head_mask
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def _wants_weights(kwargs: dict) -> bool:
+    """Whether the model was asked for attention weights: by the keyword, or by what transformers collects from the
+    outputs of its modules."""
+    if kwargs.get("output_attentions"):
+        return True
+    collected = _active_collector.global_var if torch.compiler.is_dynamo_compiling() else _active_collector.get()
+    return collected is not None and any(["attentions" in name for name in collected])
+
+
+def _of_heads(head_mask: torch.Tensor) -> torch.Tensor:
+    if head_mask.dim() == 1:
+        return head_mask[:, None, None]
+    if head_mask.dim() == 4 and head_mask.shape[2:] == (1, 1):
+        return head_mask
+    raise NotImplementedError(
+        f"head_mask has shape {tuple(head_mask.shape)}; it must be [num_heads] or [batch or 1, num_heads, 1, 1] "
+        "(other masks of weights: attn_implementation='eager')"
     )
-    return out.transpose(1, 2).contiguous(), None
 
 
 def make_mask(

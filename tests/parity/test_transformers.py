@@ -118,11 +118,47 @@ def test_training_gradients_equal_eager():
     torch.testing.assert_close(gradients[1], gradients[0], atol=1e-5, rtol=1e-4)
 
 
-def test_attention_weights_are_refused():
-    model = build("llama")
-    model.set_attn_implementation("fastattn")
-    with pytest.raises(NotImplementedError, match="output_attentions=True.*eager"):
-        model(text("unpadded")[0], output_attentions=True)
+WEIGHTS = ("attentions", "encoder_attentions", "decoder_attentions", "cross_attentions")
+
+
+@pytest.mark.parametrize(
+    ("name", "padding"),
+    [("bert", "right"), ("llama", "left"), ("gemma2", "left"), ("gpt_oss", "right"), ("t5", "right"), ("bart", "left"),
+     ("whisper", "unpadded"), ("swin", "unpadded"), ("vit", "unpadded"), ("deepseek_v3", "unpadded")],
+)  # fmt: skip
+def test_attention_weights_equal_eager(name, padding):
+    model, inputs = build(name), model_inputs(name, padding)
+    outputs = []
+    for implementation in ("eager", "fastattn"):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            outputs.append(model(**inputs, output_attentions=True))
+    eager, ours = outputs
+    tokens = inputs.get("attention_mask")
+    found = [key for key in WEIGHTS if getattr(eager, key, None)]
+    assert found and found == [key for key in WEIGHTS if getattr(ours, key, None)]
+    for key in found:
+        assert len(getattr(ours, key)) == len(getattr(eager, key)) >= 2
+        for expected, weights in zip(getattr(eager, key), getattr(ours, key), strict=True):
+            assert weights.shape == expected.shape and weights.dtype == expected.dtype
+            if tokens is not None and weights.shape[2] == tokens.shape[1]:  # a padding token's own row is arbitrary
+                expected, weights = (x.transpose(1, 2)[tokens.bool()] for x in (expected, weights))
+            torch.testing.assert_close(weights, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_weights_while_generating_equal_eager():
+    model, (ids, mask) = build("gemma2", transformers.AutoModelForCausalLM), text("left")
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    steps = []
+    for implementation in ("eager", "fastattn"):
+        model.set_attn_implementation(implementation)
+        out = model.generate(ids, attention_mask=mask, output_attentions=True, return_dict_in_generate=True, **options)
+        steps.append(out.attentions)
+    for expected, weights in zip(*steps, strict=True):
+        for one, other in zip(expected, weights, strict=True):
+            last = mask.bool() if one.shape[2] > 1 else torch.ones(2, 1, dtype=torch.bool)
+            assert one.shape == other.shape
+            torch.testing.assert_close(other.transpose(1, 2)[last], one.transpose(1, 2)[last], atol=1e-5, rtol=1e-5)
 
 
 OWN_ATTENTION = {

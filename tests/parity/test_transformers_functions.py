@@ -214,6 +214,18 @@ def test_score_modifications():
     assert not torch.equal(forward(dropout=0.5)[0], forward()[0])
 
 
+def test_weights_and_head_masks():
+    module, (q, k, v) = torch.nn.Module(), states()
+    factors = torch.tensor([1.0, 0.0, 0.5, 2.0])
+    expected = torch.softmax((q @ k.repeat_interleave(2, 1).mT / 8**0.5).masked_fill(~CAUSAL, -torch.inf), -1)
+    for head_mask in (factors, factors.view(1, 4, 1, 1), torch.stack([factors, 1 - factors]).view(2, 4, 1, 1)):
+        of_heads = factors.view(1, 4, 1, 1) if head_mask.dim() == 1 else head_mask
+        out, weights = integration.attention_forward(module, q, k, v, None, output_attentions=True, head_mask=head_mask)
+        torch.testing.assert_close(weights, expected * of_heads)
+        torch.testing.assert_close(out, (weights @ v.repeat_interleave(2, 1)).transpose(1, 2))
+        torch.testing.assert_close(forward(head_mask=head_mask)[0], out)
+
+
 def test_batches_and_dtypes():
     learned = states(batch=1, batch_k=BATCH)
     expected = oracle(None, (learned[0].expand(BATCH, -1, -1, -1), *learned[1:]))
@@ -260,13 +272,12 @@ def test_a_paged_cache_is_updated_first(monkeypatch):
 def test_what_would_be_lost_is_refused():
     assert torch.equal(forward(indices=None, output_attentions=False, position_ids=POSITIONS)[0], forward()[0])
     for name, value, hint in (
-        ("output_attentions", True, "eager"),
         ("indices", torch.zeros(1), "sparse"),
         ("sinks", torch.zeros(1), "eager"),
-        ("head_mask", torch.zeros(4), "eager"),
+        ("head_mask", torch.zeros(4, 6), "eager"),
         ("something_new", 1, "IGNORED_KWARGS"),
     ):
-        with pytest.raises(NotImplementedError, match=f"{name}=.*{hint}"):
+        with pytest.raises(NotImplementedError, match=f"{name}.*{hint}"):
             forward(**{name: value})
     for mask, error, text_ in (
         (torch.ones(BATCH, 6, dtype=torch.bool), ValueError, "four dimensions"),
