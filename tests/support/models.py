@@ -79,6 +79,7 @@ MORE = {
     "cohere2": {**GROUPED, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
     "granite": {**GROUPED, "attention_multiplier": 0.3},
     "olmo2": GROUPED,
+    "starcoder2": {**GROUPED, "sliding_window": WINDOW},
     "dinov2": {**PLAIN, "image_size": 16, "patch_size": 4},
     "siglip_vision_model": {**PLAIN, "image_size": 16, "patch_size": 4},
     "clip_text_model": {**SIZES, **TOKENS, "max_position_embeddings": 64},
@@ -86,6 +87,8 @@ MORE = {
                  "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4},
 }  # fmt: skip
 VISION = ("vit", "swin", "dinov2", "siglip_vision_model")
+SEQ2SEQ_MODELS = ("t5", "bart")
+WITHOUT_PADDING = (*VISION, "whisper")
 
 
 def build(name, auto=transformers.AutoModel):
@@ -111,9 +114,22 @@ def model_inputs(name, padding):
         size = {**CONFIGS, **MORE}[name]["image_size"]
         return {"pixel_values": torch.randn(BATCH, 3, size, size, generator=torch.Generator().manual_seed(1))}
     if name == "wav2vec2":
-        return {"input_values": torch.randn(BATCH, 320, generator=torch.Generator().manual_seed(1))}
+        samples = torch.randn(BATCH, 320, generator=torch.Generator().manual_seed(1))
+        if mask is None:
+            return {"input_values": samples}
+        keep = torch.ones(BATCH, 320, dtype=torch.long)
+        keep[1, 200:] = 0
+        return {"input_values": samples * keep, "attention_mask": keep}
     if name == "whisper":
         features = torch.randn(BATCH, 8, 30, generator=torch.Generator().manual_seed(1))
         return {"input_features": features, "decoder_input_ids": ids[:, :6]}
     inputs = {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
-    return {**inputs, "decoder_input_ids": ids[:, :6]} if name in ("t5", "bart") else inputs
+    return {**inputs, "decoder_input_ids": ids[:, :6]} if name in SEQ2SEQ_MODELS else inputs
+
+
+def tokens_of(model, name, inputs, length):
+    """Bool [BATCH, length]: the outputs that are no padding, whose own are arbitrary."""
+    mask = inputs.get("attention_mask")
+    if mask is None or name in SEQ2SEQ_MODELS:
+        return torch.ones(BATCH, length, dtype=torch.bool)
+    return (model._get_feature_vector_attention_mask(length, mask) if name == "wav2vec2" else mask).bool()
