@@ -18,6 +18,7 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.utils.import_utils import is_tracing
 
 from .. import Mask, attention, attention_weights
+from ..torch_internals import is_any_autocast_enabled
 from . import transformers_masks as recognition
 from . import transformers_models as models
 from .transformers_masks import IntervalMask
@@ -44,7 +45,6 @@ IGNORED_KWARGS = {
     "mm_token_type_ids",
     "moe_mm_token_type_ids",
     "num_items_in_batch",
-    "output_attentions",  # `_wants_weights` reads it
     "output_hidden_states",
     "output_router_logits",
     "past_key_values",
@@ -59,7 +59,9 @@ IGNORED_KWARGS = {
 """Keywords that models hand to the attention function and that do not change attention once q, k, v and the mask are
 made. Add a name here if `attention_forward` refuses one that you know to be of this sort."""
 
+_READ_KWARGS = {"head_mask", "output_attentions"}  # by `attention_forward`
 _PAGED_KWARGS = {"logits_indices", "logits_processor_args", "read_index", "write_index"}  # of continuous batching
+_KNOWN_KWARGS = IGNORED_KWARGS | _READ_KWARGS
 _INSTEAD = {
     "indices": "this model picks keys per query (sparse top-k); load it with attn_implementation='eager' or 'sdpa'",
     "block_indices": "this model picks blocks per query; load it with attn_implementation='eager' or 'sdpa'",
@@ -117,7 +119,6 @@ def attention_forward(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     cache: PagedAttentionCache | None = None,
-    head_mask: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The attention function of transformers' AttentionInterface.
@@ -134,8 +135,8 @@ def attention_forward(
     sliding_window  keys that a query sees, itself included (a non-causal one: that many on either side)
     softcap, s_aux  score soft-cap; sink logits [num_heads]
     cache           a PagedAttentionCache is updated first
-    head_mask       factor of each head's weights: [num_heads], or four dimensions of which the last two are 1
-    cu_seq_lens_q/k among kwargs, int [sequences + 1]: without a mask, packed sequences in a batch of 1
+    Among kwargs: cu_seq_lens_q/k, int [sequences + 1], without a mask: packed sequences in a batch of 1; head_mask,
+    factor of each head's weights: [num_heads], or four dimensions of which the last two are 1; output_attentions.
 
     Returns (out [batch, seqlen_q, num_heads, head_dim_v] contiguous, None), or (out, weights [batch, num_heads,
     seqlen_q, seqlen_k]) if the model was called with output_attentions=True, whichever way it passes that on. These are
@@ -146,34 +147,51 @@ def attention_forward(
     results; a name that turns out harmless is added to IGNORED_KWARGS in one line. ValueError or TypeError for masks of
     other kinds (2-D, 3-D, int, FlexAttention's).
     """
-    paged = isinstance(cache, PagedAttentionCache)
-    _refuse_unknown(kwargs, _PAGED_KWARGS if paged else ())
+    paged = cache is not None
+    if not _KNOWN_KWARGS.issuperset(kwargs):
+        _refuse_unknown(kwargs, _PAGED_KWARGS if paged else ())
     if paged:
+        if not isinstance(cache, PagedAttentionCache):
+            raise NotImplementedError(f"cache is a {type(cache).__name__}; only a PagedAttentionCache is supported")
         key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
         attention_mask = None  # the mask of this step's tokens alone; cu_seq_lens_q/k state that of the cache
-    elif cache is not None:
-        raise NotImplementedError(f"cache is a {type(cache).__name__}; only a PagedAttentionCache is supported")
-    wants_weights, dtype_of_weights = _wants_weights(kwargs), query.dtype
-    if torch.is_autocast_enabled(query.device.type):  # as torch's own attention does
+    dtype_of_weights = query.dtype if _wants_weights(kwargs) else None
+    if is_any_autocast_enabled() and torch.is_autocast_enabled(query.device.type):  # as torch's own attention does
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if query.shape[0] != key.shape[0]:  # learned queries shared by the batch, or a shared memory
         batch = max(query.shape[0], key.shape[0])
         query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
-    seqlen_q, seqlen_k = query.shape[2], key.shape[2]
 
-    mask, bias, causal, window = None, position_bias, False, None
-    if attention_mask is None:
-        causal = seqlen_q > 1 and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    options = {"softmax_scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux, "bias": position_bias}
+    if attention_mask is not None:
+        _add_mask(options, attention_mask)
+    else:
+        causal = query.shape[2] > 1 and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         if kwargs.get("cu_seq_lens_q") is not None:
-            mask = _packed(kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k"), query, key, causal, sliding_window)
-            causal = False
-        elif sliding_window is not None and sliding_window < seqlen_k:
-            window = (sliding_window - 1, 0 if causal else sliding_window - 1)
-    elif isinstance(attention_mask, IntervalMask):
-        mask = attention_mask.value
+            lengths = kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k")
+            options["mask"] = _packed(*lengths, query, key, causal, sliding_window)
+        else:
+            options["causal"] = causal
+            if sliding_window is not None and sliding_window < key.shape[2]:
+                options["window_size"] = (sliding_window - 1, 0 if causal else sliding_window - 1)
+
+    if dtype_of_weights is None and "head_mask" not in kwargs:
+        return attention(query, key, value, dropout_p=dropout, **options).transpose(1, 2).contiguous(), None
+    out, lse = attention(query, key, value, dropout_p=dropout, return_lse=True, **options)
+    weights = None if dtype_of_weights is None else attention_weights(query, key, lse, **options).to(dtype_of_weights)
+    if (head_mask := kwargs.get("head_mask")) is not None:  # a factor of all weights of a head is one of its output
+        head_mask = _of_heads(head_mask)
+        out, weights = out * head_mask, weights if weights is None else weights * head_mask
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def _add_mask(options: dict, attention_mask) -> None:
+    """Put the mask of a model into the options of `attention`."""
+    if isinstance(attention_mask, IntervalMask):
+        options["mask"] = attention_mask.value
     elif isinstance(attention_mask, Mask):
-        mask = attention_mask
+        options["mask"] = attention_mask
     elif not isinstance(attention_mask, torch.Tensor):
         raise TypeError(f"attention_mask is a {type(attention_mask).__name__}; it must be a bool or float tensor")
     elif attention_mask.dim() != 4:
@@ -182,27 +200,12 @@ def attention_forward(
             "[batch, 1 or num_heads, seqlen_q, seqlen_k]"
         )
     elif attention_mask.dtype == torch.bool:
-        mask = attention_mask
+        options["mask"] = attention_mask
     elif attention_mask.is_floating_point():
-        bias = attention_mask if bias is None else bias + attention_mask
+        bias = options["bias"]
+        options["bias"] = attention_mask if bias is None else bias + attention_mask
     else:
         raise TypeError(f"attention_mask has dtype {attention_mask.dtype}; it must be bool (True = attend) or float")
-
-    options = {
-        "mask": mask, "causal": causal, "window_size": window, "softmax_scale": scaling, "softcap": softcap or 0.0,
-        "bias": bias, "sinks": s_aux,
-    }  # fmt: skip
-    weights = None
-    if wants_weights:
-        out, lse = attention(query, key, value, dropout_p=dropout, return_lse=True, **options)
-        weights = attention_weights(query, key, lse, **options).to(dtype_of_weights)
-    else:
-        out = attention(query, key, value, dropout_p=dropout, **options)
-    if head_mask is not None:  # a factor of all weights of a head is one of its output
-        head_mask = _of_heads(head_mask)
-        out = out * head_mask
-        weights = weights if weights is None else weights * head_mask
-    return out.transpose(1, 2).contiguous(), weights
 
 
 def _wants_weights(kwargs: dict) -> bool:
@@ -311,7 +314,7 @@ def _packed(cu_seqlens_q, cu_seqlens_k, query, key, causal: bool, sliding_window
 
 
 def _refuse_unknown(kwargs: dict, also_known=()) -> None:
-    for name in kwargs.keys() - IGNORED_KWARGS:
+    for name in kwargs.keys() - IGNORED_KWARGS - _READ_KWARGS:
         if name in also_known or kwargs[name] is None or kwargs[name] is False:
             continue
         instead = _INSTEAD.get(name) or (

@@ -7,7 +7,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import masking_utils
 
 from ..masks.block_mask import BlockMask
-from ..masks.intervals import Mask
+from ..masks.intervals import Mask, Window
 
 
 class IntervalMask(torch.Tensor):
@@ -117,37 +117,50 @@ def _recognised() -> dict:
 _RULES = _recognised()
 
 
-def padding_of(attention_mask: torch.Tensor | None, batch_size: int, kv_length: int, kv_offset: int) -> Mask | None:
-    """The tokens among the keys as a `Mask` [batch, 1, 1]; None if they are not one run in every sequence."""
-    if attention_mask is None:
-        return Mask()
-    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size:
-        return None
-    try:
-        return Mask.padding(attention_mask[:, kv_offset : kv_offset + kv_length])  # what is missing counts as padding
-    except ValueError:
-        return None
+class Padding(NamedTuple):
+    """Each entry of the batch has one run of tokens, keys start ... end - 1."""
+
+    start: list[int]
+    end: list[int]
 
 
-def interval_mask(reach: Reach, padding: Mask, q_length: int, kv_length: int, shift: int, device) -> Mask:
-    """`reach` and `padding` as a `Mask` without bounds that bind nothing; query i stands at key i + shift."""
+def padding_of(tokens: torch.Tensor) -> Padding | None:
+    """The run of True in each row of a bool tensor [batch, keys]; None if a row has gaps."""
+    batch, length = tokens.shape
+    if not length or tokens.all():
+        return Padding([0] * batch, [length] * batch)
+    numbers = tokens.view(torch.uint8)
+    found = torch.stack([numbers.argmax(1), numbers.flip(1).argmax(1), tokens.sum(1)]).tolist()
+    ends = [start + count for start, _, count in zip(*found, strict=True)]
+    if any(count and end != length - after for end, after, count in zip(ends, *found[1:], strict=True)):
+        return None
+    return Padding(found[0], ends)
+
+
+def interval_mask(
+    reach: Reach, padding: Padding | None, q_length: int, kv_length: int, shift: int, device, bounds: Mask | None = None
+) -> Mask:
+    """`reach`, `padding` and `bounds` as a `Mask` without bounds that bind nothing; query i stands at key i + shift."""
     lo = None if reach.left is None or shift - reach.left <= 1 - q_length else shift - reach.left
     hi = None if reach.right is None or shift + reach.right >= kv_length - 1 else shift + reach.right
-    if lo is None and hi is None:
-        diagonal = Mask()
-    elif shift == kv_length - q_length:
-        diagonal = Mask.window(None if lo is None else reach.left, None if hi is None else reach.right)
+    k_start = k_end = None
+    if padding is not None:
+        limit = kv_length if hi is None else q_length + hi
+        if any(padding.start):
+            k_start = torch.tensor(padding.start, dtype=torch.int32, device=device)[:, None, None]
+        if min(padding.end, default=limit) < limit:
+            k_end = torch.tensor(padding.end, dtype=torch.int32, device=device)[:, None, None]
+    windows = ()
+    if shift == kv_length - q_length:
+        windows = (Window(None if lo is None else reach.left, None if hi is None else reach.right),)
     elif (lo is None or lo <= 0) and (hi is None or hi >= 0):
-        diagonal = Mask.window(None if lo is None else -lo, hi, "top_left")
+        windows = (Window(None if lo is None else -lo, hi, "top_left"),)
     else:
         row = torch.arange(q_length, device=device)[None, None]
-        diagonal = Mask.intervals(None if lo is None else row + lo, None if hi is None else row + hi + 1)
-    k_start, k_end = padding.k_start, padding.k_end
-    if k_start is not None and not k_start.any():
-        k_start = None
-    if k_end is not None and (k_end >= (kv_length if hi is None else q_length + hi)).all():
-        k_end = None
-    return diagonal & Mask(k_start=k_start, k_end=k_end)
+        rows = Mask.intervals(None if lo is None else row + lo, None if hi is None else row + hi + 1)
+        bounds = rows if bounds is None else bounds & rows
+    mask = Mask(windows if lo is not None or hi is not None else (), k_start, k_end)
+    return mask if bounds is None else mask & bounds
 
 
 def is_plain(mask: Mask | BlockMask, is_causal: bool, q_length: int, kv_length: int) -> bool:
@@ -155,5 +168,5 @@ def is_plain(mask: Mask | BlockMask, is_causal: bool, q_length: int, kv_length: 
     if isinstance(mask, BlockMask) or mask.k_start is not None or mask.k_end is not None:
         return False
     if is_causal and q_length > 1:
-        return q_length == kv_length and mask.windows == Mask.causal().windows
+        return q_length == kv_length and mask.windows == (Window(None, 0),)
     return not mask.windows

@@ -13,7 +13,7 @@ from transformers import masking_utils
 
 from ..masks.block_mask import BlockMask
 from ..masks.intervals import UNBOUNDED, Mask
-from .transformers_masks import Reach, captured, code_of, interval_mask, padding_of, reach_of
+from .transformers_masks import Padding, Reach, captured, code_of, interval_mask, padding_of, reach_of
 
 
 class Rows(NamedTuple):
@@ -118,20 +118,23 @@ def _joined(a: Rows, b: Rows) -> Rows | None:
     return Rows(start, end)
 
 
-def _paddings(attention_mask, batch_size: int, kv_length: int, kv_offset: int) -> list[Mask] | None:
-    """The tokens among the keys as masks [batch, 1, 1], one for each run of them; None if there are many."""
-    padding = padding_of(attention_mask, batch_size, kv_length, kv_offset)
+def _paddings(attention_mask, batch_size: int, kv_length: int, kv_offset: int) -> list[Padding | None]:
+    """The tokens among the keys, an item for each of their runs, none if there are many; what is missing is padding."""
+    if attention_mask is None:
+        return [None]
+    tokens = attention_mask if attention_mask.dtype == torch.bool else attention_mask.bool()
+    if kv_offset or tokens.shape[-1] > kv_length:
+        tokens = tokens[:, kv_offset : kv_offset + kv_length]
+    if tokens.dim() != 2 or len(tokens) != batch_size:
+        return []
+    padding = padding_of(tokens)
     if padding is not None:
         return [padding]
-    keep = attention_mask[:, kv_offset : kv_offset + kv_length]
-    if keep.dim() != 2 or len(keep) != batch_size:
-        return None
-    is_first = keep.clone()
-    is_first[:, 1:] &= ~keep[:, :-1]
+    is_first = tokens.clone()
+    is_first[:, 1:] &= ~tokens[:, :-1]
     number = is_first.cumsum(1)
-    if number[:, -1].max() > _FEW:
-        return None
-    return [Mask.padding(keep & (number == i)) for i in range(1, int(number[:, -1].max()) + 1)]
+    count = int(number[:, -1].max())
+    return [] if count > _FEW else [padding_of(tokens & (number == i)) for i in range(1, count + 1)]
 
 
 def compact_mask(
@@ -150,9 +153,9 @@ def compact_mask(
     False) for functions that are not recognised, for many gaps, and for small masks with gaps, as well off as tensors.
     """
     paddings = _paddings(attention_mask, batch_size, kv_length, kv_offset)
-    if paddings is None:
+    if not paddings:
         return None, False
-    bounds, reach = Mask(), reach_of(mask_function)
+    bounds, reach = None, reach_of(mask_function)
     if reach is None:
         query = torch.arange(q_length, device=device)[None] + q_offset
         rows = rows_of(mask_function, query)
@@ -163,7 +166,7 @@ def compact_mask(
         k_start = (rows.start - kv_offset)[:, None] if (rows.start > kv_offset).any() else None
         bounds = Mask(k_start=k_start, k_end=None if is_causal else (rows.end - kv_offset)[:, None])
     shift = int(q_offset) - int(kv_offset)
-    masks = [interval_mask(reach, bounds & padding, q_length, kv_length, shift, device) for padding in paddings]
+    masks = [interval_mask(reach, padding, q_length, kv_length, shift, device, bounds) for padding in paddings]
     if len(masks) == 1:
         return masks[0], reach.right == 0
     if batch_size * q_length * kv_length < _LARGE:
