@@ -145,8 +145,13 @@ def hash_tokens(texts, max_length, **_) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def embed(model, inputs, attn_implementation: str) -> torch.Tensor:
-    """Unit-length mean of the token states, [texts, hidden_size]."""
+    """`mean_of_tokens` with that attention."""
     model.set_attn_implementation(attn_implementation)
+    return mean_of_tokens(model, inputs)
+
+
+def mean_of_tokens(model, inputs) -> torch.Tensor:
+    """Unit-length mean of the token states, [texts, hidden_size]."""
     states = model(**inputs).last_hidden_state
     tokens = inputs["attention_mask"][..., None]
     return F.normalize((states * tokens).sum(1) / tokens.sum(1), dim=-1)
