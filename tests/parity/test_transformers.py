@@ -1,7 +1,9 @@
 """Models of transformers with fastattn: equal to eager; what is registered, and refused."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,3 +171,9 @@ def test_register():
 def test_import_fastattn_does_not_import_transformers():
     code = "import sys, fastattn; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_the_python_of_its_page_runs(capsys):
+    page = (Path(__file__).parents[2] / "docs" / "transformers.md").read_text()
+    exec(compile("".join(re.findall(r"```python\n(.*?)```", page, re.S)), "docs/transformers.md", "exec"), {})
+    assert "interval" in capsys.readouterr().out
