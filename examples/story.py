@@ -1,6 +1,6 @@
 """A pretrained Llama of 260,000 parameters tells a story, token by token with a cache.
 
-    python examples/story.py            needs: pip install "fastattn[demo]", and the weights that pretrained.py looks for
+    python examples/story.py            needs: pip install "fastattn[demo]", and the weights that pretrained.py reads
 
 Grouped queries (8 heads, 4 of keys) and rotary positions: the same tokens with torch's attention and with fastattn.
 """
