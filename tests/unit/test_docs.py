@@ -8,18 +8,10 @@ import pytest
 from fastattn import dispatch
 
 ROOT = Path(__file__).parents[2]
-README, GUIDE, SUPPORT, TRANSFORMS, SEEING, FLASH_ATTN = (
-    (ROOT / path).read_text()
-    for path in (
-        "README.md",
-        "docs/guide.md",
-        "docs/support.md",
-        "docs/transforms.md",
-        "docs/seeing.md",
-        "docs/flash_attn.md",
-    )
-)
-PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README + GUIDE + TRANSFORMS + SEEING + FLASH_ATTN, re.S)
+README, GUIDE, SUPPORT = ((ROOT / path).read_text() for path in ("README.md", "docs/guide.md", "docs/support.md"))
+RUNNABLE = ["README.md", *(f"docs/{name}.md" for name in (
+    "flash_attn", "generation", "guide", "modules", "replace", "seeing", "transforms"
+))]  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", ["dense", "csr", "varlen", "cache"])
@@ -31,11 +23,16 @@ def test_readme_is_short():
     assert len(README.splitlines()) < 140
 
 
-@pytest.mark.parametrize("block", PYTHON_BLOCKS, ids=lambda block: block.splitlines()[-1][:40])
-def test_python_in_readme_runs(block):
-    if "transformers" in block:
+@pytest.mark.parametrize("path", RUNNABLE)
+def test_python_in_the_documents_runs(path):
+    """From the first block to the last: each may go on where the one before it ended."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), re.S)
+    assert blocks
+    if any("transformers" in block for block in blocks):
         pytest.importorskip("transformers")
-    exec(compile(block, "README.md", "exec"), {})
+    names = {}
+    for block in blocks:
+        exec(compile(block, path, "exec"), names)
 
 
 def test_every_environment_variable_is_documented():
