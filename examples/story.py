@@ -15,9 +15,12 @@ from pretrained import load_llama
 def tell(budget: float, length: int = 120) -> tuple[Comparison, str]:
     """(Tokens [1, length + 1], the most probable each; what the model is)."""
     (model, what, _), start = load_llama(), torch.tensor([[1]])
-    options = {"max_new_tokens": length, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    mask = torch.ones_like(start)
-    return compare(model, lambda: model.generate(start, attention_mask=mask, **options), budget), what
+
+    def generate(length: int) -> torch.Tensor:
+        options = {"max_new_tokens": length, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        return model.generate(start, attention_mask=torch.ones_like(start), **options)
+
+    return compare(model, lambda: generate(length), budget, audited=lambda: generate(4)), what
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ def transcribe(budget: float) -> tuple[Comparison, str]:
     """(Tokens, and the words where there is a tokenizer; what the model and the sound are)."""
     (model, what, tokenizer), (features, sound) = load_whisper(), load_speech()
 
-    def words() -> tuple[list[int], str]:
-        tokens = model.generate(features, max_new_tokens=60, do_sample=False)[0].tolist()
+    def words(length: int = 60) -> tuple[list[int], str]:
+        tokens = model.generate(features, max_new_tokens=length, do_sample=False)[0].tolist()
         return tokens, tokenizer.decode(tokens).strip() if tokenizer is not None else ""
 
-    return compare(model, words, budget), f"{what}; {sound}"
+    return compare(model, words, budget, audited=lambda: words(2)), f"{what}; {sound}"
 
 
 if __name__ == "__main__":
