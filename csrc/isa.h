@@ -8,6 +8,7 @@
 #include "passes/csr.h"
 #include "passes/decode.h"
 #include "passes/prefill.h"
+#include "passes/statistics.h"
 #include "passes/tangent.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -39,6 +40,10 @@ constexpr Kernels make_kernels() {
   table.tangent_blocking = make_tangent_blocking<Real>;
   table.tangent_scratch_bytes = tangent_scratch_bytes<Real>;
   table.run_tangent_unit = run_tangent_unit<Real>;
+  table.statistics_blocking = make_statistics_blocking<Real>;
+  table.statistics_scratch_bytes = statistics_scratch_bytes<Real>;
+  table.run_statistics_unit = run_statistics_unit<Real>;
+  table.add_groups = add_groups<Real>;
   table.backward_blocking = make_backward_blocking<Real>;
   table.backward_scratch_bytes = backward_scratch_bytes<Real>;
   table.count_pairs = count_pairs;

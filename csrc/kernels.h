@@ -80,6 +80,15 @@ struct Kernels {
   int64_t (*tangent_scratch_bytes)(const Operands&, const Blocking&);
   // The tangents of out and lse of a unit, which has all its keys (num_splits == 1).
   void (*run_tangent_unit)(const Operands&, const Tangents&, const Blocking&, const Unit&, char* scratch);
+  // num_splits: groups of row blocks, every num_splits-th block each.
+  Blocking (*statistics_blocking)(const Operands&);
+  int64_t (*statistics_scratch_bytes)(const Operands&, const Blocking&);
+  // The statistics of the rows of a group of a query head; adds their weights to key_mass, null or [seqlen_k].
+  void (*run_statistics_unit)(const Operands&, const Statistics&, const Blocking&, int64_t batch, int64_t head,
+                              int64_t group, char* key_mass, char* scratch);
+  // key_mass of a query head from those of its groups; `first` is that of group 0.
+  void (*add_groups)(const Operands&, const Statistics&, const Blocking&, int64_t batch, int64_t head,
+                     const char* first);
   BackwardBlocking (*backward_blocking)(const Operands&, const Gradients&);
   int64_t (*backward_scratch_bytes)(const Operands&, const BackwardBlocking&);
   // About how many (query, key) pairs the unit has; for the order of the units.

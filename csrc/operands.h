@@ -115,6 +115,12 @@ struct Tangents {
   Tensor out, lse;                                    // as out and lse; lse may be absent
 };
 
+// What a pass over the weights alone fills in; those that are absent are not wanted.
+struct Statistics {
+  Tensor key_mass;                // [batch, num_heads, seqlen_k, 1], a key's weights summed over queries
+  Tensor entropy, distance, max;  // [batch, num_heads, seqlen_q, 1]
+};
+
 // Of what a unit leaves a number for a sum: [batch][num_heads][seqlen_q], [seqlen_k] or [num_splits].
 enum class SumsOver : int8_t { queries, keys, splits };
 

@@ -16,6 +16,8 @@ from .replacing.audit import audit
 from .replacing.sdpa_patch import patch_sdpa
 from .replacing.verify import verify
 from .scores.dropout import dropout_mask
+from .seeing.capture import capture
+from .seeing.stats import attention_stats
 from .seeing.weights import attention_weights
 from .selection import coverage, select_blocks
 
@@ -30,10 +32,12 @@ __all__ = [
     "apply",
     "attention",
     "attention_csr",
+    "attention_stats",
     "attention_varlen",
     "attention_weights",
     "attention_with_kvcache",
     "audit",
+    "capture",
     "coverage",
     "dropout_mask",
     "explain",

@@ -105,7 +105,7 @@ def attention(
         seed = seed if bound.problem.transformed else int(seed)  # under vmap, perhaps one a sample
         bound = bound._replace(terms=bound.terms._replace(seed=seed))
     while True:
-        note(bound)
+        note(bound, q, k)
         choice, problem, terms, _ = bound
         try:
             if choice.train is None:

@@ -4,7 +4,7 @@ import os
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ContextDecorator, contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -52,7 +52,7 @@ def _fallback_policy() -> str:
 _fallback_policy()  # a misspelt one shows when fastattn is imported, and not at the first fallback
 _environment_backend = check_backend(os.environ.get("FASTATTN_BACKEND") or None, "FASTATTN_BACKEND")
 _state = threading.local()
-_recorders: ContextVar[tuple[list[Call], ...]] = ContextVar("fastattn_recorders", default=())
+_recorders: ContextVar[tuple[Callable, ...]] = ContextVar("fastattn_recorders", default=())
 # The default, and not a value that is set here: a new thread starts with an empty context.
 _backend: ContextVar[str | None] = ContextVar("fastattn_backend", default=_environment_backend)
 
@@ -63,10 +63,10 @@ in_graph: list[str | None] = []
 """The backends of the `use` blocks around the call that Dynamo traces, which has no context variables."""
 
 
-def note(call: Bound) -> None:
-    """Before a kernel runs: count and report a fallback, remember the call for `last_call` and `record`.
+def note(call: Bound, q=None, k=None) -> None:
+    """Before a kernel runs: count and report a fallback, remember the call for `last_call`, tell `recording`s.
 
-    UnsupportedError if every kernel refuses the call.
+    q, k: of a dense forward call. UnsupportedError if every kernel refuses the call.
     """
     choice, problem, _, backend = call
     if choice is None:
@@ -75,9 +75,10 @@ def note(call: Bound) -> None:
         _report_fallback(_record_of(choice, problem, backend))
     _state.last = last = choice, problem, backend  # not the call itself: nobody may keep its tensors
     if recorders := _recorders.get():
-        _state.last = last = _record_of(*last)
-        for calls in recorders:
-            calls.append(last)
+        last = _record_of(*last)
+        for recorder in recorders:
+            recorder(last, call, q, k)
+        _state.last = last  # again: a recorder may have called attention
 
 
 def _record_of(choice: Choice, problem: Problem, backend: str | None) -> Call:
@@ -104,9 +105,17 @@ def latest() -> tuple[str, Problem] | None:
 def record() -> Iterator[list[Call]]:
     """`with record() as calls:` collects a `Call` for each attention call made inside the block (in this context)."""
     calls: list[Call] = []
-    token = _recorders.set((*_recorders.get(), calls))
-    try:
+    with recording(lambda call, *_: calls.append(call)):
         yield calls
+
+
+@contextmanager
+def recording(recorder: Callable | None) -> Iterator[None]:
+    """Inside the block (in this context), recorder(call, bound, q, k) is told of each call before it runs, q and k of
+    dense forward calls, else None; nobody is told anything where it is None."""
+    token = _recorders.set((*_recorders.get(), recorder) if recorder else ())
+    try:
+        yield
     finally:
         _recorders.reset(token)
 

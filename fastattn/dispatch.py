@@ -34,7 +34,9 @@ class Row(NamedTuple):
                (tq, tk, tv, tterms): None in the place of what has no tangent.
                Of a row of second derivatives: kernel(problem, q, k, v, terms, tangents, dout, dlse, names) -> gradients
                of <dout, tout> + <dlse, tlse>, of which one cotangent may be None, by names: those of q, k, v and
-               terms, "d.out", "d.lse"
+               terms, "d.out", "d.lse".
+               Of a row of statistics: kernel(problem, q, k, terms, lse or None, names) -> statistics of the weights by
+               names, of "key_mass", "entropy", "distance", "max"
     available  a function that returns None, or why the kernel cannot run on this machine; None: always
     supports   Problem field or property -> plain container of accepted values; one that is missing accepts anything
     train      as `entry`, but -> (out, lse or None, saved), for a call whose gradient will be asked of `backward`;
@@ -103,6 +105,7 @@ _TRITON_ALL = {  # in one call: distances and random numbers count from a sequen
 }  # fmt: skip
 _TRITON_CACHE = {**_TRITON_ALL, "layout": {"cache"}, "seqlen_q": _TRITON_DECODE["seqlen_q"]}
 _DERIVATIVES = "tangent", "second"
+_IN_BLOCKS = *_DERIVATIVES, "statistics"
 """What the reference computes in blocks of rows, without n x n memory."""
 _TRANSFORMED = "fastattn.transforms.works:attention"
 
@@ -110,6 +113,12 @@ KERNELS = (
     Row("cpu.decode", "fastattn.backends.cpu:decode", "fastattn.backends.cpu:unavailable", _CPU_DECODE),
     *_rows_of("cpu", "prefill", "backward", _CPU),
     Row("cpu.tangent", "fastattn.backends.cpu:tangent", "fastattn.backends.cpu:unavailable", {**_CPU, **_TANGENT}),
+    Row(
+        "cpu.statistics",
+        "fastattn.backends.cpu:statistics",
+        "fastattn.backends.cpu:unavailable",
+        {**_CPU, "direction": {"statistics"}},
+    ),
     Row("triton.decode", "fastattn.backends.triton:decode", "fastattn.backends.triton:unavailable", _TRITON_DECODE),
     *_rows_of("triton", "prefill", "backward", _TRITON),
     *_rows_of("cpu", "csr", "csr_backward", _CPU_CSR),
@@ -141,7 +150,7 @@ KERNELS = (
     Row("reference.csr", f"{_REFERENCE}:csr", None, {**_OF_CSR, **_FORWARD}),
     Row("reference.csr_backward", f"{_REFERENCE}:csr_backward", None, {**_OF_CSR, "direction": {"backward"}}),
     *(Row(f"reference.csr_{x}", f"{_REFERENCE}:csr_{x}", None, {**_OF_CSR, "direction": {x}}) for x in _DERIVATIVES),
-    *(Row(f"reference.{x}", f"{_REFERENCE}:{x}", None, {**_OF_DENSE, "direction": {x}}) for x in _DERIVATIVES),
+    *(Row(f"reference.{x}", f"{_REFERENCE}:{x}", None, {**_OF_DENSE, "direction": {x}}) for x in _IN_BLOCKS),
     Row("reference.backward", f"{_REFERENCE}:backward", None, {**_OF_DENSE, "direction": {"backward"}}),
     Row("reference", f"{_REFERENCE}:forward", None, {**_OF_DENSE, **_FORWARD}),
 )
@@ -246,7 +255,7 @@ def _find_choices(problem: Problem, backend: str | None) -> tuple[Choice, ...]:
             is_passed_over = True
             continue
         lengths = tuple((field, accepted) for field, accepted in _supports(row, problem) if field in BY_LENGTHS)
-        is_fallback = row.backend == "reference" and is_passed_over and problem.direction not in _DERIVATIVES
+        is_fallback = row.backend == "reference" and is_passed_over and problem.direction not in _IN_BLOCKS
         train = _load(row.train) if row.train and problem.needs_grad else None
         forward = _load(row.entry)
         if problem.transformed and problem.direction == "forward" and problem.layout not in _SEQUENCES:

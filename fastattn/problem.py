@@ -54,7 +54,8 @@ class Problem(namedtuple("Problem", _FIELDS, defaults=_DEFAULTS.values())):
     alibi softcap sinks  whether that score modification is on
     learned_scale        softmax_scale is a tensor
     dropout lse          whether dropout is on, whether lse is returned
-    direction            "forward" | "backward" | "tangent" (of the forward pass) | "second" (derivatives of either)
+    direction            "forward" | "backward" | "tangent" (of the forward pass) | "second" (derivatives of either) |
+                         "statistics" (of the weights, without values)
     needs_grad           a gradient will be asked of the result
     transformed          the call is inside forward-mode differentiation or a torch.func transform (grad, vmap, jvp):
                          `fastattn.transforms` calls the kernel with plain tensors, and batch is that of one sample

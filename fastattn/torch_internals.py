@@ -53,6 +53,14 @@ def is_traced() -> bool:
     return _mode_keys is not None and (_mode(_mode_keys.PROXY) or _mode(_mode_keys.FAKE)) is not None
 
 
+_current_graph_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+
+
+def is_in_backward() -> bool:
+    """Whether this thread is inside of a backward pass, where checkpointing runs the forward pass once more."""
+    return _current_graph_task() != -1
+
+
 def out_of_old_vmap(x: torch.Tensor) -> torch.Tensor:
     """A tensor of the innermost old vmap with its samples along dimension 0."""
     return torch._remove_batch_dim(x, _level_of_old_vmap(), 0, 0)

@@ -1,4 +1,4 @@
-// The forward, the backward and the forward-mode pass of a whole call: units from the shape, longest first, over the threads.
+// The passes of a whole call, forward, backward, forward-mode and statistics: units from the shape, longest first, over the threads.
 #pragma once
 #include "kernels.h"
 
@@ -30,6 +30,9 @@ void backward(Operands& p, const Gradients& gradients, int threads);
 
 // The tangents of out and lse, from the inputs and theirs alone.
 void tangent(Operands& p, const Tangents& tangents, int threads);
+
+// What the weights of a call amount to, whose lse_parts are known.
+void statistics(Operands& p, const Statistics& statistics, int threads);
 
 // How many (query, key) pairs all calls of this process have left out because their weights are 0 (skip.h).
 int64_t skipped_pairs();

@@ -261,6 +261,17 @@ BoundTangent::BoundTangent(const TangentArguments& a) {
   threads = (int)integer(a.threads);
 }
 
+BoundStatistics::BoundStatistics(const StatisticsArguments& a) {
+  read_call(a.q, a.k, a.k, a.extras, Extras::terms);
+  const DType real = compute_dtype(p.q.dtype);
+  p.lse_parts = exact(read(a.lse_parts, owned), "lse_parts", queries(p, 2), real);
+  t.key_mass = result(a.key_mass, "key_mass", {{p.batch, p.num_heads, p.seqlen_k, 1}}, real, 1);
+  t.entropy = result(a.entropy, "entropy", queries(p, 1), real, 1);
+  t.distance = result(a.distance, "distance", queries(p, 1), real, 1);
+  t.max = result(a.max, "max", queries(p, 1), real, 1);
+  threads = (int)integer(a.threads);
+}
+
 BoundAppend::BoundAppend(const AppendArguments& a) {
   read_sequences(Py_None, a.k, a.v, sequences_fields.of(a.extras));
   threads = (int)integer(a.threads);

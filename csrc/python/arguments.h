@@ -17,6 +17,9 @@ struct AppendArguments {
 struct TangentArguments {
   PyObject *q, *k, *v, *extras, *tq, *tk, *tv, *textras, *tout, *tlse, *threads;
 };
+struct StatisticsArguments {
+  PyObject *q, *k, *lse_parts, *extras, *key_mass, *entropy, *distance, *max, *threads;
+};
 
 // What stands in the place of `extras`: a Terms, an Edges of the csr layout, or a Sequences.
 enum class Extras { terms, edges, sequences };
@@ -58,6 +61,12 @@ class BoundTangent : public Bound {
 class BoundAppend : public Bound {
  public:
   explicit BoundAppend(const AppendArguments& arguments);
+};
+class BoundStatistics : public Bound {
+ public:
+  Statistics t{};
+
+  explicit BoundStatistics(const StatisticsArguments& arguments);
 };
 
 void bind_fields(const std::string& kind, const std::vector<std::string>& fields);

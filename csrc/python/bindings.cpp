@@ -65,6 +65,14 @@ PyObject* tangent(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
+PyObject* statistics(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return call<StatisticsArguments>(args, count, [](const StatisticsArguments& arguments) {
+    BoundStatistics bound(arguments);
+    py::gil_scoped_release release;
+    fastattn::statistics(bound.p, bound.t, bound.threads);
+  });
+}
+
 PyObject* append(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return call<AppendArguments>(args, count, [](const AppendArguments& arguments) {
     BoundAppend bound(arguments);
@@ -126,6 +134,9 @@ PyMethodDef fast_methods[] = {
     {"tangent", (PyCFunction)(void (*)())counted<tangent>, METH_FASTCALL,
      "tangent(q, k, v, terms, tq, tk, tv, tterms, tout, tlse, threads): fills tout, and tlse if it is not None. Of the "
      "tangents tq, tk, tv and those in tterms, a Terms, None is zero."},
+    {"statistics", (PyCFunction)(void (*)())counted<statistics>, METH_FASTCALL,
+     "statistics(q, k, lse_parts, terms, key_mass, entropy, distance, max, threads): fills those of the last four that "
+     "are not None."},
     {"csr_forward", (PyCFunction)(void (*)())counted<forward_of<Extras::edges, csr_forward>>, METH_FASTCALL,
      "csr_forward(q, k, v, out, lse, lse_parts, out_exact, edges, threads): as forward, with an Edges."},
     {"csr_backward", (PyCFunction)(void (*)())counted<backward_of<Extras::edges, csr_backward>>, METH_FASTCALL,

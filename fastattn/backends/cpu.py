@@ -1,5 +1,6 @@
 """The rows of the C++ extension: tensors to its arguments; no policy. Signatures: `fastattn.dispatch.Row`."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from ..layouts.lists import check_entries
 from ..layouts.sequences import Sequences
 from ..outputs import compute_dtype, empty_out, empty_results
 from ..terms import TERMS, Terms
+from ..transforms.dense import LARGEST_LSE
 
 try:
     from .. import _C
@@ -109,6 +111,26 @@ def tangent(problem, q, k, v, terms, tangents):
     tlse = q.new_empty(tout.shape[:3], dtype=compute_dtype(problem)) if problem.lse else None
     _C.tangent(q, k, v, terms, *tangents, tout, tlse, _get_num_threads())
     return tout, tlse
+
+
+def statistics(problem, q, k, terms, lse, names):
+    """Statistics of the weights of a dense call by their names; without lse after a forward pass that finds it."""
+    parts = None if lse is None else _lse_parts(problem, lse)
+    if parts is None:
+        _, _, (_, parts) = prefill_for_backward(problem._replace(head_dim_v=1, lse=False), q, k, k[..., :1], terms)
+    rows, dtype = (problem.batch, problem.num_heads, problem.seqlen_q), compute_dtype(problem)
+    shapes = {"key_mass": (*rows[:2], problem.seqlen_k), "entropy": rows, "distance": rows, "max": rows}
+    found = {name: q.new_empty(shapes[name], dtype=dtype) for name in names}
+    _C.statistics(q, k, parts, terms, *[found.get(name) for name in shapes], _get_num_threads())
+    return found
+
+
+def _lse_parts(problem, lse: torch.Tensor) -> torch.Tensor | None:
+    """lse in units of log2, as the backward pass has it; None where rounding makes a factor of it."""
+    if ((lse.abs() > LARGEST_LSE) & (lse > -torch.inf)).any():
+        return None
+    top, blind = lse.to(compute_dtype(problem)) * math.log2(math.e), lse == -torch.inf
+    return torch.stack([top.masked_fill(blind, 0.0), torch.zeros_like(top).masked_fill(blind, torch.inf)], -1)
 
 
 def _empty_gradients(q, k, v, wanted) -> list[torch.Tensor | None]:

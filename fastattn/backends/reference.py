@@ -6,7 +6,8 @@ from .. import reference
 from ..layouts.lists import check_entries
 from ..masks.intervals import UNBOUNDED, dense
 from ..torch_internals import is_traced
-from ..transforms.blocks import gradients, over_blocks, source
+from ..transforms.blocks import BlockFunction, gradients, over_blocks, source
+from ..transforms.dense import statistics as statistics_of_block
 from ..transforms.formulas import second_function, tangent_function
 from ..transforms.slots import Call
 
@@ -48,6 +49,15 @@ def second(problem, q, k, v, terms, tangents, dout, dlse, names):
     call, tensors = _transformed(problem, q, k, v, terms, tangents)
     tensors |= {slot: x for slot, x in (("d.out", dout), ("d.lse", dlse)) if x is not None}
     found = over_blocks(second_function(call, tuple(tensors), tuple(names)), call, tensors)
+    return dict(zip(names, found, strict=True))
+
+
+def statistics(problem, q, k, terms, lse, names):
+    """Statistics of the weights, in blocks of rows."""
+    call = Call(problem, "reference", terms, False)
+    tensors = {"q": q, "k": k, **{name: getattr(terms, name) for name in call.term_slots}}
+    tensors |= {} if lse is None else {"lse": lse}
+    found = over_blocks(BlockFunction(statistics_of_block, tuple(tensors), names), call, tensors)
     return dict(zip(names, found, strict=True))
 
 

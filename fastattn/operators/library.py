@@ -153,7 +153,7 @@ def _forward_plain(layout: Layout) -> Callable:
 
 def _run(layout: Layout, q, k, v, bound: Bound) -> tuple:
     """(out, lse or None), out in the memory order of the operators."""
-    note(bound)
+    note(bound, q, k)
     choice, problem, terms, _ = bound
     if choice.forward in layout.into:
         out = _empty_out(q, v)
@@ -166,7 +166,7 @@ def _train(layout: Layout) -> Callable:
     def forward_train(q, k, v, *values, **options):
         options = layout.named(values, options)
         bound = layout.bind(q, k, v, options, True)
-        note(bound)
+        note(bound, q, k)
         choice, problem, terms, _ = bound
         if choice.train is None:  # the reference, whose backward row computes everything again
             problem = problem._replace(lse=True)

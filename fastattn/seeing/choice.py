@@ -11,15 +11,20 @@ from ..problem import FLOATS
 from ..transforms.slots import Call
 
 
-def chosen_call(q, k, lse, options: dict, rows, heads) -> tuple[Call, dict]:
+def chosen_call(q, k, lse, options: dict, rows, heads, top_k: int = 0) -> tuple[Call, dict]:
     """(the call of the chosen query rows and heads, its tensors by slot), all checked; options: of `attention`.
 
     The values of the call are its keys: whoever looks at weights has none.
     """
     bound = api.bind(q, k, k, backend="reference", **options)
-    problem, terms = bound.problem, bound.terms
+    return part_of(bound.problem, bound.terms, q, k, lse, rows, heads, top_k)
+
+
+def part_of(problem, terms, q, k, lse, rows, heads, top_k: int = 0) -> tuple[Call, dict]:
+    """`chosen_call` of a call that is bound, without its dropout."""
+    problem, terms = problem._replace(dropout=False), terms._replace(dropout_p=0.0, seed=None)
     rows = check_places("rows", rows, problem.seqlen_q)
-    call = Call(problem, "reference", terms, False, None if rows is None else runs_of(rows))
+    call = Call(problem, "reference", terms, False, None if rows is None else runs_of(rows), top_k)
     tensors = {"q": q, "k": k, **{name: getattr(terms, name) for name in call.term_slots}}
     if lse is not None:
         tensors["lse"] = checked_lse(lse, problem, q)
@@ -88,7 +93,7 @@ def _of_heads(call: Call, tensors: dict, heads: list[int]) -> tuple[Call, dict]:
     if terms.block_mask is not None:
         terms = terms._replace(block_mask=_mask_of_heads(terms.block_mask, index))
     problem = call.problem._replace(num_heads=len(heads), num_heads_k=len(heads))
-    return Call(problem, "reference", terms, False, call.runs), chosen
+    return Call(problem, "reference", terms, False, call.runs, call.top_k), chosen
 
 
 def _mask_of_heads(mask: BlockMask, index: torch.Tensor) -> BlockMask:

@@ -7,6 +7,7 @@ from ..masks.intervals import Mask
 from ..torch_internals import outside_of_graphs
 from ..transforms.blocks import BlockFunction
 from ..transforms.dense import weights as weights_of_block
+from ..transforms.slots import Call
 from ..transforms.works import Higher, apply
 from .choice import chosen_call
 
@@ -56,7 +57,11 @@ def attention_weights(
         "mask": mask, "causal": causal, "window_size": window_size, "softmax_scale": softmax_scale,
         "softcap": softcap, "alibi_slopes": alibi_slopes, "bias": bias, "sinks": sinks,
     }  # fmt: skip
-    call, tensors = chosen_call(q, k, lse, options, rows, heads)
+    return weights_of(*chosen_call(q, k, lse, options, rows, heads))
+
+
+def weights_of(call: Call, tensors: dict) -> torch.Tensor:
+    """The weights of a chosen call."""
     return apply(Higher(call, BlockFunction(weights_of_block, tuple(tensors), ("weights",))), tensors)["weights"]
 
 

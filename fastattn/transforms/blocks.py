@@ -138,7 +138,7 @@ def _zeros(call: Call, name: str, tensors: dict) -> torch.Tensor:
 def _dtype(call: Call, name: str, tensors: dict) -> torch.dtype:
     if name in tensors:
         return tensors[name].dtype
-    return compute_dtype(call.problem) if base(name) in ("lse", "weights") else tensors["q"].dtype
+    return tensors["q"].dtype if base(name) == "out" else compute_dtype(call.problem)
 
 
 def _blocks(call: Call, tensors: dict) -> Iterator[Block]:

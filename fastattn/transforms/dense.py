@@ -22,7 +22,7 @@ from ..torch_internals import is_traced
 from .blocks import Block, gradients, source
 from .slots import Call, base
 
-_LARGEST_LSE = 2.0**14  # beyond it, the rounding of a float32 would be a factor of 1.001 and more
+LARGEST_LSE = 2.0**14  # beyond it, the rounding of a float32 would be a factor of 1.001 and more
 
 
 def weights(call: Call, block: Block, x: dict) -> dict:
@@ -38,7 +38,7 @@ def weights(call: Call, block: Block, x: dict) -> dict:
 def _given_lse(block: Block, x: dict, s: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
     lse, sighted = x["lse"][..., None], None
     # A rounded number of this size is no denominator (finfo.min in a bias): such rows find their own.
-    is_rough = (lse.abs() > _LARGEST_LSE) & (lse > -torch.inf)
+    is_rough = (lse.abs() > LARGEST_LSE) & (lse > -torch.inf)
     own = _softmax(block, x, s.clone(), visible)[0] if is_traced() or is_rough.any() else None
     lse = lse.masked_fill(is_rough | (lse == -torch.inf), torch.inf)
     if visible is not None:
@@ -50,6 +50,27 @@ def _given_lse(block: Block, x: dict, s: torch.Tensor, visible: torch.Tensor | N
         total = total + torch.exp(x["sinks"].view(1, -1, 1, 1) - lse)
     p = p / (total + (1.0 - total).detach())
     return p if own is None else torch.where(is_rough, own, p)
+
+
+def statistics(call: Call, block: Block, x: dict) -> dict:
+    """What the weights amount to: "key_mass" of each key, "entropy", "distance" and "max" of each row."""
+    p, place = weights(call, block, x)["weights"], _place(call, block)
+    query = torch.arange(place.seqlen_q, device=p.device)[:, None] + place.query_start
+    distance = (query - torch.arange(place.seqlen_k, device=p.device)).abs().to(p.dtype)
+    logs = torch.log(p.masked_fill(p == 0.0, 1.0))  # whose derivative there is 0 as well
+    largest = p.amax(-1) if p.shape[-1] else p.sum(-1)
+    return {
+        "key_mass": p.sum(2), "entropy": -(p * logs).sum(-1), "distance": (p * distance).sum(-1), "max": largest
+    }  # fmt: skip
+
+
+def top_weights(call: Call, block: Block, x: dict) -> dict:
+    """The largest weights of each row, descending, and their keys: -1 where the weight is 0."""
+    p = weights(call, block, x)["weights"]
+    p = torch.nn.functional.pad(p, (0, max(call.top_k - p.shape[-1], 0)))
+    largest, keys = p.topk(call.top_k, -1)
+    keys = torch.where(largest > 0.0, keys + block.ranges["seqlen_k"][0], -1)
+    return {"top_weights": largest, "top_keys": keys.to(p.dtype)}
 
 
 def tangent(call: Call, block: Block, x: dict) -> dict:

@@ -19,6 +19,9 @@ _SHAPES = {
     "lse": ("batch", "num_heads", "seqlen_q"),
     "parts": ("batch", "num_heads", "seqlen_q", "two"),
     "weights": ("batch", "num_heads", "rows", "seqlen_k"),
+    "key_mass": ("batch", "num_heads", "seqlen_k"),
+    **dict.fromkeys(("entropy", "distance", "max"), ("batch", "num_heads", "rows")),
+    **dict.fromkeys(("top_weights", "top_keys"), ("batch", "num_heads", "rows", "top_k")),
 }
 _DENSE = {term.name: sorted(((), *term.shapes), key=len)[-1] for term in TERMS}
 _CSR = {"indptr": ("starts",), "indices": ("edges",), "bias": ("batch", "num_heads", "edges")}
@@ -37,11 +40,12 @@ class Call:
     backend  that of the kernel which takes it
     keeps    whether the forward pass keeps what the backward pass wants
     runs     the query rows that are looked at, as (start, end) of rows side by side; all, but for `fastattn.seeing`
+    top_k    how many weights of a row are looked for
     """
 
-    def __init__(self, problem, backend: str, terms: tuple, keeps: bool, runs: tuple | None = None):
+    def __init__(self, problem, backend: str, terms: tuple, keeps: bool, runs: tuple | None = None, top_k: int = 0):
         self.problem, self.backend, self.keeps, self.layout = problem, backend, keeps, problem.layout
-        self.runs = ((0, problem.seqlen_q),) if runs is None else runs
+        self.runs, self.top_k = ((0, problem.seqlen_q),) if runs is None else runs, top_k
         self.term_slots = tuple(name for name in terms._fields if isinstance(getattr(terms, name), torch.Tensor))
         # Tensors belong to the graph, not to this object, which outlives a call.
         self.fixed = terms._replace(**dict.fromkeys(self.term_slots))
@@ -71,7 +75,8 @@ class Call:
 
     def sizes(self, slot: str, tensors: dict) -> list[int]:
         """The shape of the tensor of a slot that has all dimensions that it may have."""
-        sizes = self.problem_of(tensors)._asdict() | {"rows": sum(end - start for start, end in self.runs)}
+        sizes = self.problem_of(tensors)._asdict()
+        sizes |= {"rows": sum(end - start for start, end in self.runs), "top_k": self.top_k}
         return [sizes[dim] for dim in self.full_dims(slot)]
 
     def terms(self, tensors: dict) -> tuple:

@@ -31,18 +31,31 @@ def gradients_of_rows(seqlen):
     return 2 * weights.nbytes + 2 * sum(x.nbytes for x in grads)  # the gradient of the weights; sums, then results
 
 
+def fused_statistics(seqlen):
+    q, k, _ = tensors(seqlen)
+    return sum(x.nbytes for x in fastattn.attention_stats(q, k, stats=("key_mass", "entropy", "distance")).values())
+
+
+def statistics_in_blocks(seqlen):
+    """In torch's operators: a fifth of the rows, and their largest weights."""
+    q, k, _ = tensors(seqlen, 2, 32)
+    stats = fastattn.attention_stats(q, k, rows=range(0, seqlen // 5), causal=True, stats=("key_mass", "top_k"))
+    return stats["key_mass"].nbytes + stats["top_k"].weights.nbytes + 3 * stats["top_k"].keys.nbytes
+
+
 def extra_bytes(name, seqlen):
     """What a function takes beyond its inputs and results in this process, at its peak."""
     torch.set_num_threads(1)
     function = globals()[name]
     function(256)  # what is imported on first use
-    inputs = sum(x.nbytes for x in (tensors(seqlen, 2, 32) if "gradients" in name else tensors(seqlen)))
+    is_small = name in ("gradients_of_rows", "statistics_in_blocks")
+    inputs = sum(x.nbytes for x in (tensors(seqlen, 2, 32) if is_small else tensors(seqlen)))
     before = reset_peak()
     results = function(seqlen)
     return max(status("VmHWM") - before - inputs - results, 0)
 
 
-@pytest.mark.parametrize("name", ["weights_of_rows", "gradients_of_rows"])
+@pytest.mark.parametrize("name", ["weights_of_rows", "gradients_of_rows", "fused_statistics", "statistics_in_blocks"])
 @pytest.mark.parametrize("seqlen", [8192, pytest.param(32768, marks=pytest.mark.slow)])
 def test_extra_memory_is_not_quadratic(name, seqlen):
     assert printed_by_child(f"test_memory_seeing.extra_bytes({name!r}, {seqlen})") < LIMIT
