@@ -17,6 +17,7 @@ from .replacing.sdpa_patch import patch_sdpa
 from .replacing.verify import verify
 from .scores.dropout import dropout_mask
 from .seeing.capture import capture
+from .seeing.rollout import rollout
 from .seeing.stats import attention_stats
 from .seeing.weights import attention_weights
 from .selection import coverage, select_blocks
@@ -48,6 +49,7 @@ __all__ = [
     "patterns",
     "quantization_error",
     "record",
+    "rollout",
     "scaled_dot_product_attention",
     "select_blocks",
     "use",

@@ -1,6 +1,11 @@
 """The tensors that a call returns, allocated the same way for every backend."""
 
+import math
+
 import torch
+
+LARGEST_LSE = 2.0**14
+"""Beyond it, the rounding of a float32 lse would be a factor of 1.001 and more in the weights."""
 
 
 def compute_dtype(problem) -> torch.dtype:
@@ -34,3 +39,16 @@ def empty_results(problem, q: torch.Tensor, for_backward: bool, out=None) -> tup
         return out, lse, None, None
     out_exact = None if out.dtype == dtype else q.new_empty(out.shape, dtype=dtype)
     return out, lse, out_exact, q.new_empty((*rows, 2), dtype=dtype)
+
+
+def is_rough(lse: torch.Tensor) -> torch.Tensor:
+    """Where lse is too large to be a denominator, as where finfo.min stands in a bias."""
+    return (lse.abs() > LARGEST_LSE) & (lse > -torch.inf)
+
+
+def lse_parts(lse: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """The lse_parts of `empty_results` from an lse that a call returned; None if some of it is too large for that."""
+    if is_rough(lse).any():
+        return None
+    top, blind = lse.to(dtype) * math.log2(math.e), lse == -torch.inf
+    return torch.stack([top.masked_fill(blind, 0.0), torch.zeros_like(top).masked_fill(blind, torch.inf)], -1)

@@ -1,6 +1,5 @@
 """The rows of the C++ extension: tensors to its arguments; no policy. Signatures: `fastattn.dispatch.Row`."""
 
-import math
 from pathlib import Path
 
 import torch
@@ -8,9 +7,8 @@ import torch
 from ..layouts.edges import Edges
 from ..layouts.lists import check_entries
 from ..layouts.sequences import Sequences
-from ..outputs import compute_dtype, empty_out, empty_results
+from ..outputs import compute_dtype, empty_out, empty_results, lse_parts
 from ..terms import TERMS, Terms
-from ..transforms.dense import LARGEST_LSE
 
 try:
     from .. import _C
@@ -115,7 +113,7 @@ def tangent(problem, q, k, v, terms, tangents):
 
 def statistics(problem, q, k, terms, lse, names):
     """Statistics of the weights of a dense call by their names; without lse after a forward pass that finds it."""
-    parts = None if lse is None else _lse_parts(problem, lse)
+    parts = None if lse is None else lse_parts(lse, compute_dtype(problem))
     if parts is None:
         _, _, (_, parts) = prefill_for_backward(problem._replace(head_dim_v=1, lse=False), q, k, k[..., :1], terms)
     rows, dtype = (problem.batch, problem.num_heads, problem.seqlen_q), compute_dtype(problem)
@@ -123,14 +121,6 @@ def statistics(problem, q, k, terms, lse, names):
     found = {name: q.new_empty(shapes[name], dtype=dtype) for name in names}
     _C.statistics(q, k, parts, terms, *[found.get(name) for name in shapes], _get_num_threads())
     return found
-
-
-def _lse_parts(problem, lse: torch.Tensor) -> torch.Tensor | None:
-    """lse in units of log2, as the backward pass has it; None where rounding makes a factor of it."""
-    if ((lse.abs() > LARGEST_LSE) & (lse > -torch.inf)).any():
-        return None
-    top, blind = lse.to(compute_dtype(problem)) * math.log2(math.e), lse == -torch.inf
-    return torch.stack([top.masked_fill(blind, 0.0), torch.zeros_like(top).masked_fill(blind, torch.inf)], -1)
 
 
 def _empty_gradients(q, k, v, wanted) -> list[torch.Tensor | None]:

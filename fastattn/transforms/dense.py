@@ -15,14 +15,13 @@ import torch
 
 from ..masks.block_mask import BlockMask
 from ..masks.intervals import NO_BOUNDS, dense
+from ..outputs import is_rough
 from ..scores import Place
 from ..scores.dropout import dropout_mask_at
 from ..terms import SCORE_TERMS
 from ..torch_internals import is_traced
 from .blocks import Block, gradients, source
 from .slots import Call, base
-
-LARGEST_LSE = 2.0**14  # beyond it, the rounding of a float32 would be a factor of 1.001 and more
 
 
 def weights(call: Call, block: Block, x: dict) -> dict:
@@ -37,10 +36,9 @@ def weights(call: Call, block: Block, x: dict) -> dict:
 
 def _given_lse(block: Block, x: dict, s: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
     lse, sighted = x["lse"][..., None], None
-    # A rounded number of this size is no denominator (finfo.min in a bias): such rows find their own.
-    is_rough = (lse.abs() > LARGEST_LSE) & (lse > -torch.inf)
-    own = _softmax(block, x, s.clone(), visible)[0] if is_traced() or is_rough.any() else None
-    lse = lse.masked_fill(is_rough | (lse == -torch.inf), torch.inf)
+    rough = is_rough(lse)  # such rows find their own denominator
+    own = _softmax(block, x, s.clone(), visible)[0] if is_traced() or rough.any() else None
+    lse = lse.masked_fill(rough | (lse == -torch.inf), torch.inf)
     if visible is not None:
         s, sighted = _masked(block, s, visible, x.get("sinks"))
     p = torch.exp(s - lse)
@@ -49,7 +47,7 @@ def _given_lse(block: Block, x: dict, s: torch.Tensor, visible: torch.Tensor | N
     if "sinks" in x:
         total = total + torch.exp(x["sinks"].view(1, -1, 1, 1) - lse)
     p = p / (total + (1.0 - total).detach())
-    return p if own is None else torch.where(is_rough, own, p)
+    return p if own is None else torch.where(rough, own, p)
 
 
 def statistics(call: Call, block: Block, x: dict) -> dict:
