@@ -5,13 +5,12 @@
 Each result is compared with plain torch in float64 first, at a short length. Exit status 1: a ratio above its target.
 """
 
-import argparse
 import sys
 
 import torch
 
 import fastattn
-from timing import Contender, in_turn
+from ratios import compare, options_of
 
 TARGETS = {  # ratio: (of, to, at most)
     "jvp / forward": ("jvp", "forward", 4.0),
@@ -62,24 +61,13 @@ def check(causal: bool) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seqlen", type=int, default=4096)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--budget", type=float, default=20.0, help="seconds for each row")
-    options = parser.parse_args()
+    options = options_of(__doc__, seqlen=4096, budget=20.0)
     missed = 0
     for causal in (False, True):
         torch.set_num_threads(options.threads)
         check(causal)
-        calls = contenders(fastattn.attention, options.seqlen, causal)
-        times = in_turn({name: Contender(run, options.threads) for name, run in calls.items()}, options.budget)
-        best = {name: min(seconds) for name, seconds in times.items()}
         print(f"B1 H8 S{options.seqlen} D64 float32{' causal' * causal}, {options.threads} thread(s)")
-        print("  " + ", ".join(f"{name} {1e3 * seconds:.0f} ms" for name, seconds in best.items()))
-        for name, (of, to, bound) in TARGETS.items():
-            ratio = best[of] / best[to]
-            missed += ratio > bound
-            print(f"  {name:<46}{ratio:6.2f}  (at most {bound}{'' if ratio <= bound else ': missed'})")
+        missed += compare(contenders(fastattn.attention, options.seqlen, causal), TARGETS, options)
     return 1 if missed else 0
 
 

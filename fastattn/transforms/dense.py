@@ -53,8 +53,8 @@ def _given_lse(block: Block, x: dict, s: torch.Tensor, visible: torch.Tensor | N
 def statistics(call: Call, block: Block, x: dict) -> dict:
     """What the weights amount to: "key_mass" of each key, "entropy", "distance" and "max" of each row."""
     p, place = weights(call, block, x)["weights"], _place(call, block)
-    query = torch.arange(place.seqlen_q, device=p.device)[:, None] + place.query_start
-    distance = (query - torch.arange(place.seqlen_k, device=p.device)).abs().to(p.dtype)
+    query = torch.arange(place.seqlen_q, device=p.device, dtype=p.dtype)[:, None] + place.query_start
+    distance = (query - torch.arange(place.seqlen_k, device=p.device, dtype=p.dtype)).abs_()
     logs = torch.log(p.masked_fill(p == 0.0, 1.0))  # whose derivative there is 0 as well
     largest = p.amax(-1) if p.shape[-1] else p.sum(-1)
     return {

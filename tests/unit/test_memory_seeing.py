@@ -37,9 +37,9 @@ def fused_statistics(seqlen):
 
 
 def statistics_in_blocks(seqlen):
-    """In torch's operators: a fifth of the rows, and their largest weights."""
+    """In torch's operators: half of the rows, and their largest weights; 256 MiB as a matrix of 8192."""
     q, k, _ = tensors(seqlen, 2, 32)
-    stats = fastattn.attention_stats(q, k, rows=range(0, seqlen // 5), causal=True, stats=("key_mass", "top_k"))
+    stats = fastattn.attention_stats(q, k, rows=range(0, seqlen // 2), causal=True, stats=("key_mass", "top_k"))
     return stats["key_mass"].nbytes + stats["top_k"].weights.nbytes + 3 * stats["top_k"].keys.nbytes
 
 
@@ -58,4 +58,7 @@ def extra_bytes(name, seqlen):
 @pytest.mark.parametrize("name", ["weights_of_rows", "gradients_of_rows", "fused_statistics", "statistics_in_blocks"])
 @pytest.mark.parametrize("seqlen", [8192, pytest.param(32768, marks=pytest.mark.slow)])
 def test_extra_memory_is_not_quadratic(name, seqlen):
-    assert printed_by_child(f"test_memory_seeing.extra_bytes({name!r}, {seqlen})") < LIMIT
+    tensors_of_blocks = 16 * 128 * seqlen * 4
+    assert printed_by_child(f"test_memory_seeing.extra_bytes({name!r}, {seqlen})") < (
+        tensors_of_blocks if "blocks" in name else LIMIT
+    )
