@@ -120,7 +120,8 @@ class _Recorder:
         layer, name = self.count, self.inside[-1] if self.inside else ""
         self.count += 1
         if q is None or is_transformed():
-            what = f"layout {problem.layout}" if q is None else "torch.func transforms and forward mode"
+            is_dense = problem.layout == "dense"
+            what = "torch.func transforms and forward mode" if is_dense else f"layout {problem.layout}"
             warnings.warn(f"fastattn.capture does not see calls of {what}: [{problem}]", RuntimeWarning, 4)
             return
         found = Seen(layer, name, problem, None, {})
