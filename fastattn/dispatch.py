@@ -35,8 +35,7 @@ class Row(NamedTuple):
                Of a row of second derivatives: kernel(problem, q, k, v, terms, tangents, dout, dlse, names) -> gradients
                of <dout, tout> + <dlse, tlse>, of which one cotangent may be None, by names: those of q, k, v and
                terms, "d.out", "d.lse".
-               Of a row of statistics: kernel(problem, q, k, terms, lse or None, names) -> statistics of the weights by
-               names, of "key_mass", "entropy", "distance", "max"
+               Of a row of statistics: kernel(problem, q, k, terms, lse or None, names) -> those, by name
     available  a function that returns None, or why the kernel cannot run on this machine; None: always
     supports   Problem field or property -> plain container of accepted values; one that is missing accepts anything
     train      as `entry`, but -> (out, lse or None, saved), for a call whose gradient will be asked of `backward`;
@@ -58,7 +57,6 @@ class Row(NamedTuple):
 
 _FORWARD = {"direction": {"forward"}}
 _BACKWARD = {"direction": {"backward"}}
-_TANGENT = {"direction": {"tangent"}}
 _DENSE = {"layout": {"dense"}, "mask": set(MASK_KINDS), "bias": {"none", *FLOATS}}
 _HEADS = {"head_dim": range(1, 513), "head_dim_v": range(1, 513)}
 _CPU = {"device": {"cpu"}, "dtype": set(FLOATS), **_HEADS, **_DENSE}
@@ -104,7 +102,7 @@ _TRITON_ALL = {  # in one call: distances and random numbers count from a sequen
     **_TRITON_EACH, "layout": {"varlen"}, "alibi": {False}, "dropout": {False}, "transformed": {False},
 }  # fmt: skip
 _TRITON_CACHE = {**_TRITON_ALL, "layout": {"cache"}, "seqlen_q": _TRITON_DECODE["seqlen_q"]}
-_DERIVATIVES = "tangent", "second"
+_DERIVATIVES, _OF_CPU, _CPU_OTHERS = ("tangent", "second"), "fastattn.backends.cpu", ("tangent", "statistics")
 _IN_BLOCKS = *_DERIVATIVES, "statistics"
 """What the reference computes in blocks of rows, without n x n memory."""
 _TRANSFORMED = "fastattn.transforms.works:attention"
@@ -112,13 +110,7 @@ _TRANSFORMED = "fastattn.transforms.works:attention"
 KERNELS = (
     Row("cpu.decode", "fastattn.backends.cpu:decode", "fastattn.backends.cpu:unavailable", _CPU_DECODE),
     *_rows_of("cpu", "prefill", "backward", _CPU),
-    Row("cpu.tangent", "fastattn.backends.cpu:tangent", "fastattn.backends.cpu:unavailable", {**_CPU, **_TANGENT}),
-    Row(
-        "cpu.statistics",
-        "fastattn.backends.cpu:statistics",
-        "fastattn.backends.cpu:unavailable",
-        {**_CPU, "direction": {"statistics"}},
-    ),
+    *(Row(f"cpu.{x}", f"{_OF_CPU}:{x}", f"{_OF_CPU}:unavailable", {**_CPU, "direction": {x}}) for x in _CPU_OTHERS),
     Row("triton.decode", "fastattn.backends.triton:decode", "fastattn.backends.triton:unavailable", _TRITON_DECODE),
     *_rows_of("triton", "prefill", "backward", _TRITON),
     *_rows_of("cpu", "csr", "csr_backward", _CPU_CSR),
