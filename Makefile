@@ -10,7 +10,7 @@ EXT := $(VENV)/.ext
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo train longformer neighborhood generate serve test test-all test-triton test-triton-versions test-gpu kernel-report
-.PHONY: bench bench-gpu bench-launch bench-sparse lint format wheel clean triton-interpreted triton-compiled triton-sanitized
+.PHONY: bench bench-gpu bench-launch bench-sparse lint format wheel wheels clean triton-interpreted triton-compiled triton-sanitized
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -117,11 +117,17 @@ format: $(VENV)/.lint  ## rewrite to that style
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp')
 
+# so that the same commit gives the same bytes
+wheel wheels: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 315532800)
+
 wheel: $(VENV)/.test  ## sdist and wheel in dist/, checked and installed into a clean environment
 	rm -rf dist fastattn.egg-info
 	$(PY) setup.py --quiet sdist
 	FASTATTN_BUILD_EXT=1 $(PY) -m pip wheel --no-index --no-deps --no-build-isolation -w dist dist/fastattn-*.tar.gz
 	FASTATTN_DIST=dist $(PY) -m pytest -q -m "" tests/unit/test_packaging.py -k wheel
+
+wheels: $(VENV)/.test  ## a wheel for every CPython here that has headers, tried in it; a table
+	PYTHONPATH=. $(PY) .ci/wheels.py $(ARGS)
 
 clean:  ## remove what was built (not .venv)
 	rm -rf build dist fastattn.egg-info fastattn/_build_error.txt fastattn/_C*.so $(EXT)

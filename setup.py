@@ -7,16 +7,24 @@ MAX_JOBS             how many compilers run at once (default: one per core)
 """
 
 import copy
+import datetime
+import gzip
+import json
 import os
+import shlex
+import subprocess
 import sys
 import sysconfig
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_clib import build_clib
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 BUILD_EXT = os.environ.get("FASTATTN_BUILD_EXT", "auto")
@@ -37,11 +45,21 @@ ISA_FLAGS = {
 REALS = "float", "double"  # once for each, so that two compilers at once have units of like size
 NO_SIMD = {"scalar": []}  # any other machine
 
+ON_LINUX = sysconfig.get_platform().startswith("linux")
+
 # No -ffast-math: it would delete the rounding trick of exp2 and the rules for NaN and Inf.
 COMMON_FLAGS = ["-O3", "-std=c++17", "-g0", "-fvisibility=hidden"]
 COMMON_FLAGS += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 # GCC 12 warns about its own intrinsics headers.
 KERNEL_FLAGS = [*COMMON_FLAGS, "-fno-exceptions", "-fno-rtti", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+# Of a shared library for Linux: nothing that glibc 2.28 lacks (csrc/glibc.h). libstdc++ is linked into it, without what
+# is not used; libgcc_s, which torch has loaded, is not: its static form asks for a symbol of glibc 2.35.
+LINUX_FLAGS = ["-DFASTATTN_OLD_GLIBC"] if ON_LINUX else []
+LINUX_LINK_FLAGS = [
+    "-static-libstdc++", "-Wl,--gc-sections", "-Wl,--exclude-libs,ALL", "-Wl,--version-script=csrc/exports.map",
+    "-Wl,-z,relro,-z,now", "-Wl,--as-needed",
+]  # fmt: skip
+LINK_FLAGS = LINUX_LINK_FLAGS if ON_LINUX else []
 HARDENING_FLAGS = ["-fstack-protector-strong", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2"]
 
 
@@ -64,7 +82,7 @@ def libraries(target: str, headers: list[str]) -> list[tuple[str, dict]]:
             {
                 "sources": [f"csrc/isa_{isa}.cpp"],
                 "include_dirs": ["csrc"],
-                "cflags": [*flags, f"-DFASTATTN_REAL={real}"],
+                "cflags": [*flags, *LINUX_FLAGS, f"-DFASTATTN_REAL={real}"],
                 "obj_deps": {"": headers},
             },
         )
@@ -83,11 +101,83 @@ def extension(target: str, headers: list[str]) -> Extension:
         ),
         include_dirs=["csrc"],
         define_macros=[(f"FASTATTN_HAVE_{isa.upper()}", "1") for isa in isas],
-        extra_compile_args=[*COMMON_FLAGS, *ISA_FLAGS.get(target, NO_SIMD)["scalar"], *HARDENING_FLAGS, "-fopenmp"],
-        extra_link_args=["-fopenmp", "-Wl,-z,relro,-z,now", "-Wl,--as-needed"],
-        depends=[*headers, *(f"csrc/isa_{isa}.cpp" for isa in isas)],
+        extra_compile_args=[*COMMON_FLAGS, *ISA_FLAGS.get(target, NO_SIMD)["scalar"], *LINUX_FLAGS, *HARDENING_FLAGS],
+        extra_link_args=LINK_FLAGS,
+        depends=[*headers, "csrc/exports.map", *(f"csrc/isa_{isa}.cpp" for isa in isas)],
         language="c++",
     )
+
+
+class Sdist(sdist):
+    """A tar.gz of the same bytes wherever and by whomever it is packed: setuptools keeps owners, times and umask."""
+
+    def make_archive(self, base_name, format, root_dir=None, base_dir=None, owner=None, group=None):
+        if format != "gztar":
+            return super().make_archive(base_name, format, root_dir, base_dir, owner, group)
+
+        def plain(member):
+            member.uid = member.gid = 0
+            member.uname = member.gname = ""
+            member.mtime, member.mode = source_time(), 0o755 if member.isdir() or member.mode & 0o100 else 0o644
+            return member
+
+        name = f"{base_name}.tar.gz"
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        with open(name, "wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=source_time()) as packed:
+            with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive:
+                archive.add(base_dir, filter=plain)  # in the order of names
+        return name
+
+
+class BuildWheel(bdist_wheel):
+    """With a list of what is in it (PEP 770)."""
+
+    def run(self):
+        os.umask(0o022)  # a wheel keeps the modes of its files
+        super().run()
+
+    def write_wheelfile(self, wheelfile_base, *arguments, **options):
+        super().write_wheelfile(wheelfile_base, *arguments, **options)
+        folder = Path(wheelfile_base, "sboms")
+        folder.mkdir(exist_ok=True)
+        text = json.dumps(bill_of_materials(self.distribution), indent=1, sort_keys=True)
+        (folder / "fastattn.cdx.json").write_text(text + "\n")
+
+
+def bill_of_materials(distribution) -> dict:
+    """What a wheel holds, and what it was built with, in CycloneDX 1.6."""
+    name, version = distribution.get_name(), distribution.get_version()
+    root = {"type": "library", "bom-ref": name, "name": name, "version": version, "purl": f"pkg:pypi/{name}@{version}"}
+    root["licenses"] = [{"license": {"id": "BSD-3-Clause"}}]
+    parts = []
+    if distribution.has_ext_modules() and not failures:
+        compiler = subprocess.run([*cxx(), "-dumpfullversion", "-dumpversion"], capture_output=True, text=True).stdout
+        parts.append({"type": "library", "bom-ref": "pybind11", "name": "pybind11", "version": pybind11_version()})
+        parts.append({"type": "library", "bom-ref": "libstdc++", "name": "libstdc++", "version": compiler.strip()})
+    when = datetime.datetime.fromtimestamp(source_time(), datetime.timezone.utc).isoformat().replace("+00:00", "Z")
+    return {
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.6",
+        "version": 1,
+        "metadata": {"timestamp": when, "component": root},
+        "components": parts,
+        "dependencies": [{"ref": name, "dependsOn": [part["bom-ref"] for part in parts]}],
+    }
+
+
+def source_time() -> int:
+    """SOURCE_DATE_EPOCH, or a time that no build depends on: that of the oldest file a zip can hold."""
+    return int(os.environ.get("SOURCE_DATE_EPOCH") or 315532800)
+
+
+def cxx() -> list[str]:
+    return shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "g++")
+
+
+def pybind11_version() -> str:
+    import pybind11
+
+    return pybind11.__version__
 
 
 class BuildPython(build_py):
@@ -184,7 +274,13 @@ def main() -> None:
     headers = ["setup.py", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/**/*.h"))]
     native = {"libraries": libraries(machine(), headers), "ext_modules": [extension(machine(), headers)]}
     setup(
-        cmdclass={"build_py": BuildPython, "build_clib": BuildLibraries, "build_ext": BuildExtension},
+        cmdclass={
+            "sdist": Sdist,
+            "bdist_wheel": BuildWheel,
+            "build_py": BuildPython,
+            "build_clib": BuildLibraries,
+            "build_ext": BuildExtension,
+        },
         **({} if BUILD_EXT == "0" else native),
     )
 

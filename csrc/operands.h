@@ -79,9 +79,11 @@ struct Operands {
   int64_t query_start;               // where query 0 stands among the keys; ALiBi's distances count from there
   double keep_factor = 1.0;          // of the weights that dropout leaves: 1 / (1 - dropout_p)
   uint64_t seed = 0;
-  uint32_t drop_below = 0;           // a weight is dropped if its word is below: dropout_p * 2^32
-  int skip_negligible = -1;          // whether tiles that change nothing are looked for; -1: where that is known to pay
-  double* tile_facts = nullptr;      // of a forward pass that skips: [batch][num_heads_k][tiles][2], -1: not found yet
+  uint32_t drop_below = 0;       // a weight is dropped if its word is below: dropout_p * 2^32
+  int skip_negligible = -1;      // whether tiles that change nothing are looked for; -1: where that is known to pay
+  double* tile_facts = nullptr;  // of a forward pass that skips: [batch][num_heads_k][tiles][2], -1: not found yet
+  // Asked within units that may take seconds: whether the call has failed or was interrupted, and its results are no use.
+  bool (*ended)() = nullptr;
   int64_t* skipped_pairs = nullptr;  // counts the (query, key) pairs that were skipped
 
   // Query heads that share a key head, and the key head of a query head; most often without a division.
@@ -89,6 +91,7 @@ struct Operands {
   int64_t head_k(int64_t head) const { return num_heads == num_heads_k ? head : head / group_size(); }
   // The factors of int8 rows are part of this call.
   void link_factors() { k.factors = k_factors ? &k_factors : nullptr, v.factors = v_factors ? &v_factors : nullptr; }
+  bool must_end() const { return ended && ended(); }
   bool drops() const { return keep_factor != 1.0; }
   // Whether tiles that change nothing are looked for in some head (skip.h). A bias may be anything.
   bool may_skip() const { return !bias && (skip_negligible < 0 ? alibi_slopes && seqlen_q >= 128 : skip_negligible); }

@@ -1,7 +1,10 @@
 """fastattn: fused attention for PyTorch, on CPUs first. See README.md; start with `fastattn.attention`."""
 
+from typing import TYPE_CHECKING
+
 from . import nn, patterns, viz
 from .api import attention, explain
+from .backends.cpu import release_scratch
 from .calls import FallbackWarning, last_call, record, use
 from .compat.sdpa import scaled_dot_product_attention
 from .dispatch import UnsupportedError
@@ -21,6 +24,9 @@ from .seeing.rollout import rollout
 from .seeing.stats import attention_stats
 from .seeing.weights import attention_weights
 from .selection import coverage, select_blocks
+
+if TYPE_CHECKING:
+    from .typed import attention, attention_csr  # noqa: F811  (with overloads for return_lse)
 
 __version__ = "0.1.0"
 
@@ -49,6 +55,7 @@ __all__ = [
     "patterns",
     "quantization_error",
     "record",
+    "release_scratch",
     "rollout",
     "scaled_dot_product_attention",
     "select_blocks",

@@ -314,6 +314,7 @@ def explain(problem: Problem, backend: str | None) -> str:
             if backend is not None and row.backend != backend:
                 reasons.append(f"backend={backend!r} was asked for")
             runs = f"runs on {isa_of(row)}" if isa_of(row) else "runs"
+            runs += ", on one thread: torch has loaded no OpenMP runtime" if isa_of(row) and not cpu.openmp() else ""
             verdict = "refused: " + ", ".join(reasons) if reasons else "accepted (not reached)" if chosen else runs
             chosen = chosen or not reasons
             lines.append(f"  {row.name:<24}{verdict}")

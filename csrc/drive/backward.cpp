@@ -117,6 +117,7 @@ void backward(Operands& p, const Gradients& wanted, int threads) {
   std::optional<OwnedLists> lists;
   if (p.block_mask) p.blocks = &lists.emplace(p, true).lists;
   p.skipped_pairs = skipped_counter();
+  p.ended = region_ended;
   BackwardPass pass(p, wanted, instruction_set().kernels_for(p.q.dtype));
   const int64_t bytes = pass.batch_bytes();
   const int64_t at_once = bytes ? std::max<int64_t>(1, max_partial_bytes / bytes) : p.batch;
@@ -133,6 +134,7 @@ void backward(Operands& whole, const Gradients& wanted, const Sequences& s, int 
   if (!whole.num_heads_k) return;
   const Kernels& kernels = instruction_set().kernels_for(whole.q.dtype);
   whole.skipped_pairs = skipped_counter();
+  whole.ended = region_ended;
   for (int64_t i = 0; i < s.count;) {
     std::list<Operands> calls;
     std::list<BackwardPass> passes;

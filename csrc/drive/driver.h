@@ -1,5 +1,8 @@
 // The passes of a whole call, forward, backward, forward-mode and statistics: units from the shape, longest first, over the threads.
 #pragma once
+#include <string>
+#include <vector>
+
 #include "kernels.h"
 
 namespace fastattn {
@@ -7,6 +10,8 @@ namespace fastattn {
 // The best instruction set that this machine runs, narrowed by FASTATTN_CPU_ISA; throws std::runtime_error for one that is
 // unknown, not built or not supported here. Decided once.
 const InstructionSet& instruction_set();
+
+std::vector<std::string> built_names();  // of all that this build has, best first
 
 inline int64_t element_bytes(const Operands& p) { return p.q.dtype == DType::float64 ? 8 : 4; }  // when computing
 

@@ -93,6 +93,12 @@ const int64_t l1_bytes = 0;
 
 }  // namespace
 
+std::vector<std::string> built_names() {
+  std::vector<std::string> names;
+  for (const Candidate& candidate : built_isas()) names.push_back(candidate.isa->name);
+  return names;
+}
+
 const InstructionSet& instruction_set() {
   // No guarded static: a child that is forked while a thread decides would wait for that thread without end.
   static std::atomic<const InstructionSet*> chosen{nullptr};

@@ -209,7 +209,7 @@ class KeyRange {
     }
     if (skips) key_norm = largest_norm<Real>({s.k, s.k_stride}, keys, D);
     modifier.load_tile(u.batch, head, 0, {lo, lo + keys});
-    for (int64_t i = visits.lo; i < visits.hi; i++) {
+    for (int64_t i = visits.lo; i < visits.hi && !p.must_end(); i++) {
       const Visit visit = p.blocks ? p.blocks->visits[i] : Visit{(int32_t)i, -1};
       if (p.blocks) modifier.use_bitmap(p.blocks->bitmap(visit), lo);
       visit_block(visit.block * b.block_rows);

@@ -11,6 +11,8 @@
 
 #include "arguments.h"
 #include "drive/driver.h"
+#include "drive/openmp.h"
+#include "drive/parallel.h"
 
 namespace py = pybind11;
 using namespace fastattn::python;
@@ -19,6 +21,21 @@ namespace {
 
 // multiply-adds, a few microseconds: below it, giving up the GIL costs more than it gives
 constexpr double tiny_work = 1e5;
+
+struct Interrupted {};  // the Python error is set
+
+unsigned long main_thread;  // the only one in which Python runs handlers of signals
+
+void check_signals() {
+  if (PyThread_get_thread_ident() != main_thread) return;
+  py::gil_scoped_acquire acquire;
+  if (PyErr_CheckSignals()) throw Interrupted();
+}
+
+// What is measured: a number of threads that exist, for a time that ends.
+void check_measurement(bool plausible, int threads) {
+  if (!plausible || threads < 1 || threads > 4096) throw std::invalid_argument("an argument is out of range");
+}
 
 // Runs a METH_FASTCALL function of the arguments that `Arguments` lists, without pybind11's argument conversion, which
 // would cost more than a tiny call. calculate(bound) may or may not let go of the GIL.
@@ -32,6 +49,8 @@ PyObject* call(PyObject* const* args, Py_ssize_t count, const Calculate& calcula
     calculate(arguments);
   } catch (py::error_already_set& error) {
     error.restore();
+    return nullptr;
+  } catch (Interrupted) {
     return nullptr;
   } catch (const std::bad_alloc&) {
     return PyErr_NoMemory();
@@ -157,9 +176,11 @@ PyMethodDef fast_methods[] = {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+PYBIND11_MODULE(_C, m) {
   m.doc() = "fastattn's compiled CPU kernels.";
   PyModule_AddFunctions(m.ptr(), fast_methods);
+  main_thread = py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
+  fastattn::check_often(check_signals);
   m.def("bind_fields", bind_fields, py::arg("kind"), py::arg("fields"),
         "Names the fields of Terms or Edges in their order, once, before a function gets one.");
   m.attr("few_rows") = fastattn::few_rows;
@@ -178,13 +199,20 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
             {"append", runs<append>}};
       },
       "How often each kernel has run in this process, by the name of its function here.");
+  m.def("built_isas", fastattn::built_names, "The instruction sets that this build has kernels for, best first.");
   m.def("isa", [] { return fastattn::instruction_set().name; }, "The instruction set that the kernels run on.");
+  m.def("openmp", fastattn::openmp_library,
+        "The file of the OpenMP runtime that calls run on, torch's; empty if there is none, and calls run on one "
+        "thread.");
+  m.def("release_scratch", fastattn::release_scratch, py::call_guard<py::gil_scoped_release>(),
+        "Frees the memory that this thread and its OpenMP threads keep for their next call; returns its bytes.");
   m.def("skipped_pairs", fastattn::skipped_pairs,
         "How many (query, key) pairs the calls of this process have skipped because their weights are 0.");
   m.def(
       "fma_rate",
       [](const std::string& dtype, double seconds, int threads) {
         const fastattn::DType type = dtype_of(dtype);
+        check_measurement(seconds >= 0 && seconds <= 60, threads);
         py::gil_scoped_release release;
         return fastattn::fma_rate(type, seconds, threads);
       },
@@ -193,8 +221,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def(
       "read_rate",
       [](int64_t bytes, int passes, int threads) {
-        if (bytes < 0 || passes < 1 || threads < 1 || threads > 4096)
-          throw std::invalid_argument("bytes, passes or threads out of range");
+        check_measurement(bytes >= 0 && passes >= 1, threads);
         py::gil_scoped_release release;
         return fastattn::read_rate(bytes, passes, threads);
       },

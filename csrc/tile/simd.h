@@ -8,6 +8,8 @@
 #include <immintrin.h>
 #endif
 
+#include "glibc.h"
+
 #define FASTATTN_INLINE static inline __attribute__((always_inline))
 
 namespace fastattn::FASTATTN_ISA {

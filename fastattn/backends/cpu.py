@@ -55,6 +55,20 @@ def isa() -> str:
     return _C.isa()
 
 
+def openmp() -> str | None:
+    """The file of the OpenMP runtime that calls run on, which is torch's; None: there is none, all is serial."""
+    return (_C.openmp() or None) if _C is not None else None
+
+
+def release_scratch() -> int:
+    """Free the memory that the calling thread and its OpenMP threads keep for their next call; how many bytes it was.
+
+    A thread keeps what its largest call so far took, if that is at most 32 MiB: hundreds of KiB for a forward pass,
+    whatever the lengths; a backward pass takes O(seqlen * head_dim). It is freed when the thread ends.
+    """
+    return _C.release_scratch() if _C is not None else 0
+
+
 def skipped_pairs() -> int:
     """How many (query, key) pairs the calls of this process have skipped, all weights of their tiles being 0."""
     return _C.skipped_pairs() if _C is not None else 0

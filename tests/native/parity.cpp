@@ -7,6 +7,7 @@
 #include <cstdio>
 
 #include "definition.h"
+#include "drive/openmp.h"
 
 namespace {
 
@@ -138,9 +139,12 @@ class Check {
 
   template <class Run>
   static void nested(Run run) {
-#pragma omp parallel num_threads(2)
-#pragma omp single
-    run();
+    if (!fastattn::openmp.parallel) return run();
+    fastattn::openmp.parallel(
+        [](void* run) {
+          if (fastattn::openmp.thread_num() == 1) (*(Run*)run)();
+        },
+        &run, 2, 0);
   }
 
   // The same bits however a call is run, and whatever else is asked for.

@@ -1,5 +1,6 @@
 """What is built and shipped: the extension's dependencies, symbols and instructions; sdist, wheel and installs."""
 
+import json
 import os
 import re
 import shutil
@@ -76,7 +77,7 @@ def test_every_isa_has_a_source_and_a_switch():
 def test_extension_links_no_torch(extension):
     needed = set(re.findall(r"NEEDED.*\[(.*)\]", output(tool("readelf"), "-d", extension)))
     needed = {name for name in needed if not name.startswith(("ld-linux", "libpthread", "libdl"))}
-    assert needed <= {"libgomp.so.1", "libstdc++.so.6", "libgcc_s.so.1", "libc.so.6", "libm.so.6"}
+    assert needed <= {"libgcc_s.so.1", "libc.so.6", "libm.so.6"}
 
 
 def test_extension_has_no_torch_symbols(extension):
@@ -84,15 +85,15 @@ def test_extension_has_no_torch_symbols(extension):
     assert [line for line in symbols.splitlines() if TORCH_SYMBOL.search(line)] == []
 
 
-def test_extension_asks_for_an_old_libgomp(extension):
-    """The libgomp of older torch wheels must do."""
-    versions = re.findall(r"@GOMP_(\d+)\.", output(tool("nm"), "-D", extension))
-    assert versions and max(map(int, versions)) <= 4
+def test_extension_runs_on_an_old_glibc(extension):
+    """manylinux_2_28: no symbol of glibc is newer."""
+    versions = re.findall(r"@GLIBC_([\d.]+)", output(tool("nm"), "-D", "--with-symbol-versions", extension))
+    assert versions and max(tuple(map(int, version.split("."))) for version in versions) <= (2, 28)
 
 
 def test_extension_exports_its_module_alone(extension):
     symbols = output(tool("nm"), "-D", "-C", "--defined-only", extension)
-    assert re.findall(r"PyInit\w*|fastattn::.*", symbols) == ["PyInit__C"]
+    assert [line.split()[-1] for line in symbols.splitlines()] == ["PyInit__C"]
 
 
 def test_extension_is_hardened(extension):
@@ -228,7 +229,11 @@ def test_wheel_holds_the_package_alone(wheel):
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastattn").rglob("*.py")}
     modules |= {f"fastattn/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "kernels").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
-    others = [name for name in names if name.startswith("fastattn/") and not name.endswith((".py", ".json", ".html"))]
+    others = [
+        name
+        for name in names
+        if name.startswith("fastattn/") and not name.endswith((".py", ".pyi", ".typed", ".json", ".html"))
+    ]
     assert others == ["fastattn/_C" + sysconfig.get_config_var("EXT_SUFFIX")]
 
 
@@ -238,9 +243,28 @@ def test_wheel_links_no_torch(wheel, tmp_path):
         extension = archive.extract("fastattn/_C" + sysconfig.get_config_var("EXT_SUFFIX"), tmp_path)
     test_extension_links_no_torch(extension)
     test_extension_has_no_torch_symbols(extension)
-    test_extension_asks_for_an_old_libgomp(extension)
+    test_extension_runs_on_an_old_glibc(extension)
     test_extension_exports_its_module_alone(extension)
     test_extension_is_hardened(extension)
+
+
+@pytest.mark.slow
+def test_wheel_lists_what_is_in_it(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if "/sboms/" in name)
+        bill = json.loads(archive.read(name))
+    assert name.endswith(".dist-info/sboms/fastattn.cdx.json") and bill["bomFormat"] == "CycloneDX"
+    assert bill["metadata"]["component"]["version"] == fastattn.__version__
+    assert [part["name"] for part in bill["components"]] == ["pybind11", "libstdc++"]
+    assert all(re.fullmatch(r"[\d.]+", part["version"]) for part in bill["components"])
+
+
+@pytest.mark.slow
+def test_auditwheel_is_content(wheel):
+    pytest.importorskip("auditwheel")
+    text = output(sys.executable, "-m", "auditwheel", "show", wheel)
+    assert f'"manylinux_2_28_{setup.machine()}"' in " ".join(text.split()), text
+    assert "libgomp" not in text and "libstdc++" not in text
 
 
 def make_venv(folder: Path) -> Path:
@@ -334,6 +358,7 @@ def small_source(source, tmp_path) -> Path:
     tree = shutil.copytree(source, tmp_path / "tree")
     shutil.rmtree(tree / "csrc")
     (tree / "csrc").mkdir()
+    shutil.copy(source / "csrc/exports.map", tree / "csrc")
     (tree / "csrc/number.h").write_text("#define NUMBER 1\n")
     (tree / "csrc/bindings.cpp").write_text(BINDINGS)
     shutil.rmtree(tree / "fastattn/kernels")
@@ -342,6 +367,25 @@ def small_source(source, tmp_path) -> Path:
     for isa in ISAS:
         (tree / f"csrc/isa_{isa}.cpp").write_text(f"int fastattn_{isa}() {{ return 0; }}\n")
     return tree
+
+
+@pytest.mark.slow
+def test_the_same_bytes_in_another_folder(small_source, tmp_path):
+    """sdist and wheel, with another umask, at another time. The kernels are small, their flags those of all."""
+    made = []
+    for number, umask in ((1, 0o022), (2, 0o077)):
+        tree = shutil.copytree(small_source, tmp_path / f"folder{number}" / ("x" * number))
+        for path in tree.rglob("*"):
+            os.utime(path, (number * 10**9, number * 10**9))
+        dist, before = tmp_path / f"dist{number}", os.umask(umask)
+        try:
+            environment = {"SOURCE_DATE_EPOCH": "1700000000", "FASTATTN_BUILD_EXT": "1", "CXX": compiler()}
+            to = ("-d", dist)
+            output(sys.executable, "setup.py", "-q", "sdist", *to, "bdist_wheel", *to, cwd=tree, **environment)
+        finally:
+            os.umask(before)
+        made.append({path.name: path.read_bytes() for path in dist.iterdir()})
+    assert len(made[0]) == 2 and made[0] == made[1]
 
 
 @pytest.mark.slow
