@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 import fastattn
 from cases import Case
+from fastattn.cli.timing import Contender, Peak
 from rows import Result, Row
 from suites import _fill, _in_turn_beside_peak, _repro
-from timing import Contender, Peak
 from work import Work
 
 BLOCKS = tuple(

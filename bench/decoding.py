@@ -8,9 +8,9 @@ import torch
 
 import fastattn
 from cases import Case
+from fastattn.cli.timing import Contender, Peak
 from rows import Row
 from suites import _checked_row, _fill, _in_turn_beside_peak, _prepared
-from timing import Contender, Peak
 from work import Work, tensors
 
 try:

@@ -22,12 +22,12 @@ import report
 import run
 import targets
 from cases import Case
+from fastattn.cli.timing import Peak
 from peers import PEERS
 from plots import draw_sparse
 from rows import Row
 from sparsity import PATTERNS
 from suites import SPARSE, build_row, edges_row, select_row, skip_row, sparse_row
-from timing import Peak
 from work import Work
 
 SWEEP, LONG = 8192, 16384

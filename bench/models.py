@@ -18,7 +18,7 @@ import transformers
 
 import fastattn
 from fastattn.integrations import transformers as integration
-from timing import Contender, in_turn
+from fastattn.cli.timing import Contender, in_turn
 
 WHOLE, ALONE, OVERHEAD, MASK = "whole forward, x sdpa", "attention alone, x sdpa", "tiny calls, x sdpa", "mask, MiB"
 

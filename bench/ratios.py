@@ -2,7 +2,7 @@
 
 import argparse
 
-from timing import Contender, in_turn
+from fastattn.cli.timing import Contender, in_turn
 
 
 def options_of(description: str, seqlen: int, budget: float) -> argparse.Namespace:

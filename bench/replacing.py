@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import fastattn
-from timing import Contender, in_turn
+from fastattn.cli.timing import Contender, in_turn
 
 LAYERS = 4
 OVERHEAD = 40e-6

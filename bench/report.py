@@ -1,12 +1,10 @@
 """How a run is shown: the header, the tables (terminal and Markdown from the same rich tables), the files."""
 
 import datetime
-import importlib.metadata
 import io
 import json
 import os
 import platform
-import re
 import subprocess
 from pathlib import Path
 
@@ -17,10 +15,9 @@ from rich.table import Table
 
 import fastattn
 import fastattn.backends.cpu
+from fastattn.cli.machine import ENVIRONMENT, cpu_model, version_of
+from fastattn.cli.timing import matmul_rate, peak_by_isa
 from rows import Result, Row, to_json
-from timing import matmul_rate, peak_by_isa
-
-ENVIRONMENT = re.compile("(FASTATTN|OMP|GOMP|KMP|MKL|TORCHINDUCTOR|ORT)_")
 
 
 def header(argv: list[str], script: str = "run.py") -> dict:
@@ -29,7 +26,7 @@ def header(argv: list[str], script: str = "run.py") -> dict:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python", f"bench/{script}", *argv]),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "isa": None if missing else fastattn.backends.cpu.isa(),
         "fma_peak_by_isa": {isa: f"{rate:.1f}" for isa, rate in peak_by_isa().items()},
@@ -41,7 +38,7 @@ def header(argv: list[str], script: str = "run.py") -> dict:
         "python": platform.python_version(),
         "fastattn": fastattn.__version__ + _git_revision(),
         "torch": torch.__version__,
-        "onnxruntime": _version("onnxruntime"),
+        "onnxruntime": version_of("onnxruntime"),
         "environment": {name: value for name, value in sorted(os.environ.items()) if ENVIRONMENT.match(name)},
     }
 
@@ -327,23 +324,9 @@ def _kernel(row: Row) -> str:
     return f"{row.kernel}{f' ({row.isa})' if row.isa else ''}"
 
 
-def _cpu_model() -> str:
-    try:
-        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):  # not Linux, or not x86
-        return platform.processor() or platform.machine()
-
-
 def _git_revision() -> str:
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return "+g" + subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git, or not a checkout
         return ""
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

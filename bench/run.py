@@ -25,11 +25,11 @@ import targets
 from cases import Case
 from compiled import BLOCKS, GRAPH, block_row, graph_row, name_of
 from decoding import STEPS, decode_row
+from fastattn.cli.timing import Peak
 from peers import PEERS
 from plots import draw
 from rows import Row
 from suites import COMPARISONS, GROWING, MEMORY, TINY, comparison_row, grid_row, growing_row, memory_row, overhead_row
-from timing import Peak
 from work import FORWARD, TRAINING, Work
 
 BUSY = 0.5

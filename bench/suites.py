@@ -17,10 +17,10 @@ import torch
 import fastattn
 from cases import Case
 from fastattn import BlockMask, Mask
+from fastattn.cli.timing import Contender, Peak, in_turn
 from oracle import Results, above_ceiling, errors, results, truth, worst, wrong
 from peers import SEED, dropout_of_peers
 from rows import Result, Row
-from timing import Contender, Peak, in_turn
 from work import Work, tensors
 
 SPARSE = "dense_vs_sparse.py"

@@ -13,7 +13,7 @@ import torch
 
 import fastattn
 from fastattn.layouts.quantization import quantized
-from timing import Contender, in_turn
+from fastattn.cli.timing import Contender, in_turn
 
 LENGTHS = torch.randint(16, 1025, (64,), generator=torch.Generator().manual_seed(0)).tolist()
 HEADS, DIM = 8, 64

@@ -1,5 +1,6 @@
 """Who may choose the kernel (`use`, FASTATTN_BACKEND), and how a user finds out what ran (`last_call`, `record`)."""
 
+import json
 import os
 import threading
 import warnings
@@ -13,8 +14,13 @@ from torch.compiler import is_dynamo_compiling
 
 from . import dispatch
 from .dispatch import Choice, UnsupportedError, check_backend
+from .masks.intervals import UNBOUNDED
 from .plans import Bound
 from .problem import Problem
+from .terms import Terms
+
+TRACE_SCHEMA = "fastattn-trace/1"
+"""Of the files that `record` writes; docs/cli.md describes them."""
 
 
 class FallbackWarning(UserWarning):
@@ -102,11 +108,28 @@ def latest() -> tuple[str, Problem] | None:
 
 
 @contextmanager
-def record() -> Iterator[list[Call]]:
-    """`with record() as calls:` collects a `Call` for each attention call made inside the block (in this context)."""
+def record(file: str | os.PathLike | None = None) -> Iterator[list[Call]]:
+    """`with record() as calls:` collects a `Call` for each attention call made inside the block (in this context).
+
+    file   where they go as JSON lines when the block ends, sizes and flags and no tensors: a trace of a model, which
+           `python -m fastattn bench --trace FILE` replays on any machine. OSError, before the block, if it cannot be
+           written
+    """
     calls: list[Call] = []
-    with recording(lambda call, *_: calls.append(call)):
-        yield calls
+    diagonals: list[tuple[int, int] | None] = []
+
+    def recorder(call, bound, *_):
+        calls.append(call)
+        diagonals.append(_diagonal(bound.terms))
+
+    if file is not None:
+        _write_trace(file, [], [])
+    try:
+        with recording(recorder):
+            yield calls
+    finally:
+        if file is not None:
+            _write_trace(file, calls, diagonals)
 
 
 @contextmanager
@@ -118,6 +141,19 @@ def recording(recorder: Callable | None) -> Iterator[None]:
         yield
     finally:
         _recorders.reset(token)
+
+
+def _write_trace(file, calls: list[Call], diagonals: list[tuple[int, int] | None]) -> None:
+    lines = [{"schema": TRACE_SCHEMA}]
+    for call, diagonal in zip(calls, diagonals, strict=True):
+        bounds = diagonal and [None if abs(x) >= UNBOUNDED else x for x in diagonal]
+        lines.append({"problem": call.problem._asdict(), "diagonal": bounds, "kernel": call.kernel, "isa": call.isa})
+    with open(file, "w", encoding="utf-8") as out:
+        out.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def _diagonal(terms) -> tuple[int, int] | None:
+    return (terms.diagonal_lo, terms.diagonal_hi) if isinstance(terms, Terms) else None
 
 
 class use(ContextDecorator):

@@ -12,6 +12,9 @@ import importlib
 import sys
 
 COMMANDS = {
+    "bench": "this machine's limits, and how close attention comes to them, beside torch",
+    "compare": "results of bench beside each other: machines, commits, settings",
+    "doctor": "what is installed, what runs, what it reaches, and what to do about each finding",
     "explain": "which kernel a call of this shape would run, and why no other",
     "look": "an HTML page that shows what the tokens of a sentence attend to, in a transformers model on disk",
     "warmup": "compile the Triton kernels of given shapes before the first call needs them",

@@ -22,8 +22,8 @@ import peers
 import run
 import suites
 import targets
+from fastattn.cli.timing import Contender, Peak, in_turn, peak_by_isa
 from rows import SCHEMA, Result, Row
-from timing import Contender, Peak, in_turn, peak_by_isa
 from work import FORWARD, TRAINING, Work, tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -233,7 +233,7 @@ def test_targets_take_the_worst_row_and_ignore_a_peak_that_is_too_low(monkeypatc
     assert (first["value"], first["row"], first["met"]) == (0.8, "S2048", False)
     assert (second["value"], second["met"], second["rows"], second["of"]) == (1.5, True, 1, 2)
 
-    monkeypatch.setattr("timing.fma_rate", lambda dtype, seconds, threads: 1e6)
+    monkeypatch.setattr("fastattn.cli.timing.fma_rate", lambda dtype, seconds, threads: 1e6)
     found = suites.grid_row(Work(SMALL), 1, (), 0.0, Peak())
     assert "share" not in found.metrics and "matmul" in found.flags[0]
 
@@ -305,7 +305,7 @@ def test_a_row_is_measured_again_until_the_peak_beside_it_is_steady(monkeypatch)
     def row(name):
         def measure():
             rate = next(rates)
-            monkeypatch.setattr("timing.fma_rate", lambda *_: rate * 1e9)
+            monkeypatch.setattr("fastattn.cli.timing.fma_rate", lambda *_: rate * 1e9)
             peak.read("float32", 1)
             return Row("grid", name, 1, "", Work(SMALL).spec, metrics={"rate": rate})
 

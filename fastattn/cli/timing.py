@@ -1,7 +1,8 @@
-"""Times of several contenders, measured in turn, and the FMA peak beside them."""
+"""Times of several contenders, measured in turn, and the FMA peak beside them: for `bench`, and for bench/ too."""
 
 import gc
 import os
+import random
 import subprocess
 import sys
 import time
@@ -11,10 +12,9 @@ from typing import NamedTuple
 
 import torch
 
-try:
-    from fastattn._C import fma_rate
-except ImportError:
-    fma_rate = None  # no compiled kernels, hence no peak: shares are left empty
+from ..backends import cpu
+
+fma_rate = getattr(cpu._C, "fma_rate", None)  # None without compiled kernels: no peak, shares are left empty
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
 BURST = 0.02
@@ -29,17 +29,25 @@ class Contender(NamedTuple):
 
 
 def in_turn(contenders: dict[str, Contender], budget: float) -> dict[str, list[float]]:
-    """Seconds of single calls by contender: a, b, c, a, b, c, ... for about `budget` seconds, five rounds at least.
+    """Seconds of single calls by contender, of all `rounds`."""
+    return {name: [x for each in bursts for x in each] for name, bursts in rounds(contenders, budget).items()}
 
-    The clock and the neighbours of a machine change within seconds; in turn, they change for everybody.
+
+def rounds(contenders: dict[str, Contender], budget: float) -> dict[str, list[list[float]]]:
+    """Seconds of single calls by contender and round, for about `budget` seconds, five rounds at least; all are kept.
+
+    The clock and the neighbours of a machine change within seconds: in turn, they change for everybody, and in another
+    random order in each round (the same ones in every run), nobody always comes after the same neighbour.
     """
     estimate = {name: min(_burst(contender, 2)) for name, contender in contenders.items()}
     calls = {name: max(1, min(200, int(BURST / max(seconds, 1e-7)))) for name, seconds in estimate.items()}
-    rounds = int(budget / sum(estimate[name] * calls[name] for name in contenders))
+    count = int(budget / sum(estimate[name] * calls[name] for name in contenders))
     times = {name: [] for name in contenders}
-    for _ in range(max(MIN_ROUNDS, min(MAX_ROUNDS, rounds))):
-        for name, contender in contenders.items():
-            times[name] += _burst(contender, calls[name])
+    order, shuffle = list(contenders), random.Random(0).shuffle
+    for _ in range(max(MIN_ROUNDS, min(MAX_ROUNDS, count))):
+        shuffle(order)
+        for name in order:
+            times[name].append(_burst(contenders[name], calls[name]))
     return times
 
 
