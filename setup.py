@@ -132,10 +132,6 @@ class Sdist(sdist):
 class BuildWheel(bdist_wheel):
     """With a list of what is in it (PEP 770)."""
 
-    def run(self):
-        os.umask(0o022)  # a wheel keeps the modes of its files
-        super().run()
-
     def write_wheelfile(self, wheelfile_base, *arguments, **options):
         super().write_wheelfile(wheelfile_base, *arguments, **options)
         folder = Path(wheelfile_base, "sboms")
@@ -270,6 +266,7 @@ def jobs() -> int:
 def main() -> None:
     if BUILD_EXT not in ("auto", "1", "0"):
         sys.exit(f"FASTATTN_BUILD_EXT={BUILD_EXT!r} must be auto, 1 or 0")
+    os.umask(0o022)  # a wheel keeps the modes of what the build writes
     # setup.py is one of them: an edited flag rebuilds too
     headers = ["setup.py", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/**/*.h"))]
     native = {"libraries": libraries(machine(), headers), "ext_modules": [extension(machine(), headers)]}
