@@ -17,8 +17,8 @@ import torch.nn.functional as F
 import transformers
 
 import fastattn
-from fastattn.integrations import transformers as integration
 from fastattn.cli.timing import Contender, in_turn
+from fastattn.integrations import transformers as integration
 
 WHOLE, ALONE, OVERHEAD, MASK = "whole forward, x sdpa", "attention alone, x sdpa", "tiny calls, x sdpa", "mask, MiB"
 

@@ -12,8 +12,8 @@ import sys
 import torch
 
 import fastattn
-from fastattn.layouts.quantization import quantized
 from fastattn.cli.timing import Contender, in_turn
+from fastattn.layouts.quantization import quantized
 
 LENGTHS = torch.randint(16, 1025, (64,), generator=torch.Generator().manual_seed(0)).tolist()
 HEADS, DIM = 8, 64

@@ -180,7 +180,7 @@ def bind(
             tensors["seed"] = seed
         return plans.find(q, k, v, windows, tensors, settings, needs_grad)
     except AttributeError:
-        check_tensors(q=q, k=k, v=v, **{name: x for name, x in tensors.items() if name != "seed"})
+        check_tensors(q=q, k=k, v=v, **{name: x for name, x in tensors.items() if name not in ("seed", "block_mask")})
         raise
 
 
