@@ -264,10 +264,17 @@ def test_every_target_has_rows_in_the_plan():
 
 
 def test_contenders_run_in_turn():
-    order = []
-    times = in_turn({name: Contender(lambda name=name: order.append(name), 1) for name in "ab"}, 0.0)
-    rounds = "".join(order[4:]).replace("a" * 200, "A").replace("b" * 200, "B")
-    assert rounds == "AB" * 5 and len(times["a"]) == 1000
+    """Each once a round, in orders that are random and the same in every run."""
+    runs = []
+    for _ in range(2):
+        order = []
+        times = in_turn({name: Contender(lambda name=name, to=order: to.append(name), 1) for name in "ab"}, 0.0)
+        text = "".join(order[4:])
+        bursts = [set(text[i : i + 200]) for i in range(0, len(text), 200)]
+        runs.append("".join(name for burst in bursts for name in burst))
+        assert all(len(burst) == 1 for burst in bursts) and len(times["a"]) == 1000
+    assert {"".join(sorted(runs[0][i : i + 2])) for i in range(0, 10, 2)} == {"ab"}
+    assert runs[0] == runs[1] and runs[0] != "ab" * 5
 
 
 def test_decoding_from_end_to_end(tmp_path, capsys, monkeypatch):
