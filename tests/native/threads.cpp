@@ -1,5 +1,4 @@
-// The functions of OpenMP that csrc/drive/openmp.cpp looks up, on std::thread: ThreadSanitizer follows that, and knows
-// nothing of what GCC's runtime does.
+// The functions of OpenMP that csrc/drive/openmp.cpp looks up, on std::thread: without torch there is no runtime to find.
 #include <thread>
 #include <vector>
 

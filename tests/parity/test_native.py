@@ -45,15 +45,6 @@ def test_parity(tmp_path, kernels, flags):
     assert_all_pass(isa, build(tmp_path, compiler(), MACHINE, [isa], *PANELS[panels], *flags)[0])
 
 
-@pytest.mark.slow
-def test_threads_under_tsan(tmp_path):
-    """Three threads share every call: ThreadSanitizer sees no race. (In tests/native/ OpenMP is std::thread.)"""
-    isa = supported_isas()[0]
-    program, _ = build(tmp_path, compiler(), MACHINE, [isa], "-O1", "-g", "-fsanitize=thread")
-    # a fixed layout of memory, which older versions of the sanitizer ask for
-    assert_all_pass(isa, tool("setarch"), "-R", program, 150)
-
-
 @pytest.fixture(scope="module")
 def as_shipped(tmp_path_factory) -> Path:
     return build(tmp_path_factory.mktemp("as_shipped"), compiler(), MACHINE, list(setup.isa_flags(MACHINE)))[0]
