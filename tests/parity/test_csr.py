@@ -131,6 +131,7 @@ def test_parity_of_any_graph(data):
     assert_parity(*inputs(graph, seed=draw(st.integers(0, 3))))
 
 
+@pytest.mark.slow  # with prefill and backward, `make test` knows that the instruction sets agree
 @pytest.mark.skipif("FASTATTN_CPU_ISA" in os.environ, reason="the suite runs on one ISA already")
 @pytest.mark.parametrize("isa", supported_isas())
 def test_every_isa(isa):

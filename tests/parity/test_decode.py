@@ -87,6 +87,7 @@ def test_empty_calls():
         assert out.shape == q.shape and lse.shape == q.shape[:3]
 
 
+@pytest.mark.slow  # with prefill and backward, `make test` knows that the instruction sets agree
 @pytest.mark.skipif("FASTATTN_CPU_ISA" in os.environ, reason="the suite runs on one ISA already")
 @pytest.mark.parametrize("isa", supported_isas())
 def test_every_isa(isa):

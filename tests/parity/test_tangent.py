@@ -41,6 +41,7 @@ def test_parity(case):
     assert_parity(tangent(q, k, v, kwargs, tangents), q, k, v, kwargs, tangents)
 
 
+@pytest.mark.slow  # with prefill and backward, `make test` knows that the instruction sets agree
 @pytest.mark.skipif("FASTATTN_CPU_ISA" in os.environ, reason="the suite runs on one ISA already")
 @pytest.mark.parametrize("isa", supported_isas())
 def test_every_isa(isa):
