@@ -21,7 +21,7 @@ if cpu.unavailable():
     pytest.skip(f"nothing to compare with: {cpu.unavailable()}", allow_module_level=True)
 
 COUNT = 200
-QUICK = 50  # of them in `make test-triton`, all in `make test-all`
+QUICK = 25  # of them in `make test-triton`, all in `make test-all`
 DTYPES = ("float32", "bfloat16", "float16")
 
 
