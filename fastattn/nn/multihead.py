@@ -1,5 +1,7 @@
 """`MultiHeadAttention`: torch's module of that name on fastattn, with what newer models add."""
 
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -12,7 +14,7 @@ from ..seeing.weights import attention_weights
 from .rotary import Rotary
 
 QK_NORMS = (None, "l2", "rms", "layer")
-MAX_LOG_SCALE = 4.6052  # log(100), where Swin v2 stops its temperature
+MAX_LOG_SCALE = math.log(100.0)  # where Swin v2 stops its temperature
 
 
 class MultiHeadAttention(nn.MultiheadAttention):
@@ -108,8 +110,10 @@ class MultiHeadAttention(nn.MultiheadAttention):
         mask           a `Mask` or `BlockMask`, True = attend, instead of attn_mask
         positions      of the queries, and positions_k of the keys, for `rotary`; default 0, 1, 2, ...
 
-        A query that sees no key gives 0 before out_proj (torch: NaN). Masks as tensors of their own, of seqlen_k, of
-        seqlen_q x seqlen_k, are combined without a copy of one for each other where `attention` can.
+        A query that sees no key gives 0 before out_proj (torch: NaN). Padding that is one run of tokens is two numbers
+        a sequence; beside a bool attn_mask, every mask becomes a bool tensor of its size.
+
+        Raises ValueError for a mask of another shape, for masks that do not combine, and for positions without rotary.
         """
         is_batched = query.dim() == 3
         if not is_batched:
@@ -120,7 +124,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
         q, k, v = self._projected(query, key, value)
         seen = self._masks(mask, attn_mask, key_padding_mask, is_causal, (len(q), q.shape[2], k.shape[2]))
         q, k = self._prepared(q, k, positions, positions_k)
-        k, v, seen = self._extended(k, v, seen)
+        k, v, seen = self._extended(k, v, seen, q.shape[2])
         options = {
             **seen, "causal": self.causal, "window_size": self.window_size, "softmax_scale": self._scale(),
             "alibi_slopes": self.alibi_slopes, "sinks": self.sinks, "backend": self.backend,
@@ -199,7 +203,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
                 parts.append(_of_padding(~key_padding_mask.bool()))
         return {"mask": _combined(parts, seqlen_q, seqlen_k), "bias": bias}
 
-    def _extended(self, k, v, seen: dict) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    def _extended(self, k, v, seen: dict, seqlen_q: int) -> tuple[torch.Tensor, torch.Tensor, dict]:
         """With the learned key and the key of zeros that torch's module may add, which every query sees."""
         more_k, more_v = [], []
         if self.bias_k is not None:
@@ -217,8 +221,8 @@ class MultiHeadAttention(nn.MultiheadAttention):
         mask, bias, count = seen["mask"], seen["bias"], len(more_k)
         if isinstance(mask, BlockMask):
             raise ValueError("add_bias_kv and add_zero_attn do not go with a BlockMask: its keys are k's")
-        if mask is not None:
-            mask = mask.to_dense(1, k.shape[2], k.device) if isinstance(mask, Mask) and not mask.windows else mask
+        if isinstance(mask, Mask):
+            mask = mask.to_dense(seqlen_q if mask.windows else 1, k.shape[2], k.device)
         return torch.cat([k, *more_k], 2), torch.cat([v, *more_v], 2), {
             "mask": None if mask is None else F.pad(mask, (0, count), value=True),
             "bias": None if bias is None else F.pad(bias.expand(*bias.shape[:-1], k.shape[2]), (0, count)),

@@ -164,7 +164,7 @@ def test_masks_and_options():
 def test_the_environment_variable():
     code = """
 import torchvision_ops, torch, fastattn
-torchvision_ops.importorskip("diffusers.utils")
+torchvision_ops.declare()
 from fastattn.integrations import diffusers
 diffusers.register()
 from diffusers.models.attention_dispatch import dispatch_attention_fn

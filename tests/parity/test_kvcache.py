@@ -144,8 +144,10 @@ def test_rotary_embedding(options, interleaved, dtype):
 
 
 def test_rotary_embedding_is_that_of_transformers():
-    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
-    gptj = pytest.importorskip("transformers.models.gptj.modeling_gptj")
+    pytest.importorskip("transformers")
+    from transformers.models.gptj import modeling_gptj as gptj
+    from transformers.models.llama import modeling_llama as llama
+
     _, k_cache, v_cache, k, v = inputs()
     angles = torch.outer(torch.arange(610.0), 100.0 ** -torch.linspace(0, 1, DIM // 2))
     positions = torch.stack([torch.arange(length, length + 3) for length in SEQLENS.tolist()])

@@ -20,6 +20,7 @@ SEEN = torch.rand(L, S, generator=RANDOM) < 0.6
 SEEN[:, 0] = True
 PER_HEAD = torch.rand(N * H, L, S, generator=RANDOM) < 0.7
 PER_HEAD[..., 0] = True
+SQUARE = torch.ones(L, L, dtype=torch.bool)
 
 
 def added(keep: torch.Tensor) -> torch.Tensor:
@@ -124,6 +125,14 @@ def test_causal_as_a_hint_makes_no_square():
     assert [call.problem.bias for call in calls] == ["none"] * 3
 
 
+@pytest.mark.parametrize("options", [{"add_bias_kv": True}, {"add_zero_attn": True}])
+def test_causal_beside_keys_without_a_position(options):
+    old, new = pair(nn.MultiheadAttention, MultiHeadAttention, E, H, batch_first=True, **options)
+    x, hidden = torch.randn(N, L, E, dtype=torch.float64), added(SQUARE.tril())
+    for ours, theirs in zip(new(x, x, x, is_causal=True), old(x, x, x, attn_mask=hidden), strict=True):
+        close(ours, theirs)
+
+
 def test_dropout_in_training_alone():
     new = MultiHeadAttention(E, H, dropout=0.5, batch_first=True)
     x = torch.randn(N, L, E)
@@ -154,7 +163,6 @@ def by_hand(module, x, scale, mask=None, norm=None, gate=None) -> torch.Tensor:
     return module.out_proj(out if gate is None else out * gate)
 
 
-SQUARE = torch.ones(L, L, dtype=torch.bool)
 NEWER = {
     "grouped": ({"num_heads_k": 2}, None),
     "head dims": ({"num_heads_k": 1, "head_dim": 10, "head_dim_v": 5}, None),
@@ -238,8 +246,12 @@ def test_call_refusals(message):
 
 @pytest.mark.parametrize("heads", [1, 6, 8, 12])
 def test_slopes_are_blooms(heads):
-    build = pytest.importorskip("transformers.models.bloom.modeling_bloom").build_alibi_tensor
-    theirs = build(torch.ones(1, 2, dtype=torch.long), heads, torch.float32)[:, 0, 1]  # slope times position 1
+    pytest.importorskip("transformers")
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+    theirs = build_alibi_tensor(torch.ones(1, 2, dtype=torch.long), heads, torch.float32)[
+        :, 0, 1
+    ]  # slope times position 1
     torch.testing.assert_close(MultiHeadAttention(heads * 4, heads, alibi=True).alibi_slopes, theirs)
 
 

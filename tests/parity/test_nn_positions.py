@@ -7,9 +7,29 @@ import torch
 
 from fastattn.nn import LearnedPositions, Rotary, SinusoidalPositions, apply_rotary
 
-llama = pytest.importorskip("transformers.models.llama.modeling_llama")
-gptj = pytest.importorskip("transformers.models.gptj.modeling_gptj")
-rope = pytest.importorskip("transformers.modeling_rope_utils")
+
+@pytest.fixture
+def llama():
+    pytest.importorskip("transformers")
+    from transformers.models.llama import modeling_llama
+
+    return modeling_llama
+
+
+@pytest.fixture
+def gptj():
+    pytest.importorskip("transformers")
+    from transformers.models.gptj import modeling_gptj
+
+    return modeling_gptj
+
+
+@pytest.fixture
+def rope():
+    pytest.importorskip("transformers")
+    from transformers import modeling_rope_utils
+
+    return modeling_rope_utils
 
 
 def test_sinusoidal():
@@ -33,7 +53,7 @@ def test_learned():
         module(torch.randn(7, 8))
 
 
-def test_rotary_is_llamas():
+def test_rotary_is_llamas(llama):
     q, k = torch.randn(2, 4, 7, 16), torch.randn(2, 2, 7, 16)
     positions = torch.stack((torch.arange(7), torch.arange(3, 10)))
     module = Rotary(16)
@@ -42,7 +62,7 @@ def test_rotary_is_llamas():
         torch.testing.assert_close(ours, theirs)
 
 
-def test_interleaved_and_partial_rotary_is_gptjs():
+def test_interleaved_and_partial_rotary_is_gptjs(gptj):
     x = torch.randn(2, 7, 4, 16)  # [batch, seqlen, heads, head_dim], as GPT-J has it
     table = gptj.create_sinusoidal_positions(7, 8)
     sin, cos = table.split(4, -1)
@@ -60,7 +80,7 @@ def test_interleaved_and_partial_rotary_is_gptjs():
         ("yarn", {"factor": 2.5, "trained_seqlen": 2048, "beta_fast": 16.0, "beta_slow": 2.0}),
     ],
 )
-def test_scalings_are_transformers(scaling, options):
+def test_scalings_are_transformers(scaling, options, llama, rope):
     parameters = {"rope_type": scaling, "rope_theta": 10000.0, "factor": options["factor"]}
     parameters |= {name: options[name] for name in ("beta_fast", "beta_slow") if name in options}
     trained = options.get("trained_seqlen", 512)
@@ -74,7 +94,7 @@ def test_scalings_are_transformers(scaling, options):
     assert module.sharpening == pytest.approx(sharpening)
 
 
-def test_ntk_stretches_the_longest_wavelength_alone():
+def test_ntk_stretches_the_longest_wavelength_alone(llama, rope):
     plain, scaled = Rotary(64), Rotary(64, scaling="ntk", factor=4.0)
     torch.testing.assert_close(scaled.rates[-1] * 4.0, plain.rates[-1])
     assert scaled.rates[0] == plain.rates[0] and scaled.rates[1] > plain.rates[1] / 1.1

@@ -10,8 +10,8 @@ SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 _fragments = []
 
 
-def importorskip(name):
-    """The package `name`, once the two operators are declared whose absence keeps such a torchvision from loading."""
+def declare():
+    """Declares the two operators whose absence keeps such a torchvision from loading."""
     try:
         importlib.import_module("torchvision")
     except RuntimeError:  # operator torchvision::nms does not exist
@@ -23,4 +23,9 @@ def importorskip(name):
             del sys.modules[module]
     except ImportError:
         pass
+
+
+def importorskip(name):
+    """The package `name`, which imports torchvision if it is there."""
+    declare()
     return pytest.importorskip(name)
