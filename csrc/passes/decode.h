@@ -198,15 +198,21 @@ class DecodeUnit {
   template <class Body>
   void each_block(const Tensor& t, Range keys, int64_t block, const RowLoads<Rows>& loads, char* copies,
                   const Body& body) {
+    constexpr int most = 64 / row_chains<Real> + 1;
     const int64_t head_k = p.head_k(u.head);
-    const char* runs[64 / row_chains<Real> + 1] = {copies};
+    const char *runs[most] = {copies}, *ahead[most];
     for (int64_t key = keys.lo; key < keys.hi;) {
       const int64_t n = smaller((key / block + 1) * block, keys.hi) - key;
       if (copies) {
         copy_rows(t, u.batch, head_k, key, n, loads.columns, copies, loads.row_bytes());
-        body(key, n, RowRuns{runs, n, n, loads.row_bytes()});
+        body(key, n, RowRuns{runs, n, n, loads.row_bytes(), nullptr});
       } else {
-        body(key, n, runs_of(t, u.batch, head_k, key, n, runs));
+        RowRuns rows = runs_of(t, u.batch, head_k, key, n, runs);
+        // The page behind this one is somewhere else: nothing but the table foresees it.
+        if (t.pages && n == block && key + 2 * n <= keys.hi &&
+            runs_of(t, u.batch, head_k, key + n, n, ahead).head == rows.head)
+          rows.ahead = ahead;
+        body(key, n, rows);
       }
       key += n;
     }
@@ -217,12 +223,16 @@ class DecodeUnit {
     constexpr int chains = row_chains<Real>;
     const Range whole{keys.lo / chains * chains, keys.hi};  // lanes have their place on the grid
     each_block(p.k, whole, k_block, k_loads, k_copied ? s.k : nullptr, [&](int64_t key, int64_t n, const RowRuns& k) {
-      const char* const* run = k.first;
-      for (int64_t j = 0, many = k.head; j < n; j += many, many = smaller(k.each, n - j), run++)
+      const char *const *run = k.first, *const *next = k.ahead;
+      const bool foreseen = !p.k.pages && k.stride == k_loads.row_bytes();  // by hardware, if read one after the other
+      for (int64_t j = 0, many = k.head; j < n; j += many, many = smaller(k.each, n - j), run++) {
+        const char* further = next ? *next++ : p.k.pages ? nullptr : *run + k_loads.fetch(k.stride).ahead;
         each_rows([&](int64_t r, auto R) {
-          score_rows<Rows, decltype(R)::value>(*run, k.stride, many, k_loads, s.q + r * q_size,
-                                               s.scores + r * s.stride + key + j - whole.lo, s.stride);
+          constexpr int at_once = decltype(R)::value;
+          score_rows<Rows, at_once>(*run, k.stride, many, at_once == 1 && foreseen ? nullptr : further, k_loads,
+                                    s.q + r * q_size, s.scores + r * s.stride + key + j - whole.lo, s.stride);
         });
+      }
     });
     scale_scores(p.k, whole);
     for (int64_t j = keys.lo; j < smaller(keys.lo + v_block, keys.hi); j++)  // memory should not rest meanwhile
@@ -232,7 +242,8 @@ class DecodeUnit {
     each_block(p.v, keys, v_block, v_loads, v_copied ? s.v : nullptr, [&](int64_t key, int64_t n, const RowRuns& v) {
       const int64_t at = key - whole.lo;
       auto add = [&](int64_t r, auto R, const Real* seen) {
-        add_values<Rows, decltype(R)::value>(v, n, v_loads, s.scores + r * s.stride + at, s.stride, seen, r == 0,
+        const bool cold = r == 0 && (v.ahead || !p.v.pages);
+        add_values<Rows, decltype(R)::value>(v, n, v_loads, s.scores + r * s.stride + at, s.stride, seen, cold,
                                              s.out + r * out_size, out_size);
       };
       if (!careful) return each_rows([&](int64_t r, auto R) { add(r, R, nullptr); });

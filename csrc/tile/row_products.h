@@ -71,7 +71,8 @@ FASTATTN_INLINE typename Rows::Raw load_raw(const char* p) {
 }
 
 // Has memory fetched that is about to be read in pieces, for each row anew: by plain loads of its lines, whose order
-// hardware continues, or by prefetch instructions for what lies `ahead`. Zen 4 is better at the former, Zen 3 at the latter.
+// hardware continues, or by prefetch instructions for a row further on, which in runs on end lies `ahead`. Zen 4 is better at
+// the former, Zen 3 at the latter.
 struct Fetch {
   static constexpr bool by_loads = FASTATTN_WIDTH == 64;
   int64_t bytes, ahead;
@@ -82,13 +83,13 @@ struct Fetch {
   }
   __attribute__((always_inline)) inline void later(const char* row) const {
 #pragma GCC unroll 4
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + ahead + i);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i);
   }
-  __attribute__((always_inline)) inline void operator()(const char* row) const {
+  __attribute__((always_inline)) inline void operator()(const char* row, const char* further) const {
     if constexpr (by_loads)
       now(row);
     else
-      later(row);
+      later(further);
   }
 };
 
@@ -170,9 +171,11 @@ FASTATTN_INLINE void dot_keys(Tile<typename Rows::Real, (int)sizeof...(J), 1>& t
 }
 
 // s [R rows][s_stride] of `keys` keys, and of as many more as make up whole chains: these are of no meaning.
+// further: null, or as many rows that will be wanted later.
 template <class Rows, int R>
-__attribute__((noinline)) void score_rows(const char* k, int64_t stride, int64_t keys, const RowLoads<Rows>& loads,
-                                          const typename Rows::Real* q, typename Rows::Real* s, int64_t s_stride) {
+__attribute__((noinline)) void score_rows(const char* k, int64_t stride, int64_t keys, const char* further,
+                                          const RowLoads<Rows>& loads, const typename Rows::Real* q,
+                                          typename Rows::Real* s, int64_t s_stride) {
   using Real = typename Rows::Real;
   constexpr int N = row_chains<Real>, KB = N / R, L = VL<Real>, V = Rows::vectors;
   constexpr std::make_integer_sequence<int, N> all;
@@ -183,14 +186,15 @@ __attribute__((noinline)) void score_rows(const char* k, int64_t stride, int64_t
   for (int64_t j = 0; j < keys; j += KB) {
     Tile<Real, N, 1> tile{};
     if constexpr (R == 1) {
-      if (stride != fetch.bytes)  // rows of other heads lie in between: nothing foresees the next one
-        for (int i = 0; i < KB; i++) fetch.later(k + (j + i) * stride);
+      if (further)
+        for (int i = 0; i < KB; i++) fetch.later(further + (j + i) * stride);
       dot_keys<Rows>(tile, k + j * stride, stride, keys - 1 - j, loads, q, all);
       store_sums<Real>(tile, s + j, sums);
     } else {
       const char* key[KB];
       for (int i = 0; i < KB; i++) key[i] = k + smaller(j + i, keys - 1) * stride;
-      for (int i = 0; i < KB; i++) fetch(key[i]);
+      if (Fetch::by_loads || further)
+        for (int i = 0; i < KB; i++) fetch(key[i], further + (j + i) * stride);
       const typename Rows::Raw old = ~(loads.fresh ^ loads.fresh);
       for (int64_t i = 0; i < loads.whole; i++)
         dot_step<Rows, R, KB>(tile, key, i * Rows::step * Rows::size, old, q + i * R * V * L, each_row, some);
@@ -214,11 +218,11 @@ FASTATTN_INLINE void add_value_columns(const RowRuns& rows, int64_t offset, int6
   using Real = typename Rows::Real;
   constexpr int V = Rows::vectors, N = sizeof...(I), columns = C * V, L = VL<Real>;
   Tile<Real, N, 1> tile{};
-  const char* const* run = rows.first;
+  const char *const *run = rows.first, *const *next = rows.ahead;
   for (int64_t j = 0, end = rows.head; j < keys; end = smaller(end + rows.each, keys), run++) {
-    const char* v = *run + offset;
-    for (; j < end; j++, v += rows.stride) {
-      if (fetch.bytes) fetch(v);
+    const char *v = *run + offset, *further = next ? *next++ + offset : v + fetch.ahead;
+    for (; j < end; j++, v += rows.stride, further += rows.stride) {
+      if (fetch.bytes) fetch(v, further);
       if (R == 1 && seen && seen[j] == (Real)-__builtin_inf()) continue;
       const typename Rows::Raw x[C] = {load_raw<Rows>(v + J * Rows::step * Rows::size)...};
       ((tile.c[I] += Rows::template vector<I % V>(x[I % columns / V]) * splat(w[I / columns * w_stride + j])), ...);
@@ -253,7 +257,7 @@ FASTATTN_INLINE int64_t add_values(const RowRuns& rows, int64_t keys, const RowL
   // One row, or by loads: whole rows in the first pass. Else each pass its columns of the block that follows.
   constexpr bool whole_rows = R == 1 || Fetch::by_loads;
   auto fetch = [&](int64_t columns) __attribute__((always_inline)) {
-    const bool in_order = columns == loads.count && rows.stride == loads.row_bytes();
+    const bool in_order = columns == loads.count && rows.stride == loads.row_bytes() && !rows.ahead;
     if (!cold || (whole_rows && (done || in_order))) return Fetch{0, 0};
     return whole_rows ? loads.fetch(rows.stride) : Fetch{columns * Rows::step * Rows::size, keys * rows.stride};
   };
