@@ -25,15 +25,14 @@ import targets
 from cases import Case
 from compiled import BLOCKS, GRAPH, block_row, graph_row, name_of
 from decoding import STEPS, decode_row
+from fastattn.cli.bench import BUSY
+from fastattn.cli.machine import Others
 from fastattn.cli.timing import Peak
 from peers import PEERS
 from plots import draw
 from rows import Row
 from suites import COMPARISONS, GROWING, MEMORY, TINY, comparison_row, grid_row, growing_row, memory_row, overhead_row
 from work import FORWARD, TRAINING, Work
-
-BUSY = 0.5
-"""Load average of the last minute above which somebody else is computing."""
 
 STEADY = 0.9
 """Lowest reading of the FMA peak beside a row over the highest of the run, below which the machine was not steady."""
@@ -96,7 +95,7 @@ def measured(
     Rows beside which the FMA peak fell are measured once more when all others are done, in so many passes at most; the
     measurement in the steadiest moment counts.
     """
-    rows, lowest, pending = {}, {}, dict(enumerate(plan))
+    rows, lowest, pending, others = {}, {}, dict(enumerate(plan)), Others()
     try:
         for number in range(passes):
             with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as progress:
@@ -122,6 +121,7 @@ def measured(
     for index in unsteady:
         rows[index].flags.append("the FMA peak beside it fell by more than a tenth")
     head["fma_peak_gflops"] = {key: f"{low:.1f}...{high:.1f}" for key, (low, high, _) in peak.spread().items()}
+    head["others_cores"] = others.cores()
     head["doubts"] = doubts(head, [plan[index][0] for index in unsteady])
     return [rows[index] for index in sorted(rows)]
 
@@ -250,8 +250,8 @@ def _line(row: Row) -> str:
 def doubts(head: dict, unsteady: Sequence[str] = ()) -> list[str]:
     """Why not to trust the figures, from what is known so far; unsteady: names of rows."""
     found = []
-    if (head["load_average"] or 0.0) > BUSY:
-        found.append(f"load average {head['load_average']:.2f} at the start: this machine is busy")
+    if (head.get("others_cores") or 0.0) > BUSY:
+        found.append(f"other processes kept {head['others_cores']:.2f} cores busy while this ran")
     if head["kernels_missing"]:
         found.append(f"{head['kernels_missing']}: all of it ran on the slow reference, and there is no FMA peak")
     if unsteady:

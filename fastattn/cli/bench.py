@@ -17,8 +17,8 @@ SCHEMA = "fastattn-machine/1"
 STEADY = 0.9
 """Lowest reading of the FMA peak over the highest, below which the machine was not steady."""
 
-BUSY = 0.5
-"""Load average of the last minute above which somebody else is computing."""
+BUSY = 0.1
+"""Cores that other processes keep busy, above which somebody else is computing."""
 
 
 def add_arguments(parser) -> None:
@@ -35,6 +35,7 @@ def run(options) -> int:
     if options.picture:
         roofline.check()
     calls = trace.read(options.trace) if options.trace else _selected(options.only)
+    others = machine.Others()
     peak, steal, start = Peak(), machine.steal_ticks(), datetime.datetime.now(datetime.timezone.utc)
     result = {"schema": SCHEMA, "date": start.isoformat(timespec="seconds"), "machine": machine.facts()}
     result["limits"] = limits.measure(peak)
@@ -44,6 +45,7 @@ def run(options) -> int:
         result["rows"].append(_row(call, result["limits"], budget, peak))
         print(report.line(result["rows"][-1]))
     result["seconds"] = (datetime.datetime.now(datetime.timezone.utc) - start).total_seconds()
+    result["others_cores"] = others.cores()
     result["doubts"] = _doubts(result, peak, steal)
     print(report.tail(result) + (f"\n{roofline.text(result)}" if result["rows"] else ""))
     if options.json:
@@ -95,8 +97,8 @@ def _row(call, found: dict, budget: float, peak: Peak) -> dict:
 def _doubts(result: dict, peak: Peak, steal: int | None) -> list[str]:
     """Why not to trust the figures."""
     found, facts = [], result["machine"]
-    if (facts["load_average"] or 0.0) > BUSY:
-        found.append(f"load average {facts['load_average']:.2f} at the start: somebody else is computing")
+    if (result["others_cores"] or 0.0) > BUSY:
+        found.append(f"other processes kept {result['others_cores']:.2f} cores busy while this ran")
     for key, (low, high, count) in peak.spread().items():
         if low < STEADY * high:
             found.append(

@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -86,6 +87,29 @@ def steal_ticks() -> int | None:
     """Time that the hypervisor gave to others, in ticks, of all cores since the start."""
     fields = (_text(Path("/proc/stat")) or "").split("\n")[0].split()
     return int(fields[8]) if len(fields) > 8 else None
+
+
+class Others:
+    """How many cores other processes have kept busy since this was made; those that this one started and that have
+    ended do not count."""
+
+    def __init__(self):
+        self._start = self._seconds(), time.monotonic()
+
+    def cores(self) -> float | None:
+        """None where /proc/stat cannot be read."""
+        (seconds, since), now = self._start, self._seconds()
+        if seconds is None or now is None:
+            return None
+        return max(0.0, now - seconds) / max(time.monotonic() - since, 1e-3)
+
+    @staticmethod
+    def _seconds() -> float | None:
+        fields = (_text(Path("/proc/stat")) or "").split("\n")[0].split()
+        if len(fields) < 9:
+            return None
+        user, nice, system, _, _, irq, softirq = map(int, fields[1:8])
+        return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
 
 def openmp_name() -> str | None:

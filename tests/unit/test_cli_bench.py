@@ -98,6 +98,20 @@ def test_facts_are_plain_values():
     assert facts["isa"] == cpu.isa() and facts["torch"] == torch.__version__ and facts["usable_cores"] >= 1
 
 
+def test_cores_that_others_kept_busy(monkeypatch):
+    lines, now = (
+        iter(["cpu  0 0 0 0 0 0 0 0 0 0", "cpu  150 20 30 900 0 0 0 7 0 0", "nothing"]),
+        iter([10.0, 14.0, 15.0]),
+    )
+    monkeypatch.setattr(machine, "_text", lambda path: next(lines))
+    monkeypatch.setattr(machine.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(machine.os, "sysconf", lambda name: 100)
+    monkeypatch.setattr(machine.os, "times", lambda: (0.0,) * 5)
+    others = machine.Others()
+    assert others.cores() == 0.5  # 2 seconds of user, nice and system time within 4
+    assert others.cores() is None
+
+
 # --- ratios ----------------------------------------------------------------------------------------------------------
 
 
