@@ -1,1 +1,1 @@
-"""The functions of the rows of `fastattn.dispatch.KERNELS`, a file for each backend."""
+"""The functions of the rows of `fastattn.kernel_table.KERNELS`, a file for each backend."""

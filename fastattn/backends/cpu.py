@@ -1,4 +1,4 @@
-"""The rows of the C++ extension: tensors to its arguments; no policy. Signatures: `fastattn.dispatch.Row`."""
+"""The rows of the C++ extension: tensors to its arguments; no policy. Signatures: `fastattn.kernel_table.Row`."""
 
 from pathlib import Path
 

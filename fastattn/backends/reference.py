@@ -1,4 +1,4 @@
-"""The rows of `fastattn.reference`, the specification. Signatures: `fastattn.dispatch.Row`."""
+"""The rows of `fastattn.reference`, the specification. Signatures: `fastattn.kernel_table.Row`."""
 
 import torch
 

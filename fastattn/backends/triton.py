@@ -1,6 +1,6 @@
 """The rows of the Triton kernels, which are imported, Triton with them, when the first one runs and not before.
 
-Signatures: `fastattn.dispatch.Row`.
+Signatures: `fastattn.kernel_table.Row`.
 """
 
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""The rows of the Triton kernels for packed sequences and for caches. Signatures: `fastattn.dispatch.Row`.
+"""The rows of the Triton kernels for packed sequences and for caches. Signatures: `fastattn.kernel_table.Row`.
 
 Packed sequences are one dense call in which each query sees an interval of all keys: the kernels visit the tiles of a
 query's own sequence and no others. Caches are read where they lie, in pages and int8 too, by `triton.decode`.
