@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from .. import viz
+from ..seeing.capture import capture
 
 MOST_TOKENS = 512
 
@@ -48,7 +49,23 @@ def page_of(folder: Path, sentence: str) -> tuple[str, str]:
 
 
 def attentions(model: torch.nn.Module, inputs: dict) -> list[torch.Tensor]:
-    """Weights [batch, heads, rows, keys] of each layer of self-attention of a transformers model."""
+    """Weights [batch, heads, rows, keys] of each layer of self-attention of a transformers model.
+
+    They are captured while the model runs on fastattn. A model that computes attention itself gives its own.
+    """
+    from ..integrations import transformers as integration
+
+    integration.register()
+    try:
+        model.set_attn_implementation("fastattn")
+    except ValueError:
+        return _own_attentions(model, inputs)
+    with torch.no_grad(), capture(model) as seen:
+        model(**inputs)
+    return [call.weights for call in seen]
+
+
+def _own_attentions(model: torch.nn.Module, inputs: dict) -> list[torch.Tensor]:
     model.set_attn_implementation("eager")
     with torch.no_grad():
         found = model(**inputs, output_attentions=True).attentions

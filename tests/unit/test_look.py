@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from example import example_module
-from fastattn import viz
+from fastattn import record, viz
 from fastattn.cli import look as command
 from fastattn.cli import main
 
@@ -49,6 +49,18 @@ def test_look_makes_the_page_of_a_model_on_disk(folder, tmp_path, capsys, monkey
         expected = model(torch.tensor([[2, 5, 6, 8, 7, 9, 3]]), output_attentions=True).attentions
     for found, layer in zip(seen, expected, strict=True):
         torch.testing.assert_close(found, layer[0], rtol=0, atol=1e-6)
+
+
+def test_look_runs_the_model_on_fastattn_and_falls_back_on_the_weights_of_one_that_cannot(folder):
+    bert = transformers.AutoModel.from_pretrained(folder).eval()
+    with record() as calls:
+        found = command.attentions(bert, {"input_ids": torch.tensor([[2, 5, 3]])})
+    assert len(calls) == len(found) == 2
+    sizes = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 10}
+    bloom = transformers.BloomModel(transformers.BloomConfig(**sizes)).eval()  # computes attention itself
+    with record() as calls:
+        found = command.attentions(bloom, {"input_ids": torch.tensor([[2, 5, 3]])})
+    assert not calls and [layer.shape for layer in found] == [(1, 4, 3, 3)] * 2
 
 
 def test_look_shows_the_first_512_tokens(folder, tmp_path):
