@@ -2,30 +2,32 @@
 
 from typing import TYPE_CHECKING
 
-from . import nn, patterns, viz
+from . import patterns
 from .api import attention, explain
 from .backends.cpu import release_scratch
 from .calls import FallbackWarning, last_call, record, use
 from .compat.sdpa import scaled_dot_product_attention
 from .dispatch import UnsupportedError
-from .kv_cache import KVCache, quantization_error
+from .later import later
 from .layouts.csr import attention_csr
-from .layouts.kvcache import attention_with_kvcache
 from .layouts.varlen import attention_varlen
 from .masks import BlockMask, Mask
 from .merging import merge
-from .replacing.apply import apply
-from .replacing.audit import audit
-from .replacing.sdpa_patch import patch_sdpa
-from .replacing.verify import verify
 from .scores.dropout import dropout_mask
-from .seeing.capture import capture
-from .seeing.rollout import rollout
-from .seeing.stats import attention_stats
-from .seeing.weights import attention_weights
-from .selection import coverage, select_blocks
 
 if TYPE_CHECKING:
+    from . import nn, viz
+    from .kv_cache import KVCache, quantization_error
+    from .layouts.kvcache import attention_with_kvcache
+    from .replacing.apply import apply
+    from .replacing.audit import audit
+    from .replacing.sdpa_patch import patch_sdpa
+    from .replacing.verify import verify
+    from .seeing.capture import capture
+    from .seeing.rollout import rollout
+    from .seeing.stats import attention_stats
+    from .seeing.weights import attention_weights
+    from .selection import coverage, select_blocks
     from .typed import attention, attention_csr  # noqa: F811  (with overloads for return_lse)
 
 __version__ = "0.1.0"
@@ -63,3 +65,25 @@ __all__ = [
     "verify",
     "viz",
 ]
+
+# What most programs never ask for costs their start nothing.
+__getattr__, __dir__ = later(
+    __name__,
+    {
+        "KVCache": "kv_cache",
+        "apply": "replacing.apply",
+        "attention_stats": "seeing.stats",
+        "attention_weights": "seeing.weights",
+        "attention_with_kvcache": "layouts.kvcache",
+        "audit": "replacing.audit",
+        "capture": "seeing.capture",
+        "coverage": "selection",
+        "nn": "nn:",
+        "patch_sdpa": "replacing.sdpa_patch",
+        "quantization_error": "kv_cache",
+        "rollout": "seeing.rollout",
+        "select_blocks": "selection",
+        "verify": "replacing.verify",
+        "viz": "viz:",
+    },
+)
