@@ -16,7 +16,7 @@ from .merging import merge
 from .scores.dropout import dropout_mask
 
 if TYPE_CHECKING:
-    from . import nn, viz
+    from . import learned, nn, viz
     from .kv_cache import KVCache, quantization_error
     from .layouts.kvcache import attention_with_kvcache
     from .replacing.apply import apply
@@ -51,6 +51,7 @@ __all__ = [
     "dropout_mask",
     "explain",
     "last_call",
+    "learned",
     "merge",
     "nn",
     "patch_sdpa",
@@ -78,6 +79,7 @@ __getattr__, __dir__ = later(
         "audit": "replacing.audit",
         "capture": "seeing.capture",
         "coverage": "selection",
+        "learned": "learned:",
         "nn": "nn:",
         "patch_sdpa": "replacing.sdpa_patch",
         "quantization_error": "kv_cache",

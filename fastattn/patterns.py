@@ -280,6 +280,7 @@ def neighborhood(
     kernel_size: int | Sequence[int],
     dilation: int | Sequence[int] = 1,
     causal: bool | Sequence[bool] = False,
+    stride: int | Sequence[int] = 1,
     num_prefix_tokens: int = 0,
     block_size: BlockSize = 128,
 ) -> BlockMask:
@@ -288,14 +289,15 @@ def neighborhood(
     shape: (length,), (height, width) or (frames, height, width), tokens in row-major order. The other arguments are
     one value for all axes or one each. A neighbourhood is shifted at the borders, not cut, so it always has
     kernel_size tokens, dilation apart; kernel_size * dilation is at most the length of the axis. causal: the
-    kernel_size tokens up to its own, cut at the border. num_prefix_tokens: tokens before the first (a class token,
-    registers) that see and are seen by all.
-    Source: neighborhood attention, arXiv 2204.07143; dilated, arXiv 2209.15001.
+    kernel_size tokens up to its own, cut at the border. stride, up to kernel_size: so many tokens share the window of
+    the middle one (causal: of the last one). num_prefix_tokens: tokens before the first (a class token, registers)
+    that see and are seen by all.
+    Source: neighborhood attention, arXiv 2204.07143; dilated, arXiv 2209.15001; stride, arXiv 2504.16922.
     """
     shape = tuple(check_int("shape", size, 1) for size in shape)
     if len(shape) not in (1, 2, 3):
         raise ValueError(f"shape={shape} must have 1, 2 or 3 axes")
-    options = {"kernel_size": kernel_size, "dilation": dilation, "causal": causal}
+    options = {"kernel_size": kernel_size, "dilation": dilation, "causal": causal, "stride": stride}
     options = [per_axis(name, value, len(shape)) for name, value in options.items()]
     axes = [neighbors(*axis) for axis in zip(shape, *options, strict=True)]
     dilations = options[1]

@@ -15,23 +15,48 @@ def per_axis(name: str, value, axes: int) -> tuple:
     return values
 
 
-def neighbors(size: int, kernel_size: int, dilation: int, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def neighbors(
+    size: int, kernel_size: int, dilation: int, causal: bool, stride: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
     """First and last neighbour of each token on an axis."""
     check_int("kernel_size", kernel_size, 1)
     check_int("dilation", dilation, 1)
+    check_int("stride", stride, 1)
     if kernel_size * dilation > size:
         raise ValueError(
             f"kernel_size={kernel_size} times dilation={dilation} exceeds {size} tokens along its axis; reduce one"
         )
+    if stride > kernel_size:
+        raise ValueError(f"stride={stride} exceeds kernel_size={kernel_size}: keys would be left out; reduce it")
     token = torch.arange(size)
     group, place = token % dilation, token // dilation  # tokens that are a multiple of dilation apart form a group
+    length = (size - group + dilation - 1) // dilation
+    # `stride` tokens of a group, one after the other, share the window of one of them.
+    leader = place // stride * stride + (stride - 1 if causal else stride // 2)
+    leader = torch.minimum(leader, length - 1)
     if causal:
-        first, last = (place - kernel_size + 1).clamp(min=0), place
+        first, last = (leader - kernel_size + 1).clamp(min=0), place
     else:
-        length = (size - group + dilation - 1) // dilation
-        first = torch.minimum((place - kernel_size // 2).clamp(min=0), length - kernel_size)
+        first = torch.minimum((leader - kernel_size // 2).clamp(min=0), length - kernel_size)
         last = first + kernel_size - 1
     return first * dilation + group, last * dilation + group
+
+
+def relative_lists(shape, axes, kernel_sizes, dilations) -> tuple[torch.Tensor, torch.Tensor]:
+    """(keys, places in a table [2 * kernel_size - 1, ...] of relative positions), both int64 [tokens, neighbours], of
+    neighbourhoods without causality and stride, in which every token has kernel_size neighbours along each axis."""
+    keys = table = torch.zeros(1, 1, dtype=torch.int64)
+    for size, (first, _), kernel_size, step in zip(shape, axes, kernel_sizes, dilations, strict=True):
+        of_axis = first[:, None] + step * torch.arange(kernel_size)  # [size, kernel_size]
+        apart = (of_axis - torch.arange(size)[:, None]) // step + kernel_size - 1
+        keys = _product(keys * size, of_axis)
+        table = _product(table * (2 * kernel_size - 1), apart)
+    return keys, table
+
+
+def _product(outer: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
+    """Sums of each entry of [a, b] with each of [c, d], as [a * c, b * d]."""
+    return (outer[:, None, :, None] + inner[None, :, None]).flatten(2).flatten(0, 1)
 
 
 def visited_blocks(shape, axes, dilations, places, prefix: int, block_size) -> BlockMask:

@@ -153,8 +153,12 @@ def _blocks(call: Call, tensors: dict) -> Iterator[Block]:
         return
     # A sum is finite only if all of it is; where it overflows instead, blocks are needlessly small.
     is_finite = all(bool(x.sum().isfinite()) for slot, x in tensors.items() if base(slot) in ("k", "v"))
-    for queries, others, scores in _row_ranges(call, problem, tensors, _ROWS if is_finite else 1):
+    most = _ROWS
+    if call.mixes_heads:
+        most = min(max(_SCORES // max(problem.seqlen_k * problem.num_heads, 1), 8), _ROWS)
+    for queries, others, scores in _row_ranges(call, problem, tensors, most if is_finite else 1):
         heads = min(max(_SCORES // max(scores * problem.group_size, 1), 1), problem.num_heads_k)
+        heads = problem.num_heads_k if call.mixes_heads else heads
         batches = max(_SCORES // max(scores * problem.num_heads, 1), 1) if heads == problem.num_heads_k else 1
         of_rows: dict = {}
         for b in _ranges(problem.batch, batches):

@@ -34,6 +34,19 @@ def weights(call: Call, block: Block, x: dict) -> dict:
     return {"weights": _given_lse(block, x, s, visible)}
 
 
+def scores(call: Call, block: Block, x: dict) -> tuple[dict, torch.Tensor, torch.Tensor | None]:
+    """(the tensors without what nobody sees, scores [b, H, rows, keys] after all modifications, True where a key is
+    seen or None: everywhere), for whoever turns scores into weights in another way."""
+    x, visible = _without_nan(x, _visible(call, block, x), block)
+    s, _, _ = _modified(call, block, x, _product(x["q"] * _factor(call), x["k"]), None, False)
+    return x, s, visible
+
+
+def weighted(call: Call, block: Block, x: dict, p: torch.Tensor) -> torch.Tensor:
+    """The values times weights p [b, H, rows, keys], some of them dropped."""
+    return _by_keys(_times(p, _keep(call, block, x)), x["v"])
+
+
 def _given_lse(block: Block, x: dict, s: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
     lse, sighted = x["lse"][..., None], None
     rough = is_rough(lse)  # such rows find their own denominator

@@ -22,6 +22,7 @@ _SHAPES = {
     "key_mass": ("batch", "num_heads", "seqlen_k"),
     **dict.fromkeys(("entropy", "distance", "max"), ("batch", "num_heads", "rows")),
     **dict.fromkeys(("top_weights", "top_keys"), ("batch", "num_heads", "rows", "top_k")),
+    **dict.fromkeys(("mix_scores", "mix_weights"), ("heads_out", "heads_in")),
 }
 _DENSE = {term.name: sorted(((), *term.shapes), key=len)[-1] for term in TERMS}
 _CSR = {"indptr": ("starts",), "indices": ("edges",), "bias": ("batch", "num_heads", "edges")}
@@ -41,11 +42,16 @@ class Call:
     keeps    whether the forward pass keeps what the backward pass wants
     runs     the query rows that are looked at, as (start, end) of rows side by side; all, but for `fastattn.seeing`
     top_k    how many weights of a row are looked for
+    mixes_heads  whether heads depend on each other, so that a block has all of them
     """
 
-    def __init__(self, problem, backend: str, terms: tuple, keeps: bool, runs: tuple | None = None, top_k: int = 0):
+    def __init__(
+        self, problem, backend: str, terms: tuple, keeps: bool, runs: tuple | None = None, top_k: int = 0,
+        mixes_heads: bool = False,
+    ):  # fmt: skip
         self.problem, self.backend, self.keeps, self.layout = problem, backend, keeps, problem.layout
         self.runs, self.top_k = ((0, problem.seqlen_q),) if runs is None else runs, top_k
+        self.mixes_heads = mixes_heads
         self.term_slots = tuple(name for name in terms._fields if isinstance(getattr(terms, name), torch.Tensor))
         # Tensors belong to the graph, not to this object, which outlives a call.
         self.fixed = terms._replace(**dict.fromkeys(self.term_slots))
