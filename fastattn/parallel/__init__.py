@@ -1,6 +1,7 @@
 """Attention over sequences that no machine holds, on torch.distributed; see docs/parallel.md."""
 
 from .api import attention
+from .applying import apply
 from .choice import explain
 from .costs import Machine
 from .decoding import decode
@@ -9,5 +10,5 @@ from .sharding import shard, unshard
 from .shards import Shards
 
 __all__ = [
-    "Machine", "ParallelError", "Shards", "attention", "decode", "explain", "sent_bytes", "shard", "unshard",
+    "Machine", "ParallelError", "Shards", "apply", "attention", "decode", "explain", "sent_bytes", "shard", "unshard",
 ]  # fmt: skip

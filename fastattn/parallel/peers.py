@@ -1,5 +1,6 @@
 """`Peers`: the ranks of a process group, what is sent to them, and what is said when one of them is gone."""
 
+import re
 import threading
 from collections.abc import Sequence
 from datetime import timedelta
@@ -67,6 +68,13 @@ class Peers:
         said = "" if first in (None, own) else f"; the first rank of this group that failed said: {first}"
         return ParallelError(f"{own}{said} (the process group cannot be used any more: make another one)")
 
+    def note(self, error: BaseException) -> None:
+        """Leave word for the others why this rank stops in the middle of a call. They find it when they have waited."""
+        if self.size > 1 and not isinstance(error, ParallelError):
+            _first_fault(
+                self.group, f"rank {self.names[self.rank]} raised {type(error).__name__}: {_first_line(error)}"
+            )
+
 
 class Pending:
     """Transfers that were started. Tensors must stay as they are until `wait` returns."""
@@ -95,9 +103,10 @@ def gathered(peers: Peers, mine: torch.Tensor, doing: str) -> list[torch.Tensor]
     return found
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return (text.splitlines()[0] if text else type(error).__name__)[:300]
+def _first_line(error: BaseException) -> str:
+    """What an error says, without gloo's places in its sources and its advice."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r"^\[\S*\.cc:\d+\] ", "", text).split(" This is typically caused")[0].rstrip(".")[:300]
 
 
 def _first_fault(group, text: str) -> str | None:

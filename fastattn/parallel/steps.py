@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -38,7 +39,8 @@ class Steps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, job, q, k, v, *learned):
         whole, sinks = _with(job.whole, learned)
-        found = _forward(job._replace(whole=whole), q, k, v)
+        with _leaving_word(job.peers):
+            found = _forward(job._replace(whole=whole), q, k, v)
         if sinks is not None:
             found = merge.with_sinks(found, sinks)
         ctx.job, ctx.present = job, [x is not None for x in learned]
@@ -56,9 +58,9 @@ class Steps(torch.autograd.Function):
         found = Partial(out, top, log_sum)
         dout = torch.zeros_like(out, dtype=q.dtype) if dout is None else dout
         wants = dict(zip(LEARNED, ctx.needs_input_grad[4:], strict=True))
-        dq, dk, dv, sums = _backward(
-            ctx.job._replace(whole=whole), (q, k, v), found, dout, dlse, ctx.needs_input_grad[1:4], wants
-        )
+        job, wanted = ctx.job._replace(whole=whole), ctx.needs_input_grad[1:4]
+        with _leaving_word(job.peers):
+            dq, dk, dv, sums = _backward(job, (q, k, v), found, dout, dlse, wanted, wants)
         if (of_queries := wants["bias"] and _is_of_queries(whole.terms.bias)) or wants["sinks"]:
             delta = (dout.to(out.dtype) * out).sum(-1) - (0.0 if dlse is None else dlse)
             of_sink = torch.zeros_like(delta)
@@ -72,6 +74,15 @@ class Steps(torch.autograd.Function):
                 sums["bias"] = rows[..., None].sum_to_size(_four(whole.terms.bias).shape).view(whole.terms.bias.shape)
         grads = [sums[name].to(x.dtype) if wants[name] else None for name, x in zip(LEARNED, learned, strict=True)]
         return None, dq, dk, dv, *grads
+
+
+@contextmanager
+def _leaving_word(peers: Peers):
+    try:
+        yield
+    except BaseException as error:  # an interrupt among them
+        peers.note(error)
+        raise
 
 
 def _is_of_queries(bias: torch.Tensor) -> bool:

@@ -76,7 +76,24 @@ def test_a_killed_rank(three):
     three.kill(1)
     for answer in three.results(ranks=(0, 2)):
         assert isinstance(answer, Raised) and answer.kind == "ParallelError", answer
-        assert "waited for rank" in answer.text
+        assert "waited for rank 1" in answer.text and ".cc" not in answer.text
+
+
+def _raises(rank):
+    """Rank 1 raises in the middle of a call."""
+    from fastattn.parallel import blocks
+
+    if rank == 1:
+        blocks.forward = lambda *args: 1 // 0
+    return _attend(rank, timeout=SECONDS)
+
+
+def test_a_rank_that_raises(three):
+    three.start(_raises)
+    found = three.results()
+    assert found[1].kind == "ZeroDivisionError"
+    for answer in (found[0], found[2]):
+        assert answer.kind == "ParallelError" and "failed said: rank 1 raised ZeroDivisionError" in answer.text
 
 
 CALLS = {
