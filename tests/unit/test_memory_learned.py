@@ -1,10 +1,11 @@
-"""Learned attention and natten's functions take O(n) memory."""
+"""Learned attention, natten's functions and FlexAttention's take O(n) memory."""
 
 import pytest
 import torch
 
+import fastattn
 from fastattn import learned
-from fastattn.compat import natten
+from fastattn.compat import flex, natten
 from guarded import printed_by_child, reset_peak, status
 from isas import needs_cpu
 
@@ -35,13 +36,25 @@ def talking_heads(seqlen):
     learned.talking_heads_attention(*tensors(seqlen, 2), mix, mix, causal=True).sum().backward()
 
 
+def any_score_mod(seqlen):
+    table = torch.zeros(2 * seqlen).requires_grad_()
+    flex.flex_attention(*tensors(seqlen), lambda s, b, h, i, j: s + torch.sin(table[i - j + seqlen])).sum().backward()
+    assert table.grad.isfinite().all()
+
+
+def known_score_mod(seqlen):
+    flex.flex_attention(*tensors(seqlen), lambda s, b, h, i, j: torch.where(i >= j, s, -torch.inf)).sum().backward()
+    assert fastattn.last_call().problem.mask == "causal"
+
+
 def neighborhoods(seqlen):
     q, k, v = (x.detach().view(1, seqlen // 16, 16, 1, 16).requires_grad_() for x in tensors(seqlen))
     natten.na2d(q, k, v, 7, rpb=torch.zeros(1, 13, 13).requires_grad_()).sum().backward()
     natten.na2d(q, k, v, 7, stride=2).sum().backward()
 
 
-NAMES = "sparsemax", "entmax15", "top_k", "talking_heads", "neighborhoods"
+NAMES = "sparsemax", "entmax15", "top_k", "talking_heads", "any_score_mod", "known_score_mod", "neighborhoods"
+QUICK = "entmax15", "any_score_mod"
 
 
 def peak_bytes(name, seqlen):
@@ -54,7 +67,7 @@ def peak_bytes(name, seqlen):
     return status("VmHWM") - before
 
 
-@pytest.mark.parametrize("name", ["entmax15", *[pytest.param(x, marks=pytest.mark.slow) for x in NAMES]])
+@pytest.mark.parametrize("name", [*QUICK, *[pytest.param(x, marks=pytest.mark.slow) for x in NAMES if x not in QUICK]])
 @pytest.mark.parametrize("seqlen", [4096, pytest.param(16384, marks=pytest.mark.slow)])
 def test_memory_is_not_quadratic(name, seqlen):
     """Below 32 blocks of 128 rows of scores and 8 MiB; where seqlen is 16384, that is a quarter of one matrix."""
