@@ -161,8 +161,7 @@ def whole_of(groups, arguments: Arguments, shards_q: Shards, shards_k: Shards, r
     try:
         found = whole(arguments, shards_q, shards_k, rank)
         if found[0].terms.block_mask is not None:
-            for run in range(len(found[0].k_runs)):
-                any(found[0].sees(i, run) for i in range(len(found[0].q_runs)))
+            found[0].seen()  # which cuts it
     except _ERRORS as raised:
         error = raised
     agree(groups, Call({}, (0, 0), error), arguments.q.device)
@@ -174,9 +173,8 @@ def _run(groups, arguments: Arguments, shards_q: Shards, shards_k: Shards, other
     call, learned = whole_of(groups, arguments, shards_q, shards_k, place_of(groups))
     terms = call.terms
     has_rows = tuple(name for name in ROW_TERMS if (name in learned or getattr(terms, name) is not None))
-    bounds = terms.diagonal_lo, terms.diagonal_hi
     dims = tuple(peers.size for peers in groups)
-    setting = Setting(sizes_of(q, k, v), shards_q, shards_k, dims, bounds, has_rows, others["machine"])
+    setting = Setting(sizes_of(q, k, v), shards_q, shards_k, dims, call.bounds, has_rows, others["machine"])
     schedule = choose(setting, others["schedule"])
     outer, inner = (groups[0], ALONE) if len(groups) == 1 else groups
     if schedule == "all_to_all":
@@ -187,11 +185,12 @@ def _run(groups, arguments: Arguments, shards_q: Shards, shards_k: Shards, other
         q, k, v = Exchange.apply(inner, (local_q, local_k, local_k), True, q, k, v)
         shards_q, shards_k = shards_q.grouped(inner.size), shards_k.grouped(inner.size)
         call, learned = _of_heads(call, learned, inner, local_q, (shards_q, shards_k), outer.rank)
-    needs = _needs(call, outer, shards_q, shards_k, bounds)
+    seen = call.seen()
+    needs = _needs(call, seen, outer, shards_q, shards_k)
     _, owners = listed(shards_k)
     slots = PLANS["all_gather" if schedule == "all_gather" else "ring"](needs, tuple(owners), outer.rank)
     own = tuple(run for run, owner in enumerate(owners) if owner == outer.rank)
-    out, lse = Steps.apply(Job(call, slots, outer, own), q, k, v, *[learned.get(name) for name in LEARNED])
+    out, lse = Steps.apply(Job(call, seen, slots, outer, own), q, k, v, *[learned.get(name) for name in LEARNED])
     if inner.size > 1:
         (out,) = Exchange.apply(inner, (local_q,), False, out)
         if options["return_lse"]:
@@ -199,14 +198,12 @@ def _run(groups, arguments: Arguments, shards_q: Shards, shards_k: Shards, other
     return out, lse
 
 
-def _needs(call: Whole, outer: Peers, shards_q: Shards, shards_k: Shards, bounds: tuple[int, int]) -> Needs:
+def _needs(call: Whole, seen: tuple, outer: Peers, shards_q: Shards, shards_k: Shards) -> Needs:
     """The runs of keys that each rank sees: from positions alone, or asked of each where masks hold rows."""
     terms = call.terms
     if terms.mask is terms.block_mask is terms.k_start is terms.k_end is None:
-        return _needs_of_positions(shards_q, shards_k, bounds)
-    runs = range(len(call.k_runs))
-    mine = [any(call.sees(i, run) for i in range(len(call.q_runs))) for run in runs]
-    flags = torch.tensor(mine, dtype=torch.uint8, device=call_device(call))
+        return _needs_of_positions(shards_q, shards_k, call.bounds)
+    flags = torch.tensor([len(runs) > 0 for runs in seen], dtype=torch.uint8, device=_device_of(call))
     found = gathered(outer, flags, "what each rank needs")
     return tuple(frozenset(x.nonzero()[:, 0].tolist()) for x in found)
 
@@ -216,7 +213,7 @@ def _needs_of_positions(shards_q: Shards, shards_k: Shards, bounds: tuple[int, i
     return needs_of(work(shards_q, shards_k, *bounds))
 
 
-def call_device(call: Whole) -> torch.device:
+def _device_of(call: Whole) -> torch.device:
     """Where the tensors of its masks are."""
     terms = call.terms
     return next(x.device for x in (terms.mask, terms.block_mask, terms.k_start, terms.k_end) if x is not None)

@@ -21,6 +21,7 @@ from .pairs import sees
 from .shards import Run
 
 ROWS = ("k_start", "k_end")
+_CHUNK = 1 << 22  # comparisons of rows and runs at a time
 SCORES = ("mask", "bias")
 _BIAS = [term.name for term in TERMS].index("bias")
 LEARNED = tuple(term.name for term in TERMS if term.gradient)
@@ -44,21 +45,38 @@ class Whole(NamedTuple):
         """Local [batch, heads, seqlen_q, ...] by run."""
         return list(x.split([stop - start for start, stop in self.q_runs], 2)) if self.q_runs else []
 
-    def sees(self, i: int, run: int) -> bool:
-        """Whether a query of run i may see a key of a run; False is certain."""
-        queries, keys, terms = self.q_runs[i], self.k_runs[run], self.terms
-        if not sees(queries, keys, terms.diagonal_lo, terms.diagonal_hi):
-            return False
-        if terms.block_mask is not None:
-            return self._cut(i, run) is not None
-        if terms.mask is not None and not bool(_scores_of(terms.mask, self._local(i), keys).any()):
-            return False
-        start, end = (_rows_of(x, self._local(i)) for x in (terms.k_start, terms.k_end))
-        if start is None and end is None:
-            return True
-        first = keys[0] if start is None else start.clamp(min=keys[0])
-        stop = keys[1] if end is None else end.clamp(max=keys[1])
-        return bool((first < stop).any())
+    def seen(self) -> tuple[tuple[int, ...], ...]:
+        """For each run of keys, the runs of queries that see a key of it; one that is not here sees none."""
+        found: list[list[int]] = [[] for _ in self.k_runs]
+        for i, queries in enumerate(self.q_runs):
+            terms = self.terms
+            near = [run for run, keys in enumerate(self.k_runs) if sees(queries, keys, *self.bounds)]
+            if terms.block_mask is not None:
+                near = [run for run in near if self._cut(i, run) is not None]
+            elif terms.mask is not None:
+                near = [run for run in near if bool(self.part_of(terms.mask, i, run).any())]
+            elif terms.k_start is not None or terms.k_end is not None:
+                near = self._seen_in_intervals(i, near)
+            for run in near:
+                found[run].append(i)
+        return tuple(map(tuple, found))
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """lo and hi of key - query."""
+        return self.terms.diagonal_lo, self.terms.diagonal_hi
+
+    def _seen_in_intervals(self, i: int, runs: list[int]) -> list[int]:
+        """Those of `runs` of which a query of run i sees a key."""
+        start, end = (_rows_of(x, self._local(i)) for x in (self.terms.k_start, self.terms.k_end))
+        query = torch.arange(*self.q_runs[i], device=(end if start is None else start).device)
+        first, stop = query + self.bounds[0], query + (self.bounds[1] + 1)
+        first, stop = first if start is None else start.maximum(first), stop if end is None else end.minimum(stop)
+        first, stop = (x.reshape(-1) for x in torch.broadcast_tensors(first, stop))
+        kept, keys = [], torch.tensor([self.k_runs[run] for run in runs], device=query.device).view(-1, 2)
+        for part in keys.split(max(_CHUNK // max(len(first), 1), 1)):
+            kept.append((first.maximum(part[:, :1]) < stop.minimum(part[:, 1:])).any(1))
+        return [run for run, keep in zip(runs, torch.cat(kept).tolist(), strict=True) if keep]
 
     def block(self, i: int, run: int) -> tuple[Problem, Terms]:
         """The call of query run i over key run `run`."""

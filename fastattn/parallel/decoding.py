@@ -87,11 +87,11 @@ decode = outside_of_graphs(decode, "fastattn.parallel talks with other processes
 def _local(call: blocks.Whole, shards_k: Shards, rank: int, qkv) -> Partial:
     """Over the own keys."""
     q, k, v = qkv
-    found = None
+    found, seen = None, call.seen()
     first = sum(len(runs) for runs in shards_k.runs[:rank])
     sizes = [stop - start for start, stop in shards_k.runs[rank]]
     for n, (keys, values) in enumerate(zip(k.split(sizes, 2), v.split(sizes, 2), strict=True) if sizes else ()):
-        if q.shape[2] and call.sees(0, first + n):
+        if seen[first + n]:
             found = merge.added(found, blocks.forward(call, 0, first + n, q, keys, values))
     return merge.empty(q, v.shape[3], compute_dtype(call.problem)) if found is None else found
 

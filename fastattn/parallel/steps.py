@@ -21,9 +21,14 @@ _PLACES = {term.name: place for place, term in enumerate(TERMS)}
 
 
 class Job(NamedTuple):
-    """A call of this rank. whole: without the tensors that have gradients; own: the numbers of its runs of keys."""
+    """A call of this rank.
+
+    whole   without the tensors that have gradients; seen: `whole.seen()`
+    own     the numbers of this rank's runs of keys
+    """
 
     whole: Whole
+    seen: tuple[tuple[int, ...], ...]
     slots: tuple[Slot, ...]
     peers: Peers
     own: tuple[int, ...]
@@ -152,9 +157,8 @@ def _forward(job: Job, q, k, v) -> Partial:
     for t, slot in enumerate(job.slots):
         pending, coming = keys.post(job.peers, _next(job, t), t + 1)
         for run in slot.compute:
-            for i, part in enumerate(queries):
-                if whole.sees(i, run):
-                    found[i] = merge.added(found[i], blocks.forward(whole, i, run, part, *keys.pair(run)))
+            for i in job.seen[run]:
+                found[i] = merge.added(found[i], blocks.forward(whole, i, run, queries[i], *keys.pair(run)))
         pending.wait()
         keys.visiting = coming
     dtype, head_dim_v = compute_dtype(whole.problem), v.shape[3]
@@ -193,15 +197,13 @@ def _backward(job: Job, qkv, found: Partial, dout, dlse, wanted, wants) -> tuple
         here = {run: home[run] if run in home else keys.room(run, dtype).zero_() for run in slot.compute if of_keys}
         for run in slot.compute:
             pair = [x.to(inside) for x in keys.pair(run)]
-            for i, part in enumerate(queries):
-                if whole.sees(i, run):
-                    block = part, *pair
-                    of_rows = results[i], douts[i], None if dlses is None else dlses[i]
-                    dq, dk, dv, grads = blocks.backward(whole, i, run, block, *of_rows, asked)
-                    sums.add(i, run, dq, grads)
-                    if of_keys:
-                        for x, y in zip(keys.views(here[run], run), (dk, dv), strict=True):
-                            x += y
+            for i in job.seen[run]:
+                of_rows = results[i], douts[i], None if dlses is None else dlses[i]
+                dq, dk, dv, grads = blocks.backward(whole, i, run, (queries[i], *pair), *of_rows, asked)
+                sums.add(i, run, dq, grads)
+                if of_keys:
+                    for x, y in zip(keys.views(here[run], run), (dk, dv), strict=True):
+                        x += y
         returning.wait()
         for run, x in arriving:
             (home[run] if run in home else here[run]).add_(x)

@@ -5,8 +5,9 @@ import time
 import pytest
 import torch
 
+import fastattn
 from cases import Case, inputs
-from fastattn import parallel
+from fastattn import Mask, parallel
 from fastattn.parallel.choice import setting_of
 from fastattn.parallel.costs import Sizes, listed, needs_of, work
 from fastattn.parallel.plan import transfers
@@ -101,6 +102,45 @@ def test_many_random_problems(request, ranks, part):
     team = request.getfixturevalue("two" if ranks == (2,) else "four")
     for seed in range(100 + 10 * part, 110 + 10 * part):
         assert_as_in_one_place(team, random_problem(seed, ranks))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [(8,), (4, 2)], ids=str)
+def test_eight_ranks(tmp_path, ranks):
+    team = Team(8, tmp_path)
+    for seed in range(300, 320):
+        assert_as_in_one_place(team, random_problem(seed, ranks))
+    team.close()
+
+
+def test_one_rank(tmp_path):
+    team = Team(1, tmp_path)
+    for seed in range(4):
+        assert_as_in_one_place(team, random_problem(seed, (1,)))
+    team.close()
+
+
+def _documents(rank, lengths, in_documents):
+    """(bytes sent, blocks computed) of both passes over whole documents, or the same rows without a mask of them."""
+    shards = parallel.Shards.documents(lengths, 4)
+    ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]
+    mask = parallel.shard(Mask.documents(ids), mesh=mesh_of(4), shards=shards)
+    leaves = [torch.randn(1, 2, shards.lengths[rank], 8, requires_grad=True) for _ in range(3)]
+    before = parallel.sent_bytes()
+    with fastattn.record() as calls:
+        out = parallel.attention(
+            *leaves, mesh=mesh_of(4), schedule="ring", shards=shards, mask=mask if in_documents else None
+        )
+        out.sum().backward()
+    return parallel.sent_bytes() - before, len(calls), len(shards.runs[rank])
+
+
+def test_what_nobody_sees_is_neither_computed_nor_sent(four):
+    lengths = [40, 7, 30, 22, 9, 14, 25, 31]
+    found = four.run(_documents, lengths, True)
+    assert [sent for sent, _, _ in found] == [0] * 4
+    assert [calls for _, calls, _ in found] == [2 * runs for _, _, runs in found]
+    assert all(sent > 0 for sent, _, _ in four.run(_documents, lengths, False))
 
 
 @pytest.mark.parametrize("schedule", ["ring", "all_gather"])
