@@ -40,6 +40,7 @@ struct BackwardBlocking {
   int num_splits;  // key ranges of a head that are computed apart, each with a dq of its own
   int64_t split_keys;
   int64_t partial_size;  // elements of the dq of one query head and one split
+  bool sums_diagonals;   // whether the gradient of a relative bias is wanted
 };
 
 // One key range of a key head; of several heads and batches, one after the other, where these share a dense dbias.

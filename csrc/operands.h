@@ -69,6 +69,7 @@ struct Operands {
   Tensor lse_parts;
   Tensor out_exact;            // out before it is rounded to 16 bits; absent if nobody asks
   Tensor mask, bias;           // bool, float; [batch, num_heads, seqlen_q, seqlen_k]
+  Tensor relative;             // [batch, num_heads, 1, num_diagonals()]: what `bias` reads then, see `along_diagonals`
   Tensor alibi_slopes, sinks;  // [batch, num_heads, 1, 1]
   Tensor scales;               // the same, absent or instead of softmax_scale
   Tensor k_start, k_end;       // int32 [batch, num_heads, seqlen_q, 1]
@@ -92,6 +93,13 @@ struct Operands {
   // The factors of int8 rows are part of this call.
   void link_factors() { k.factors = k_factors ? &k_factors : nullptr, v.factors = v_factors ? &v_factors : nullptr; }
   bool must_end() const { return ended && ended(); }
+  int64_t num_diagonals() const { return seqlen_q + seqlen_k > 0 ? seqlen_q + seqlen_k - 1 : 0; }
+  // A tensor of diagonals as one of scores, whose entry (i, j) is the vector's entry i - j + seqlen_k - 1.
+  Tensor along_diagonals(Tensor t) const {
+    if (t && seqlen_k) t.data += (seqlen_k - 1) * t.stride[3] * bytes_of_dtype[(int)t.dtype];
+    t.stride[2] = t.stride[3], t.stride[3] = -t.stride[3];
+    return t;
+  }
   bool drops() const { return keep_factor != 1.0; }
   // Whether tiles that change nothing are looked for in some head (skip.h). A bias may be anything.
   bool may_skip() const { return !bias && (skip_negligible < 0 ? alibi_slopes && seqlen_q >= 128 : skip_negligible); }
@@ -103,10 +111,10 @@ struct Gradients {
   Tensor dq, dk, dv;  // absent: not wanted
   // Sums over what their tensors broadcast over, from zero; float64, but a dbias with both seqlens, or of edges, in q's
   // compute dtype.
-  Tensor dbias, dalibi_slopes, dsinks, dscales;
+  Tensor dbias, drelative, dalibi_slopes, dsinks, dscales;
   // What the units leave for those sums, null if not wanted: each writes its own places, so that no two threads meet.
   double *key_sums = nullptr, *query_sums = nullptr;  // of a dbias without queries or keys: SumsOver::keys or queries
-  double *slope_sums = nullptr, *sink_sums = nullptr, *scale_sums = nullptr;  // as tensor_terms says
+  double *slope_sums = nullptr, *sink_sums = nullptr, *scale_sums = nullptr, *diagonal_sums = nullptr;  // tensor_terms
 
   bool dense_bias() const { return dbias && dbias.stride[2] && dbias.stride[3]; }
   bool needs_dq() const { return dq || scale_sums; }
@@ -114,8 +122,8 @@ struct Gradients {
 
 // What a forward-mode pass reads and writes beside its Operands: the tangents of what these hold, and of out and lse.
 struct Tangents {
-  Tensor q, k, v, bias, alibi_slopes, sinks, scales;  // as what they are the tangents of; absent: zero
-  Tensor out, lse;                                    // as out and lse; lse may be absent
+  Tensor q, k, v, bias, relative, alibi_slopes, sinks, scales;  // as what they are the tangents of; absent: zero
+  Tensor out, lse;                                              // as out and lse; lse may be absent
 };
 
 // What a pass over the weights alone fills in; those that are absent are not wanted.
@@ -124,8 +132,9 @@ struct Statistics {
   Tensor entropy, distance, max;  // [batch, num_heads, seqlen_q, 1]
 };
 
-// Of what a unit leaves a number for a sum: [batch][num_heads][seqlen_q], [seqlen_k] or [num_splits].
-enum class SumsOver : int8_t { queries, keys, splits };
+// Of what a unit leaves a number for a sum: [batch][num_heads][seqlen_q], [seqlen_k], [num_splits] or
+// [num_splits][num_diagonals].
+enum class SumsOver : int8_t { queries, keys, splits, diagonals };
 
 enum class Holds : int8_t { floats, booleans, int32s };
 
@@ -153,6 +162,8 @@ inline constexpr TensorTerm tensor_terms[] = {
     {"alibi_slopes", &Operands::alibi_slopes, 2, Holds::floats, &Gradients::dalibi_slopes, &Tangents::alibi_slopes,
      &Gradients::slope_sums, SumsOver::splits},
     {"sinks", &Operands::sinks, 2, Holds::floats, &Gradients::dsinks, &Tangents::sinks, &Gradients::sink_sums},
+    {"relative", &Operands::relative, 1, Holds::floats, &Gradients::drelative, &Tangents::relative,
+     &Gradients::diagonal_sums, SumsOver::diagonals},
 };
 
 // Sequences of different lengths in one call, as the caller names them; lists are [1, 1, 1, n] of int32 or int64, absent

@@ -16,7 +16,7 @@ from .merging import merge
 from .scores.dropout import dropout_mask
 
 if TYPE_CHECKING:
-    from . import learned, nn, viz
+    from . import learned, nn, relative, viz
     from .kv_cache import KVCache, quantization_error
     from .layouts.kvcache import attention_with_kvcache
     from .replacing.apply import apply
@@ -58,6 +58,7 @@ __all__ = [
     "patterns",
     "quantization_error",
     "record",
+    "relative",
     "release_scratch",
     "rollout",
     "scaled_dot_product_attention",
@@ -83,6 +84,7 @@ __getattr__, __dir__ = later(
         "nn": "nn:",
         "patch_sdpa": "replacing.sdpa_patch",
         "quantization_error": "kv_cache",
+        "relative": "relative:",
         "rollout": "seeing.rollout",
         "select_blocks": "selection",
         "verify": "replacing.verify",

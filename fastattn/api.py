@@ -18,6 +18,7 @@ from .plans import Bound, recall
 from .scores import dropout, scale
 from .scores import softcap as softcap_scores
 from .scores.dropout import check_seed
+from .scores.relative import RelativeBias, Rewriting
 from .torch_internals import is_memoryless, num_dispatch_modes
 
 _Tensor, _is_grad_enabled = torch.Tensor, torch.is_grad_enabled
@@ -36,7 +37,7 @@ def attention(
     softmax_scale: float | torch.Tensor | None = None,
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
+    bias: torch.Tensor | RelativeBias | None = None,
     sinks: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
@@ -60,7 +61,8 @@ def attention(
     softcap       c > 0 turns scores s into c * tanh(s / c), before bias and mask
     alibi_slopes  [num_heads] or [batch, num_heads]: adds -slope * |i + seqlen_k - seqlen_q - j|
     bias          float tensor of any dtype, broadcastable to [batch, num_heads, seqlen_q, seqlen_k], added to the
-                  scores; an entry of -inf masks
+                  scores; an entry of -inf masks. Or an object of `fastattn.relative`: a bias that follows from
+                  positions, with the gradients of its tables and without an n x n tensor
     sinks         [num_heads], any float dtype: one more logit a head in the softmax denominator
     dropout_p     probability in [0, 1) that a weight is dropped (the others grow by 1 / (1 - dropout_p))
     seed          of the dropout mask, 0 ... 2^63 - 1; None draws one from torch's generator
@@ -97,6 +99,8 @@ def attention(
             "softcap": softcap, "alibi_slopes": alibi_slopes, "bias": bias, "sinks": sinks, "dropout_p": dropout_p,
             "seed": seed, "skip_negligible": skip_negligible, "return_lse": return_lse, "backend": backend,
         }  # fmt: skip
+        if isinstance(bias, Rewriting):
+            return bias.attend(attention, bind, q, k, v, options)
         bound = None if is_traced else bind(q, k, v, **options)
         if is_traced or (bound.choice and is_memoryless(q) and not bound.choice.takes_meta):
             return _traced(q, k, v, **options)
@@ -127,8 +131,10 @@ def _traced(
     refuse_subclasses(q, k, v)
     check_one_device(q, k, v)
     check_seed(seed)
-    tensors = {"bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks}
+    tensors = {"alibi_slopes": alibi_slopes, "sinks": sinks}
     tensors = {name: x for name, x in tensors.items() if x is not None}
+    if bias is not None:
+        _add_bias(tensors, bias, q, k)
     windows = _add_mask(tensors, mask, window_size)
     number = softmax_scale
     if isinstance(softmax_scale, _Tensor):
@@ -167,7 +173,7 @@ def bind(
         if mask is not None or window_size is not None:
             windows = _add_mask(tensors, mask, window_size)
         if bias is not None:
-            tensors["bias"] = bias
+            _add_bias(tensors, bias, q, k)
         if alibi_slopes is not None:
             tensors["alibi_slopes"] = alibi_slopes
         if sinks is not None:
@@ -235,6 +241,14 @@ def misnamed(function: str, misplaced, unknown) -> TypeError:
     torchs = {"attn_mask", "is_causal", "scale", "enable_gqa", "query", "key", "value"}
     hint = " (fastattn.scaled_dot_product_attention takes torch's names)" if name in torchs else ""
     return TypeError(f"{function}() got an unexpected keyword argument {name!r}{instead}{hint}")
+
+
+def _add_bias(tensors: dict, bias, q, k) -> None:
+    """The tensor that `bias` is, or that it stands for, into `tensors`."""
+    if not isinstance(bias, RelativeBias):
+        tensors["bias"] = bias
+    elif all(isinstance(x, _Tensor) and x.dim() == 4 for x in (q, k)):  # else the checks of q and k say so
+        tensors |= bias.terms(q, k)
 
 
 def _add_mask(tensors: dict, mask, window_size) -> tuple[Window, ...]:

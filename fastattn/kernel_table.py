@@ -58,6 +58,7 @@ _TRITON = {
     "seqlen_k": range(0, 2**30),
     "head_dim": range(1, 257),
     "head_dim_v": range(1, 257),
+    "relative": {False},
     **_DENSE,
 }
 _TRITON_DECODE = {

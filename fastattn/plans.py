@@ -153,7 +153,7 @@ def signature(q, k, v, tensors: dict) -> tuple[tuple, tuple[int, int, int]]:
     elif not transformed and (found := _cpu_signature(q, k, v, *tensors.values())) is not None:
         return found
     problem = check_qkv(q, k, v)
-    sizes = (1, problem.batch, problem.num_heads, problem.seqlen_q, problem.seqlen_k)
+    sizes = (1, problem.batch, problem.num_heads, problem.seqlen_q, problem.seqlen_k, problem.num_diagonals)
     rest = [(x.dtype, x.device, _relative(x.shape, sizes)) for x in tensors.values()]
     return (problem.kind, q.device, transformed, *rest), (problem.batch, problem.seqlen_q, problem.seqlen_k)
 

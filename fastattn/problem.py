@@ -51,7 +51,7 @@ class Problem(namedtuple("Problem", _FIELDS, defaults=_DEFAULTS.values())):
                          the rows of an entry or a page (`attention_with_kvcache`)
     mask                 one of MASK_KINDS
     bias                 dtype of the additive bias, or "none"
-    alibi softcap sinks  whether that score modification is on
+    alibi softcap sinks  whether that score modification is on; relative: a bias of each distance
     learned_scale        softmax_scale is a tensor
     dropout lse          whether dropout is on, whether lse is returned
     direction            "forward" | "backward" | "tangent" (of the forward pass) | "second" (derivatives of either) |
@@ -73,6 +73,11 @@ class Problem(namedtuple("Problem", _FIELDS, defaults=_DEFAULTS.values())):
         """Query rows that read the same keys."""
         seqlen_q, _, num_heads, num_heads_k = self[_SEQLEN_Q:_HEAD_DIM]
         return seqlen_q * num_heads // num_heads_k if num_heads_k else seqlen_q
+
+    @property
+    def num_diagonals(self) -> int:
+        """How many distances there are between a query and a key."""
+        return max(self.seqlen_q + self.seqlen_k - 1, 0)
 
     @property
     def kind(self) -> tuple:

@@ -11,6 +11,7 @@ import torch
 
 from .scores import Place
 from .scores.dropout import dropout_mask
+from .scores.relative import spread
 from .terms import SCORE_TERMS
 from .torch_internals import is_traced
 
@@ -40,7 +41,8 @@ def attention(
     sinks          [H]
     modifications  of the scores, by the names of `fastattn.terms.SCORE_TERMS`:
                    softmax_scale, a number, or a tensor with one or with [H], default D ** -0.5; softcap;
-                   alibi_slopes [H] or [B, H]; bias broadcastable to [B, H, Sq, Sk]
+                   alibi_slopes [H] or [B, H]; bias broadcastable to [B, H, Sq, Sk]; relative
+                   [B|1, H|1, Sq + Sk - 1], entry i - j + Sk - 1 for query i and key j
     out [B, H, Sq, Dv] in q's dtype; lse [B, H, Sq], natural log, float32 (float64 for float64)
 
     A row that sees no key gives out = 0 and lse = -inf (the sink, if there is one). A masked key takes no part at
@@ -172,9 +174,10 @@ def _scores(q, k, visible, query_start, modifications: dict):
         if value is not None and not (isinstance(value, float) and value == term.neutral):
             steps.append((term, scores, value, place))
             scores = term.modify(scores, value, place)
-    if (bias := modifications.get("bias")) is not None:
-        unmasked = (bias != -math.inf)[(None,) * (4 - bias.dim())]
-        visible = unmasked if visible is None else visible & unmasked
+    for bias in (modifications.get("bias"), spread(modifications.get("relative"), place)):
+        if bias is not None:
+            unmasked = (bias != -math.inf)[(None,) * (4 - bias.dim())]
+            visible = unmasked if visible is None else visible & unmasked
     if visible is not None:
         scores = scores.masked_fill(~visible, -math.inf)
     return scores, visible, steps

@@ -8,7 +8,7 @@ from collections import namedtuple
 
 from .checks import check_flag
 from .masks.intervals import UNBOUNDED
-from .scores import SCORES, Term, alibi, bias, dropout, scale, sinks, softcap
+from .scores import SCORES, Term, alibi, bias, dropout, relative, scale, sinks, softcap
 
 
 def _check_skip(value) -> bool | None:
@@ -33,9 +33,10 @@ TERMS = (
     dropout.P,
     dropout.SEED,
     Term("skip_negligible", check=_check_skip),
+    relative.TERM,
 )
 
-SCORE_TERMS = (scale.TERM, softcap.TERM, bias.TERM, alibi.TERM)
+SCORE_TERMS = (scale.TERM, softcap.TERM, bias.TERM, relative.TERM, alibi.TERM)
 """Those that act on scores, in the order in which they do."""
 
 FACTS = {term.fact[0]: term.fact[2] for term in TERMS if term.fact}
@@ -51,6 +52,8 @@ class Terms(namedtuple("Terms", [term.name for term in TERMS], defaults=[term.ne
     k_start, k_end       int32, broadcastable to [batch, num_heads, seqlen_q]: query i sees k_start <= j < k_end
     mask, bias           broadcastable to [batch, num_heads, seqlen_q, seqlen_k]
     block_mask           of batch or 1, num_heads or 1, and these lengths; with it, no k_start, k_end, mask
+    relative             a bias of each distance, [num_heads|1, seqlen_q + seqlen_k - 1] or with a batch: entry
+                         i - j + seqlen_k - 1 for query i and key j; not beside `bias`
     softmax_scale        a float, or a tensor: one number or [num_heads]
     softcap              0.0: off
     alibi_slopes         [num_heads] or [batch, num_heads]

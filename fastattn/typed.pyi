@@ -6,6 +6,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .masks import BlockMask, Mask
+from .relative import RelativeBias
 
 class Options(TypedDict, total=False):
     mask: Mask | BlockMask | Tensor | None
@@ -14,7 +15,7 @@ class Options(TypedDict, total=False):
     softmax_scale: float | Tensor | None
     softcap: float
     alibi_slopes: Tensor | None
-    bias: Tensor | None
+    bias: Tensor | RelativeBias | None
     sinks: Tensor | None
     dropout_p: float
     seed: int | None

@@ -10,8 +10,8 @@ namespace fastattn {
 
 class ScoreSums {
   struct Buffer {
-    std::vector<double> numbers;  // [batch][num_heads][n]
-    int64_t n;
+    std::vector<double> numbers;  // [batch][num_heads][parts][n]
+    int64_t parts, n;
     Tensor target;
     int dimension;  // of the target, along which the numbers lie; its stride is 0 where they all add up
   };
@@ -20,9 +20,13 @@ class ScoreSums {
   std::vector<Buffer> buffers;
 
   double* add(const Tensor& target, SumsOver over, int64_t splits) {
-    const int64_t n = over == SumsOver::queries ? p.seqlen_q : over == SumsOver::keys ? p.seqlen_k : splits;
-    std::vector<double> numbers(std::max<int64_t>(p.batch * p.num_heads * n, 1));
-    buffers.push_back({std::move(numbers), n, target, over == SumsOver::queries ? 2 : 3});
+    const bool diagonals = over == SumsOver::diagonals;
+    const int64_t parts = diagonals ? splits : 1, n = diagonals                   ? p.num_diagonals()
+                                                      : over == SumsOver::queries ? p.seqlen_q
+                                                      : over == SumsOver::keys    ? p.seqlen_k
+                                                                                  : splits;
+    std::vector<double> numbers(std::max<int64_t>(p.batch * p.num_heads * parts * n, 1));
+    buffers.push_back({std::move(numbers), parts, n, target, over == SumsOver::queries ? 2 : 3});
     return buffers.back().numbers.data();
   }
 
@@ -41,10 +45,12 @@ class ScoreSums {
   // Adds the numbers to the gradients, in one order whatever thread left them.
   void add_to_gradients() const {
     for (const Buffer& buffer : buffers)
-      for (int64_t row = 0; row < p.batch * p.num_heads; row++) {
+      for (int64_t part = 0; part < p.batch * p.num_heads * buffer.parts; part++) {
         const Tensor& t = buffer.target;
+        const int64_t row = part / buffer.parts;
         double* to = (double*)t.data + row / p.num_heads * t.stride[0] + row % p.num_heads * t.stride[1];
-        for (int64_t i = 0; i < buffer.n; i++) to[i * t.stride[buffer.dimension]] += buffer.numbers[row * buffer.n + i];
+        const double* numbers = buffer.numbers.data() + part * buffer.n;
+        for (int64_t i = 0; i < buffer.n; i++) to[i * t.stride[buffer.dimension]] += numbers[i];
       }
   }
 };

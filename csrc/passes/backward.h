@@ -65,7 +65,7 @@ class KeyRange {
         Dv(p.head_dim_v),
         k_lo(u.split * b.split_keys),
         k_hi(smaller(p.seqlen_k, k_lo + b.split_keys)),
-        score_gradients(p, g, u, b.num_splits, {k_lo, k_hi}, s.key_sum, s.modifier.rows) {}
+        score_gradients(p, g, u, b.num_splits, {k_lo, k_hi}, s.key_sum, s.diagonals, s.modifier.rows) {}
 
   // partial: null, or the unit's dq of its first query head, those of the others `stride` bytes apart. False: there is
   // NaN or Inf in some gradient, maybe from behind a mask.

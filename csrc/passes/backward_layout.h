@@ -28,6 +28,7 @@ BackwardBlocking make_backward_blocking(const Operands& p, const Gradients& g) {
   b.split_keys = larger(step, round_up((p.seqlen_k + splits - 1) / splits, step));
   b.num_splits = (int)larger<int64_t>(1, (p.seqlen_k + b.split_keys - 1) / b.split_keys);
   b.partial_size = round_up(p.seqlen_q, b.lanes) * p.head_dim;
+  b.sums_diagonals = (bool)g.drelative;
   return b;
 }
 
@@ -51,7 +52,7 @@ struct BackwardScratch {
   Real *scores, *dp, *slope;  // [n_block][NR]
   Real* kept;                 // [n_block][NR], the mask of dropout
   Real *p, *ds;               // [n_block][tile_stride]
-  Real* key_sum;              // [keys of the range][vector], of dS
+  Real *key_sum, *diagonals;  // [keys of the range][vector], [keys of the range + rows][NR], of dS
   ModifierMemory<Real> modifier;
   Real* out;   // [head_dim_v][NR]
   Real* rows;  // [NR][widest head dim], rows on their way to or from lanes
@@ -88,6 +89,7 @@ BackwardScratch<Real> backward_layout(const Operands& p, const BackwardBlocking&
   s.kept = arena.take<Real>(p.drops() ? keys * NR : 0);
   s.p = arena.take<Real>(keys * s.tile_stride), s.ds = arena.take<Real>(keys * s.tile_stride);
   s.key_sum = arena.take<Real>(range * VL<Real>);
+  s.diagonals = arena.take<Real>(b.sums_diagonals ? (range + panels * NR) * NR : 0);
   s.modifier = take_modifier<Real>(arena, keys, NR);
   s.out = arena.take<Real>(Dv * NR);
   s.rows = arena.take<Real>(NR * widest), s.row = arena.take<Real>(round_up(widest, NR));

@@ -306,7 +306,7 @@ class DecodeUnit {
       if (!tensor) continue;
       load_row(at(tensor, u.batch, row.place.head, row.place.query, tile.lo), tensor.dtype, tensor.stride[3], keys, to);
       for (int64_t j = keys; j < n; j++) to[j] = 0;
-      any_masked |= add_bias<Real, 1>(scores, n / L, to);
+      any_masked |= add_bias<Real, 1>(scores, n / L, to, L);
     }
   }
 };

@@ -122,6 +122,16 @@ Sizes keys(const Operands& p, int64_t columns) { return {{p.batch, p.num_heads_k
 Sizes scores(const Operands& p) { return queries(p, p.seqlen_k); }
 Sizes edge_scores(const Operands& p, const Csr& lists) { return {{p.batch, p.num_heads, 1, lists.num_edges}}; }
 
+// A term's tensor, gradient or tangent among scores of these sizes; `align` is broadcast or reduced.
+template <auto align = broadcast>
+Tensor placed(View view, const char* name, const TensorTerm& term, const Sizes& scores, const Operands& p) {
+  if (term.over != SumsOver::diagonals) return align(view, name, scores, term.missing_right);
+  if (view.ndim == 0 || view.shape[view.ndim - 1] != p.num_diagonals())
+    refuse(name, "must have seqlen_q + seqlen_k - 1 entries a head");
+  const int64_t sizes[4] = {p.batch, p.num_heads, 1, p.num_diagonals()};
+  return align(with_row(view, name), name, sizes, 0);
+}
+
 // A result that may be left out.
 Tensor result(PyObject* object, const char* name, const Sizes& sizes, DType dtype, int missing_right = 0) {
   return object == Py_None ? Tensor{} : exact(written(object), name, sizes, dtype, missing_right);
@@ -137,9 +147,11 @@ void read_terms(const Fields::Values& terms, const Sizes& scores, Operands& p, O
       p.*term.number = number(terms[i]);
       continue;
     }
-    const Tensor& t = p.*term.tensor = broadcast(read(terms[i], owned), term.name, scores, term.missing_right);
+    const Tensor& t = p.*term.tensor = placed(read(terms[i], owned), term.name, term, scores, p);
     check_dtype(t, term.name, term.holds);
   }
+  if (p.relative && p.bias) refuse("relative", "does not go with bias");
+  if (p.relative) p.bias = p.along_diagonals(p.relative);
   p.softcap = number(terms[kSoftcap]);
   p.diagonal_lo = distance(terms[kDiagonalLo]), p.diagonal_hi = distance(terms[kDiagonalHi]);
   p.query_start = distance(terms[kQueryStart]);
@@ -174,7 +186,7 @@ void read_grads(const Fields::Values& grads, const Sizes& scores, const Operands
     if (!term.gradient) refuse(name.c_str(), "is no gradient that the kernels compute");
     if (!(p.*term.tensor)) refuse(name.c_str(), "has no tensor of which it is the gradient");
     const View view = written(grads[i]);
-    g.*term.gradient = reduced(view, name.c_str(), scores, term.missing_right);
+    g.*term.gradient = placed<reduced>(view, name.c_str(), term, scores, p);
     const bool dense = term.gradient == &Gradients::dbias && g.dense_bias();
     if (view.dtype != (dense ? compute_dtype(p.q.dtype) : DType::float64)) refuse(name.c_str(), "has a wrong dtype");
   }
@@ -190,10 +202,10 @@ void read_tangents(PyObject* object, const Operands& p, Tangents& t, Owned& owne
     const TensorTerm& term = tensor_terms[i];
     const std::string name = std::string("the tangent of ") + term.name;
     if (!(p.*term.tensor)) refuse(name.c_str(), "has no tensor of which it is the tangent");
-    const Tensor& x = t.*term.tangent =
-                          broadcast(read(tangents[i], owned), name.c_str(), scores(p), term.missing_right);
+    const Tensor& x = t.*term.tangent = placed(read(tangents[i], owned), name.c_str(), term, scores(p), p);
     check_dtype(x, name.c_str(), term.holds);
   }
+  if (t.relative) t.bias = p.along_diagonals(t.relative);
 }
 
 void read_edge_grads(PyObject* object, const Operands& p, const Csr& lists, Gradients& g) {

@@ -140,7 +140,8 @@ PyMethodDef fast_methods[] = {
      "tensor "
      "or where batch or seqlen_k differ. The key holds the dtypes, the other sizes of q, k and v, and of each of up to "
      "8 "
-     "extras (a tensor or None) its rank and which of its sizes equal 1, batch, num_heads, seqlen_q or seqlen_k."},
+     "extras (a tensor or None) its rank and which of its sizes equal 1, batch, num_heads, seqlen_q, seqlen_k or "
+     "seqlen_q + seqlen_k - 1."},
     {"forward", (PyCFunction)(void (*)())counted<forward<fastattn::forward>>, METH_FASTCALL,
      "forward(q, k, v, out, lse, lse_parts, out_exact, terms, threads): fills out, and those of lse, lse_parts and "
      "out_exact that are not None."},

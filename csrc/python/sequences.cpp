@@ -104,7 +104,7 @@ void Bound::read_sequences(PyObject* q_object, PyObject* k_object, PyObject* v_o
     *factors = exact(view, name, {s.key_entries, p.num_heads_k, k.shape[2], 1}, DType::float32, 1);
     if (fields[kNewK] != Py_None) apart(view, name);
   }
-  for (const char* name : {"mask", "bias", "k_start", "k_end"})
+  for (const char* name : {"mask", "bias", "relative", "k_start", "k_end"})
     for (size_t i = 0; i < num_tensor_terms; i++)
       if (std::string(tensor_terms[i].name) == name && fields[i] != Py_None) refuse(name, "is not taken by sequences");
   if (fields[kBlockMask] != Py_None) refuse("block_mask", "is not taken by sequences");

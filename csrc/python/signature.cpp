@@ -33,7 +33,7 @@ PyObject* signature(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const auto& [q, k, v] = t;
   const int64_t batch = q.shape[0], seqlen_q = q.shape[2], seqlen_k = k.shape[2];
   if (k.shape[0] != batch || v.shape[0] != batch || v.shape[2] != seqlen_k) Py_RETURN_NONE;
-  const int64_t sizes[] = {1, batch, q.shape[1], seqlen_q, seqlen_k};
+  const int64_t sizes[] = {1, batch, q.shape[1], seqlen_q, seqlen_k, seqlen_q + seqlen_k - 1};
   for (Py_ssize_t i = qkv; i < count; i++) {
     if (args[i] == Py_None) {
       key[n++] = -1;
@@ -44,7 +44,7 @@ PyObject* signature(PyObject*, PyObject* const* args, Py_ssize_t count) {
     key[n++] = dtype_and_rank(extra);
     for (int d = 0; d < extra.ndim; d++) {
       int64_t equal = 0;  // one bit for each of `sizes`
-      for (int64_t bit = 0; bit < 5; bit++) equal |= (int64_t)(extra.shape[d] == sizes[bit]) << bit;
+      for (int64_t bit = 0; bit < 6; bit++) equal |= (int64_t)(extra.shape[d] == sizes[bit]) << bit;
       key[n++] = equal ? equal : ~extra.shape[d];  // below 0, so that it is no set of bits
     }
   }

@@ -32,19 +32,29 @@ bool add_key_bias(Real* scores, int64_t keys, const Real* bias) {
   return masked;
 }
 
-// The same with a bias for each score, [keys][NR].
+// The same with a bias for each score, rows of [NR] at `stride`.
 template <class Real, int NV>
-bool add_bias(Real* scores, int64_t keys, const Real* bias) {
+bool add_bias(Real* scores, int64_t keys, const Real* bias, int64_t stride) {
   constexpr int L = VL<Real>, NR = NV * L;
   const Vec<Real> lowest = splat((Real)-__builtin_inf());
   auto masked = lowest > lowest;
-  for (int64_t i = 0; i < keys * NR; i += L) {
-    Vec<Real> b = load(bias + i);
-    auto gone = b == lowest;
-    masked |= gone;
-    store(scores + i, gone ? lowest : load(scores + i) + bias_log2<Real>(b));
-  }
+  for (int64_t j = 0; j < keys; j++)
+    for (int v = 0; v < NV; v++) {
+      Real* s = scores + j * NR + v * L;
+      Vec<Real> b = load(bias + j * stride + v * L);
+      auto gone = b == lowest;
+      masked |= gone;
+      store(s, gone ? lowest : load(s) + bias_log2<Real>(b));
+    }
   return any<Real>(masked);
+}
+
+// The bias of `key` and the panel's first lane, if those of the others follow it in memory, as along diagonals; or null.
+template <class Real>
+const Real* bias_in_lanes(const Operands& p, const Lanes& lanes, int64_t key, int NR) {
+  if (!p.bias || p.mask || p.bias.dtype != dtype_of<Real> || p.bias.stride[2] != 1 || lanes.rows != NR) return nullptr;
+  const QueryRow q = stacked_row(p, lanes.head, lanes.row);
+  return q.query + NR <= p.seqlen_q ? (const Real*)at(p.bias, lanes.batch, q.head, q.query, key) : nullptr;
 }
 
 // Fetches what load_bias will want of the next tile: rows lie too far apart for the hardware to foresee.
@@ -94,6 +104,15 @@ void add_key_sums(const Real* ds, int64_t stride, int64_t keys, Real* sums) {
     for (int v = 1; v < NV; v++) sum += load(ds + j * stride + v * L);
     store(sums + j * L, load(sums + j * L) + sum);
   }
+}
+
+// sums[key][lane] += rows at `stride`, [keys][NR]. The sums of panels one NR apart stand NR keys apart, so that a place
+// is a diagonal.
+template <class Real, int NV>
+void add_diagonal_sums(const Real* ds, int64_t stride, int64_t keys, Real* sums) {
+  constexpr int L = VL<Real>, NR = NV * L;
+  for (int64_t j = 0; j < keys; j++)
+    for (int i = 0; i < NR; i += L) store(sums + j * NR + i, load(sums + j * NR + i) + load(ds + j * stride + i));
 }
 
 // dbias [query][key] += dS of a panel, rows of keys at `stride`; rows: [NR][keys].

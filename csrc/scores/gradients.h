@@ -23,17 +23,31 @@ class ScoreGradients {
   const KeyUnit& u;
   const int64_t num_splits, k_lo, k_hi;  // of the unit
   Real* const key_sum;                   // [keys of the range][vector], of dS
+  Real* const diagonal_sum;              // [keys of the range + query rows][NR], of dS
   Real* const rows;                      // [NR][n_block]
   int64_t head = 0;                      // the query head of this turn
 
+  // The place in diagonal_sum of the unit's first key and the panel that starts at `query`.
+  int64_t first_diagonal(int64_t query) const { return round_up(p.seqlen_q, NR) - NR - query; }
+
  public:
   ScoreGradients(const Operands& p, const Gradients& g, const KeyUnit& u, int64_t num_splits, Range keys, Real* key_sum,
-                 Real* rows)
-      : p(p), g(g), u(u), num_splits(num_splits), k_lo(keys.lo), k_hi(keys.hi), key_sum(key_sum), rows(rows) {}
+                 Real* diagonal_sum, Real* rows)
+      : p(p),
+        g(g),
+        u(u),
+        num_splits(num_splits),
+        k_lo(keys.lo),
+        k_hi(keys.hi),
+        key_sum(key_sum),
+        diagonal_sum(diagonal_sum),
+        rows(rows) {}
 
   void start_head(int64_t query_head, int64_t padded_keys) {
     head = query_head;
     for (int64_t i = 0; g.key_sums && i < padded_keys * L; i += L) store(key_sum + i, Vec<Real>{});
+    const int64_t diagonals = padded_keys + round_up(p.seqlen_q, NR);
+    for (int64_t i = 0; g.diagonal_sums && i < diagonals * NR; i += L) store(diagonal_sum + i, Vec<Real>{});
   }
 
   // Whether every query is asked for its sums, also one that sees no key of the unit.
@@ -59,6 +73,9 @@ class ScoreGradients {
     const int64_t n = seen.hi - seen.lo;
     if (g.slope_sums) add_slope_sums<Real, NV>(ds, stride, n, panel.positions, seen.lo, sums.slope);
     if (g.key_sums) add_key_sums<Real, NV>(ds, stride, n, key_sum + (seen.lo - k_lo) * L);
+    if (g.diagonal_sums)
+      add_diagonal_sums<Real, NV>(ds, stride, n,
+                                  diagonal_sum + (first_diagonal(panel.lanes.row) + seen.lo - k_lo) * NR);
     if (g.dense_bias()) add_dense_bias<Real, NV>(g.dbias, panel.lanes, head, ds, stride, seen, rows);
     if (slope) scale_rows<Real, NV>(ds, stride, slope, n);
   }
@@ -76,6 +93,18 @@ class ScoreGradients {
       double total = 0;
       for (int lane = 0; lane < L; lane++) total += key_sum[(key - k_lo) * L + lane];
       g.key_sums[row * p.seqlen_k + key] = total;
+    }
+    if (g.diagonal_sums) finish_diagonals(g.diagonal_sums + (row * num_splits + u.split) * p.num_diagonals());
+  }
+
+ private:
+  void finish_diagonals(double* to) const {
+    const int64_t last = p.num_diagonals(), places = first_diagonal(0) + k_hi - k_lo;
+    for (int64_t i = 0; i < last; i++) to[i] = 0;
+    for (int64_t place = 0; place < places; place++) {
+      const int64_t first = first_diagonal(0) - place - k_lo + p.seqlen_k - 1;  // of lane 0
+      const int64_t from = larger<int64_t>(0, -first), end = smaller<int64_t>(NR, last - first);
+      for (int64_t lane = from; lane < end; lane++) to[first + lane] += diagonal_sum[place * NR + lane];
     }
   }
 };

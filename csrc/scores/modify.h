@@ -80,8 +80,12 @@ class Modifier {
     if (has_key_bias) {
       masked |= add_key_bias<Real, NV>(scores, keys, s.key_bias + skipped);
     } else if (has_bias) {
-      load_bias(p, panel.lanes, k0, keys, NR, s.rows, s.bias);
-      masked |= add_bias<Real, NV>(scores, keys, s.bias);
+      if (const Real* bias = bias_in_lanes<Real>(p, panel.lanes, k0, NR)) {
+        masked |= add_bias<Real, NV>(scores, keys, bias, p.bias.stride[3]);
+      } else {
+        load_bias(p, panel.lanes, k0, keys, NR, s.rows, s.bias);
+        masked |= add_bias<Real, NV>(scores, keys, s.bias, NR);
+      }
     }
     if (k0 < common.lo || k1 > common.hi) {
       for (int r = 0; r < NR; r++) {

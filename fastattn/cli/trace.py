@@ -41,6 +41,8 @@ def _obstacle(call: dict) -> str | None:
     problem = call["problem"]
     if problem["layout"] != "dense" or problem["mask"] == "block":
         return f"layout={problem['layout']} mask={problem['mask']}"
+    if problem.get("relative"):
+        return "a bias of distances, which is not in a trace"
     return f"device={problem['device']}" if problem["device"] != "cpu" else None
 
 

@@ -180,7 +180,9 @@ def _row_ranges(call: Call, problem, tensors: dict, rows: int) -> Iterator[tuple
             keys = max(0, start + lo), min(problem.seqlen_k, end + hi)
             keys = keys if keys[0] < keys[1] else (0, min(1, problem.seqlen_k))  # rows that see nothing: one hidden key
             at = done, done + end - start
-            yield (start, end), {"seqlen_k": keys, "rows": at}, (end - start) * (keys[1] - keys[0])
+            diagonals = start - keys[1] + problem.seqlen_k, end - keys[0] + problem.seqlen_k - 1
+            of_rows = {"seqlen_k": keys, "rows": at, "num_diagonals": diagonals}
+            yield (start, end), of_rows, (end - start) * (keys[1] - keys[0])
             done = at[1]
 
 

@@ -18,6 +18,7 @@ from ..masks.intervals import NO_BOUNDS, dense
 from ..outputs import is_rough
 from ..scores import Place
 from ..scores.dropout import dropout_mask_at
+from ..scores.relative import spread
 from ..terms import SCORE_TERMS
 from ..torch_internals import is_traced
 from .blocks import Block, gradients, source
@@ -263,10 +264,11 @@ def _visible(call: Call, block: Block, x: dict) -> torch.Tensor | None:
         seen.append(dense(*NO_BOUNDS, *bounds, end - start, last - first, x["q"].device))
     if (block_mask := call.block_mask(block.batch)) is not None:
         seen.append(_seen_blocks(block_mask, block))
-    if "bias" in x:
-        masks = x["bias"] == -torch.inf
-        if is_traced() or masks.any():
-            seen.append(~masks)
+    for bias in (x.get("bias"), x.get("relative")):
+        if bias is not None:
+            masks = bias == -torch.inf
+            if is_traced() or masks.any():
+                seen.append(~(masks if bias is x.get("bias") else spread(masks, _place(call, block))))
     visible = None
     for part in seen:
         visible = part if visible is None else visible & part

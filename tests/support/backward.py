@@ -6,13 +6,16 @@ import torch
 
 import fastattn
 from cases import Case, inputs
+from fastattn.relative import RelativeBias, toeplitz
 from fastattn.scores import Place
 from fastattn.scores.alibi import alibi_bias
+from fastattn.scores.relative import spread
 
 INF, NAN = math.inf, math.nan
 
 
-SCORE_TENSORS = ("bias", "alibi_slopes", "sinks", "softmax_scale")
+SCORE_TENSORS = ("bias", "relative", "alibi_slopes", "sinks", "softmax_scale")
+"""By their terms; the argument of "relative" is `bias`, an object of `fastattn.relative`."""
 
 
 def cotangents(q, v, seed=1):
@@ -29,10 +32,13 @@ def score_tensors(kwargs) -> list[str]:
 def gradients(q, k, v, kwargs, dout, dlse=None, backend="cpu", of_scores=False) -> dict[str, torch.Tensor]:
     """By name, of everything that has one; an lse of -inf takes no cotangent."""
     leaves = {"q": q, "k": k, "v": v} | {name: kwargs[name] for name in score_tensors(kwargs) if of_scores}
+    if of_scores and is_relative(kwargs):
+        leaves["relative"] = kwargs["bias"].vector
     leaves = {name: x.detach().requires_grad_() for name, x in leaves.items()}
-    out, lse = fastattn.attention(
-        **leaves, **{n: x for n, x in kwargs.items() if n not in leaves}, return_lse=True, backend=backend
-    )
+    arguments = kwargs | leaves
+    if "relative" in arguments:
+        arguments["bias"] = toeplitz(arguments.pop("relative"))
+    out, lse = fastattn.attention(**arguments, return_lse=True, backend=backend)
     results, weights = [out], [dout.to(out.dtype)]
     if dlse is not None:
         results.append(lse.masked_fill(lse == -INF, 0.0))
@@ -43,8 +49,13 @@ def gradients(q, k, v, kwargs, dout, dlse=None, backend="cpu", of_scores=False) 
     return dict(zip(leaves, grads, strict=True))
 
 
+def is_relative(kwargs) -> bool:
+    return isinstance(kwargs.get("bias"), RelativeBias)
+
+
 def to_double(kwargs) -> dict:
-    return kwargs | {name: kwargs[name].double() for name in score_tensors(kwargs)}
+    doubles = {name: kwargs[name].double() for name in score_tensors(kwargs)}
+    return kwargs | doubles | ({"bias": toeplitz(kwargs["bias"].vector.double())} if is_relative(kwargs) else {})
 
 
 SLACK = {"float32": 2e-6, "float64": 1e-14, "bfloat16": 2**-8, "float16": 2**-11}
@@ -53,7 +64,10 @@ SLACK = {"float32": 2e-6, "float64": 1e-14, "bfloat16": 2**-8, "float16": 2**-11
 def sizes_of_slope_sums(q, k, v, kwargs, dout, dlse) -> torch.Tensor:
     """Of the terms of both signs that dalibi_slopes sums, in float64."""
     scores = (*q.shape[:3], k.shape[2])
-    bias = kwargs.get("bias", torch.zeros(()).double()).expand(scores).clone()
+    bias = kwargs.get("bias", torch.zeros(()).double())
+    if is_relative(kwargs):
+        bias = spread(bias.vector.flip(-1), Place(scores[3] - scores[2], *scores[2:]))
+    bias = bias.expand(scores).clone()
     dscores = gradients(q, k, v, kwargs | {"bias": bias}, dout, dlse, "reference", of_scores=True)["bias"]
     distance = alibi_bias(torch.ones(scores[1]).double(), Place(scores[3] - scores[2], *scores[2:]))
     return (dscores * distance).abs().sum((2, 3)).sum_to_size(kwargs["alibi_slopes"].shape)

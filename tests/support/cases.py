@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastattn import BlockMask, Mask
+from fastattn import BlockMask, Mask, relative
 
 
 class Case(NamedTuple):
@@ -15,7 +15,8 @@ class Case(NamedTuple):
             "intervals" (random ones for each [B, H, Sq], empty ones among them) |
             "blocks" (a random BlockMask for each [B, H], blocks of 32 x 16) | "shared_blocks" ([1, 1], 64 x 64)
     bias    None | "shared" ([1, 1, Sq, Sk]) | "per_head" ([1, H, Sq, Sk]) | "full" ([B, H, Sq, Sk]) |
-            "key" ([B, 1, 1, Sk]) | "query" ([1, H, Sq, 1])
+            "key" ([B, 1, 1, Sk]) | "query" ([1, H, Sq, 1]); of distances, `fastattn.relative.toeplitz`:
+            "distances" ([H, Sq + Sk - 1]) | "shared distances" ([1, ...]) | "distances of each" ([B, H, ...])
     learned_scale  None | "one" (a tensor with one number) | "per_head" ([num_heads])
     layout  memory order of q, k, v and out: "bhsd" | "bshd"
     """
@@ -78,7 +79,10 @@ def inputs(case: Case, seed: int = 0) -> tuple[tuple[torch.Tensor, ...], dict]:
             kwargs[name] = getattr(case, name)
     if case.mask is not None:
         kwargs["mask"] = _mask(case.mask, generator, b, h, sq, sk)
-    if case.bias is not None:
+    if case.bias is not None and "distances" in case.bias:
+        lead = {"distances": (h,), "shared distances": (1,), "distances of each": (b, h)}[case.bias]
+        kwargs["bias"] = relative.toeplitz(normal(*lead, max(sq + sk - 1, 0)).to(torch.float32))
+    elif case.bias is not None:
         shape = {
             "shared": (1, 1, sq, sk),
             "per_head": (1, h, sq, sk),
@@ -152,7 +156,7 @@ def visited_pairs(case: Case) -> int:
 def _parity_cases() -> tuple[Case, ...]:
     masks = ("lengths", "left_padding", "documents", "prefix_lm", "intervals", "top_left")
     masks += ("tensor", "tensor_per_head", "key_tensor")
-    biases = ("shared", "per_head", "full", "key", "query")
+    biases = ("shared", "per_head", "full", "key", "query", "distances", "shared distances", "distances of each")
     small = Case(batch=2, num_heads=4, num_heads_k=2, seqlen_q=45, seqlen_k=77, head_dim=24, head_dim_v=40)
     cases = [Case(head_dim=d, seqlen_q=s, num_heads=2) for d in (1, 7, 8, 33, 64, 65, 128) for s in (1, 5, 64, 130)]
     cases += [
@@ -182,6 +186,12 @@ def _parity_cases() -> tuple[Case, ...]:
         learned_scale="per_head",
     )  # fmt: skip
     cases += [everything]
+    of_distances = small._replace(bias="distances", mask="intervals", softcap=2.0, alibi=True, sinks=True)
+    cases += [
+        of_distances._replace(seqlen_q=sq, seqlen_k=sk) for sq, sk in ((0, 5), (5, 0), (1, 1), (1, 300), (300, 1))
+    ]
+    cases += [of_distances._replace(num_heads_k=1, dropout_p=0.2, layout="bshd"), blocks._replace(bias="distances")]
+    cases += [blocks._replace(mask="blocks", bias="distances of each")]
     for dtype in ("bfloat16", "float16", "float64"):
         cases += [Case(dtype=dtype, num_heads=2, seqlen_q=130, causal=True), small._replace(dtype=dtype)]
         cases += [everything._replace(dtype=dtype), small._replace(dtype=dtype, layout="bshd", mask="lengths")]
@@ -194,8 +204,10 @@ def _parity_cases() -> tuple[Case, ...]:
         cases += [case._replace(alibi=True), case._replace(softcap=2.0, bias="query"), case._replace(sinks=True)]
         cases += [case._replace(dropout_p=0.3), case._replace(dropout_p=0.3, window_size=(90, 20), dtype="bfloat16")]
         cases += [case._replace(learned_scale="per_head", causal=True)]
+        cases += [case._replace(bias="distances", window_size=w) for w in (None, (90, 20))]
         for dtype in ("bfloat16", "float16", "float64"):
             cases += [case._replace(dtype=dtype, mask=mask, causal=True) for mask in ("documents", "tensor")]
+            cases += [case._replace(dtype=dtype, bias="distances")]
     return tuple(dict.fromkeys(cases))
 
 

@@ -10,7 +10,7 @@ from fastattn import dispatch
 ROOT = Path(__file__).parents[2]
 README, GUIDE, SUPPORT = ((ROOT / path).read_text() for path in ("README.md", "docs/guide.md", "docs/support.md"))
 RUNNABLE = ["README.md", *(f"docs/{name}.md" for name in (
-    "flash_attn", "generation", "guide", "learned", "modules", "replace", "seeing", "transforms"
+    "flash_attn", "generation", "guide", "learned", "modules", "relative", "replace", "seeing", "transforms"
 ))]  # fmt: skip
 
 
