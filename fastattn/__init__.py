@@ -1,5 +1,6 @@
 """fastattn: fused attention for PyTorch, on CPUs first. See README.md; start with `fastattn.attention`."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import patterns
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from .seeing.weights import attention_weights
     from .selection import coverage, select_blocks
     from .typed import attention, attention_csr  # noqa: F811  (with overloads for return_lse)
+
+if not Path(__file__).with_name("kernels").is_dir():
+    __path__.append(str(Path(__file__).parents[1]))  # a checkout, where kernels/ lies beside this folder
 
 __version__ = "0.1.0"
 

@@ -222,7 +222,11 @@ def small_calls():
     return [inputs(case._replace(dtype=dtype, **change)) for dtype, change in zip(DTYPES, changes, strict=True)]
 
 
-def test_calls_do_not_leak():
+many = pytest.mark.parametrize("count", [10_000, pytest.param(50_000, marks=pytest.mark.slow)])
+
+
+@many
+def test_calls_do_not_leak(count):
     made = small_calls()
     negated = torch.randn(1, 2, 5, 8, dtype=torch.complex64).conj().imag  # the one thing that is copied
 
@@ -239,7 +243,34 @@ def test_calls_do_not_leak():
 
     call(400)
     before = resident()
-    call(10_000)
+    call(count)
+    assert resident() - before < 2**20
+
+
+@many
+def test_calls_of_other_layouts_do_not_leak(count):
+    q = torch.randn(9, 2, 8)
+    bounds, lists = torch.tensor([0, 4, 9]), (torch.tensor([0, 1, 3, 3, 4, 5]), torch.tensor([0, 0, 1, 3, 4]))
+    cache = fastattn.KVCache(batch=2, num_heads_k=2, head_dim=8, capacity=16, page_size=4)
+    rows, dense = torch.randn(2, 2, 1, 8), torch.randn(3, 1, 2, 5, 8)
+
+    def call(n):
+        for i in range(n):
+            if i % 3 == 0:
+                fastattn.attention_varlen(q, q, q, bounds, bounds, causal=True)
+            elif i % 3 == 1:
+                fastattn.attention_csr(*dense, *lists)
+            else:
+                if i % 48 == 2:
+                    cache.reset()
+                cache.attend(rows, rows, rows)
+            if i % 20 == 0:
+                with pytest.raises(ValueError, match="cu_seqlens_q"):
+                    fastattn.attention_varlen(q, q, q, torch.tensor([0, 4, 8]), bounds)
+
+    call(600)
+    before = resident()
+    call(count)
     assert resident() - before < 2**20
 
 

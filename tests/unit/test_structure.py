@@ -9,7 +9,7 @@ import fastattn
 
 ROOT = Path(fastattn.__file__).parents[1]
 SOURCES = [path for folder in ("fastattn", "csrc", "kernels") for path in sorted((ROOT / folder).rglob("*"))]
-SOURCES = [path for path in SOURCES if path.suffix in (".py", ".h", ".cpp") and "fastattn/kernels/" not in str(path)]
+SOURCES = [path for path in SOURCES if path.suffix in (".py", ".h", ".cpp")]
 PYTHON = [path for path in SOURCES if path.suffix == ".py"]
 
 
