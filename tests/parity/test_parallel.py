@@ -61,6 +61,7 @@ TERMS = {
     "more queries": {"seqlen_k": 50, "causal": True},
     "top left": {"seqlen_k": 50, "mask": "top_left"},
     "bfloat16": {"dtype": "bfloat16", "causal": True},
+    "float16": {"dtype": "float16", "window_size": (30, None)},
     "float64": {"dtype": "float64", "causal": True, "layout": "bshd"},
 }
 

@@ -1,7 +1,9 @@
 """`fastattn.parallel` around its attention: shards of tensors, decoding, training, what is imported, memory."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -216,3 +218,39 @@ def test_no_tensor_is_as_large_as_the_sequence(four, schedule):
     for seqlen in (512, 4096):
         for largest, own in four.run(_peak, seqlen, schedule):
             assert largest <= 3 * own, (largest, own)  # the whole sequence: 4 times
+
+
+def _derivatives(rank):
+    """What is said of derivatives that would need the other ranks once more."""
+    q, k, v = [torch.randn(1, 2, 6, 8, requires_grad=True) for _ in range(3)]
+    mesh, found = mesh_of(4), []
+    out = parallel.attention(q, k, v, mesh=mesh)
+    (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    for again in (
+        lambda: dq.sum().backward(),
+        lambda: torch.func.vmap(lambda q: parallel.attention(q[None], k, v, mesh=mesh))(q),
+        lambda: torch.func.jvp(lambda q: parallel.attention(q, k, v, mesh=mesh), (q,), (q,)),
+    ):
+        try:
+            again()
+            found.append("nothing")
+        except (RuntimeError, NotImplementedError) as error:
+            found.append(str(error))
+    with torch.inference_mode():
+        found.append(parallel.attention(q, k, v, mesh=mesh).shape)
+    return found
+
+
+def test_derivatives_that_are_refused(four):
+    for again, of_batch, forward, shape in four.run(_derivatives):
+        assert "once_differentiable" in again and shape == (1, 2, 6, 8)
+        assert all("fastattn.parallel has no torch.func transforms" in text for text in (of_batch, forward))
+
+
+@pytest.mark.slow
+def test_benchmark():
+    bench = Path(fastattn.__file__).parents[1] / "bench" / "parallel.py"
+    arguments = [sys.executable, str(bench), "--ranks", "2", "--seqlen", "256", "--repeat", "1"]
+    environment = os.environ | {"PYTHONPATH": str(bench.parents[1])}
+    text = subprocess.run(arguments, check=True, capture_output=True, text=True, env=environment).stdout
+    assert all(f"\n{name} " in text for name in ("one process", "ring", "all_gather", "all_to_all"))
