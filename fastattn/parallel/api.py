@@ -13,11 +13,12 @@ from ..masks.intervals import Mask
 from ..torch_internals import outside_of_graphs
 from .agreement import Call, agree, compare_everything
 from .arguments import ROW_TERMS, Arguments, check, described, everything, has_row_tensors, sizes_of, whole
+from .block_masks import joined_rows
 from .blocks import LEARNED, Whole
 from .choice import Setting, choose
 from .costs import Machine, listed, needs_of, work
 from .heads import Exchange, of_group
-from .peers import Peers, gathered
+from .peers import Peers, gathered, gathered_objects
 from .plan import PLANS, Needs
 from .shards import Shards, check_shards
 from .steps import Job, Steps
@@ -234,6 +235,10 @@ def _of_heads(call: Whole, learned: dict, inner: Peers, local_q: Shards, grouped
             shared = x.shape[1] == 1
             x = x.expand(-1, size if shared else -1, local_q.lengths[inner.rank])
             changed[name] = Exchange.apply(inner, (local_q,), True, x)[0]
+    if (mask := call.terms.block_mask) is not None:
+        rows = gathered_objects(inner, (mask.to("cpu").tensors(), mask.seq_lengths), "a mask of all rows")
+        masks = [BlockMask(**x, BLOCK_SIZE=mask.BLOCK_SIZE, seq_lengths=lengths) for x, lengths in rows]
+        changed["block_mask"] = joined_rows(masks, local_q, inner.rank, size).to(mask.device)
     problem = problem._replace(num_heads=heads, num_heads_k=heads_k)
     runs = tuple(run for of_rank in shards_k.runs for run in of_rank)
     return Whole(problem, call.terms._replace(**changed), call.backend, shards_q.runs[rank], runs), learned

@@ -17,8 +17,8 @@ from .choice import check_schedule
 from .costs import Machine, Sizes
 from .shards import Shards
 
-ROW_TERMS = ("mask", "block_mask", "bias")
-"""Terms that hold a row for each query and all keys."""
+ROW_TERMS = ("mask", "bias")
+"""Terms that hold a row of numbers for each query, one for each key."""
 
 
 class Arguments(NamedTuple):
@@ -83,7 +83,7 @@ def _of_mask(mask):
     if isinstance(mask, Mask):
         return "Mask", mask.k_start is not None, mask.k_end is not None
     if isinstance(mask, BlockMask):
-        return "BlockMask", mask.BLOCK_SIZE
+        return "BlockMask", mask.BLOCK_SIZE, mask.shape[:2]
     return None if mask is None else type(mask).__name__
 
 

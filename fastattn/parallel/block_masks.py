@@ -1,8 +1,11 @@
 """Parts of a `BlockMask`: rows of queries and columns of keys, cut where its blocks end."""
 
+from collections.abc import Sequence
+
 import torch
 
 from ..masks.block_mask import BlockMask, build
+from ..masks.blocks import FULL
 from .shards import Run, Shards
 
 
@@ -33,6 +36,33 @@ def local_rows(mask: BlockMask, shards: Shards, rank: int) -> BlockMask:
     keys, ids = (torch.cat(x) for x in zip(none, *found, strict=True))
     order = keys.argsort()
     return build(local, (keys[order], ids[order], bitmaps))
+
+
+def joined_rows(masks: Sequence[BlockMask], shards: Shards, share: int, shares: int) -> BlockMask:
+    """The mask of the rows of all ranks, by their positions, from that of each; of heads, the share-th of `shares`."""
+    local = masks[0]._grid
+    heads = local.num_heads if local.num_heads == 1 else local.num_heads // shares
+    grid = local._replace(num_heads=heads, seqlen_q=shards.seqlen)
+    first = 0 if local.num_heads == 1 else share * heads
+    found, bitmaps, count = [tuple(x[:0] for x in masks[0]._blocks()[:2])], [], 0
+    for rank, mask in enumerate(masks):
+        mine, (keys, ids, bits) = mask._grid, mask._blocks()
+        entry, row, offset = mine.entry(keys), mine.row(keys), 0
+        batch, head = entry // mine.num_heads, entry % mine.num_heads - first
+        for start, stop in shards.runs[rank]:
+            if offset % grid.block_q or start % grid.block_q:
+                raise ValueError(_rule(start if start % grid.block_q else offset, grid.block_q, "query"))
+            inside = (row >= offset // grid.block_q) & (row < -(-(offset + stop - start) // grid.block_q))
+            inside &= (head >= 0) & (head < heads)
+            moved = row[inside] + (start - offset) // grid.block_q
+            place = grid.keys(batch[inside] * heads + head[inside], moved, mine.column(keys)[inside])
+            found.append((place, torch.where(ids[inside] == FULL, FULL, ids[inside] + count)))
+            offset += stop - start
+        bitmaps.append(bits)
+        count += len(bits)
+    places, ids = (torch.cat(x) for x in zip(*found, strict=True))
+    order = places.argsort()
+    return build(grid, (places[order], ids[order], torch.cat(bitmaps)))
 
 
 def _cut(mask: BlockMask, queries: Run, keys: Run) -> BlockMask | None:

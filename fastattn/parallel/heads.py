@@ -65,7 +65,7 @@ def of_group(shards: Shards, first: int, size: int) -> Shards:
 
 
 def refusal(num_heads: int, num_heads_k: int, ranks: int, has_rows: Sequence[str]) -> str | None:
-    """Why heads cannot be exchanged among `ranks`, None if they can. has_rows: terms that hold a row for each query."""
+    """Why heads cannot be exchanged among `ranks`, None if they can. has_rows: terms with a number for each pair."""
     if num_heads_k % ranks or num_heads % ranks:
         return f"num_heads={num_heads} and num_heads_k={num_heads_k} must be multiples of {ranks} ranks"
     if has_rows:

@@ -1,5 +1,6 @@
 """`Peers`: the ranks of a process group, what is sent to them, and what is said when one of them is gone."""
 
+import pickle
 import re
 import threading
 from collections.abc import Sequence
@@ -101,6 +102,16 @@ def gathered(peers: Peers, mine: torch.Tensor, doing: str) -> list[torch.Tensor]
     others = [rank for rank in range(peers.size) if rank != peers.rank]
     peers.post([(rank, mine) for rank in others], [(rank, found[rank]) for rank in others], doing, False).wait()
     return found
+
+
+def gathered_objects(peers: Peers, mine, doing: str) -> list:
+    """`mine` of every rank, pickled: what is no tensor, or tensors of other sizes on each."""
+    data = torch.frombuffer(bytearray(pickle.dumps(mine)), dtype=torch.uint8)
+    sizes = [int(x) for x in gathered(peers, torch.tensor([len(data)]), doing)]
+    found = [data if rank == peers.rank else data.new_empty(size) for rank, size in enumerate(sizes)]
+    others = [rank for rank in range(peers.size) if rank != peers.rank]
+    peers.post([(rank, data) for rank in others], [(rank, found[rank]) for rank in others], doing).wait()
+    return [mine if rank == peers.rank else pickle.loads(x.numpy().tobytes()) for rank, x in enumerate(found)]
 
 
 def _first_line(error: BaseException) -> str:

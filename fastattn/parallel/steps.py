@@ -179,7 +179,11 @@ def _backward(job: Job, qkv, found: Partial, dout, dlse, wanted, wants) -> tuple
     dtype = compute_dtype(whole.problem)
     # A block's gradients would be rounded to q's dtype, and then added up; CPU kernels compute in this one anyway.
     inside = dtype if q.device.type == "cpu" else q.dtype
-    whole = whole._replace(problem=whole.problem._replace(dtype=dtype_name(inside)))
+    if inside != q.dtype:
+        names = [name for name in LEARNED if isinstance(getattr(whole.terms, name), torch.Tensor)]
+        terms = whole.terms._replace(**{name: getattr(whole.terms, name).to(inside) for name in names})
+        bias = dtype_name(inside) if "bias" in names else "none"
+        whole = whole._replace(problem=whole.problem._replace(dtype=dtype_name(inside), bias=bias), terms=terms)
     of_keys = wanted[1] or wanted[2]
     queries, douts = whole.rows(q.to(inside)), whole.rows(dout.to(inside))
     dlses = None if dlse is None else whole.rows(dlse)

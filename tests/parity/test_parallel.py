@@ -88,6 +88,13 @@ def test_masks_and_biases_of_rows(two, schedule, name):
     assert_as_in_one_place(two, sharded(SMALL._replace(**ROWS[name]), (2,), "zigzag", schedule))
 
 
+@pytest.mark.parametrize("kind", ["zigzag", "uneven"])
+@pytest.mark.parametrize("mask", ["blocks", "shared_blocks"])
+def test_block_masks_of_all_rows(four, mask, kind):
+    case = SMALL._replace(mask=mask, seqlen_q=330, seqlen_k=280, causal=True)
+    assert_as_in_one_place(four, sharded(case, (2, 2), kind, "ring+all_to_all"))
+
+
 @pytest.mark.parametrize("ranks", [(2,), (4,), (2, 2)], ids=str)
 @pytest.mark.parametrize("part", range(2))
 def test_random_problems(request, ranks, part):
