@@ -1,7 +1,7 @@
 """What turns the scores of a row into weights, beside the softmax: functions of a block of rows in plain torch.
 
 Each is normalize(scores [..., keys], visible) -> weights: bool `visible` broadcasts to the scores, None: all; weights
-of hidden keys are 0, and so is a row that sees nothing. Derivatives are autograd's, to any order: what is searched for
+of hidden keys are 0, and so is a row that sees nothing; NaN among the visible scores of a row makes it NaN. Derivatives are autograd's, to any order: what is searched for
 (which keys have a weight at all) is piecewise constant, and the rest is a formula.
 """
 
@@ -35,7 +35,8 @@ def sparsemax(s: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
 
     Michelot's search: the keys above the tau of a set that holds the support are such a set again, and smaller.
     """
-    s = s - _top(s, visible)
+    top = _top(s, visible)
+    s = s - top
     with torch.no_grad():
         support = _candidates(s, visible)
         while True:
@@ -43,7 +44,7 @@ def sparsemax(s: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
             if _is_settled(smaller, support):
                 break
             support = smaller
-    return torch.where(support, s - _mean_threshold(s, support), 0.0)
+    return torch.where(support, s - _mean_threshold(s, support), top - top)
 
 
 def entmax15(s: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
@@ -51,7 +52,8 @@ def entmax15(s: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
 
     Newton's search from the left, where the sum is convex and falls, and the root of the quadratic of the support.
     """
-    s = (s - _top(s, visible)) / 2.0
+    top = _top(s, visible)
+    s = (s - top) / 2.0
     with torch.no_grad():
         near = torch.where(_candidates(s, visible), s, -1.0)
         tau = near.new_full((*near.shape[:-1], 1), -1.0)
@@ -69,7 +71,7 @@ def entmax15(s: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
     count = support.sum(-1, keepdim=True)
     # Of sum (y - x)^2 = 1 the smaller root, without a difference of what is nearly equal.
     root = torch.where(count > 0, total.square() - count * excess, 1.0).sqrt()
-    return torch.where(support, (y - excess / (total + root)).square(), 0.0)
+    return torch.where(support, (y - excess / (total + root)).square(), top - top)
 
 
 _NEWTON_STEPS = 64  # each at least halves what is missing, until they are quadratic: about 8 are taken
@@ -84,7 +86,7 @@ def among_largest(s: torch.Tensor, visible: torch.Tensor | None, top_k: int) -> 
     if s.shape[-1] <= top_k:
         return visible
     s = s.detach() if visible is None else s.detach().masked_fill(~visible, -torch.inf)
-    largest = s >= s.topk(top_k, -1).values[..., -1:]
+    largest = ~(s < s.topk(top_k, -1).values[..., -1:])  # NaN takes part
     return largest if visible is None else largest & visible
 
 

@@ -86,6 +86,16 @@ def test_what_stands_behind_a_mask_does_not_show(normalizer, top_k):
 
 
 @pytest.mark.parametrize("normalizer, top_k", KINDS)
+def test_what_is_not_finite_and_seen_shows(normalizer, top_k):
+    q, k, v, _ = call(SMALL._replace(num_heads_k=4))
+    q[0, 1, 3], k[1, 2, 40] = torch.nan, torch.nan
+    out = learned.attention(q, k, v, normalizer=normalizer, top_k=top_k)
+    wrong = torch.zeros(2, 4, 33, dtype=torch.bool)
+    wrong[0, 1, 3], wrong[1, 2] = True, True
+    assert torch.equal(out.isnan().all(-1), wrong) and torch.equal(out.isnan().any(-1), wrong)
+
+
+@pytest.mark.parametrize("normalizer, top_k", KINDS)
 def test_rows_that_see_nothing_and_zero_lengths(normalizer, top_k):
     q, k, v, _ = call(SMALL)
     mask = Mask.lengths(torch.tensor([0, 1]))
