@@ -72,8 +72,8 @@ def attention(
         return api.attention(q, k, v, sinks=q.new_zeros(q.shape[1]) if has_heads else None, **options)
     normalize = NORMALIZERS[normalizer]
 
-    def weigh(s, visible):
-        return normalize(s, visible if top_k is None else among_largest(s, visible, top_k))
+    def weigh(s):
+        return normalize(s, None if top_k is None else among_largest(s, top_k))
 
     return by_rows(q, k, v, weigh, options)
 
@@ -84,7 +84,8 @@ attention = outside_of_graphs(
 
 
 def by_rows(q, k, v, weigh, options: dict) -> torch.Tensor:
-    """Attention with the weights weigh(scores, visible), in blocks of query rows; options: of `fastattn.attention`."""
+    """Attention with the weights weigh(scores), -inf where hidden, in blocks of query rows; options: of
+    `fastattn.attention`."""
     bound = api.bind(q, k, v, backend="reference", **options)
     problem, terms = bound.problem, bound.terms
     if problem.dropout and terms.seed is None:
@@ -94,7 +95,9 @@ def by_rows(q, k, v, weigh, options: dict) -> torch.Tensor:
 
     def run(call, block, x):
         x, s, visible = dense.scores(call, block, x)
-        return {"out": dense.weighted(call, block, x, weigh(s, visible))}
+        s, sighted = dense.hidden(block, s, visible)
+        p = weigh(s) if s.shape[-1] else s
+        return {"out": dense.weighted(call, block, x, p if sighted is None else p * sighted)}
 
     tensors = {"q": q, "k": k, "v": v, **{name: getattr(terms, name) for name in call.term_slots}}
     return apply(Higher(call, BlockFunction(run, tuple(tensors), ("out",))), tensors)["out"]

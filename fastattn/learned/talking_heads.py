@@ -12,7 +12,6 @@ from ..transforms import dense
 from ..transforms.blocks import BlockFunction
 from ..transforms.slots import Call
 from ..transforms.works import Higher, apply
-from .normalizers import softmax
 
 
 def talking_heads_attention(
@@ -62,9 +61,10 @@ talking_heads_attention = outside_of_graphs(
 
 def _mixed(call, block, x: dict) -> dict:
     x, s, visible = dense.scores(call, block, x)
-    s = s if visible is None else torch.where(visible, s, 0.0)  # NaN there would spread to other heads
-    p = softmax(_product(x.get("mix_scores"), s), visible)
-    return {"out": dense.weighted(call, block, x, _product(x.get("mix_weights"), p))}
+    s, sighted = dense.hidden(block, _product(x.get("mix_scores"), s), visible)
+    p = torch.softmax(s, -1)
+    p = _product(x.get("mix_weights"), p if sighted is None else p * sighted)
+    return {"out": dense.weighted(call, block, x, p)}
 
 
 def _product(matrix: torch.Tensor | None, s: torch.Tensor) -> torch.Tensor:

@@ -43,6 +43,12 @@ def scores(call: Call, block: Block, x: dict) -> tuple[dict, torch.Tensor, torch
     return x, s, visible
 
 
+def hidden(block: Block, s: torch.Tensor, visible: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(scores that are -inf where hidden, 0 for rows that see nothing, whose scores are 0, and 1 for others; None: all
+    see something)"""
+    return (s, None) if visible is None else _masked(block, s, visible, None)
+
+
 def weighted(call: Call, block: Block, x: dict, p: torch.Tensor) -> torch.Tensor:
     """The values times weights p [b, H, rows, keys], some of them dropped."""
     return _by_keys(_times(p, _keep(call, block, x)), x["v"])
