@@ -1,7 +1,7 @@
 """`flex_attention` of torch.nn.attention.flex_attention, argument by argument, on any device, forward and backward.
 
     score_mod that the kernels can do     one fused call: a mask, a scale, tanh soft-capping, ALiBi, a bias that is a
-    (see `score_mods`)                    tensor or does not depend on both positions, and combinations in this order
+    (see `score_mods`)                    tensor, that depends on q_idx - kv_idx or on one of them, and combinations
     any other score_mod                   in torch's own operators, in blocks of query rows, O(rows * seqlen_k) memory
 
 Both are exact, and tensors that the score_mod captures get their gradients.

@@ -4,6 +4,7 @@ import torch
 
 from ..masks.block_mask import BlockMask
 from ..masks.intervals import Mask, Window
+from ..relative import toeplitz
 from .score_mods import Form, Node, evaluated, has_gradient
 
 _aten = torch.ops.aten
@@ -24,7 +25,7 @@ def lowered(form: Form, sizes: tuple[int, int, int, int], device, scale: float, 
     sizes       batch, num_heads, seqlen_q, seqlen_k, all above 0
     block_size  of the block masks among "masks"
     """
-    masks, reach = [], (-sizes[3] + 1, sizes[2] - 1)
+    masks, diagonals, reach = [], [], (-sizes[3] + 1, sizes[2] - 1)
     for node, wanted in form.masks:
         mask, (lo, hi) = _mask(node, wanted, sizes, device, block_size)
         masks.append(mask)
@@ -41,12 +42,19 @@ def lowered(form: Form, sizes: tuple[int, int, int, int], device, scale: float, 
                 bias = terms["bias"] + bias
             terms["bias"] = bias
             continue
-        slopes = _slopes(node, sizes, device, reach)
-        if slopes is None or "alibi_slopes" in terms:
+        slopes = None if "alibi_slopes" in terms else _slopes(node, sizes, device, reach)
+        slopes = -slopes if slopes is not None and sign == -1 else slopes
+        if slopes is not None and bool((slopes >= 0.0).all()):
+            terms["alibi_slopes"] = slopes
+        elif node.drift == 0:
+            vector = _diagonals(node, sizes, device)
+            diagonals.append(vector if sign == 1 else -vector)
+        else:
             return None
-        terms["alibi_slopes"] = slopes if sign == 1 else -slopes
-    if "alibi_slopes" in terms and bool((terms["alibi_slopes"] < 0.0).any()):
-        return None
+    if diagonals:
+        if "bias" in terms:
+            return None
+        terms["bias"] = toeplitz(sum(diagonals))
     return terms
 
 
@@ -112,6 +120,20 @@ def _broadcast_bias(node: Node, sizes, device) -> torch.Tensor | None:
     if "h" not in names:
         table = table.unsqueeze(-3)
     return _as_bias(table if table.dim() == 4 else table[(None,) * (4 - table.dim())])
+
+
+def _diagonals(node: Node, sizes, device) -> torch.Tensor:
+    """A bias that follows from q - kv, a vector [batch|1, num_heads|1, distances] of `relative.toeplitz`: it counts
+    kv - q."""
+    places = _along_diagonals(sizes, device)
+    heads = {
+        "b": torch.arange(sizes[0], device=device).view(-1, 1, 1),
+        "h": torch.arange(sizes[1], device=device)[:, None],
+    }
+    vector = evaluated(node, places | heads)
+    vector = vector if vector.is_floating_point() else vector.float()
+    vector = vector.view((1,) * (3 - vector.dim()) + vector.shape)
+    return vector.expand(*vector.shape[:2], sizes[2] + sizes[3] - 1).flip(-1)
 
 
 def _as_bias(bias: torch.Tensor) -> torch.Tensor | None:

@@ -6,6 +6,7 @@ from .. import api
 from ..checks import check_int, one_line
 from ..masks.block_mask import BlockMask
 from ..masks.intervals import Mask
+from ..scores.relative import RelativeBias
 from ..torch_internals import outside_of_graphs
 from ..transforms import dense
 from ..transforms.blocks import BlockFunction
@@ -27,7 +28,7 @@ def attention(
     softmax_scale: float | torch.Tensor | None = None,
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
+    bias: torch.Tensor | RelativeBias | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
 ) -> torch.Tensor:
@@ -45,7 +46,8 @@ def attention(
     top_k       only the top_k largest visible scores of a row take part (Gupta et al., arXiv 2106.06899); those that
                 equal the last of them do, too. None: all
     mask ... seed
-                as in `fastattn.attention`; a bias of -inf masks
+                as in `fastattn.attention`; a bias of -inf masks. Of `fastattn.relative`, biases that follow from
+                positions alone
 
     Returns out [batch, num_heads, seqlen_q, head_dim_v] in q's dtype. A query that sees no key gives 0. NaN or Inf in a
     masked key or value never reaches the result.

@@ -115,8 +115,29 @@ TABLE = normal(4, 80).requires_grad_()
 VECTORS = normal(37, 3).requires_grad_()
 WEIGHT = normal(1).requires_grad_()
 
-ARBITRARY = {
+DIAGONAL = {
     "relative table": (lambda s, b, h, i, j: s + TABLE[h, i - j + 40], [TABLE]),
+    "computed table": (
+        lambda s, b, h, i, j: s - TABLE.sin().T[j - i + 40, h],
+        [TABLE],
+        lambda s, b, h, i, j: s - torch.sin(TABLE[h, j - i + 40]),
+    ),
+    "slope that is no factor": (lambda s, b, h, i, j: s - ((i - j).abs() * SLOPES[h] + WEIGHT[0] * (i == j)), [WEIGHT]),
+    "negative slopes": (lambda s, b, h, i, j: s + SLOPES[h] * (i - j).abs(), []),
+    "two": (lambda s, b, h, i, j: s + TABLE[b, i - j + 40] - TABLE[h, j - i + 39] + 0.5 * (i > j), [TABLE]),
+    "clipped": (lambda s, b, h, i, j: s + TABLE[h, torch.clamp(i - j, -4, 4) + 4], [TABLE]),
+}
+
+
+@pytest.mark.parametrize("name", DIAGONAL)
+@pytest.mark.parametrize("lengths", [(37, 37), (20, 37), (37, 9)])
+def test_biases_of_distances_are_fused(name, lengths):
+    score_mod, more, *same = DIAGONAL[name]
+    agree(tensors(*lengths), score_mod, more, *same)
+    assert facts_of(fastattn.last_call().problem) == {} and fastattn.last_call().problem.relative
+
+
+ARBITRARY = {
     "look-ups one after the other": (
         lambda s, b, h, i, j: s + TABLE[h][i - j + 40],
         [TABLE],
@@ -127,16 +148,11 @@ ARBITRARY = {
         [VECTORS],
         lambda s, b, h, i, j: s + sum(VECTORS[i, x] * VECTORS[j, x] for x in range(3)),
     ),
-    "computed table": (
-        lambda s, b, h, i, j: s + TABLE.sin().T[i - j + 40, h],
-        [TABLE],
-        lambda s, b, h, i, j: s + torch.sin(TABLE[h, i - j + 40]),
-    ),
     "function of the score": (lambda s, b, h, i, j: s + WEIGHT[0] * torch.sin(s) * (i - j), [WEIGHT]),
-    "slope that is no factor": (lambda s, b, h, i, j: s - ((i - j).abs() * SLOPES[h] + WEIGHT[0] * (i == j)), [WEIGHT]),
     "mask of scores": (lambda s, b, h, i, j: torch.where(s > 0.0, s, -INF), []),
     "mask inside of a bias": (lambda s, b, h, i, j: torch.where(i >= j, s, -INF) + 0.1 * (i % 3), []),
-    "negative slopes": (lambda s, b, h, i, j: s + SLOPES[h] * (i - j).abs(), []),
+    "two kinds of bias": (lambda s, b, h, i, j: s + TABLE[h, i - j + 40] + VECTORS[j, 0], [TABLE, VECTORS]),
+    "product of positions": (lambda s, b, h, i, j: s + WEIGHT[0] * i * j / 100, [WEIGHT]),
     "cap that is not the divisor": (lambda s, b, h, i, j: 2.0 * torch.tanh(s / 3.0), []),
     "captured cap": (lambda s, b, h, i, j: WEIGHT[0] * torch.tanh(s / WEIGHT[0]), [WEIGHT]),
 }

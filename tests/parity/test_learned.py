@@ -47,6 +47,27 @@ def test_results_and_gradients_are_those_of_the_formula(case, normalizer, top_k)
 
 
 @pytest.mark.parametrize("normalizer, top_k", KINDS)
+def test_biases_of_positions(normalizer, top_k):
+    q, k, v, _ = call(SMALL)
+    vector = torch.randn(4, 33 + 47 - 1, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    vector[:, 7] = -torch.inf
+    vector.requires_grad_()
+    options = {"causal": True, "normalizer": normalizer, "top_k": top_k}
+    out = learned.attention(q, k, v, bias=fastattn.relative.toeplitz(vector), **options)
+    dense = vector[:, torch.arange(47) - torch.arange(33)[:, None] + 32]
+    expected = formula.attention(q, k, v, bias=dense, **options)
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-10)
+    grads = (torch.autograd.grad(x.square().sum(), vector)[0] for x in (out, expected))
+    torch.testing.assert_close(*grads, rtol=1e-7, atol=1e-9)
+
+
+def test_biases_that_follow_from_queries_are_refused_by_name():
+    q, k, v, _ = call(SMALL)
+    with pytest.raises(TypeError, match="relative.shaw.* follows from q and k"):
+        learned.attention(q, k, v, bias=fastattn.relative.shaw(torch.randn(9, 5)), normalizer="sigmoid")
+
+
+@pytest.mark.parametrize("normalizer, top_k", KINDS)
 def test_derivatives_of_every_order(normalizer, top_k):
     case = Case(num_heads=2, num_heads_k=1, seqlen_q=3, seqlen_k=4, head_dim=2, dtype="float64", causal=True)
     q, k, v, kwargs = call(case._replace(bias="per_head", learned_scale="per_head"))

@@ -38,7 +38,9 @@ def talking_heads(seqlen):
 
 def any_score_mod(seqlen):
     table = torch.zeros(2 * seqlen).requires_grad_()
-    flex.flex_attention(*tensors(seqlen), lambda s, b, h, i, j: s + torch.sin(table[i - j + seqlen])).sum().backward()
+    flex.flex_attention(
+        *tensors(seqlen), lambda s, b, h, i, j: s + torch.sin(s + table[i - j + seqlen])
+    ).sum().backward()
     assert table.grad.isfinite().all()
 
 
