@@ -4,9 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from .. import api
+from .. import api, dispatch
 from ..checks import check_flag, check_tensors, dtype_name
-from ..dispatch import UnsupportedError
 from ..masks.block_mask import BlockMask
 from ..masks.intervals import Mask, Window, check_window, diagonal_bounds
 from ..scores.dropout import P, check_seed
@@ -35,9 +34,11 @@ def check(q, k, v, options: dict, others: dict) -> Arguments:
     """What can be checked without other ranks; TypeError, ValueError or UnsupportedError."""
     check_qkv(q, k, v)
     if is_transformed():
-        raise UnsupportedError("fastattn.parallel has no torch.func transforms: other ranks would have to take part")
+        raise dispatch.UnsupportedError(
+            "fastattn.parallel has no torch.func transforms: other ranks would have to take part"
+        )
     if P.check(options["dropout_p"]) > 0.0:
-        raise UnsupportedError(
+        raise dispatch.UnsupportedError(
             f"dropout_p={options['dropout_p']} is not supported across ranks: kernels draw a weight's bits by its "
             "place in their own block of queries, keys and heads, and cannot be told another one; use dropout_p=0.0"
         )
@@ -120,6 +121,11 @@ def whole(arguments: Arguments, shards_q: Shards, shards_k: Shards, rank: int) -
     problem = bound.problem._replace(
         mask=kind, sinks=False, lse=False, needs_grad=True, direction="forward", transformed=False
     )
+    if problem.alibi and dispatch.select(problem, options["backend"]).row.backend == "triton":
+        raise dispatch.UnsupportedError(
+            "alibi_slopes are not supported across ranks by Triton's kernels, which count distances from aligned ends "
+            "of queries and keys: a block stands elsewhere; use backend='reference'"
+        )
     runs = tuple(run for of_rank in shards_k.runs for run in of_rank)
     return Whole(problem, terms, options["backend"], shards_q.runs[rank], runs), learned
 

@@ -49,6 +49,7 @@ class Steps(torch.autograd.Function):
         if sinks is not None:
             found = merge.with_sinks(found, sinks)
         ctx.job, ctx.present = job, [x is not None for x in learned]
+        ctx.versions = _versions(job.whole)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, *found, *[x for x in learned if x is not None])
         return found.out.to(q.dtype), found.lse
@@ -62,6 +63,8 @@ class Steps(torch.autograd.Function):
         whole, sinks = _with(ctx.job.whole, learned)
         found = Partial(out, top, log_sum)
         dout = torch.zeros_like(out, dtype=q.dtype) if dout is None else dout
+        if _versions(ctx.job.whole) != ctx.versions:
+            raise RuntimeError("mask was changed in place after the forward pass that needs it")
         wants = dict(zip(LEARNED, ctx.needs_input_grad[4:], strict=True))
         job, wanted = ctx.job._replace(whole=whole), ctx.needs_input_grad[1:4]
         with _leaving_word(job.peers):
@@ -88,6 +91,13 @@ def _leaving_word(peers: Peers):
     except BaseException as error:  # an interrupt among them
         peers.note(error)
         raise
+
+
+def _versions(whole: Whole) -> list[int]:
+    """How often each tensor of the masks has been changed in place."""
+    terms = whole.terms
+    tensors = [x for x in (terms.mask, terms.k_start, terms.k_end) if x is not None]
+    return [x._version for x in tensors if not x.is_inference()]
 
 
 def _is_of_queries(bias: torch.Tensor) -> bool:

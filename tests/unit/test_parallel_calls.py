@@ -241,6 +241,21 @@ def _derivatives(rank):
     return found
 
 
+def _changed_mask(rank):
+    q, k, v = [torch.randn(1, 2, 6, 8, requires_grad=True) for _ in range(3)]
+    mask = torch.ones(1, 1, 6, 24, dtype=torch.bool)
+    out = parallel.attention(q, k, v, mesh=mesh_of(4), mask=mask)
+    mask[0, 0, 0, 0] = False
+    try:
+        out.sum().backward()
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_a_mask_that_was_changed(four):
+    assert set(four.run(_changed_mask)) == {"mask was changed in place after the forward pass that needs it"}
+
+
 def test_derivatives_that_are_refused(four):
     for again, of_batch, forward, shape in four.run(_derivatives):
         assert "once_differentiable" in again and shape == (1, 2, 6, 8)

@@ -1,11 +1,14 @@
 """Shards, plans and costs of `fastattn.parallel`, without any process."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import fastattn
 from fastattn import BlockMask, Mask, parallel
+from fastattn.parallel import arguments
 from fastattn.parallel.agreement import hash_of
 from fastattn.parallel.block_masks import cut, local_rows
 from fastattn.parallel.costs import listed, needs_of, work
@@ -144,6 +147,22 @@ def test_explain_chooses_and_refuses():
     long = parallel.explain(ranks=4, **options, num_heads_k=8)
     assert "keys are not short" in long
     assert "runs" in parallel.explain(ranks=(2, 4), **options).splitlines()[-1]
+
+
+def test_alibi_on_kernels_that_know_no_positions_is_refused(monkeypatch):
+    q, k, v = torch.randn(3, 1, 2, 8, 4)
+    options = {
+        "mask": None, "causal": True, "window_size": None, "softmax_scale": None, "softcap": 0.0, "bias": None,
+        "alibi_slopes": torch.ones(2), "sinks": None, "dropout_p": 0.0, "seed": None, "skip_negligible": None,
+        "return_lse": False, "backend": None,
+    }  # fmt: skip
+    shards = parallel.Shards.contiguous(16, 2)
+    call = arguments.Arguments(q, k, v, options, ())
+    assert arguments.whole(call, shards, shards, 1)[0].terms.query_start == 0
+    row = SimpleNamespace(row=SimpleNamespace(backend="triton"))
+    monkeypatch.setattr(arguments.dispatch, "select", lambda *_: row)
+    with pytest.raises(fastattn.UnsupportedError, match="alibi_slopes are not supported across ranks by Triton"):
+        arguments.whole(call, shards, shards, 1)
 
 
 def test_parts_of_a_block_mask():
