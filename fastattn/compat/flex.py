@@ -67,7 +67,8 @@ def flex_attention(
     What the kernels do is done by `fastattn.attention` (`fastattn.last_call()` tells); masks that a score_mod makes are
     evaluated anew in each call, so pass them as block_mask where they are large. Any other score_mod is applied to a
     block of 16 to 64 rows of scores at a time, all keys of them, and again in the backward pass; it has to be the same
-    function then. There are first derivatives in reverse mode only, there; under torch.compile a call breaks the graph.
+    function then. There are first derivatives in reverse mode only, there; under torch.func a score_mod may capture no
+    tensor; under torch.compile a call breaks the graph.
 
     Raises TypeError or ValueError that names the argument; `UnsupportedError` for AuxRequest(max_scores=True).
     Source: FlexAttention, arXiv 2412.05496.
@@ -125,8 +126,9 @@ class _InRows(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, *captured)
         out = query.new_empty(*query.shape[:3], value.shape[3])
         lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
-        for start, end in blocks:
-            out[:, :, start:end], lse[:, :, start:end] = attend(query[:, :, start:end], key, value, start)
+        with torch.autocast(query.device.type, enabled=False):
+            for start, end in blocks:
+                out[:, :, start:end], lse[:, :, start:end] = attend(query[:, :, start:end], key, value, start)
         return out, lse
 
     @staticmethod
@@ -143,7 +145,7 @@ class _InRows(torch.autograd.Function):
         sums = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (key, value, *captured)]
         for start, end in ctx.blocks:
             inputs = [x.detach().requires_grad_() for x in (query[:, :, start:end].to(dtype), key, value)]
-            with torch.enable_grad():
+            with torch.enable_grad(), torch.autocast(query.device.type, enabled=False):
                 results = ctx.attend(*inputs, start)
             cotangents = dout[:, :, start:end].to(dtype), dlse[:, :, start:end]
             found = torch.autograd.grad(results, [*inputs, *captured], cotangents, allow_unused=True)

@@ -14,10 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..checks import one_line
+from ..torch_internals import is_transformed
 
 _aten = torch.ops.aten
 _INDICES = ("b", "h", "q", "kv")
-_UNTAGGED = (_aten._to_copy.default, _aten.clone.default, _aten.detach.default, _aten.alias.default)
+_UNTAGGED = (_aten._to_copy.default, _aten.to.dtype, _aten.clone.default, _aten.detach.default, _aten.alias.default)
 _COMPARISONS = tuple(getattr(_aten, name) for name in ("lt", "le", "gt", "ge", "eq", "ne"))
 
 
@@ -72,13 +73,21 @@ def _is_place(x) -> bool:
 
 def read(score_mod: Callable, dtype: torch.dtype, device: torch.device) -> tuple[Form | None, list[torch.Tensor]]:
     """(what `score_mod` does, None if that is not understood; the tensors that it captures and that want gradients)"""
-    score = torch.full((), 0.5, dtype=dtype, device=device)
-    indices = [torch.zeros((), dtype=torch.int64, device=device) for _ in _INDICES]
-    recorder = _Recorder(dict(zip(("score", *_INDICES), (score, *indices), strict=True)))
-    with LookUps(), recorder:
-        out = score_mod(score, *indices)
+    has_grad = torch.is_grad_enabled()
+    # In inference mode, operators are recorded before they are taken apart.
+    with torch.inference_mode(False), torch.set_grad_enabled(has_grad):
+        score = torch.full((), 0.5, dtype=dtype, device=device)
+        indices = [torch.zeros((), dtype=torch.int64, device=device) for _ in _INDICES]
+        recorder = _Recorder(dict(zip(("score", *_INDICES), (score, *indices), strict=True)))
+        with LookUps(), recorder:
+            out = score_mod(score, *indices)
     if not isinstance(out, torch.Tensor):
         raise TypeError(f"score_mod returned {one_line(out)}; it must return a score, a tensor of one number")
+    if recorder.captures and is_transformed():
+        raise NotImplementedError(
+            "a score_mod that captures tensors cannot be read inside of torch.func or forward-mode transforms: say it "
+            "in arguments of fastattn.attention"
+        )
     form = None if recorder.failed else _taken_apart(recorder.node_of(out))
     return form, recorder.captured
 
@@ -126,7 +135,7 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, leaves: dict[str, torch.Tensor]):
         super().__init__()
-        self.failed, self.captured = False, []
+        self.failed, self.captures, self.captured = False, False, []
         self._nodes, self._kept = {}, {}  # by id, which is good while its tensor is kept
         for name, x in leaves.items():
             self._keep(x, Node(None, (), {}, frozenset({name}), None, int(name in ("q", "kv"))))
@@ -142,7 +151,7 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for x in tree_leaves((args, kwargs)):
             if isinstance(x, torch.Tensor) and id(x) not in self._kept:
-                self._kept[id(x)] = x
+                self._kept[id(x)], self.captures = x, True
                 if x.requires_grad:
                     self.captured.append(x)
         out = func(*args, **(kwargs or {}))

@@ -57,7 +57,7 @@ def attention(
     keys that a causal mask or window leaves them; a `BlockMask` hides keys and skips none), and differentiable in q, k,
     v, softmax_scale, alibi_slopes and bias, to any order and under torch.func, with blocks computed again. Scores and
     sums are float32, for float64 inputs float64. Gradients of "sparsemax", "entmax15" and top_k are those at which keys
-    have a weight now. Under torch.compile a call breaks the graph. There are no sinks and no lse: what a softmax has.
+    have a weight now. Under torch.compile they break the graph. There are no sinks and no lse: what a softmax has.
 
     Raises TypeError or ValueError that names the argument, its value and the rule.
     """
@@ -80,11 +80,6 @@ def attention(
     return by_rows(q, k, v, weigh, options)
 
 
-attention = outside_of_graphs(
-    attention, "fastattn.learned.attention looks at the values of its arguments: call it outside of torch.compile"
-)
-
-
 def by_rows(q, k, v, weigh, options: dict) -> torch.Tensor:
     """Attention with the weights weigh(scores), -inf where hidden, in blocks of query rows; options: of
     `fastattn.attention`."""
@@ -103,3 +98,6 @@ def by_rows(q, k, v, weigh, options: dict) -> torch.Tensor:
 
     tensors = {"q": q, "k": k, "v": v, **{name: getattr(terms, name) for name in call.term_slots}}
     return apply(Higher(call, BlockFunction(run, tuple(tensors), ("out",))), tensors)["out"]
+
+
+by_rows = outside_of_graphs(by_rows, "learned attention in blocks of rows looks at values: call it outside of a graph")

@@ -245,6 +245,29 @@ def test_derivatives_of_any_score_mod():
         torch.autograd.grad(run(*inputs, table)[0].sum(), inputs[0], create_graph=True)
 
 
+def test_inference_mode_and_autocast():
+    q, k, v = (x.detach().float() for x in tensors(heads_k=4))
+    for score_mod in (FUSED["causal"][0], lambda s, b, h, i, j: s * s):
+        expected = flex.flex_attention(q, k, v, score_mod)
+        with torch.inference_mode():
+            assert torch.equal(flex.flex_attention(q, k, v, score_mod), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(flex.flex_attention(q, k, v, score_mod), expected)
+
+
+def test_transforms():
+    q, k, v = (x.detach() for x in tensors(heads_k=4))
+    for name in ("causal", "softcap", "bias of keys"):
+        found = torch.vmap(lambda q, name=name: flex.flex_attention(q, k, v, FUSED[name][0]))(torch.stack([q, 2 * q]))
+        torch.testing.assert_close(found[1], flex.flex_attention(2 * q, k, v, FUSED[name][0]))
+
+    def run(slopes):
+        return flex.flex_attention(q, k, v, lambda s, b, h, i, j: s - slopes[h] * (i - j).abs()).sum()
+
+    with pytest.raises(NotImplementedError, match="captures tensors"):
+        torch.func.grad(run)(SLOPES)
+
+
 def test_results_that_torch_returns_beside_the_output():
     q, k, v = tensors(heads_k=4)
     out, aux = flex.flex_attention(q, k, v, return_aux=theirs.AuxRequest(lse=True))

@@ -271,6 +271,29 @@ def test_dtypes(dtype):
         torch.testing.assert_close(out.double(), kind(q, k, v), rtol=tolerance, atol=tolerance, msg=name)
 
 
+FUSED = {
+    "cosine": lambda q, k, v: learned.cosine_attention(q, k, v, ZEROS.double(), causal=True),
+    "differential": lambda q, k, v: learned.differential_attention(q, k, v[:, :2], 0.3, causal=True),
+    "gated": lambda q, k, v: learned.gated_attention(q, k, v, q[..., :1]),
+    "synthesizer": lambda q, k, v: learned.synthesizer_attention(q @ k.mT, v),
+    "factorized": lambda q, k, v: learned.factorized_synthesizer_attention(q, k, v),
+    "softmax1": lambda q, k, v: learned.attention(q, k, v, normalizer="softmax1", causal=True),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_kinds_break_no_graph(name):
+    q, k, v = call(SMALL._replace(num_heads_k=4))[:3]
+    compiled = torch.compile(FUSED[name], backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v), FUSED[name](q, k, v))
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_derivatives_of_fused_kinds(name):
+    case = Case(num_heads=4, seqlen_q=3, seqlen_k=4, head_dim=2, dtype="float64")
+    assert torch.autograd.gradcheck(FUSED[name], leaves_of(*call(case)[:3]))
+
+
 ZEROS = torch.zeros(4)
 PER_HEAD = Mask.intervals(torch.zeros(2, 4, 33, dtype=torch.int32))
 differential, talking_heads = learned.differential_attention, learned.talking_heads_attention
