@@ -9,7 +9,7 @@ from .calls import current_backend, in_graph, note
 from .checks import check_flag, check_one_device, check_tensors, refuse_subclasses
 from .differentiable import Differentiable
 from .dispatch import KernelError
-from .layouts import csr
+from .layouts import csr, jagged
 from .masks import flex
 from .masks.block_mask import BlockMask
 from .masks.intervals import Mask, Window, check_window
@@ -50,7 +50,8 @@ def attention(
 
     q             [batch, num_heads, seqlen_q, head_dim], any strides; float32, bfloat16, float16 or float64
     k, v          [batch, num_heads_k, seqlen_k, head_dim], [batch, num_heads_k, seqlen_k, head_dim_v], same dtype;
-                  num_heads is a multiple of num_heads_k: query head h reads key head h // (num_heads // num_heads_k)
+                  num_heads is a multiple of num_heads_k: query head h reads key head h // (num_heads // num_heads_k).
+                  q, k and v may be jagged (torch.nested): one call of `attention_varlen` then, and so is the result
     mask          a `Mask`, a `BlockMask` (or FlexAttention's), or a bool tensor broadcastable to
                   [batch, num_heads, seqlen_q, seqlen_k], True = attend
     causal        query i sees keys up to i + seqlen_k - seqlen_q: bottom-right aligned (see `Mask` for pictures of
@@ -101,6 +102,8 @@ def attention(
         }  # fmt: skip
         if isinstance(bias, Rewriting):
             return bias.attend(attention, bind, q, k, v, options)
+        if jagged.is_jagged(q):
+            return jagged.attend(q, k, v, options)
         bound = None if is_traced else bind(q, k, v, **options)
         if is_traced or (bound.choice and is_memoryless(q) and not bound.choice.takes_meta):
             return _traced(q, k, v, **options)

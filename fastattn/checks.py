@@ -69,9 +69,8 @@ def refuse_subclasses(*tensors: torch.Tensor) -> None:
     for x in tensors:
         if x.is_nested:
             raise TypeError(
-                "nested tensors (torch.nested, jagged or not) are not supported; pad them and pass "
-                "mask=fastattn.Mask.lengths(...), or give values() and offsets() of jagged ones "
-                "[batch, seqlen, heads, dim] to fastattn.attention_varlen"
+                "nested tensors are not supported here: fastattn.attention takes jagged ones (layout=torch.jagged); "
+                "pad others and pass mask=fastattn.Mask.lengths(...)"
             )
         if type(x).__name__ == "DTensor":
             raise TypeError(

@@ -162,31 +162,6 @@ def test_wrapper_subclasses_see_operators():
         assert torch.equal(out.a, expected[0]) and torch.equal(out.b, expected[1])
 
 
-@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
-def test_nested_tensors_are_refused(layout):
-    parts = [torch.randn(3, 4, 8), torch.randn(5, 4, 8)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they are a prototype
-        x = torch.nested.nested_tensor(parts, layout=layout).transpose(1, 2)
-    edges = torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-    for call in (
-        lambda: attention(x, x, x),
-        lambda: fastattn.scaled_dot_product_attention(x, x, x),
-        lambda: attention_csr(x, x, x, *edges),
-    ):
-        with pytest.raises(TypeError, match="nested tensors .* not supported; pad them"):
-            call()
-
-
-def test_the_way_out_for_jagged_tensors():
-    parts = torch.randn(3, 4, 8), torch.randn(5, 4, 8)
-    x = torch.nested.nested_tensor(parts, layout=torch.jagged)
-    out = fastattn.attention_varlen(*[x.values()] * 3, x.offsets(), x.offsets(), causal=True)
-    for part, rows in zip(parts, out.split([3, 5]), strict=True):
-        q = part.transpose(0, 1)[None]
-        assert torch.equal(rows, attention(q, q, q, causal=True)[0].transpose(0, 1))
-
-
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 def test_dtensors_are_refused_by_name(tmp_path):
     code = f"""
