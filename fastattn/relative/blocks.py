@@ -12,7 +12,7 @@ from ..scores.relative import Rewriting
 from ..torch_internals import outside_of_graphs
 from .arguments import compute_dtype
 
-_SCORES = 1 << 22  # of a block
+_SCORES = 1 << 20  # of a block, which then stays in a cache
 _ROWS = range(64, 257)  # of a block, whatever the number of scores
 
 
@@ -25,11 +25,16 @@ class At(NamedTuple):
 
 
 class InBlocks(Rewriting):
-    """Scores of positions: q_i . R[distance] and k_j . S[distance], beside or instead of each other."""
+    """Scores of positions: scale * q_i . R[distance] and P[j, place of the distance], one of them or both."""
 
-    def tables(self, q, k, options: dict) -> dict[str, torch.Tensor]:
-        """Tensors by name: "r" and "s" [num_heads|1, seqlen_q + seqlen_k - 1, head_dim], entry key - query + seqlen_q -
-        1; "u" and "w" [num_heads|1, head_dim], what is added to q before it meets k, and R. Checked."""
+    def tables(self, q, k, options: dict, scale) -> dict[str, torch.Tensor]:
+        """Tensors by name: "r" [num_heads|1, seqlen_q + seqlen_k - 1, head_dim], entry key - query + seqlen_q - 1; "u"
+        and "w" [num_heads|1, head_dim], what is added to q before it meets k, and R; "p" [batch, num_heads, seqlen_k,
+        places]. Checked."""
+        raise NotImplementedError
+
+    def places(self, q, k) -> torch.Tensor:
+        """[seqlen_q + seqlen_k - 1], int64: where in "p" a distance is, in the order of "r"."""
         raise NotImplementedError
 
     def attend(self, attention, bind, q, k, v, options):
@@ -47,11 +52,12 @@ def _attend(bias: InBlocks, attention, bind, q, k, v, options: dict):
             raise ValueError(f"{named} does not go with bias={bias!r}; give a Mask or a bool tensor, and no ALiBi")
     if terms.softcap:
         raise ValueError(f"softcap={terms.softcap!r} does not go with bias={bias!r}, whose scores it would cap, too")
-    tensors = {"q": q, "k": k, "v": v, **bias.tables(q, k, options)}
+    tensors = {"q": q, "k": k, "v": v, **bias.tables(q, k, options, terms.softmax_scale)}
     for name in ("sinks", "softmax_scale"):
         if isinstance(getattr(terms, name), torch.Tensor):
             tensors[name] = getattr(terms, name)
-    call = BlockCall(bias, attention, problem, terms, tuple(tensors), options["backend"])
+    places = bias.places(q, k) if "p" in tensors else None
+    call = BlockCall(bias, attention, problem, terms, tuple(tensors), places, options["backend"])
     out, lse = Rows.apply(call, *tensors.values())
     return (out, lse) if options["return_lse"] else out
 
@@ -85,7 +91,8 @@ class Rows(torch.autograd.Function):
 class BlockCall:
     """A call of `attention` with a bias of positions. (Not a tuple, in which autograd would look for tensors.)"""
 
-    def __init__(self, bias, attention, problem, terms, names: tuple[str, ...], backend: str | None):
+    def __init__(self, bias, attention, problem, terms, names: tuple[str, ...], places, backend: str | None):
+        self.places = places
         self.bias, self.attention, self.backend = bias, attention, backend
         self.problem, self.terms, self.names = problem, terms, names
         self.seed = terms.seed
@@ -118,9 +125,11 @@ class BlockCall:
                 pairs = zip(self.block(x, at), (dout, dlse), strict=True)
                 results, given = zip(*[(y, dy[here]) for y, dy in pairs if dy is not None], strict=True)
             found = torch.autograd.grad(results, leaves, given, allow_unused=True)
-            into = self.cut([sums.get(name) for name in self.names], at)
+            into = self.cut([sums.get(name) if name != "p" else None for name in self.names], at)
             for name, grad in zip(sums, found, strict=True):
-                if grad is not None:
+                if grad is not None and name == "p":
+                    _of_keys(sums[name], at).scatter_add_(-1, self.index(at).expand(grad.shape), grad)
+                elif grad is not None:
                     into[name] += grad
         return [sums[n].to(x.dtype) if n in sums else None for n, x in zip(self.names, tensors, strict=True)]
 
@@ -139,18 +148,34 @@ class BlockCall:
                 yield At((first, min(first + entries, batch)), (start, end), keys)
 
     def cut(self, tensors, at: At) -> dict:
-        """The parts of the tensors that belong to a block, by name; views."""
+        """What of the tensors belongs to a block, by name: views, but of "p" [batch, num_heads, keys, rows]."""
         found = {}
         for name, x in zip(self.names, tensors, strict=True):
             if x is None:
                 continue
-            if name in ("q", "k", "v"):
-                x = x[slice(*at.batch), :, slice(*(at.rows if name == "q" else at.keys))]
-            elif name in ("r", "s"):
-                first = at.keys[0] - at.rows[1] + self.problem.seqlen_q
-                x = x.narrow(1, first, at.keys[1] - at.keys[0] + at.rows[1] - at.rows[0] - 1)
+            if name == "q":
+                x = x[slice(*at.batch), :, slice(*at.rows)]
+            elif name in ("k", "v"):
+                x = _of_keys(x, at)
+            elif name == "r":
+                x = x.narrow(1, *self.distances(at))
+            elif name == "p":
+                x = _of_keys(x, at)
+                x = x.gather(-1, self.index(at).expand(*x.shape[:3], -1))
             found[name] = x
         return found
+
+    def distances(self, at: At) -> tuple[int, int]:
+        """(first, how many) of all distances are those of a block."""
+        rows, keys = at.rows[1] - at.rows[0], at.keys[1] - at.keys[0]
+        return at.keys[0] - at.rows[1] + self.problem.seqlen_q, max(rows + keys - 1, 0)
+
+    def index(self, at: At) -> torch.Tensor:
+        """[keys, rows]: the places of a block."""
+        rows = at.rows[1] - at.rows[0]
+        if at.keys[0] == at.keys[1]:
+            return self.places.new_zeros(0, rows)
+        return self.places.narrow(0, *self.distances(at)).unfold(0, rows, 1).flip(-1)
 
     def block(self, x: dict, at: At) -> tuple[torch.Tensor, torch.Tensor]:
         """(out, lse) of a block."""
@@ -185,17 +210,36 @@ class BlockCall:
 
 
 def scores(x: dict, scale) -> torch.Tensor:
-    """[batch, num_heads, rows, keys]: scale * (q_i + w) . R[distance] + scale * k_j . S[distance]"""
-    real, rows, keys = compute_dtype(x["q"]), x["q"].shape[2], x["k"].shape[2]
+    """[batch, num_heads, rows, keys]: scale * (q_i + w) . R[distance] + P[j, place]"""
+    real = compute_dtype(x["q"])
     scale = scale.to(real).view(-1, 1, 1) if isinstance(scale, torch.Tensor) else scale
     found = []
     if "r" in x:
         q = x["q"].to(real)
         q = q + x["w"][:, None].to(real) if "w" in x else q
-        found.append(skew((q * scale) @ x["r"].to(real).transpose(-1, -2)))
-    if "s" in x:
-        found.append(_of_keys(x["k"].to(real) * scale, x["s"].to(real), rows)[..., :keys])
+        found.append(ByDistance.apply(q * scale, x["r"].to(real)))
+    if "p" in x:
+        found.append(x["p"].transpose(-1, -2))
     return found[0] if len(found) == 1 else found[0] + found[1]
+
+
+class ByDistance(torch.autograd.Function):
+    """`skew` of q_i . R[distance]; its gradient is written once, which that of views is not."""
+
+    @staticmethod
+    def forward(ctx, q, r):
+        ctx.save_for_backward(q, r)
+        return skew(q @ r.transpose(-1, -2))
+
+    @staticmethod
+    def backward(ctx, dscores):
+        q, r = ctx.saved_tensors
+        dproducts = q.new_zeros(*q.shape[:3], r.shape[-2])
+        skew(dproducts).copy_(dscores)
+        if not ctx.needs_input_grad[1]:
+            return dproducts @ r, None
+        dr = dproducts.transpose(-1, -2) @ q
+        return dproducts @ r, dr[0] if dr.shape[1:] == r.shape and len(dr) == 1 else dr.sum_to_size(r.shape)
 
 
 def skew(products: torch.Tensor) -> torch.Tensor:
@@ -208,15 +252,9 @@ def skew(products: torch.Tensor) -> torch.Tensor:
     return flat.unflatten(-1, (rows, width - 1))[..., : width - rows + 1]
 
 
-def _of_keys(k: torch.Tensor, table: torch.Tensor, rows: int) -> torch.Tensor:
-    """[batch, num_heads, rows, keys]: k_j . table[j - r + rows - 1], in square tiles of keys, of whose products with
-    the distances in reach half are of use."""
-    tiles = max(-(-k.shape[2] // rows), 1)
-    missing = tiles * rows - k.shape[2]
-    k = torch.nn.functional.pad(k, (0, 0, 0, missing)).unflatten(2, (tiles, rows))
-    table = torch.nn.functional.pad(table, (0, 0, 0, missing))
-    reach = table.unfold(1, 2 * rows - 1, rows).flip(-1)  # [num_heads|1, tiles, head_dim, distances, falling]
-    return skew(k @ reach).flatten(2, 3).transpose(-1, -2)
+def _of_keys(x: torch.Tensor, at: At) -> torch.Tensor:
+    """The keys of a block; a view."""
+    return x[slice(*at.batch), :, slice(*at.keys)]
 
 
 def _part(x: torch.Tensor, *ranges) -> torch.Tensor:

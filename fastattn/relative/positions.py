@@ -3,7 +3,7 @@
 import torch
 
 from ..checks import check_int
-from .arguments import check_heads, check_table
+from .arguments import check_heads, check_table, compute_dtype
 from .blocks import InBlocks
 
 
@@ -18,7 +18,7 @@ class TransformerXL(InBlocks):
     def __init__(self, r: torch.Tensor, u: torch.Tensor | None, v: torch.Tensor | None):
         self.r, self.u, self.v = r, u, v
 
-    def tables(self, q, k, options):
+    def tables(self, q, k, options, scale):
         r, count = self.r, len(_distances(q, k))
         check_heads(self.name, "r", r.shape[0], q)
         _check_columns(self.name, "r", r, q)
@@ -65,7 +65,7 @@ class Shaw(InBlocks):
     def __init__(self, keys: torch.Tensor):
         self.keys = keys
 
-    def tables(self, q, k, options):
+    def tables(self, q, k, options, scale):
         keys = self.keys[None] if self.keys.dim() == 2 else self.keys
         check_heads(self.name, "keys", keys.shape[0], q)
         _check_columns(self.name, "keys", keys, q)
@@ -95,17 +95,28 @@ class DeBERTa(InBlocks):
     def __init__(self, pos_key, pos_query, buckets: int | None, max_distance: int):
         self.pos_key, self.pos_query, self.buckets, self.max_distance = pos_key, pos_query, buckets, max_distance
 
-    def tables(self, q, k, options):
+    def tables(self, q, k, options, scale):
         if q.shape[1] != k.shape[1]:
             raise ValueError(f"deberta: q has num_heads={q.shape[1]} and k {k.shape[1]}; they must be equal")
-        found = {}
-        for name, argument, x in (("r", "pos_key", self.pos_key), ("s", "pos_query", self.pos_query)):
+        for argument, x in (("pos_key", self.pos_key), ("pos_query", self.pos_query)):
             if x is not None:
                 check_heads(self.name, argument, x.shape[0], q)
                 _check_columns(self.name, argument, x, q)
-                span = x.shape[1] // 2
-                found[name] = x[:, (self.bucket(-_distances(q, k)) + span).clamp(0, 2 * span - 1)]
+        found = {}
+        if self.pos_key is not None:
+            found["r"] = self.pos_key[:, self._places(q, k, self.pos_key)]
+        if self.pos_query is not None:
+            scale = scale.view(-1, 1, 1) if isinstance(scale, torch.Tensor) else scale
+            real = compute_dtype(q)
+            found["p"] = (k.to(real) * scale) @ self.pos_query.to(real).transpose(-1, -2)
         return found
+
+    def places(self, q, k):
+        return self._places(q, k, self.pos_query)
+
+    def _places(self, q, k, table: torch.Tensor) -> torch.Tensor:
+        span = table.shape[1] // 2
+        return (self.bucket(-_distances(q, k)) + span).clamp(0, 2 * span - 1)
 
     def attend(self, attention, bind, q, k, v, options):
         if options["softmax_scale"] is None and isinstance(q, torch.Tensor) and q.dim() == 4:
@@ -137,9 +148,9 @@ def deberta(
                         buckets that grow with the logarithm up to `max_distance`; None: every distance for itself
     max_distance        DeBERTa-v2's `max_relative_positions`
 
-    softmax_scale=None is (head_dim * (1 + number of terms)) ** -0.5, as in the model. p2c takes twice the products of
-    c2p. As many heads of k as of q. Memory, and what is refused, as of `transformer_xl`. Raises TypeError or ValueError
-    that names the argument.
+    softmax_scale=None is (head_dim * (1 + number of terms)) ** -0.5, as in the model. As many heads of k as of q.
+    Memory, and what is refused, as of `transformer_xl`; p2c takes [batch, num_heads, seqlen_k, 2 * span] more. Raises
+    TypeError or ValueError that names the argument.
     """
     given = [(name, x) for name, x in (("pos_key", pos_key), ("pos_query", pos_query)) if x is not None]
     if not given:

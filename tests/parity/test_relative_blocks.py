@@ -188,6 +188,19 @@ def test_gradcheck(small_blocks):
     assert gradcheck(lambda x: call(relative.shaw(x)), (double(5, 3).requires_grad_(),))
 
 
+@pytest.mark.parametrize("sizes", [(2, 0, 5), (2, 5, 0), (0, 4, 4), (2, 1, 1)])
+def test_sizes_of_0_and_1(sizes):
+    batch, seqlen_q, seqlen_k = sizes
+    q, k, v = (double(batch, 2, n, 6).requires_grad_() for n in (seqlen_q, seqlen_k, seqlen_k))
+    r, table = double(2, max(seqlen_q + seqlen_k - 1, 0), 6), double(2, 8, 6).requires_grad_()
+    for bias in (relative.transformer_xl(r), relative.shaw(double(5, 6)), relative.deberta(table, table)):
+        out = fastattn.attention(q, k, v, bias=bias, causal=True, softmax_scale=0.3)
+        assert out.shape == q.shape and (seqlen_k == 1 or not out.any())
+        assert all(
+            x is None or x.isfinite().all() for x in torch.autograd.grad(out.sum(), (q, k, v), allow_unused=True)
+        )
+
+
 def test_dropout(small_blocks):
     """The gradient drops what the forward pass has dropped; another seed, another result."""
     q, k, v = (double(2, 2, 20, 6).requires_grad_() for _ in range(3))
