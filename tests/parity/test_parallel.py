@@ -15,7 +15,7 @@ from isas import needs_cpu
 from processes import Team, mesh_of
 from shard_problems import assert_as_in_one_place, attend, random_problem, sharded
 
-pytestmark = needs_cpu
+pytestmark = [needs_cpu, pytest.mark.usefixtures("one_thread")]
 SMALL = Case(batch=2, num_heads=4, num_heads_k=2, seqlen_q=90, head_dim=16, head_dim_v=8)
 ONE = ("ring", "all_gather", "all_to_all")
 

@@ -12,7 +12,7 @@ from isas import needs_cpu
 from models import build
 from processes import Team, mesh_of
 
-pytestmark = needs_cpu
+pytestmark = [needs_cpu, pytest.mark.usefixtures("one_thread")]
 MODELS = ["llama", "mistral", "gemma2", "gpt_oss", "gpt2"]
 MORE = [
     "qwen2",

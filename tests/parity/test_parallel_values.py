@@ -8,7 +8,7 @@ from fastattn import Mask, parallel
 from isas import needs_cpu
 from processes import Team, mesh_of
 
-pytestmark = needs_cpu
+pytestmark = [needs_cpu, pytest.mark.usefixtures("one_thread")]
 INF, NAN = float("inf"), float("nan")
 ROWS = 48
 

@@ -13,12 +13,19 @@ from fastattn import Mask, parallel
 from isas import needs_cpu
 from processes import Team, mesh_of
 
-pytestmark = needs_cpu
+pytestmark = [needs_cpu, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
     team = Team(4, tmp_path_factory.mktemp("four"))
+    yield team
+    team.close()
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    team = Team(1, tmp_path_factory.mktemp("one"))
     yield team
     team.close()
 
@@ -174,7 +181,9 @@ def _train(rank, kind):
     return torch.cat([g.flatten() for g in grads])
 
 
-@pytest.mark.parametrize("kind", ["plain", "ddp", "fsdp", "checkpoint", "compile"])
+@pytest.mark.parametrize(
+    "kind", ["plain", "ddp", "fsdp", "checkpoint", pytest.param("compile", marks=pytest.mark.slow)]
+)
 def test_training(four, kind):
     model = _model()
     data = torch.randn(4, 24, 16, generator=torch.Generator().manual_seed(0))
@@ -223,7 +232,7 @@ def test_no_tensor_is_as_large_as_the_sequence(four, schedule):
 def _derivatives(rank):
     """What is said of derivatives that would need the other ranks once more."""
     q, k, v = [torch.randn(1, 2, 6, 8, requires_grad=True) for _ in range(3)]
-    mesh, found = mesh_of(4), []
+    mesh, found = mesh_of(1), []
     out = parallel.attention(q, k, v, mesh=mesh)
     (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     for again in (
@@ -256,8 +265,8 @@ def test_a_mask_that_was_changed(four):
     assert set(four.run(_changed_mask)) == {"mask was changed in place after the forward pass that needs it"}
 
 
-def test_derivatives_that_are_refused(four):
-    for again, of_batch, forward, shape in four.run(_derivatives):
+def test_derivatives_that_are_refused(one):
+    for again, of_batch, forward, shape in one.run(_derivatives):
         assert "once_differentiable" in again and shape == (1, 2, 6, 8)
         assert all("fastattn.parallel has no torch.func transforms" in text for text in (of_batch, forward))
 

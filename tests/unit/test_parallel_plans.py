@@ -128,9 +128,9 @@ def test_zigzag_balances_and_a_window_sends_to_neighbours_alone():
     assert transfers(needs, owners) == [1] * 7 + [0]
 
 
-def test_explain_of_a_thousand_ranks():
+def test_explain_of_hundreds_of_ranks():
     text = parallel.explain(
-        ranks=1000, seqlen=10_000_000, num_heads=64, num_heads_k=8, head_dim=128, causal=True, shards="zigzag",
+        ranks=300, seqlen=10_000_000, num_heads=64, num_heads_k=8, head_dim=128, causal=True, shards="zigzag",
         dtype=torch.bfloat16,
     )  # fmt: skip
     assert "ring " in text and "refused: num_heads=64" in text and "runs" in text
