@@ -12,6 +12,7 @@ import process
 from accuracy import assert_accuracy, plain
 from cases import Case, inputs
 from fastattn import BlockMask, Mask, dispatch
+from fastattn.relative import RelativeBias, toeplitz
 
 DEVICE = "cpu" if process.INTERPRETED else "cuda"
 
@@ -20,6 +21,8 @@ def to(device: str, x):
     if isinstance(x, Mask):
         k_start, k_end = (bound if bound is None else bound.to(device) for bound in (x.k_start, x.k_end))
         return dataclasses.replace(x, k_start=k_start, k_end=k_end)
+    if isinstance(x, RelativeBias):
+        return toeplitz(x.vector.to(device))
     return x.to(device) if isinstance(x, (torch.Tensor, BlockMask)) else x
 
 

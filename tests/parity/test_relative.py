@@ -9,10 +9,12 @@ from backward import INF
 from cases import Case, inputs
 from compiling import assert_compiles
 from fastattn import relative
+from fastattn.backends import cpu
 from fastattn.scores import Place
 from fastattn.scores.relative import spread, sum_diagonals
+from fastattn.terms import Terms
 from forward import assert_same_bits, run
-from guarded import printed_by_child, reset_peak, status
+from guarded import Guarded, in_child, printed_by_child, reset_peak, status
 from isas import needs_cpu, run_tests_on, supported_isas
 from refusals import assert_refused
 
@@ -227,6 +229,26 @@ def test_on_each_isa(isa):
     run_tests_on(isa, __file__, "-k", "test_toeplitz or test_an_entry")
 
 
+def guarded_calls(say, side):
+    for lengths in ((1, 1), (3, 37), (16, 16), (33, 130), (150, 41)):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            say((lengths, dtype))
+            (q, k, v), _ = inputs(Case(2, 2, *lengths, head_dim=8, dtype=str(dtype).removeprefix("torch.")))
+            vector = torch.randn(2, sum(lengths) - 1)
+            guarded = Guarded(vector.to(torch.float64 if dtype == torch.float64 else torch.float32), side)
+            terms = Terms(softmax_scale=1.0, query_start=lengths[1] - lengths[0])
+            outs = [torch.empty_like(q) for _ in range(2)]
+            for out, x in zip(outs, (guarded.tensor, guarded.tensor.clone()), strict=True):
+                cpu._C.forward(q, k, v, out, None, None, None, terms._replace(relative=x), 1)
+            assert torch.equal(*outs)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("side", ["end", "start"])
+def test_nothing_beside_the_vector_is_read(side):
+    in_child(guarded_calls, side)
+
+
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
@@ -293,9 +315,6 @@ def test_triton_refuses():
 
 
 def test_the_native_entry_refuses_what_does_not_fit():
-    from fastattn.backends import cpu
-    from fastattn.terms import Terms
-
     q, k = torch.ones(2, 2, 3, 4), torch.ones(2, 2, 5, 4)
     for wrong in (torch.ones(2, 8), torch.ones(6), torch.ones(1), torch.ones(()), torch.ones(3, 7), torch.ones(7).int(),
                   torch.ones(3, 2, 7), torch.ones(1, 1, 1, 7), "text"):  # fmt: skip
