@@ -1,4 +1,5 @@
-"""natten's functions na1d, na2d and na3d (0.21), argument by argument, on any device, forward and backward.
+"""natten's functions na1d, na2d and na3d (0.21), argument by argument (behind backend by name), on any device, forward
+and backward.
 
 kernel_size, stride, dilation, is_causal
     one value, or one for each axis. Every token sees kernel_size tokens along each axis, `dilation` apart; windows are

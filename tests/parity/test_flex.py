@@ -1,6 +1,7 @@
 """fastattn.compat.flex against torch's eager definition of FlexAttention, which autograd goes through."""
 
 import math
+import random
 import warnings
 
 import pytest
@@ -178,6 +179,48 @@ def test_lengths_that_differ(lengths):
         lambda s, b, h, i, j: s - SLOPES[h] * (i + lengths[1] - lengths[0] - j).abs(),
     ):
         agree(tensors(*lengths), score_mod)
+
+
+MASK_PARTS = [
+    "i >= j",
+    "(i - j).abs() < 9",
+    "j % 3 != 1",
+    "(i // 8) == (j // 8)",
+    "i + h >= j",
+    "i - j > 3",
+    "j < 20 + b",
+]
+BIAS_PARTS = ["-SLOPES[h] * (i - j).abs()", "TABLE[h, i - j + 40]", "0.1 * (i - j)", "0.5 * h", "TABLE[b, i] * 2"]
+BIAS_PARTS += ["WEIGHT[0] * i * j / 50", "TABLE[h, (i - j).clamp(-3, 3) + 3]", "torch.where(i > j, SLOPES[h], 0.3)"]
+SCORE_PARTS = [
+    "s",
+    "s * 0.7",
+    "s / 2",
+    "-s",
+    "s * SLOPES[h]",
+    "3.0 * torch.tanh(s / 3.0)",
+    "torch.tanh(s)",
+    "s + 0.1 * s * s",
+]
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_random_score_mods(seed):
+    """Whatever is read off a score_mod, right or not at all."""
+    chance = random.Random(seed)
+    text = chance.choice(SCORE_PARTS)
+    for _ in range(chance.randint(0, 2)):
+        text = f"({text}) {chance.choice('+-')} ({chance.choice(BIAS_PARTS)})"
+    for _ in range(chance.randint(0, 2)):
+        text = f"torch.where({chance.choice(MASK_PARTS)}, {text}, -INF)"
+    inputs, score_mod = tensors(*chance.choice([(37, 37), (20, 37), (37, 20)])), eval(f"lambda s, b, h, i, j: {text}")
+    found = flex.flex_attention(*inputs, score_mod, enable_gqa=True, return_lse=True)
+    expected = eager(*inputs, score_mod)
+    torch.testing.assert_close(found, expected, rtol=2e-6, atol=2e-6, msg=lambda message: f"{text}: {message}")
+    cotangent = normal(*found[0].shape)
+    grads = torch.autograd.grad(found[0], inputs, cotangent)
+    oracle = [x.nan_to_num() for x in torch.autograd.grad(expected[0], inputs, cotangent)]
+    torch.testing.assert_close(grads, tuple(oracle), rtol=1e-5, atol=1e-5, msg=lambda message: f"{text}: {message}")
 
 
 def test_block_masks_and_score_mods_combine():
