@@ -7,8 +7,8 @@ from torch.autograd import gradcheck, gradgradcheck
 import fastattn
 from backward import INF
 from cases import Case, inputs
-from compiling import assert_compiles
-from fastattn import relative
+from compiling import assert_compiles, counters, num_graphs
+from fastattn import plans, relative
 from fastattn.backends import cpu
 from fastattn.scores import Place
 from fastattn.scores.relative import spread, sum_diagonals
@@ -186,6 +186,27 @@ def test_compile(case):
         return out, lse, fastattn.attention(q, k, v, bias=relative.t5(table, max_distance=20), **kwargs)
 
     assert_compiles(attend, leaves)
+
+
+def test_lengths_that_grow_make_no_new_plans_or_graphs():
+    table = torch.randn(8, 2).requires_grad_()
+
+    def attend(q, k, table):
+        return fastattn.attention(q, k, k, bias=relative.t5(table, max_distance=20), causal=True)
+
+    def tensors(seqlen):
+        return torch.randn(1, 2, seqlen, 8), torch.randn(1, 2, seqlen + 3, 8), table
+
+    attend(*tensors(7))
+    known = plans.count()
+    torch._dynamo.reset(), counters.clear()
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True, dynamic=True)
+    for seqlen in (9, 14, 30):
+        given = tensors(seqlen)
+        found = [f(*given) for f in (attend, compiled)]
+        grads = [torch.autograd.grad(out.square().sum(), table)[0] for out in found]
+        assert torch.equal(*found) and torch.equal(*grads)
+    assert plans.count() == known and num_graphs() == 1
 
 
 def test_weights_and_statistics():
