@@ -14,7 +14,9 @@ from .layouts.csr import attention_csr
 from .layouts.varlen import attention_varlen
 from .masks import BlockMask, Mask
 from .merging import merge
+from .operators.library import fingerprint
 from .scores.dropout import dropout_mask
+from .torch_internals import add_to_keys_of_compiled_graphs
 
 if TYPE_CHECKING:
     from . import learned, nn, relative, viz
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 if not Path(__file__).with_name("kernels").is_dir():
     __path__.append(str(Path(__file__).parents[1]))  # a checkout, where kernels/ lies beside this folder
+
+add_to_keys_of_compiled_graphs(fingerprint())
 
 __version__ = "0.1.0"
 

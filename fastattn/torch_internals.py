@@ -139,3 +139,16 @@ def new_dynamic_size() -> torch.SymInt:
     if shapes is None or shapes.allow_dynamic_output_shape_ops or not hasattr(module, "allocate_size"):
         return context.new_dynamic_size()
     return module.allocate_size(shapes)
+
+
+def store_of(group):
+    """The store of a process group of torch.distributed, in which its ranks can leave words for each other."""
+    return torch.distributed.distributed_c10d._get_process_group_store(group)
+
+
+def add_to_keys_of_compiled_graphs(text: str) -> None:
+    """Makes `text` part of the keys under which torch keeps compiled graphs on disk."""
+    config = getattr(torch.compiler, "config", None)
+    tag = getattr(config, "cache_key_tag", None)
+    if tag is not None and text not in tag.split():
+        config.cache_key_tag = f"{tag} {text}".strip()

@@ -14,6 +14,7 @@ the moment when the graph runs. Tensors of shape [batch, num_heads, seqlen, head
 not asked for has no elements, so that the number of results is fixed.
 """
 
+import hashlib
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -29,6 +30,8 @@ from ..torch_internals import above_autograd, is_transformed
 from . import works
 
 LIBRARY = torch.library.Library("fastattn", "DEF")
+SCHEMAS: list[str] = []
+"""Of all operators. torch keeps graphs on disk that know them by their names alone."""
 _DEVICES = ("CPU", "CUDA")
 _ops = torch.ops.fastattn
 _exact_strides = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)
@@ -109,7 +112,7 @@ def define(layout: Layout) -> Callable:
     if not layout.plain:
         _define_work(layout)
     inputs = inputs.replace("float? scale", "Scalar? scale")  # a float would be made a constant at once
-    LIBRARY.define(f"{attention}({inputs}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+    _define(f"{attention}({inputs}) -> (Tensor, Tensor)", torch.Tag.pt2_compliant_tag)
     # The second is what meets an operator first inside of torch.func: what it calls goes through the transforms, too.
     for key in ("CompositeImplicitAutograd", "FuncTorchDynamicLayerFrontMode"):
         LIBRARY.impl(attention, _composite(layout), key)
@@ -126,8 +129,18 @@ def _define_work(layout: Layout) -> None:
     )
 
 
+def _define(schema: str, *tags: torch.Tag) -> None:
+    LIBRARY.define(schema, tags=tags)
+    SCHEMAS.append(schema)
+
+
+def fingerprint() -> str:
+    """Of the schemas: another one where a graph that was compiled before cannot run."""
+    return "fastattn-" + hashlib.sha256("\n".join(sorted(SCHEMAS)).encode()).hexdigest()[:16]
+
+
 def _register(name: str, schema: str, kernel: Callable, fake: Callable) -> None:
-    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, _exact_strides))
+    _define(name + schema, torch.Tag.pt2_compliant_tag, _exact_strides)
     for device in _DEVICES:
         LIBRARY.impl(name, kernel, device)
     torch.library.register_fake(f"fastattn::{name}", fake, lib=LIBRARY)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ..checks import check_real
+from ..torch_internals import store_of
 
 
 class ParallelError(RuntimeError):
@@ -129,8 +130,7 @@ def _first_fault(group, text: str) -> str | None:
 
     def ask():
         try:
-            store = dist.distributed_c10d._get_process_group_store(group)
-            found.append(store.compare_set("fastattn/first_fault", "", text).decode())
+            found.append(store_of(group).compare_set("fastattn/first_fault", "", text).decode())
         except Exception:
             return
 

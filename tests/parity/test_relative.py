@@ -245,6 +245,7 @@ def test_a_row_has_its_bits_in_any_batch():
     assert_same_bits(run(q[1:2], k[1:2], v[1:2], **kwargs), (out[1:2].contiguous(), lse[1:2].contiguous()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", supported_isas())
 def test_on_each_isa(isa):
     run_tests_on(isa, __file__, "-k", "test_toeplitz or test_an_entry")

@@ -15,7 +15,9 @@ import fastattn
 from cases import Case, inputs
 from compiling import SMALL
 from fastattn import BlockMask, Mask, attention, attention_csr
+from fastattn.operators import library
 from fastattn.terms import TERMS
+from fastattn.torch_internals import add_to_keys_of_compiled_graphs
 from graphs import Graph
 from graphs import inputs as graph_inputs
 
@@ -177,6 +179,17 @@ for call in (lambda: fastattn.attention(x, x, x), torch.compile(lambda: fastattn
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert result.stdout.count("a DTensor is not supported") == 2, result.stderr
+
+
+def test_compiled_graphs_of_other_operators_are_not_found_again(monkeypatch):
+    """torch's cache of graphs on disk knows operators by their names, whatever arguments they had."""
+    tags = torch.compiler.config.cache_key_tag.split()
+    assert library.fingerprint() in tags
+    add_to_keys_of_compiled_graphs(library.fingerprint())
+    assert torch.compiler.config.cache_key_tag.split() == tags
+    changed = library.SCHEMAS[0].replace("Tensor q", "Tensor query")
+    monkeypatch.setattr(library, "SCHEMAS", [changed, *library.SCHEMAS[1:]])
+    assert library.fingerprint() not in tags
 
 
 def test_import_of_fastattn_leaves_the_compiler_alone():
