@@ -31,6 +31,7 @@ SMALL = Case(num_heads=2, seqlen_q=32, head_dim=16)
 PASSES = ("forward", "backward", "forward+backward")
 INSTANT = ["--tiny", "--budget", "0", "--passes", "1", "--peers", "sdpa"]
 TRUTH_CASES = [case for case in CASES if case.dtype == "float32" and case.seqlen_q in (45, 77)]
+TRUTH_CASES = [case for case in TRUTH_CASES if "distances" not in (case.bias or "")]  # no row of the benchmark has them
 
 
 @pytest.mark.parametrize(
