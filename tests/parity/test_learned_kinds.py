@@ -69,7 +69,9 @@ def test_cosine_temperature_stops_where_swin_v2_stops_it():
 
 
 def test_cosine_attention_is_that_of_swin_v2():
-    swin = pytest.importorskip("transformers.models.swinv2.modeling_swinv2")
+    pytest.importorskip("transformers")
+    from transformers.models.swinv2 import modeling_swinv2 as swin
+
     config = swin.Swinv2Config(embed_dim=12, num_heads=[3], depths=[1], attention_probs_dropout_prob=0.0)
     torch.manual_seed(0)
     theirs = swin.Swinv2SelfAttention(config, 12, 3, 4).double().eval()
@@ -109,7 +111,9 @@ def test_differential_attention_is_one_call():
 
 
 def test_differential_attention_is_that_of_diffllama():
-    diff = pytest.importorskip("transformers.models.diffllama.modeling_diffllama")
+    pytest.importorskip("transformers")
+    from transformers.models.diffllama import modeling_diffllama as diff
+
     config = diff.DiffLlamaConfig(
         hidden_size=32, num_attention_heads=8, num_key_value_heads=4, head_dim=4, attn_implementation="eager"
     )

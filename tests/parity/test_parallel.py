@@ -12,7 +12,7 @@ from fastattn.parallel.choice import setting_of
 from fastattn.parallel.costs import Sizes, listed, needs_of, work
 from fastattn.parallel.plan import transfers
 from isas import needs_cpu
-from processes import Team, mesh_of
+from processes import Team, mesh_of, team_of
 from shard_problems import assert_as_in_one_place, attend, random_problem, sharded
 
 pytestmark = [needs_cpu, pytest.mark.usefixtures("one_thread")]
@@ -20,18 +20,8 @@ SMALL = Case(batch=2, num_heads=4, num_heads_k=2, seqlen_q=90, head_dim=16, head
 ONE = ("ring", "all_gather", "all_to_all")
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    team = Team(2, tmp_path_factory.mktemp("two"))
-    yield team
-    team.close()
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    team = Team(4, tmp_path_factory.mktemp("four"))
-    yield team
-    team.close()
+two = team_of(2)
+four = team_of(4)
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "zigzag", "uneven", "one"])

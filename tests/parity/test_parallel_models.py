@@ -10,7 +10,7 @@ import transformers
 from fastattn import parallel
 from isas import needs_cpu
 from models import build
-from processes import Team, mesh_of
+from processes import mesh_of, team_of
 
 pytestmark = [needs_cpu, pytest.mark.usefixtures("one_thread")]
 MODELS = ["llama", "mistral", "gemma2", "gpt_oss", "gpt2"]
@@ -29,11 +29,7 @@ MORE = [
 ]
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    team = Team(2, tmp_path_factory.mktemp("two"))
-    yield team
-    team.close()
+two = team_of(2)
 
 
 def batch():

@@ -6,18 +6,14 @@ import torch
 import fastattn
 from fastattn import Mask, parallel
 from isas import needs_cpu
-from processes import Team, mesh_of
+from processes import mesh_of, team_of
 
 pytestmark = [needs_cpu, pytest.mark.usefixtures("one_thread")]
 INF, NAN = float("inf"), float("nan")
 ROWS = 48
 
 
-@pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    team = Team(4, tmp_path_factory.mktemp("four"))
-    yield team
-    team.close()
+four = team_of(4)
 
 
 def problem(name):

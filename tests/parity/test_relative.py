@@ -69,7 +69,9 @@ def test_toeplitz_of_any_shape(shape):
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_t5(lengths, bidirectional):
-    modeling = pytest.importorskip("transformers.models.t5.modeling_t5")
+    pytest.importorskip("transformers")
+    from transformers.models.t5 import modeling_t5 as modeling
+
     table = double(12, 4).requires_grad_()
     buckets = modeling.T5Attention._relative_position_bucket(distances(*lengths), bidirectional, 12, 40)
     dense, bias = table[buckets].permute(2, 0, 1), relative.t5(table, bidirectional, 40)
@@ -79,7 +81,8 @@ def test_t5(lengths, bidirectional):
 @pytest.mark.parametrize("is_decoder", [False, True])
 def test_t5_of_transformers(is_decoder):
     transformers = pytest.importorskip("transformers")
-    modeling = pytest.importorskip("transformers.models.t5.modeling_t5")
+    from transformers.models.t5 import modeling_t5 as modeling
+
     config = transformers.T5Config(
         d_model=24, d_kv=6, num_heads=4, is_decoder=is_decoder, dropout_rate=0.0, attn_implementation="eager",
         relative_attention_num_buckets=8, relative_attention_max_distance=20,

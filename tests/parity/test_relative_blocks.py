@@ -122,7 +122,9 @@ def test_dtypes(dtype, small_blocks):
 
 
 def test_conformer_of_transformers(small_blocks):
-    modeling = pytest.importorskip("transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer")
+    pytest.importorskip("transformers")
+    from transformers.models.wav2vec2_conformer import modeling_wav2vec2_conformer as modeling
+
     config = modeling.Wav2Vec2ConformerConfig(
         hidden_size=24, num_attention_heads=4, attention_dropout=0.0, position_embeddings_type="relative",
         max_source_positions=40, attn_implementation="eager",
@@ -146,7 +148,9 @@ def test_conformer_of_transformers(small_blocks):
 @pytest.mark.parametrize("terms", [["c2p"], ["p2c"], ["c2p", "p2c"]], ids="+".join)
 @pytest.mark.parametrize("buckets, positions, shares", [(8, 40, False), (-1, 12, True), (6, 20, True)])
 def test_deberta_of_transformers(terms, buckets, positions, shares, small_blocks):
-    modeling = pytest.importorskip("transformers.models.deberta_v2.modeling_deberta_v2")
+    pytest.importorskip("transformers")
+    from transformers.models.deberta_v2 import modeling_deberta_v2 as modeling
+
     config = modeling.DebertaV2Config(
         hidden_size=24, num_attention_heads=4, relative_attention=True, position_buckets=buckets, pos_att_type=terms,
         max_relative_positions=positions, share_att_key=shares, hidden_dropout_prob=0.0,

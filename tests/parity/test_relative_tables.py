@@ -38,7 +38,9 @@ def randomized(module):
 
 def test_swin_of_transformers():
     """Shifted windows: their mask is -100, which a bool mask makes exact."""
-    modeling = pytest.importorskip("transformers.models.swin.modeling_swin")
+    pytest.importorskip("transformers")
+    from transformers.models.swin import modeling_swin as modeling
+
     config = modeling.SwinConfig(attn_implementation="eager", attention_probs_dropout_prob=0.0)
     layer = randomized(modeling.SwinAttention(config, 24, 4, 5))
     x, seen = double(6, 25, 24), torch.rand(3, 25, 25) < 0.7
@@ -52,7 +54,9 @@ def test_swin_of_transformers():
 
 def test_swin_v2_of_transformers():
     """Cosine similarity with a learned temperature, and a table that a network makes of the offsets."""
-    modeling = pytest.importorskip("transformers.models.swinv2.modeling_swinv2")
+    pytest.importorskip("transformers")
+    from transformers.models.swinv2 import modeling_swinv2 as modeling
+
     config = modeling.Swinv2Config(attention_probs_dropout_prob=0.0)
     layer = randomized(modeling.Swinv2SelfAttention(config, 24, 4, (3, 5)))
     x = double(4, 15, 24)
@@ -67,7 +71,9 @@ def test_swin_v2_of_transformers():
 
 @pytest.mark.parametrize("window", [(3, 3), (2, 4)])
 def test_beit_of_transformers(window):
-    modeling = pytest.importorskip("transformers.models.beit.modeling_beit")
+    pytest.importorskip("transformers")
+    from transformers.models.beit import modeling_beit as modeling
+
     size = [4 * side for side in window]
     config = modeling.BeitConfig(image_size=size, patch_size=4, num_attention_heads=4, hidden_size=24)
     module = randomized(modeling.BeitRelativePositionBias(config))
@@ -124,7 +130,9 @@ def test_decomposed(grid, grid_k, scale):
 
 
 def test_sam_of_transformers():
-    modeling = pytest.importorskip("transformers.models.sam.modeling_sam")
+    pytest.importorskip("transformers")
+    from transformers.models.sam import modeling_sam as modeling
+
     config = modeling.SamVisionConfig(
         hidden_size=24, num_attention_heads=4, attention_dropout=0.0, image_size=48, patch_size=8, use_rel_pos=True
     )

@@ -56,6 +56,18 @@ class Team:
             child.join()
 
 
+def team_of(size: int):
+    """A fixture: the team of so many ranks that the tests of a file share."""
+
+    @pytest.fixture(scope="module")
+    def team(tmp_path_factory):
+        ranks = Team(size, tmp_path_factory.mktemp("team"))
+        yield ranks
+        ranks.close()
+
+    return team
+
+
 class Raised:
     """An exception of a rank."""
 

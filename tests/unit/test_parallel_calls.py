@@ -11,30 +11,14 @@ import torch
 import fastattn
 from fastattn import Mask, parallel
 from isas import needs_cpu
-from processes import Team, mesh_of
+from processes import mesh_of, team_of
 
 pytestmark = [needs_cpu, pytest.mark.usefixtures("one_thread")]
 
 
-@pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    team = Team(4, tmp_path_factory.mktemp("four"))
-    yield team
-    team.close()
-
-
-@pytest.fixture(scope="module")
-def one(tmp_path_factory):
-    team = Team(1, tmp_path_factory.mktemp("one"))
-    yield team
-    team.close()
-
-
-@pytest.fixture(scope="module")
-def three(tmp_path_factory):
-    team = Team(3, tmp_path_factory.mktemp("three"))
-    yield team
-    team.close()
+four = team_of(4)
+one = team_of(1)
+three = team_of(3)
 
 
 def test_import_fastattn_does_not_import_it():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastattn import Mask, parallel
-from processes import Raised, Team, mesh_of
+from processes import Raised, Team, mesh_of, team_of
 
 SECONDS = 2.0
 
@@ -19,11 +19,7 @@ def three(tmp_path):
     team.close()
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    team = Team(2, tmp_path_factory.mktemp("two"))
-    yield team
-    team.close()
+two = team_of(2)
 
 
 def _ready(rank):
