@@ -3,6 +3,8 @@
 FASTATTN_BUILD_EXT   auto (default): if the C++ build fails, install the Python package alone and say why
                      1: a failed build is an error
                      0: build no C++
+FASTATTN_ISAS        instruction sets to build kernels for, such as avx2 (default: all that the machine's row in ISA_FLAGS
+                     has): quicker while one works on a kernel, and not for wheels
 MAX_JOBS             how many compilers run at once (default: one per core)
 """
 
@@ -28,6 +30,7 @@ from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 BUILD_EXT = os.environ.get("FASTATTN_BUILD_EXT", "auto")
+ISAS = os.environ.get("FASTATTN_ISAS", "").replace(",", " ").split()
 ERROR_FILE = "_build_error.txt"  # fastattn/backends/cpu.py reads it
 
 # x86-64-v2, spelled out for compilers older than its name (GCC 11). In every x86 row, to override a -march in CFLAGS.
@@ -71,7 +74,10 @@ def machine() -> str:
 
 def isa_flags(target: str) -> dict[str, list[str]]:
     """ISA -> flags of csrc/isa_<name>.cpp, for the ISAs of one machine."""
-    return {isa: [*KERNEL_FLAGS, *flags] for isa, flags in ISA_FLAGS.get(target, NO_SIMD).items()}
+    flags_of = ISA_FLAGS.get(target, NO_SIMD)
+    if unknown := set(ISAS) - set(flags_of):
+        sys.exit(f"FASTATTN_ISAS={','.join(ISAS)!r}: {target} has {', '.join(flags_of)} and not {', '.join(unknown)}")
+    return {isa: [*KERNEL_FLAGS, *flags] for isa, flags in flags_of.items() if isa in ISAS or not ISAS}
 
 
 def libraries(target: str, headers: list[str]) -> list[tuple[str, dict]]:
