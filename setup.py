@@ -3,8 +3,8 @@
 FASTATTN_BUILD_EXT   auto (default): if the C++ build fails, install the Python package alone and say why
                      1: a failed build is an error
                      0: build no C++
-FASTATTN_ISAS        instruction sets to build kernels for, such as avx2 (default: all that the machine's row in ISA_FLAGS
-                     has): quicker while one works on a kernel, and not for wheels
+FASTATTN_ISAS        instruction sets to build kernels for, such as avx2: quicker while one works on a kernel, and not
+                     for wheels (default: all in the machine's row of ISA_FLAGS)
 MAX_JOBS             how many compilers run at once (default: one per core)
 """
 

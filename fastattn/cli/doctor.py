@@ -17,7 +17,7 @@ from .timing import Contender, rounds
 
 KNOWN = {
     "FASTATTN_AUTOTUNE", "FASTATTN_BACKEND", "FASTATTN_BUILD_EXT", "FASTATTN_CHECK", "FASTATTN_CPU_ISA",
-    "FASTATTN_FALLBACK", "FASTATTN_TUNED",
+    "FASTATTN_DIST", "FASTATTN_FALLBACK", "FASTATTN_ISAS", "FASTATTN_TUNED",
 }  # fmt: skip
 """Variables that the package, its build and its tests read."""
 
