@@ -62,19 +62,34 @@ def draw(result: dict, path: Path) -> None:
         axes.plot(xs, [x * rate for x in xs], lw=1.2, label=f"{level} {rate:.0f} GB/s")
     if compute:
         axes.plot(span, [compute] * 2, color="black", lw=1.2, label=f"FMA {compute:.0f} GFLOP/s")
+    labels = []
     for kind, marker in (("float32", "o"), ("bfloat16", "s")):
         points = [
             (x, row["gflops"], row["name"]) for x, row in zip(intensities, rows, strict=False) if kind in row["name"]
         ]
         if points:
             axes.plot(*zip(*((x, y) for x, y, _ in points), strict=True), marker, ms=6, label=kind)
-        for x, y, name in points:
-            axes.annotate(name.removesuffix(f" {kind}"), (x, y), xytext=(5, -9), textcoords="offset points", fontsize=7)
+        labels += [(x, y, name.removesuffix(f" {kind}")) for x, y, name in points]
     axes.set(xscale="log", yscale="log", xlabel="FLOP / byte", ylabel="GFLOP/s")
     axes.set_title(f"{result['machine']['cpu']}, {result['machine']['isa']}, {threads} threads", fontsize=10)
     axes.legend(fontsize=8, loc="lower right")
     axes.grid(alpha=0.3, which="both")
+    figure.draw_without_rendering()  # only now it is known where on the page the points lie
+    _annotate(axes, labels)
     figure.savefig(path)
+
+
+def _annotate(axes, labels: list[tuple[float, float, str]]) -> None:
+    """(x, y, name): names beside their points, lower where they would cover another."""
+    size, taken = 7, []
+    for x, y, name in sorted(labels, key=lambda label: -label[1]):
+        left, middle = axes.transData.transform((x, y)) * 72 / axes.figure.dpi
+        right, base = left + 0.6 * size * len(name), middle - 9
+        for other_left, other_right, other_base in sorted(taken, key=lambda box: -box[2]):
+            if left < other_right and other_left < right and abs(base - other_base) < size:
+                base = other_base - size
+        taken.append((left, right, base))
+        axes.annotate(name, (x, y), xytext=(5, base - middle), textcoords="offset points", fontsize=size)
 
 
 def _level(size: int, limits: dict, threads: int) -> tuple[str, float | None]:
