@@ -31,6 +31,13 @@ def is_in_functorch() -> bool:
     return _transform_on_top() is not None
 
 
+def numbers_of(x: torch.Tensor) -> list:
+    """x.tolist(), also inside of a torch.func transform, where torch 2.4 cannot do that."""
+    if x.dim() == 0:
+        return x.item()
+    return [numbers_of(part) for part in x.unbind()] if is_in_functorch() else x.tolist()
+
+
 _mode_keys = getattr(torch._C, "_TorchDispatchModeKey", None)
 _mode = getattr(torch._C, "_get_dispatch_mode", lambda key: None)
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from ..masks.intervals import UNBOUNDED
+from ..torch_internals import numbers_of
 
 
 class Place(NamedTuple):
@@ -83,14 +84,14 @@ def _lengths_in_cache(terms, k: torch.Tensor, count: int, seqlen_q: int) -> list
     capacity = k.shape[2] if table is None else k.shape[2] * terms.block_table.shape[1]
     if terms.cache_seqlens is not None:
         name, seqlens = "cache_seqlens", terms.cache_seqlens
-        seqlens = [seqlens] * count if isinstance(seqlens, int) else seqlens.tolist()
+        seqlens = [seqlens] * count if isinstance(seqlens, int) else numbers_of(seqlens)
     elif terms.seqused_k is not None:
-        name, seqlens = "seqused_k", terms.seqused_k.tolist()
+        name, seqlens = "seqused_k", numbers_of(terms.seqused_k)
     else:
         name, starts = "cu_seqlens_k", _starts("cu_seqlens_k", terms.cu_seqlens_k, 2**62, exact=False)
         seqlens = [end - first for first, end in zip(starts, starts[1:], strict=False)]
-    pads = [0] * count if terms.cache_leftpad is None else terms.cache_leftpad.tolist()
-    entries = range(count) if terms.cache_batch_idx is None else terms.cache_batch_idx.tolist()
+    pads = [0] * count if terms.cache_leftpad is None else numbers_of(terms.cache_leftpad)
+    entries = range(count) if terms.cache_batch_idx is None else numbers_of(terms.cache_batch_idx)
     found = []
     for i, (seqlen, pad, entry) in enumerate(zip(seqlens, pads, entries, strict=False)):
         _in_range(name, i, seqlen, capacity - new)
@@ -110,7 +111,7 @@ def _lengths_in_cache(terms, k: torch.Tensor, count: int, seqlen_q: int) -> list
 
 
 def _list(x: torch.Tensor | None) -> list | None:
-    return None if x is None else x.tolist()
+    return None if x is None else numbers_of(x)
 
 
 def _in_range(name: str, i: int, value: int, most: int) -> int:
@@ -122,7 +123,7 @@ def _in_range(name: str, i: int, value: int, most: int) -> int:
 def _starts(name: str, starts: torch.Tensor | None, total: int, exact: bool) -> list[int] | None:
     if starts is None:
         return None
-    starts = starts.tolist()
+    starts = numbers_of(starts)
     if starts[0] != 0:
         raise ValueError(f"{name}[0]={starts[0]} must be 0")
     for i in range(1, len(starts)):

@@ -3,6 +3,7 @@
 import torch
 
 import fastattn
+from fastattn.torch_internals import numbers_of
 
 LENGTHS = ((5, 9), (0, 4), (33, 33), (1, 300), (7, 0), (150, 170), (0, 0), (3, 2100), (129, 40))
 """(queries, keys) of sequences: empty ones, decoding steps, split keys, more queries than keys."""
@@ -27,7 +28,7 @@ def packed(lengths=LENGTHS, num_heads=4, num_heads_k=2, head_dim=24, head_dim_v=
 def one_by_one(q, k, v, cu_seqlens_q, cu_seqlens_k, *, alibi_slopes=None, seed=None, **options):
     """(out, lse) of `attention` for each sequence alone, put together."""
     outs, lses = [], []
-    bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    bounds_q, bounds_k = map(numbers_of, (cu_seqlens_q, cu_seqlens_k))
     for i in range(len(bounds_q) - 1):
         queries, keys = slice(bounds_q[i], bounds_q[i + 1]), slice(bounds_k[i], bounds_k[i + 1])
         if alibi_slopes is not None:
