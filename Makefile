@@ -9,7 +9,7 @@ EXT := $(VENV)/.ext
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo train longformer neighborhood generate serve test test-all test-triton test-triton-versions test-gpu kernel-report
+.PHONY: help demo train longformer neighborhood generate serve test test-all test-oldest test-triton test-triton-versions test-gpu kernel-report
 .PHONY: bench bench-gpu bench-launch bench-sparse lint format wheel wheels clean triton-interpreted triton-compiled triton-sanitized
 
 help:  ## list the targets
@@ -45,9 +45,26 @@ $(APPLICATIONS): $(VENV)/.vision $(EXT)  # a small model trained beside its twin
 test: $(VENV)/.test $(EXT)  ## the tests, without the slow ones, in two processes
 	$(PY) -m pytest -q -n 2 --dist worksteal tests $(ARGS)
 
-test-all: $(VENV)/.test $(EXT)  ## all tests: builds of wheels, sanitizers, large sizes, Triton
-	$(PY) -m pytest -q -m "" tests $(ARGS)
+test-all: $(VENV)/.test $(EXT) $(VENV)/zig  ## all tests: builds of wheels, sanitizers, large sizes, Triton, the oldest torch
+	PYTHONPATH=$(VENV)/zig $(PY) -m pytest -q -m "" tests $(ARGS)
+	$(MAKE) test-oldest
 	$(MAKE) test-triton test-triton-versions ARGS='-m "" $(ARGS)'
+
+$(VENV)/zig: $(VENV)/bin/python
+	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --target $@ ziglang==0.17.1
+
+# The oldest torch that pyproject.toml admits, with PyPI's libraries for CUDA, which its import wants on a CPU, too. The
+# extension is that of $(EXT): it knows no torch.
+OLDEST := $(VENV)/oldest
+CORE := tests/unit/test_api.py $(addprefix tests/parity/test_,backward.py sdpa.py varlen.py)
+
+test-oldest: $(OLDEST)/.test $(EXT)  ## the core's tests on the oldest torch, 2.4.1: a download of 2.5 GB (CPython up to 3.12)
+	$(OLDEST)/bin/python -m pytest -q -p no:cacheprovider -m "" $(CORE) $(ARGS)
+
+$(OLDEST)/.test: $(VENV)/bin/python
+	$(PY) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --disable-pip-version-check --quiet torch==2.4.1 "numpy<2" pytest hypothesis setuptools
+	touch $@
 
 # Triton lies beside the environment and not in it: a torch for CUDA brings its own. It decides when it is imported
 # whether it interprets or compiles: a process for each, of one thread; for the slowest, two.
