@@ -10,7 +10,7 @@ EXT := $(VENV)/.ext
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo train longformer neighborhood generate serve test test-all test-oldest test-triton test-triton-versions test-gpu kernel-report
-.PHONY: bench bench-gpu bench-launch bench-sparse lint format wheel wheels clean triton-interpreted triton-compiled triton-sanitized
+.PHONY: bench bench-kinds bench-gpu bench-launch bench-sparse lint format wheel wheels clean triton-interpreted triton-compiled triton-sanitized
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -114,6 +114,9 @@ test-gpu: $(VENV)/.test $(EXT)  ## the Triton kernels on this machine's GPU, wit
 
 bench: $(VENV)/.bench $(EXT)  ## time the kernels beside their peers; ARGS=--help
 	$(PY) bench/run.py $(ARGS)
+
+bench-kinds: $(VENV)/.bench $(EXT)  ## relative positions, learned attention, modules beside plain attention and eager torch
+	$(PY) bench/kinds.py $(ARGS)
 
 bench-gpu: $(VENV)/.bench $(EXT)  ## time them beside torch's and flash-attn's; ARGS=--help
 	$(PY) bench/gpu.py $(ARGS)

@@ -1,40 +1,34 @@
 """Attention whose bias is made of products with q and k: in blocks of query rows, each with a dense bias of its own.
 
-It is dropped after use, and computed again for gradients: O(rows of a block * seqlen_k) memory.
+It is dropped after use, and made again for gradients, which want out and lse of the forward pass and nothing else of
+it: O(rows of a block * seqlen_k) memory.
 """
-
-from typing import NamedTuple
 
 import torch
 
-from ..masks.intervals import UNBOUNDED, Mask
+from .. import dispatch
+from ..calls import note
+from ..checks import dtype_name
+from ..masks.intervals import UNBOUNDED
+from ..outputs import empty_out
+from ..plans import Bound, derivative_of
 from ..scores.relative import Rewriting
+from ..terms import Terms
 from ..torch_internals import outside_of_graphs
 from .arguments import compute_dtype
+from .products import Buffers
+from .scores import At, Scores, Tables
 
 _SCORES = 1 << 20  # of a block, which then stays in a cache
 _ROWS = range(64, 257)  # of a block, whatever the number of scores
-
-
-class At(NamedTuple):
-    """Where a block stands: (start, end) of each."""
-
-    batch: tuple[int, int]
-    rows: tuple[int, int]
-    keys: tuple[int, int]
+_NUMBERS = ("sinks", "softmax_scale")  # terms that may be learned
 
 
 class InBlocks(Rewriting):
-    """Scores of positions: scale * q_i . R[distance] and P[j, place of the distance], one of them or both."""
+    """Scores of positions, scale * (q_i . R[distance] + k_j . S[distance]), one of them or both."""
 
-    def tables(self, q, k, options: dict, scale) -> dict[str, torch.Tensor]:
-        """Tensors by name: "r" [num_heads|1, seqlen_q + seqlen_k - 1, head_dim], entry key - query + seqlen_q - 1; "u"
-        and "w" [num_heads|1, head_dim], what is added to q before it meets k, and R; "p" [batch, num_heads, seqlen_k,
-        places]. Checked."""
-        raise NotImplementedError
-
-    def places(self, q, k) -> torch.Tensor:
-        """[seqlen_q + seqlen_k - 1], int64: where in "p" a distance is, in the order of "r"."""
+    def tables(self, q, k, options: dict) -> Tables:
+        """Checked."""
         raise NotImplementedError
 
     def attend(self, attention, bind, q, k, v, options):
@@ -43,21 +37,16 @@ class InBlocks(Rewriting):
 
 def _attend(bias: InBlocks, attention, bind, q, k, v, options: dict):
     bound = bind(q, k, v, **options | {"bias": None})
-    problem, terms = bound.problem, bound.terms
-    if problem.transformed:
-        raise NotImplementedError(f"bias={bias!r} takes no torch.func transform and no forward-mode derivative")
-    for name in ("block_mask", "alibi_slopes"):
-        if getattr(terms, name) is not None:
-            named = "mask, a BlockMask," if name == "block_mask" else name
-            raise ValueError(f"{named} does not go with bias={bias!r}; give a Mask or a bool tensor, and no ALiBi")
-    if terms.softcap:
-        raise ValueError(f"softcap={terms.softcap!r} does not go with bias={bias!r}, whose scores it would cap, too")
-    tensors = {"q": q, "k": k, "v": v, **bias.tables(q, k, options, terms.softmax_scale)}
-    for name in ("sinks", "softmax_scale"):
-        if isinstance(getattr(terms, name), torch.Tensor):
-            tensors[name] = getattr(terms, name)
-    places = bias.places(q, k) if "p" in tensors else None
-    call = BlockCall(bias, attention, problem, terms, tuple(tensors), places, options["backend"])
+    check(bias, bound)
+    tables = bias.tables(q, k, options)
+    if 0 in (*q.shape[:3], k.shape[2]):
+        return attention(q, k, v, **options | {"bias": None})
+    tensors = {"q": q, "k": k, "v": v, **tables.tensors}
+    for name in _NUMBERS:
+        if isinstance(getattr(bound.terms, name), torch.Tensor):
+            tensors[name] = getattr(bound.terms, name)
+    scores = Scores(tables, bound.terms.softmax_scale, q.shape[2], k.shape[2], q)
+    call = BlockCall(bias, bound, scores, tuple(tensors))
     out, lse = Rows.apply(call, *tensors.values())
     return (out, lse) if options["return_lse"] else out
 
@@ -67,6 +56,19 @@ _attend = outside_of_graphs(
 )
 
 
+def check(bias: Rewriting, bound: Bound) -> None:
+    """Refuse what does not go with a bias of products."""
+    terms = bound.terms
+    if bound.problem.transformed:
+        raise NotImplementedError(f"bias={bias!r} takes no torch.func transform and no forward-mode derivative")
+    for name in ("block_mask", "alibi_slopes"):
+        if getattr(terms, name) is not None:
+            named = "mask, a BlockMask," if name == "block_mask" else name
+            raise ValueError(f"{named} does not go with bias={bias!r}; give a Mask or a bool tensor, and no ALiBi")
+    if terms.softcap:
+        raise ValueError(f"softcap={terms.softcap!r} does not go with bias={bias!r}, whose scores it would cap, too")
+
+
 class Rows(torch.autograd.Function):
     """(out, lse) of a `BlockCall`, as apply(call, *tensors)."""
 
@@ -74,8 +76,9 @@ class Rows(torch.autograd.Function):
     def forward(ctx, call, *tensors):
         ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-        return call.run(tensors)
+        out, lse, saved = call.run(tensors, any(ctx.needs_input_grad))
+        ctx.save_for_backward(*saved, *tensors)
+        return out, lse
 
     @staticmethod
     def backward(ctx, dout, dlse):
@@ -85,176 +88,124 @@ class Rows(torch.autograd.Function):
             )
         if dout is None and dlse is None:
             return (None,) * len(ctx.needs_input_grad)
-        return None, *ctx.call.gradients(ctx.saved_tensors, dout, dlse, ctx.needs_input_grad[1:])
+        exact, parts, *tensors = ctx.saved_tensors
+        dout = exact.new_zeros((), dtype=tensors[0].dtype).expand(exact.shape) if dout is None else dout
+        return None, *ctx.call.gradients(tensors, (exact, parts), dout, dlse, ctx.needs_input_grad[1:])
 
 
 class BlockCall:
     """A call of `attention` with a bias of positions. (Not a tuple, in which autograd would look for tensors.)"""
 
-    def __init__(self, bias, attention, problem, terms, names: tuple[str, ...], places, backend: str | None):
-        self.places = places
-        self.bias, self.attention, self.backend = bias, attention, backend
-        self.problem, self.terms, self.names = problem, terms, names
-        self.seed = terms.seed
-        if problem.dropout and self.seed is None:
+    def __init__(self, bias: InBlocks, bound: Bound, scores: Scores, names: tuple[str, ...]):
+        self.bias, self.scores, self.names, self.backend = bias, scores, names, bound.backend
+        # Tensors of the call are given when it runs: autograd looks after them.
+        self.problem, self.terms = bound.problem, bound.terms._replace(**dict.fromkeys(set(_NUMBERS) & set(names)))
+        self.seed = bound.terms.seed
+        if self.problem.dropout and self.seed is None:
             self.seed = int(torch.randint(2**63 - 1, ()))
 
-    def run(self, tensors) -> tuple[torch.Tensor, torch.Tensor]:
-        """(out, lse)"""
-        q, v = tensors[0], tensors[2]
-        (batch, heads, seqlen, _), columns = q.shape, v.shape[3]
-        strides = (seqlen * heads * columns, seqlen * columns, columns, 1)
-        if q.stride(1) < q.stride(2) and seqlen > 1:
-            strides = (seqlen * heads * columns, columns, heads * columns, 1)
-        out = q.new_empty_strided((batch, heads, seqlen, columns), strides)
-        lse = q.new_empty((batch, heads, seqlen), dtype=compute_dtype(q))
+    def run(self, tensors, needs_grad: bool) -> tuple:
+        """(out, lse, what `gradients` wants of them)"""
+        q = tensors[0]
+        out, real = empty_out(self.problem, q), compute_dtype(q)
+        lse = q.new_empty(out.shape[:3], dtype=real)
+        exact = out if out.dtype == real else q.new_empty(out.shape, dtype=real)
+        parts, buffers = q.new_empty((*lse.shape, 2), dtype=real), Buffers(q, real)
         for at in self.blocks():
-            here = (slice(*at.batch), slice(None), slice(*at.rows))
-            out[here], lse[here] = self.block(self.cut(tensors, at), at)
-        return out, lse
+            x = self.cut(tensors, at)
+            problem, terms = self.block(x, at, self.scores.of(x, at, buffers), needs_grad)
+            choice, here = dispatch.select(problem, self.backend), (slice(*at.batch), slice(*at.heads), slice(*at.rows))
+            call = problem, _shifted(x), x["k"], x["v"], terms
+            note(Bound(choice, problem, terms, self.backend), *call[1:3])
+            if choice.train is None:
+                out[here], lse[here] = choice.forward(*call)
+            else:
+                out[here], lse[here], saved = choice.train(*call)
+                exact[here], parts[here] = saved
+        return out, lse, (exact, parts)
 
-    def gradients(self, tensors, dout, dlse, wanted) -> list[torch.Tensor | None]:
-        """Of the tensors that are wanted; each block runs once more."""
-        real = compute_dtype(tensors[0])
-        sums = {n: x.new_zeros(x.shape, dtype=real) for n, x, w in zip(self.names, tensors, wanted, strict=True) if w}
+    def gradients(self, tensors, saved, dout, dlse, wanted) -> list[torch.Tensor | None]:
+        """Of the tensors that are wanted."""
+        real, sums = compute_dtype(tensors[0]), {}
+        for name, x, want in zip(self.names, tensors, wanted, strict=True):
+            if want:
+                sums[name] = x.new_zeros(x.shape, dtype=torch.float64 if name in _NUMBERS else real)
+        buffers = Buffers(tensors[0], real)
         for at in self.blocks():
-            here = (slice(*at.batch), slice(None), slice(*at.rows))
-            with torch.enable_grad():
-                x = {name: part.detach() for name, part in self.cut(tensors, at).items()}
-                leaves = [x[name].requires_grad_() for name in sums]
-                pairs = zip(self.block(x, at), (dout, dlse), strict=True)
-                results, given = zip(*[(y, dy[here]) for y, dy in pairs if dy is not None], strict=True)
-            found = torch.autograd.grad(results, leaves, given, allow_unused=True)
-            into = self.cut([sums.get(name) if name != "p" else None for name in self.names], at)
-            for name, grad in zip(sums, found, strict=True):
-                if grad is not None and name == "p":
-                    _of_keys(sums[name], at).scatter_add_(-1, self.index(at).expand(grad.shape), grad)
-                elif grad is not None:
-                    into[name] += grad
+            x, here = self.cut(tensors, at), (slice(*at.batch), slice(*at.heads), slice(*at.rows))
+            problem, terms = self.block(x, at, self.scores.of(x, at, buffers), True)
+            backend = dispatch.select(problem, self.backend).row.backend
+            bound = derivative_of(problem, "backward", backend, dlse is not None)._replace(terms=terms)
+            note(bound)
+            wants = Terms._make(name == "bias" or name in _NUMBERS and name in sums for name in Terms._fields)
+            dq, dk, dv, of_terms = bound.choice.forward(
+                bound.problem._replace(lse=True), _shifted(x), x["k"], x["v"], terms,
+                () if backend == "reference" else tuple(y[here] for y in saved), dout[here],
+                None if dlse is None else dlse[here], ("q" in sums or "u" in sums, "k" in sums, "v" in sums, wants),
+            )  # fmt: skip
+            of_terms = Terms._make(of_terms)
+            found = {"q": dq, "u": dq, "k": dk, "v": dv, **{name: getattr(of_terms, name) for name in _NUMBERS}}
+            into = self.cut([sums.get(name) for name in self.names], at)
+            for name, grad in found.items():
+                if name in into:
+                    into[name] += grad.sum((0, 2)).sum_to_size(into[name].shape) if name == "u" else grad
+            self.scores.add_gradients(x, at, of_terms.bias, into, buffers)
         return [sums[n].to(x.dtype) if n in sums else None for n, x in zip(self.names, tensors, strict=True)]
 
     def blocks(self):
         """All of them; rows do not depend on the batch."""
-        batch, seqlen_q, seqlen_k = self.problem.batch, self.problem.seqlen_q, self.problem.seqlen_k
-        of_row = max(self.problem.num_heads * seqlen_k, 1)
-        rows = min(max(_SCORES // of_row, _ROWS.start), _ROWS.stop - 1)
-        entries = max(_SCORES // (of_row * rows), 1)
-        lo, hi = self.terms.diagonal_lo, self.terms.diagonal_hi
-        for start in range(0, seqlen_q, rows):
-            end = min(start + rows, seqlen_q)
+        problem, lo, hi = self.problem, self.terms.diagonal_lo, self.terms.diagonal_hi
+        group, seqlen_q, seqlen_k = problem.group_size, problem.seqlen_q, problem.seqlen_k
+        rows = min(max(_SCORES // (seqlen_k * group), _ROWS.start), _ROWS.stop - 1)
+        heads = min(max(_SCORES // (rows * seqlen_k * group), 1), problem.num_heads_k)
+        entries = max(_SCORES // (rows * seqlen_k * problem.num_heads), 1)
+        for start, end in _ranges(seqlen_q, rows):
             keys = max(0, start + lo), min(seqlen_k, end + hi)
-            keys = keys if keys[0] < keys[1] else (0, min(1, seqlen_k))  # nothing is seen: one hidden key
-            for first in range(0, batch, entries):
-                yield At((first, min(first + entries, batch)), (start, end), keys)
+            keys = keys if keys[0] < keys[1] else (0, 1)  # nothing is seen: one hidden key
+            for batch in _ranges(problem.batch, entries):
+                for heads_k in _ranges(problem.num_heads_k, heads):
+                    yield At(batch, heads_k, (heads_k[0] * group, heads_k[1] * group), (start, end), keys)
 
-    def cut(self, tensors, at: At) -> dict:
-        """What of the tensors belongs to a block, by name: views, but of "p" [batch, num_heads, keys, rows]."""
-        found = {}
-        for name, x in zip(self.names, tensors, strict=True):
-            if x is None:
-                continue
-            if name == "q":
-                x = x[slice(*at.batch), :, slice(*at.rows)]
-            elif name in ("k", "v"):
-                x = _of_keys(x, at)
-            elif name == "r":
-                x = x.narrow(1, *self.distances(at))
-            elif name == "p":
-                x = _of_keys(x, at)
-                x = x.gather(-1, self.index(at).expand(*x.shape[:3], -1))
-            found[name] = x
-        return found
+    def cut(self, tensors, at: At) -> dict[str, torch.Tensor]:
+        """What of the tensors belongs to a block, by name: views."""
+        ranges_of = {"q": (at.batch, at.heads, at.rows, None), "r": (at.heads, None, None), "u": (at.heads, None)}
+        ranges_of |= {"k": (at.batch, at.heads_k, at.keys, None), "sinks": (at.heads,), "softmax_scale": (at.heads,)}
+        ranges_of |= {"v": ranges_of["k"], "s": ranges_of["r"], "w": ranges_of["u"]}
+        pairs = zip(self.names, tensors, strict=True)
+        return {name: _part(x, *ranges_of[name]) for name, x in pairs if x is not None}
 
-    def distances(self, at: At) -> tuple[int, int]:
-        """(first, how many) of all distances are those of a block."""
-        rows, keys = at.rows[1] - at.rows[0], at.keys[1] - at.keys[0]
-        return at.keys[0] - at.rows[1] + self.problem.seqlen_q, max(rows + keys - 1, 0)
-
-    def index(self, at: At) -> torch.Tensor:
-        """[keys, rows]: the places of a block."""
-        rows = at.rows[1] - at.rows[0]
-        if at.keys[0] == at.keys[1]:
-            return self.places.new_zeros(0, rows)
-        return self.places.narrow(0, *self.distances(at)).unfold(0, rows, 1).flip(-1)
-
-    def block(self, x: dict, at: At) -> tuple[torch.Tensor, torch.Tensor]:
-        """(out, lse) of a block."""
-        scale = x.get("softmax_scale", self.terms.softmax_scale)
-        with torch.autocast(x["q"].device.type, enabled=False):
-            bias = scores(x, scale)
-        q = x["q"] + x["u"][:, None].to(x["q"].dtype) if "u" in x else x["q"]
-        seed = None if self.seed is None else (self.seed + 0x9E3779B97F4A7C15 * (at.rows[0] + 1) + at.batch[0]) % 2**63
-        return self.attention(
-            q, x["k"], x["v"], bias=bias, mask=self.mask(at, q.device), softmax_scale=scale, sinks=x.get("sinks"),
-            dropout_p=self.terms.dropout_p, seed=seed, return_lse=True, backend=self.backend,
+    def block(self, x: dict, at: At, bias: torch.Tensor, needs_grad: bool) -> tuple:
+        """(problem, terms) of a block."""
+        terms, (first, last), (key, end) = self.terms, at.rows, at.keys
+        seed = None
+        if self.seed is not None:
+            places = first + 1, at.batch[0] * self.problem.num_heads + at.heads[0]
+            seed = (self.seed + 0x9E3779B97F4A7C15 * places[0] + 0x2545F4914F6CDD1D * places[1]) % 2**63
+        intervals = {
+            name: (_part(own, at.batch, at.heads, at.rows) - key).clamp(min=0)
+            for name in ("k_start", "k_end") if (own := getattr(terms, name)) is not None
+        }  # fmt: skip
+        mask = None if terms.mask is None else _part(terms.mask, at.batch, at.heads, at.rows, at.keys)
+        terms = terms._replace(
+            diagonal_lo=terms.diagonal_lo + first - key if terms.diagonal_lo > -UNBOUNDED else -UNBOUNDED,
+            diagonal_hi=terms.diagonal_hi + first - key if terms.diagonal_hi < UNBOUNDED else UNBOUNDED,
+            query_start=terms.query_start + first - key, bias=bias, mask=mask, seed=seed, **intervals,
+            sinks=x.get("sinks"), softmax_scale=x.get("softmax_scale", terms.softmax_scale),
         )  # fmt: skip
-
-    def mask(self, at: At, device):
-        """That of a block, None if it hides nothing."""
-        terms, first = self.terms, at.keys[0]
-        rows = torch.arange(*at.rows, device=device)[None, None]
-        starts = [] if terms.diagonal_lo == -UNBOUNDED else [rows + terms.diagonal_lo]
-        ends = [] if terms.diagonal_hi == UNBOUNDED else [rows + terms.diagonal_hi + 1]
-        for bounds, own in ((starts, terms.k_start), (ends, terms.k_end)):
-            if own is not None:
-                bounds.append(_part(own, at.batch, None, at.rows))
-        start, end = (None if not bounds else _all_of(pick, bounds) - first for pick, bounds in (
-            (torch.maximum, starts), (torch.minimum, ends)
-        ))  # fmt: skip
-        mask = None if start is None and end is None else Mask.intervals(start, end)
-        if terms.mask is None:
-            return mask
-        seen = _part(terms.mask, at.batch, None, at.rows, at.keys)
-        sizes = at.rows[1] - at.rows[0], at.keys[1] - first
-        return seen if mask is None else seen & mask.to_dense(*sizes, device)
+        problem = self.problem._replace(
+            num_heads=at.heads[1] - at.heads[0], num_heads_k=at.heads_k[1] - at.heads_k[0], lse=True,
+            needs_grad=needs_grad, bias=dtype_name(bias.dtype),
+        )  # fmt: skip
+        return problem.with_lengths((at.batch[1] - at.batch[0], last - first, end - key)), terms
 
 
-def scores(x: dict, scale) -> torch.Tensor:
-    """[batch, num_heads, rows, keys]: scale * (q_i + w) . R[distance] + P[j, place]"""
-    real = compute_dtype(x["q"])
-    scale = scale.to(real).view(-1, 1, 1) if isinstance(scale, torch.Tensor) else scale
-    found = []
-    if "r" in x:
-        q = x["q"].to(real)
-        q = q + x["w"][:, None].to(real) if "w" in x else q
-        found.append(ByDistance.apply(q * scale, x["r"].to(real)))
-    if "p" in x:
-        found.append(x["p"].transpose(-1, -2))
-    return found[0] if len(found) == 1 else found[0] + found[1]
+def _shifted(x: dict) -> torch.Tensor:
+    """q as it meets k."""
+    return x["q"] + x["u"][:, None].to(x["q"].dtype) if "u" in x else x["q"]
 
 
-class ByDistance(torch.autograd.Function):
-    """`skew` of q_i . R[distance]; its gradient is written once, which that of views is not."""
-
-    @staticmethod
-    def forward(ctx, q, r):
-        ctx.save_for_backward(q, r)
-        return skew(q @ r.transpose(-1, -2))
-
-    @staticmethod
-    def backward(ctx, dscores):
-        q, r = ctx.saved_tensors
-        dproducts = q.new_zeros(*q.shape[:3], r.shape[-2])
-        skew(dproducts).copy_(dscores)
-        if not ctx.needs_input_grad[1]:
-            return dproducts @ r, None
-        dr = dproducts.transpose(-1, -2) @ q
-        return dproducts @ r, dr[0] if dr.shape[1:] == r.shape and len(dr) == 1 else dr.sum_to_size(r.shape)
-
-
-def skew(products: torch.Tensor) -> torch.Tensor:
-    """[..., rows, rows + keys - 1] by distance -> [..., rows, keys] by key, of which entry (r, j) was j - r + rows - 1;
-    a view: in rows that are one shorter, each lies one place further right."""
-    rows, width = products.shape[-2:]
-    if rows <= 1 or width < rows:
-        return products[..., : max(width - rows + 1, 0)]
-    flat = products.flatten(-2)[..., rows - 1 : rows - 1 + rows * (width - 1)]
-    return flat.unflatten(-1, (rows, width - 1))[..., : width - rows + 1]
-
-
-def _of_keys(x: torch.Tensor, at: At) -> torch.Tensor:
-    """The keys of a block; a view."""
-    return x[slice(*at.batch), :, slice(*at.keys)]
+def _ranges(size: int, step: int) -> list[tuple[int, int]]:
+    return [(start, min(start + step, size)) for start in range(0, size, step)]
 
 
 def _part(x: torch.Tensor, *ranges) -> torch.Tensor:
@@ -263,7 +214,3 @@ def _part(x: torch.Tensor, *ranges) -> torch.Tensor:
         if part is not None and dim <= x.dim() and x.shape[-dim] != 1:
             x = x.narrow(-dim, part[0], part[1] - part[0])
     return x
-
-
-def _all_of(pick, bounds: list[torch.Tensor]) -> torch.Tensor:
-    return bounds[0] if len(bounds) == 1 else pick(*bounds)

@@ -3,8 +3,11 @@
 import torch
 
 from ..checks import check_int
-from .arguments import check_heads, check_table, compute_dtype
+from ..scores.relative import Rewriting
+from .arguments import check_heads, check_table
 from .blocks import InBlocks
+from .scores import Tables
+from .values import ShawValues
 
 
 def _distances(q, k) -> torch.Tensor:
@@ -18,7 +21,7 @@ class TransformerXL(InBlocks):
     def __init__(self, r: torch.Tensor, u: torch.Tensor | None, v: torch.Tensor | None):
         self.r, self.u, self.v = r, u, v
 
-    def tables(self, q, k, options, scale):
+    def tables(self, q, k, options):
         r, count = self.r, len(_distances(q, k))
         check_heads(self.name, "r", r.shape[0], q)
         _check_columns(self.name, "r", r, q)
@@ -35,7 +38,7 @@ class TransformerXL(InBlocks):
                 check_heads(self.name, argument, x.shape[0], q)
                 _check_columns(self.name, argument, x, q)
                 found[name] = x
-        return found
+        return Tables(found, {"r": 0})
 
 
 def transformer_xl(r: torch.Tensor, u: torch.Tensor | None = None, v: torch.Tensor | None = None) -> InBlocks:
@@ -65,28 +68,36 @@ class Shaw(InBlocks):
     def __init__(self, keys: torch.Tensor):
         self.keys = keys
 
-    def tables(self, q, k, options, scale):
+    def tables(self, q, k, options):
         keys = self.keys[None] if self.keys.dim() == 2 else self.keys
         check_heads(self.name, "keys", keys.shape[0], q)
         _check_columns(self.name, "keys", keys, q)
-        furthest = keys.shape[1] // 2
-        return {"r": keys[:, _distances(q, k).clamp(-furthest, furthest) + furthest]}
+        return Tables({"r": keys}, {"r": k.shape[2] - 1 - keys.shape[1] // 2})
 
 
-def shaw(keys: torch.Tensor) -> InBlocks:
-    """Shaw's relative keys (arXiv 1803.02155),
+def shaw(keys: torch.Tensor | None = None, values: torch.Tensor | None = None) -> Rewriting:
+    """Shaw's relative keys and values (arXiv 1803.02155), one of them or both: with
+    place = clip(j - (i + seqlen_k - seqlen_q), -c, c) + c,
 
-        scores[i, j] = softmax_scale * q_i . (k_j + keys[clip(j - (i + seqlen_k - seqlen_q), -c, c) + c])
+        scores[i, j] = softmax_scale * q_i . (k_j + keys[place])        out[i] = sum_j p[i, j] * (v_j + values[place])
 
-    keys   float [2 c + 1, head_dim] or [num_heads|1, 2 c + 1, head_dim]
+    keys     float [2 c + 1, head_dim] or [num_heads|1, 2 c + 1, head_dim]; None: 0
+    values   float [2 c + 1, head_dim_v] or [num_heads|1, 2 c + 1, head_dim_v]; None: 0
 
-    Memory, and what is refused, as of `transformer_xl`. Relative values are not there: the weights of each distance
-    would have to leave the kernel. Raises TypeError or ValueError that names the argument.
+    With keys alone: memory, and what is refused, as of `transformer_xl`. Values want the weights, which never leave a
+    kernel, so with them all runs in torch's own operators, in blocks of at most 128 query rows, O(seqlen_k) memory for
+    each row of a block; differentiable to any order, with softcap, ALiBi and BlockMask; a graph break under
+    torch.compile. Raises TypeError or ValueError that names the argument; `UnsupportedError` for values and a backend
+    of another name than "reference".
     """
-    check_table("shaw", "keys", keys, "[2 c + 1, head_dim]", "[num_heads, 2 c + 1, head_dim]")
-    if keys.shape[-2] % 2 == 0:
-        raise ValueError(f"shaw: keys has {keys.shape[-2]} distances; it must have an odd number, -c ... c")
-    return Shaw(keys)
+    if keys is None and values is None:
+        raise TypeError("shaw: give keys, values or both")
+    for name, x, columns in (("keys", keys, "head_dim"), ("values", values, "head_dim_v")):
+        if x is not None:
+            check_table("shaw", name, x, f"[2 c + 1, {columns}]", f"[num_heads, 2 c + 1, {columns}]")
+            if x.shape[-2] % 2 == 0:
+                raise ValueError(f"shaw: {name} has {x.shape[-2]} distances; it must have an odd number, -c ... c")
+    return Shaw(keys) if values is None else ShawValues(keys, values)
 
 
 class DeBERTa(InBlocks):
@@ -95,28 +106,30 @@ class DeBERTa(InBlocks):
     def __init__(self, pos_key, pos_query, buckets: int | None, max_distance: int):
         self.pos_key, self.pos_query, self.buckets, self.max_distance = pos_key, pos_query, buckets, max_distance
 
-    def tables(self, q, k, options, scale):
+    def tables(self, q, k, options):
         if q.shape[1] != k.shape[1]:
             raise ValueError(f"deberta: q has num_heads={q.shape[1]} and k {k.shape[1]}; they must be equal")
         for argument, x in (("pos_key", self.pos_key), ("pos_query", self.pos_query)):
             if x is not None:
                 check_heads(self.name, argument, x.shape[0], q)
                 _check_columns(self.name, argument, x, q)
-        found = {}
-        if self.pos_key is not None:
-            found["r"] = self.pos_key[:, self._places(q, k, self.pos_key)]
-        if self.pos_query is not None:
-            scale = scale.view(-1, 1, 1) if isinstance(scale, torch.Tensor) else scale
-            real = compute_dtype(q)
-            found["p"] = (k.to(real) * scale) @ self.pos_query.to(real).transpose(-1, -2)
-        return found
+        distance = _distances(q, k)  # of keys from queries; their negatives in the other order are those of "s"
+        tensors, firsts = {}, {}
+        for name, table, between in (("r", self.pos_key, -distance), ("s", self.pos_query, -distance.flip(0))):
+            if table is not None:
+                tensors[name], firsts[name] = self.of_distances(table, between)
+        return Tables(tensors, firsts)
 
-    def places(self, q, k):
-        return self._places(q, k, self.pos_query)
-
-    def _places(self, q, k, table: torch.Tensor) -> torch.Tensor:
+    def of_distances(self, table: torch.Tensor, distance: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """(rows of the table for the distances query - key, but for those that are as the first or as the last, the
+        first of them)"""
         span = table.shape[1] // 2
-        return (self.bucket(-_distances(q, k)) + span).clamp(0, 2 * span - 1)
+        places = (self.bucket(distance) + span).clamp(0, 2 * span - 1)
+        if not len(places):
+            return table, 0
+        low, high = int((places == places[0]).sum()) - 1, len(places) - int((places == places[-1]).sum())
+        low = min(low, high)  # where all are one
+        return table[:, places[low : high + 1]], low
 
     def attend(self, attention, bind, q, k, v, options):
         if options["softmax_scale"] is None and isinstance(q, torch.Tensor) and q.dim() == 4:

@@ -29,17 +29,19 @@ def weights(call: Call, block: Block, x: dict) -> dict:
     """Probabilities "weights", [b, H, rows, keys]. With "lse" they are exp(S - lse): the softmax's denominator comes
     from there, and counts keys that are not among these; derivatives are those of the softmax all the same."""
     x, visible = _without_nan(x, _visible(call, block, x), block)
-    s, _, _ = _modified(call, block, x, _product(x["q"] * _factor(call), x["k"]), None, False)
+    s, _, _ = _modified(call, block, x, _product(x["q"] * factor(call), x["k"]), None, False)
     if "lse" not in x:
         return {"weights": _softmax(block, x, s, visible)[0]}
     return {"weights": _given_lse(block, x, s, visible)}
 
 
-def scores(call: Call, block: Block, x: dict) -> tuple[dict, torch.Tensor, torch.Tensor | None]:
+def scores(
+    call: Call, block: Block, x: dict, plus: torch.Tensor | None = None
+) -> tuple[dict, torch.Tensor, torch.Tensor | None]:
     """(the tensors without what nobody sees, scores [b, H, rows, keys] after all modifications, True where a key is
-    seen or None: everywhere), for whoever turns scores into weights in another way."""
+    seen or None: everywhere), for whoever turns scores into weights in another way. plus: what is added to q k^T."""
     x, visible = _without_nan(x, _visible(call, block, x), block)
-    s, _, _ = _modified(call, block, x, _product(x["q"] * _factor(call), x["k"]), None, False)
+    s, _, _ = _modified(call, block, x, _product(x["q"] * factor(call), x["k"], plus), None, False)
     return x, s, visible
 
 
@@ -49,9 +51,21 @@ def hidden(block: Block, s: torch.Tensor, visible: torch.Tensor | None) -> tuple
     return (s, None) if visible is None else _masked(block, s, visible, None)
 
 
+def softmax_and_lse(block: Block, x: dict, s: torch.Tensor, visible: torch.Tensor | None) -> tuple:
+    """(weights of scores, the log of their denominator)"""
+    logits, sighted = _logits(block, x, s, visible)
+    p, lse = torch.softmax(logits, -1)[..., : s.shape[-1]], torch.logsumexp(logits, -1)
+    return (p, lse) if sighted is None else (p * sighted, lse.masked_fill(sighted[..., 0] == 0.0, -torch.inf))
+
+
+def kept(call: Call, block: Block, x: dict, p: torch.Tensor) -> torch.Tensor:
+    """Weights p [b, H, rows, keys], some of them dropped."""
+    return _times(p, _keep(call, block, x))
+
+
 def weighted(call: Call, block: Block, x: dict, p: torch.Tensor) -> torch.Tensor:
     """The values times weights p [b, H, rows, keys], some of them dropped."""
-    return _by_keys(_times(p, _keep(call, block, x)), x["v"])
+    return by_keys(kept(call, block, x, p), x["v"])
 
 
 def _given_lse(block: Block, x: dict, s: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
@@ -121,12 +135,12 @@ def second(call: Call, block: Block, x: dict) -> dict:
         total = total + dsink
         found["sinks"] = (dsink - w.sink * total).sum((0, 2, 3))
     ds, dts, of_terms = w.undo(_minus(ds, w.p, total), dts)
-    dq, dk = _by_keys(ds, x["k"]), _by_rows(ds, w.q, x["k"])
+    dq, dk = by_keys(ds, x["k"]), _by_rows(ds, w.q, x["k"])
     if "t.k" in x:
-        dq = _by_keys(dts, x["t.k"], dq)
+        dq = by_keys(dts, x["t.k"], dq)
     if w.tq is not None:
         dk = _by_rows(dts, w.tq, x["k"], dk)
-    return found | of_terms | {"q": dq * _factor(call), "k": dk}
+    return found | of_terms | {"q": dq * factor(call), "k": dk}
 
 
 class _Weights(NamedTuple):
@@ -153,7 +167,7 @@ class _Weights(NamedTuple):
 
 
 def _weights(call: Call, block: Block, x: dict, visible: torch.Tensor | None, undoes: bool) -> _Weights:
-    q, tq = x["q"] * _factor(call), x["t.q"] * _factor(call) if "t.q" in x else None
+    q, tq = x["q"] * factor(call), x["t.q"] * factor(call) if "t.q" in x else None
     s, ts = _product(q, x["k"]), None if tq is None else _product(tq, x["k"])
     if "t.k" in x:
         ts = _product(q, x["t.k"], ts)
@@ -172,17 +186,24 @@ def _weights(call: Call, block: Block, x: dict, visible: torch.Tensor | None, un
 
 def _softmax(block: Block, x: dict, s: torch.Tensor, visible: torch.Tensor | None) -> tuple:
     """(weights, those of the sinks or None)"""
-    sighted = sink = None
-    if visible is not None:
-        s, sighted = _masked(block, s, visible, x.get("sinks"))
+    keys, sink = s.shape[-1], None
+    s, sighted = _logits(block, x, s, visible)
+    p = torch.softmax(s, -1)
     if "sinks" in x:
-        column = x["sinks"].view(1, -1, 1, 1).expand(*s.shape[:3], 1)
-        p, sink = torch.softmax(torch.cat([s, column], -1), -1).split([s.shape[-1], 1], -1)
-    else:
-        p = torch.softmax(s, -1)
+        p, sink = p.split([keys, 1], -1)
     if sighted is not None:
         p, sink = p * sighted, None if sink is None else sink * sighted
     return p, sink
+
+
+def _logits(block: Block, x: dict, s: torch.Tensor, visible: torch.Tensor | None) -> tuple:
+    """(scores, -inf where hidden, with a column for sinks; 0 for rows that see nothing and 1 for others, or None)"""
+    sighted = None
+    if visible is not None:
+        s, sighted = _masked(block, s, visible, x.get("sinks"))
+    if "sinks" in x:
+        s = torch.cat([s, x["sinks"].view(1, -1, 1, 1).expand(*s.shape[:3], 1)], -1)
+    return s, sighted
 
 
 def _masked(block: Block, s: torch.Tensor, visible: torch.Tensor, sinks: torch.Tensor | None) -> tuple:
@@ -255,7 +276,7 @@ def _value(call: Call, x: dict, term):
     return None if value == term.neutral or term.name == "softmax_scale" else value
 
 
-def _factor(call: Call) -> float:
+def factor(call: Call) -> float:
     return 1.0 if call.fixed.softmax_scale is None else call.fixed.softmax_scale
 
 
@@ -324,8 +345,8 @@ def _times(p: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
 
 
 def _pushed_out(w: _Weights, x: dict) -> torch.Tensor:
-    out = _by_keys(_times(w.tp, w.keep), x["v"])
-    return _by_keys(_times(w.p, w.keep), x["t.v"], out) if "t.v" in x else out
+    out = by_keys(_times(w.tp, w.keep), x["v"])
+    return by_keys(_times(w.p, w.keep), x["t.v"], out) if "t.v" in x else out
 
 
 def _grouped(x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -341,7 +362,7 @@ def _product(x: torch.Tensor, k: torch.Tensor, plus: torch.Tensor | None = None)
     return found.view(*x.shape[:3], k.shape[2])
 
 
-def _by_keys(p: torch.Tensor, v: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
+def by_keys(p: torch.Tensor, v: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
     """p v (+ plus), [b, H, rows, D]."""
     rows, values = _grouped(p, v), v.flatten(0, 1)
     found = rows @ values if plus is None else torch.baddbmm(_grouped(plus, v), rows, values)

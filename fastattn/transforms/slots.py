@@ -23,6 +23,7 @@ _SHAPES = {
     **dict.fromkeys(("entropy", "distance", "max"), ("batch", "num_heads", "rows")),
     **dict.fromkeys(("top_weights", "top_keys"), ("batch", "num_heads", "rows", "top_k")),
     **dict.fromkeys(("mix_scores", "mix_weights"), ("heads_out", "heads_in")),
+    **dict.fromkeys(("keys_at", "values_at"), ("num_heads", "distances", "columns")),
 }
 _DENSE = {term.name: sorted(((), *term.shapes), key=len)[-1] for term in TERMS}
 _CSR = {"indptr": ("starts",), "indices": ("edges",), "bias": ("batch", "num_heads", "edges")}
