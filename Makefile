@@ -72,7 +72,7 @@ TRITON ?= 3.9.0
 TRITON_PATH := $(VENV)/triton-$(TRITON)
 TRITON_PY = PYTHONPATH=$(TRITON_PATH):$(VENV)/ttsem OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PY)
 TRITON_PYTEST = $(TRITON_PY) -m pytest -q -p no:cacheprovider
-COMPILED := $(addprefix tests/gpu/test_,compiled.py launch.py warmup.py)
+COMPILED := $(addprefix tests/gpu/test_,compiled.py launch.py stub_driver.py warmup.py)
 SANITIZED := tests/gpu/test_sanitized.py
 NEITHER := tests/gpu/test_bench_gpu.py tests/gpu/test_device.py
 INTERPRETED := $(filter-out $(COMPILED) $(SANITIZED) $(NEITHER),$(sort $(wildcard tests/gpu/test_*.py)))

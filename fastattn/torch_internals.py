@@ -3,7 +3,9 @@ answered as an ordinary call would answer it."""
 
 import contextlib
 import functools
+import re
 import sys
+from pathlib import Path
 
 import torch
 from torch.autograd import forward_ad
@@ -159,3 +161,16 @@ def add_to_keys_of_compiled_graphs(text: str) -> None:
     tag = getattr(config, "cache_key_tag", None)
     if tag is not None and text not in tag.split():
         config.cache_key_tag = f"{tag} {text}".strip()
+
+
+_cuda_version = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)
+_DRIVERS = Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version")
+
+
+@functools.cache
+def driver_version() -> str:
+    """Of the GPU's driver: what the system says, else the version of CUDA that it speaks."""
+    for file in _DRIVERS:
+        if file.exists() and (version := re.search(r"\d+(\.\d+)+", file.read_text())):
+            return version[0]
+    return f"cuda-{_cuda_version()}"

@@ -44,28 +44,71 @@ def _kernel(name: str) -> ModuleType:
     return importlib.import_module(f"fastattn.kernels.{name}")
 
 
+postponed: dict[tuple, list] = {}
+"""(kernel, problem) -> compiled code that was first launched where nothing could be looked at (`selfcheck`)."""
+
+
 def decode(problem, q, k, v, terms, *cache):
     """Forward pass of few queries; cache: block_table, k_scale, v_scale of `kernels.decode.Cache`."""
-    decode = _kernel("decode")
-    return decode.forward(problem, q, k, v, terms, *((decode.Cache(*cache),) if cache else ()))
+    decode, before = _kernel("decode"), _loaded()
+    held = (decode.Cache(*cache),) if cache else ()
+    found = _launched("decode", before, decode.forward, problem, q, k, v, terms, *held)
+    if _loaded() != before or postponed:
+        _selfcheck().forward("decode", before, problem, (q, k, v), terms, found, cache)
+    return found
 
 
 def prefill(problem, q, k, v, terms):
     """Forward pass."""
     _check(terms.block_mask)
-    return _kernel("prefill").forward(problem, q, k, v, terms)
+    before = _loaded()
+    found = _launched("prefill", before, _kernel("prefill").forward, problem, q, k, v, terms)
+    if _loaded() != before or postponed:
+        _selfcheck().forward("prefill", before, problem, (q, k, v), terms, found)
+    return found
 
 
 def prefill_for_backward(problem, q, k, v, terms):
     """(out, lse or None, (out in float32, lse_parts))."""
     _check(terms.block_mask)
-    return _kernel("prefill").forward_for_backward(problem, q, k, v, terms)
+    before, forward = _loaded(), _kernel("prefill").forward_for_backward
+    out, lse, saved = _launched("prefill", before, forward, problem, q, k, v, terms)
+    if _loaded() != before or postponed:
+        _selfcheck().forward("prefill", before, problem, (q, k, v), terms, (out, lse, *saved))
+    return out, lse, saved
 
 
 def backward(problem, q, k, v, terms, saved, dout, dlse, wanted):
     """Gradients."""
     _check(None if terms.block_mask is None else terms.block_mask.transpose())
-    return _kernel("backward").backward(problem, q, k, v, terms, saved, dout, dlse, wanted)
+    before, call = _loaded(), (problem, q, k, v, terms, saved, dout, dlse, wanted)
+    found = _launched("backward", before, _kernel("backward").backward, *call)
+    if _loaded() != before or postponed:
+        _selfcheck().backward(before, problem, (q, k, v), terms, saved, dout, dlse, found[:3])
+    return found
+
+
+def _loaded() -> int:
+    """How many pieces of code have been loaded: where a call adds one, its results are checked."""
+    return len(_kernel("launch")._loaded)
+
+
+def _launched(name: str, before: int, function, *call):
+    """What the function of a kernel returns. KernelError if code that it has loaded cannot be launched."""
+    try:
+        return function(*call)
+    except RuntimeError as error:
+        from ..dispatch import KernelError  # which imports this module
+
+        is_known = isinstance(error, (KernelError, torch.cuda.OutOfMemoryError))
+        if is_known or _loaded() == before or _kernel("launch").is_capturing():
+            raise
+        raise KernelError(f"{name}: {type(error).__name__}: {error}".splitlines()[0]) from error
+
+
+@cache
+def _selfcheck() -> ModuleType:
+    return importlib.import_module("fastattn.backends.selfcheck")
 
 
 def _check(block_mask) -> None:

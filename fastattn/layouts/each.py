@@ -4,6 +4,7 @@ transforms, and to differentiate gradients again."""
 import torch
 
 from ..api import attention
+from ..dispatch import KernelError, UnsupportedError
 from ..masks.intervals import UNBOUNDED, Mask, Window
 from .placing import check_slots, new_rows, place, rows_of, slot, turns
 from .quantization import quantized
@@ -16,8 +17,11 @@ def cpu(problem, q, k, v, terms):
 
 
 def triton(problem, q, k, v, terms):
-    """The rows of the Triton kernels."""
-    return _each("triton", problem, q, k, v, terms)
+    """The rows of the Triton kernels. KernelError where these refuse one of the calls, as after a failure."""
+    try:
+        return _each("triton", problem, q, k, v, terms)
+    except UnsupportedError as error:
+        raise KernelError(str(error)) from error
 
 
 def reference(problem, q, k, v, terms):

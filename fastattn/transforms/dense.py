@@ -290,7 +290,7 @@ def _visible(call: Call, block: Block, x: dict) -> torch.Tensor | None:
         bounds = (x[name] - first if name in x else None for name in ("k_start", "k_end"))
         seen.append(dense(*NO_BOUNDS, *bounds, end - start, last - first, x["q"].device))
     if (block_mask := call.block_mask(block.batch)) is not None:
-        seen.append(_seen_blocks(block_mask, block))
+        seen.append(seen_blocks(block_mask, block))
     for bias in (x.get("bias"), x.get("relative")):
         if bias is not None:
             masks = bias == -torch.inf
@@ -312,7 +312,7 @@ def _seen_by_diagonals(call: Call, block: Block, device) -> torch.Tensor | None:
     return block.of_rows["visible"]
 
 
-def _seen_blocks(mask: BlockMask, block: Block) -> torch.Tensor:
+def seen_blocks(mask: BlockMask, block: Block) -> torch.Tensor:
     """The part of a block mask as a bool tensor."""
     (start, end), (first, last), size = block.ranges["seqlen_q"], block.ranges["seqlen_k"], mask.BLOCK_SIZE[0]
     rows = start // size, -(-end // size)

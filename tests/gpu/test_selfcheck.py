@@ -1,0 +1,359 @@
+"""The self-check of compiled code, in the interpreter: its launches count as code that was loaded, as on a device."""
+
+import json
+
+import process
+
+process.require(interpreted=True)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import fastattn  # noqa: E402
+from cases import Case  # noqa: E402
+from fastattn import dispatch, plans  # noqa: E402
+from fastattn.backends import proven, selfcheck, triton  # noqa: E402
+from fastattn.kernels import backward, decode, launch, prefill, tuning  # noqa: E402
+from on_device import on_device  # noqa: E402
+from strict_interpreter import harden  # noqa: E402
+
+harden()
+
+BASE = Case(batch=2, num_heads=2, num_heads_k=1, seqlen_q=40, seqlen_k=50, head_dim=16, dtype="bfloat16", causal=True)
+
+
+@pytest.fixture(autouse=True)
+def device(monkeypatch, tmp_path):
+    """A device that compiles, and a folder of its own for what is proven."""
+    prepare = launch._prepare
+
+    def load(tensors, plan):
+        described = plan.describe(*tensors[1:3]) if plan.describe else ()
+        kinds = tuple(launch._kind_of(x, True) for x in (*tensors, *described, *plan.arguments))
+        launch._loaded[plan.kernel, -1, kinds, tuple(plan.constexprs.items()), tuple(plan.options.items())] = None
+        return prepare(tensors, plan)
+
+    monkeypatch.setattr(launch, "_prepare", load)
+    monkeypatch.setattr(selfcheck, "DEVICES", ["cpu"])
+    monkeypatch.setenv("FASTATTN_TUNED", str(tmp_path))
+    begin_process()
+    yield
+    begin_process()
+
+
+def begin_process() -> None:
+    launch.forget(), plans.forget(), tuning._read.cache_clear(), proven._read.cache_clear(), triton.postponed.clear()
+
+
+def without_cpu() -> tuple[dispatch.Row, ...]:
+    """The kernels without those that would come first."""
+    return tuple(row for row in dispatch.KERNELS if row.backend != "cpu")
+
+
+@pytest.fixture
+def checks(monkeypatch) -> list[str]:
+    """What is compared, from now on."""
+    found, complaint = [], selfcheck._complaint
+
+    def note(compared):
+        compared = list(compared)
+        found.extend(x.where for x in compared)
+        return complaint(compared)
+
+    monkeypatch.setattr(selfcheck, "_complaint", note)
+    return found
+
+
+def attend(case: Case = BASE, needs_grad: bool = False, backend="triton", **more) -> list[torch.Tensor]:
+    """out, lse and gradients of q, k and v."""
+    qkv, kwargs = on_device(case)
+    qkv = [x.requires_grad_(needs_grad) for x in qkv]
+    out, lse = fastattn.attention(*qkv, **kwargs | more, return_lse=True, backend=backend)
+    if not needs_grad:
+        return [out, lse]
+    douts = [torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype) for x in (out, lse)]
+    return [out.detach(), lse.detach(), *torch.autograd.grad((out, lse), qkv, douts)]
+
+
+def wrong(module, name: str, change):
+    """`module.name` whose results are changed in place before anybody sees them."""
+    function = getattr(module, name)
+
+    def run(*args, **kwargs):
+        found = function(*args, **kwargs)
+        change(found)
+        return found
+
+    return run
+
+
+def add_to(place: int, index: tuple, value: float = 0.5):
+    """A fault that changes one row of a result."""
+
+    def change(found) -> None:
+        found[place][index] += value
+
+    return change
+
+
+# --- what is right ---------------------------------------------------------------------------------------------------
+
+MANY = BASE._replace(mask="intervals", bias="per_head", alibi=True, softcap=5.0, sinks=True, dropout_p=0.3)
+KINDS = {
+    "causal": BASE,
+    "float32, short": BASE._replace(dtype="float32", seqlen_q=5, seqlen_k=3, causal=False),
+    "everything": MANY,
+    "everything, float16": MANY._replace(dtype="float16", bias="key", learned_scale="per_head", mask="tensor_per_head"),
+    "learned scale": BASE._replace(dtype="float32", learned_scale="one", bias="query", mask="documents"),
+    "block mask of each head": BASE._replace(mask="blocks", dtype="float32", causal=False, sinks=True),
+    "shared block mask": BASE._replace(mask="shared_blocks", dropout_p=0.2, head_dim_v=32),
+    "window, [B, S, H, D]": BASE._replace(causal=False, window_size=(20, 3), layout="bshd", head_dim=24),
+    "scale below 0": BASE._replace(softmax_scale=-0.3, dtype="float16"),
+}
+
+
+QUICK = ("causal", "everything, float16", "block mask of each head", "window, [B, S, H, D]")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(x, id=name, marks=[] if name in QUICK else [pytest.mark.slow]) for name, x in KINDS.items()]
+)
+def test_right_results_are_proven(case, checks, tmp_path, recwarn):
+    """Rows forward, dq, and dk and dv, of several heads; gradients included, one file says what was proven."""
+    attend(case, needs_grad=True)
+    names = {where.partition("[")[0] for where in checks}
+    assert names == {"out", "lse", "dq", "dk", "dv"} and not [x for x in recwarn if "self-check" in str(x.message)]
+    assert len({where for where in checks if where.startswith("dq")}) == (4 if case.seqlen_q > selfcheck.RUN else 2)
+    (file,) = tmp_path.iterdir()
+    assert "-driver-" in file.name and file.name.endswith("-proven.json")
+    kernels = {text.split()[0] for text in json.loads(file.read_text()).values()}
+    assert {"forward_kernel", "key_value_kernel", "query_kernel", "delta_kernel"} <= kernels
+    assert all("num_warps" in text for text in json.loads(file.read_text()).values())
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        BASE._replace(seqlen_q=1, seqlen_k=300),
+        BASE._replace(seqlen_q=3, mask="lengths", bias="full", dtype="float16", causal=False, sinks=True),
+    ],
+    ids=str,
+)
+def test_decoding(case, checks):
+    attend(case)
+    assert fastattn.last_call().kernel == "triton.decode"
+    assert {where.partition("[")[0] for where in checks} == {"out", "lse"}
+
+
+def test_caches_in_pages_of_int8(checks, monkeypatch):
+    """With entries of the table that name no page, behind the end of a sequence."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 2, 2, 8, generator=generator)
+    pages = torch.randint(-127, 128, (2, 9, 1, 16, 8), generator=generator, dtype=torch.int8)
+    factors = torch.rand(2, 9, 1, 16, generator=generator) / 50.0
+    factors[:, 4] = float("nan")
+    table = torch.tensor([[3, 1, 7, 4], [2, 8, -5, 99]], dtype=torch.int32)
+    lengths = torch.tensor([40, 20], dtype=torch.int32)
+
+    def call(backend):
+        return fastattn.attention_with_kvcache(
+            q, *(x.clone() for x in pages), block_table=table, cache_seqlens=lengths, causal=True, backend=backend,
+            k_scale=factors[0].clone(), v_scale=factors[1].clone(),
+        )  # fmt: skip
+
+    out = call("triton")
+    assert fastattn.last_call().kernel == "triton.cache" and any(where.startswith("out[1, 1") for where in checks)
+    torch.testing.assert_close(out, call("reference"), atol=1e-4, rtol=1e-4)
+    begin_process()
+    (file,) = tuning.directory().iterdir()
+    file.unlink()
+    # one sequence after the other is the next row, and runs this kernel first
+    monkeypatch.setattr(decode, "forward", wrong(decode, "forward", add_to(0, (-1, 1, 0))))
+    monkeypatch.setattr(dispatch, "KERNELS", without_cpu())
+    with pytest.warns(RuntimeWarning, match="decode: self-check: out.1, 1, 0:2. is off by 0.5"):
+        found = call(None)
+    assert fastattn.last_call().kernel == "triton.prefill"
+    torch.testing.assert_close(found, call("reference"), atol=1e-4, rtol=1e-4)
+
+
+def test_packed_sequences(checks):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(60, heads, 32, generator=generator) for heads in (4, 2, 2))
+    starts = torch.tensor([0, 25, 25, 60], dtype=torch.int32)
+    fastattn.attention_varlen(q, k, v, starts, starts, causal=True, backend="triton")
+    assert fastattn.last_call().kernel == "triton.varlen" and checks
+
+
+# --- what is wrong ---------------------------------------------------------------------------------------------------
+
+FAULTS = {
+    # module, function, what it changes in the results, what the check says; whether gradients are needed
+    "out": (prefill, "forward", add_to(0, (1, 1, 39)), r"prefill: self-check: out\[1, 1, 24:40\] is off by 0.5", False),
+    "lse": (prefill, "forward", add_to(1, (0, 0, 3), 0.01), r"lse\[0, 0, 0:16\] is off by 0.01", False),
+    "NaN": (prefill, "forward", add_to(0, (0, 0, 0), float("nan")), r"is off by inf", False),
+    "out of a training call": (prefill, "forward_for_backward", add_to(0, (0, 0, 10)), "out", True),
+    "dq": (backward, "backward", add_to(0, (1, 1, 30)), r"backward: self-check: dq\[1, 1", True),
+    "dk": (backward, "backward", add_to(1, (1, 0, 49)), r"backward: self-check: dk\[1, 0, 34:50\]", True),
+    "dv": (backward, "backward", add_to(2, (0, 0, 0)), r"backward: self-check: dv\[0, 0, 0:16\]", True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_refused_with_its_figure(fault, monkeypatch, tmp_path):
+    """The call gets the next row's result, later ones too; with backend="triton" it is an error. Nothing is proven."""
+    module, name, change, message, needs_grad = FAULTS[fault]
+    monkeypatch.setattr(module, name, wrong(module, name, change))
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "KERNELS", without_cpu())
+        with pytest.warns(RuntimeWarning, match=message), pytest.warns(fastattn.FallbackWarning, match=message):
+            found = attend(needs_grad=needs_grad, backend=None)
+        again = attend(needs_grad=needs_grad, backend=None)
+        assert fastattn.last_call().kernel.startswith("reference")
+    expected = attend(needs_grad=needs_grad, backend="reference")
+    for x, y, z in zip(found, again, expected, strict=True):
+        torch.testing.assert_close(x, z, atol=0.05, rtol=0.02)
+        torch.testing.assert_close(y, z, atol=0.05, rtol=0.02)
+    begin_process()
+    with pytest.raises(fastattn.UnsupportedError, match=message), pytest.warns(RuntimeWarning):
+        attend(needs_grad=needs_grad)
+    assert not any(json.loads(file.read_text()) for file in tmp_path.iterdir() if not needs_grad)
+
+
+@pytest.mark.parametrize(
+    "case", [BASE, pytest.param(BASE._replace(dtype="float32", causal=False), marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("fault", ["a mask", "a scale", "a tile of keys"])
+def test_faults_of_whole_kernels(case, fault, monkeypatch):
+    """One key too many for each query; a scale wrong by five per cent; the last 16 keys left out."""
+    forward = prefill.forward
+
+    def faulty(problem, q, k, v, terms):
+        if fault == "a mask":
+            terms = terms._replace(diagonal_hi=terms.diagonal_hi + 1 if case.causal else 30)
+            problem = problem._replace(mask="causal")
+        elif fault == "a scale":
+            terms = terms._replace(softmax_scale=1.05 * terms.softmax_scale)
+        else:
+            k, v, problem = k[:, :, :-16], v[:, :, :-16], problem._replace(seqlen_k=problem.seqlen_k - 16)
+        return forward(problem, q, k, v, terms)
+
+    monkeypatch.setattr(prefill, "forward", faulty)
+    with pytest.raises(fastattn.UnsupportedError, match="self-check"), pytest.warns(RuntimeWarning):
+        attend(case)
+
+
+# --- when it looks ---------------------------------------------------------------------------------------------------
+
+
+def test_each_kind_of_code_is_checked_once(checks):
+    attend()
+    first = len(checks)
+    assert first
+    attend(), attend(BASE._replace(seqlen_q=33, batch=1))  # the same code
+    assert len(checks) == first
+    attend(BASE._replace(head_dim=8))
+    assert len(checks) > first
+
+
+def test_a_later_process_does_not_check(checks):
+    attend(needs_grad=True)
+    checks.clear(), begin_process()
+    attend(needs_grad=True)
+    assert checks == []
+
+
+@pytest.mark.parametrize("change", ["driver", "kernels", "tiles"])
+def test_something_else_is_checked_anew(change, checks, monkeypatch):
+    attend()
+    checks.clear(), begin_process()
+    if change == "driver":
+        monkeypatch.setattr(proven, "driver_version", lambda: "999.1")
+    elif change == "kernels":
+        monkeypatch.setattr(proven, "_sources", lambda: "edited")
+    else:
+        tiles = tuning.tiles
+        monkeypatch.setattr(tuning, "tiles", lambda *args: tiles(*args)._replace(BLOCK_N=32))
+    attend()
+    assert checks
+
+
+@pytest.mark.parametrize("text", ["{", '{"a": 3}', "\0\xff"])
+def test_a_damaged_file_is_ignored_and_written_anew(text, checks, tmp_path):
+    attend()
+    (file,) = tmp_path.iterdir()
+    right = file.read_text()
+    file.write_bytes(text.encode("latin-1"))
+    checks.clear(), begin_process()
+    attend()
+    assert checks and file.read_text() == right
+
+
+def test_a_folder_that_cannot_be_written(checks, tmp_path, monkeypatch):
+    """It is a file: the process alone remembers."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FASTATTN_TUNED", str(tmp_path / "file"))
+    attend()
+    first = len(checks)
+    launch.forget(), plans.forget()
+    attend()
+    assert len(checks) == first > 0
+
+
+def test_the_environment_turns_it_off(checks, monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTATTN_SELFCHECK", "0")
+    monkeypatch.setattr(prefill, "forward", wrong(prefill, "forward", add_to(0, (1, 1, 39))))
+    attend()
+    assert checks == [] and list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_looked_at_while_a_graph_is_captured(checks, monkeypatch, tmp_path):
+    """The next call of the kind is checked."""
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "is_capturing", lambda: True)
+        attend()
+        assert checks == [] and list(tmp_path.iterdir()) == [] and len(triton.postponed) == 1
+    attend(BASE._replace(head_dim=8))
+    assert len(triton.postponed) == 1
+    attend()
+    assert triton.postponed == {} and len(checks) == 16
+    checks.clear(), begin_process()
+    attend()
+    assert checks == []
+
+
+def test_a_check_that_cannot_run_refuses_nothing(monkeypatch, tmp_path):
+    def fail(*args):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(selfcheck, "_complaint", fail)
+    with pytest.warns(RuntimeWarning, match="self-check of prefill: MemoryError: no room"):
+        attend()
+    assert fastattn.last_call().kernel == "triton.prefill" and list(tmp_path.iterdir()) == []
+
+
+def test_what_nobody_sees_may_be_nan(recwarn, tmp_path):
+    """Padding that holds NaN and infinities; a number too large for float16 is infinite in both."""
+    (q, k, v), _ = on_device(BASE._replace(causal=False, dtype="float16"))
+    k[:, :, 40:], v[:, :, 40:] = float("nan"), float("inf")
+    mask = fastattn.Mask.lengths(torch.tensor([40, 35]))
+    v[1, 0] = 65504.0
+    fastattn.attention(q, k, v, mask=mask, backend="triton")
+    assert len(list(tmp_path.iterdir())) == 1 and not [x for x in recwarn if "self-check" in str(x.message)]
+
+
+def test_nan_proves_nothing(checks, tmp_path, recwarn):
+    (q, k, v), kwargs = on_device(BASE)
+    fastattn.attention(q, k * float("nan"), v, **kwargs, backend="triton")
+    assert checks and list(tmp_path.iterdir()) == [] and fastattn.last_call().kernel == "triton.prefill"
+
+
+def test_candidates_that_are_measured_are_not_proven(monkeypatch, tmp_path, checks):
+    monkeypatch.setenv("FASTATTN_AUTOTUNE", "1")
+    attend()
+    assert checks and list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_checked_where_nothing_is_compiled(checks, monkeypatch, tmp_path):
+    monkeypatch.setattr(selfcheck, "DEVICES", ["cuda"])
+    attend()
+    assert checks == [] and list(tmp_path.iterdir()) == []
