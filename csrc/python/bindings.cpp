@@ -64,15 +64,18 @@ PyObject* call(PyObject* const* args, Py_ssize_t count, const Calculate& calcula
   Py_RETURN_NONE;
 }
 
+bool is_tiny(const fastattn::Operands& p) {
+  const double pairs = (double)p.batch * p.num_heads * p.seqlen_q * p.seqlen_k;
+  return pairs * (p.head_dim + p.head_dim_v) < tiny_work;
+}
+
 template <void (*run)(fastattn::Operands&, int)>
 PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return call<ForwardArguments>(args, count, [](const ForwardArguments& arguments) {
     Bound bound(arguments, Extras::terms);
-    fastattn::Operands& p = bound.p;
-    const double pairs = (double)p.batch * p.num_heads * p.seqlen_q * p.seqlen_k;
-    if (pairs * (p.head_dim + p.head_dim_v) < tiny_work) return run(p, 1);
+    if (is_tiny(bound.p)) return run(bound.p, 1);
     py::gil_scoped_release release;
-    run(p, bound.threads);
+    run(bound.p, bound.threads);
   });
 }
 
@@ -105,6 +108,7 @@ template <Extras kind, class Bound, class Arguments, void (*run)(Bound&)>
 PyObject* call_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return call<Arguments>(args, count, [](const Arguments& arguments) {
     Bound bound(arguments, kind);
+    if (is_tiny(bound.p)) return run(bound);
     py::gil_scoped_release release;
     run(bound);
   });

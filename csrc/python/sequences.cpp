@@ -41,6 +41,15 @@ View apart(const View& v, const char* name) {
   return v;
 }
 
+// The places of the tensor terms of these names.
+std::vector<size_t> places_of(std::initializer_list<std::string> names) {
+  std::vector<size_t> places;
+  for (const std::string& name : names)
+    for (size_t i = 0; i < num_tensor_terms; i++)
+      if (tensor_terms[i].name == name) places.push_back(i);
+  return places;
+}
+
 }  // namespace
 
 std::vector<const char*> names_of_sequences() {
@@ -104,9 +113,9 @@ void Bound::read_sequences(PyObject* q_object, PyObject* k_object, PyObject* v_o
     *factors = exact(view, name, {s.key_entries, p.num_heads_k, k.shape[2], 1}, DType::float32, 1);
     if (fields[kNewK] != Py_None) apart(view, name);
   }
-  for (const char* name : {"mask", "bias", "relative", "k_start", "k_end"})
-    for (size_t i = 0; i < num_tensor_terms; i++)
-      if (std::string(tensor_terms[i].name) == name && fields[i] != Py_None) refuse(name, "is not taken by sequences");
+  static const std::vector<size_t> refused = places_of({"mask", "bias", "relative", "k_start", "k_end"});
+  for (size_t i : refused)
+    if (fields[i] != Py_None) refuse(tensor_terms[i].name, "is not taken by sequences");
   if (fields[kBlockMask] != Py_None) refuse("block_mask", "is not taken by sequences");
   read_terms(fields, {{s.count, p.num_heads, 1, 1}}, p, owned);
   if (fields[kNewK] == Py_None) {

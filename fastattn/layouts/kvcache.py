@@ -89,11 +89,11 @@ def attention_with_kvcache(
     except TypeError:  # an argument is not hashable: the checks say which
         bound = None
     if bound is None or (_is_grad_enabled() and _wants_grad(q, k_cache, v_cache, k, v, alibi_slopes, sinks)):
-        bound = _bind(q, k_cache, v_cache, places, alibi_slopes, sinks, settings)
+        bound = _without_tensors(_bind(q, k_cache, v_cache, places, alibi_slopes, sinks, settings))
         if key is not None:
-            remember((key, settings), _without_tensors(bound))
-    choice, problem, terms, _ = bound
-    terms = _new(Sequences, (*_PACKED, *places, *terms[_REST:]))
+            remember((key, settings), bound)
+    choice, problem, rest, _ = bound
+    terms = _new(Sequences, _PACKED + places + rest)
     if alibi_slopes is not None or sinks is not None:
         terms = terms._replace(alibi_slopes=alibi_slopes, sinks=sinks)
     out, lse = run(_new(Bound, (choice, problem, terms, backend)), q, k_cache, v_cache)
@@ -122,5 +122,5 @@ def _bind(q, k_cache, v_cache, places, alibi_slopes, sinks, settings) -> Bound:
 
 
 def _without_tensors(bound: Bound) -> Bound:
-    """Nobody may keep the tensors of a call."""
-    return bound._replace(terms=bound.terms._replace(**dict.fromkeys((*_NAMES, "alibi_slopes", "sinks"))))
+    """`bound` with the fields of its terms from rotary_interleaved on: nobody may keep the tensors of a call."""
+    return bound._replace(terms=tuple(bound.terms._replace(alibi_slopes=None, sinks=None)[_REST:]))
