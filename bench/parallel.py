@@ -1,7 +1,8 @@
 """Attention of one sequence over processes of this machine beside one process: `python bench/parallel.py [options]`.
 
 Each rank has one thread. Prints times of forward and backward, the bytes that were sent beside those of the cost model,
-and the largest difference from one process.
+and the largest difference from one process; for each schedule, and on the same shards for ring-flash-attention's
+algorithm and torch's context_parallel (`ring_peers.py`). What does not run says why.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import torch.multiprocessing as mp
 
 import fastattn
 from fastattn import parallel
+from ring_peers import OwnBlocks, Ring, TorchBlocks, train_context_parallel, train_ring
 
 
 def main() -> None:
@@ -36,7 +38,7 @@ def main() -> None:
     )  # fmt: skip
     torch.set_num_threads(1)
     alone, expected = best_of(options.repeat, lambda: train(states(options), fastattn.attention, {}))
-    print(f"\n{'':<12}{'seconds':>10}{'ratio':>8}{'sent MiB':>10}{'difference':>12}\n{'one process':<12}{alone:>10.3f}")
+    print(f"\n{'':<40}{'seconds':>10}{'ratio':>8}{'sent MiB':>10}{'difference':>12}\n{'one process':<40}{alone:>10.3f}")
     with tempfile.TemporaryDirectory() as folder:
         expected_file = Path(folder, "expected")
         torch.save(expected, expected_file)
@@ -50,19 +52,41 @@ def rank_of(rank: int, options, folder: str, alone: float, expected_file: str) -
     place = {"mesh": mesh, "shards": options.shards}
     local = [parallel.shard(x, **place) for x in states(options)]
     expected = [parallel.shard(x, **place) for x in torch.load(expected_file)]
-    for schedule in options.schedule:
-        before = parallel.sent_bytes()
-        run = partial(train, local, parallel.attention, place | {"schedule": schedule})
-        seconds, found = best_of(options.repeat, run, dist.barrier)
-        sent = torch.tensor([(parallel.sent_bytes() - before) / options.repeat, 0.0])
+    for name, run in contenders(options, mesh, local, place):
+        before = sent_bytes()
+        try:
+            run()  # once, so that nothing is compiled or connected within the measurement
+            seconds, found = best_of(options.repeat, run, dist.barrier)
+        except NotImplementedError as error:
+            if rank == 0:
+                print(f"{name:<40}refused: {error}")
+            continue
+        sent = torch.tensor([(sent_bytes() - before) / (options.repeat + 1), 0.0])
         sent[1] = max((x - y).abs().max().item() for x, y in zip(found, expected, strict=True))
         dist.all_reduce(sent, dist.ReduceOp.MAX)
         slowest = torch.tensor(seconds)
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
         if rank == 0:
             ratio = alone / slowest.item()
-            print(f"{schedule:<12}{slowest.item():>10.3f}{ratio:>7.2f}x{sent[0] / 2**20:>10.1f}{sent[1]:>12.2g}")
+            print(f"{name:<40}{slowest.item():>10.3f}{ratio:>7.2f}x{sent[0] / 2**20:>10.1f}{sent[1]:>12.2g}")
     dist.destroy_process_group()
+
+
+def contenders(options, mesh, local, place: dict):
+    """(name, function that returns out and gradients) of each row."""
+    for schedule in options.schedule:
+        yield schedule, partial(train, local, parallel.attention, place | {"schedule": schedule})
+    is_zigzag = options.shards == "zigzag"
+    if options.seqlen % (2 * options.ranks) == 0:
+        for name, blocks in (("torch's", TorchBlocks), ("fastattn's", OwnBlocks)):
+            yield f"ring-flash-attention, {name} kernel", partial(train_ring, blocks, is_zigzag, mesh, local)
+    if is_zigzag:
+        yield "torch's context_parallel", partial(train_context_parallel, mesh, states(options))
+
+
+def sent_bytes() -> int:
+    """What this process has sent, by whomever it was."""
+    return parallel.sent_bytes() + Ring.sent
 
 
 def states(options) -> list[torch.Tensor]:

@@ -59,6 +59,11 @@ struct BlockLists {
   }
 };
 
+// Where query 0 of head 0, and key 0, of a call stand in the whole by whose places dropout's bits are drawn.
+struct DropoutStart {
+  int64_t head = 0, query = 0, key = 0;
+};
+
 // The tensors are the callers', read and written in place; those that are absent have no data.
 struct Operands {
   int64_t batch, num_heads, num_heads_k, seqlen_q, seqlen_k, head_dim, head_dim_v;
@@ -80,6 +85,7 @@ struct Operands {
   int64_t query_start;               // where query 0 stands among the keys; ALiBi's distances count from there
   double keep_factor = 1.0;          // of the weights that dropout leaves: 1 / (1 - dropout_p)
   uint64_t seed = 0;
+  DropoutStart dropout_start;
   uint32_t drop_below = 0;       // a weight is dropped if its word is below: dropout_p * 2^32
   int skip_negligible = -1;      // whether tiles that change nothing are looked for; -1: where that is known to pay
   double* tile_facts = nullptr;  // of a forward pass that skips: [batch][num_heads_k][tiles][2], -1: not found yet

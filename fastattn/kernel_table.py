@@ -59,6 +59,7 @@ _TRITON = {
     "head_dim": range(1, 257),
     "head_dim_v": range(1, 257),
     "relative": {False},
+    "dropout_start": {False},  # they draw by places in their own call
     **_DENSE,
 }
 _TRITON_DECODE = {

@@ -10,7 +10,7 @@ import math
 import torch
 
 from .scores import Place
-from .scores.dropout import dropout_mask
+from .scores.dropout import DropoutStart, dropout_mask_at
 from .scores.relative import spread
 from .terms import SCORE_TERMS
 from .torch_internals import is_traced
@@ -31,6 +31,7 @@ def attention(
     sinks: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
+    dropout_start: DropoutStart | None = None,
     **modifications,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) for q [B, H, Sq, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv], H a multiple of Hk.
@@ -39,6 +40,7 @@ def attention(
     visible        bool, broadcastable to [B, H, Sq, Sk], True = attend; a bias of -inf masks as False does
     query_start    key position of query 0, from which ALiBi counts; default Sk - Sq
     sinks          [H]
+    dropout_start  where the call stands in another one, whose weights it drops; None: nowhere else
     modifications  of the scores, by the names of `fastattn.terms.SCORE_TERMS`:
                    softmax_scale, a number, or a tensor with one or with [H], default D ** -0.5; softcap;
                    alibi_slopes [H] or [B, H]; bias broadcastable to [B, H, Sq, Sk]; relative
@@ -52,7 +54,7 @@ def attention(
     scores, visible, _ = _scores(q, k, visible, query_start, modifications)
     p, lse = _softmax(scores, sinks)
     if dropout_p > 0.0:
-        p = p * _dropout_factor(p, dropout_p, seed)
+        p = p * _dropout_factor(p, dropout_p, seed, dropout_start)
     return _weighted_sum(p, v, visible).to(dtype), lse
 
 
@@ -103,6 +105,7 @@ def backward(
     sinks: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
+    dropout_start: DropoutStart | None = None,
     **modifications,
 ) -> dict[str, torch.Tensor]:
     """Gradients by name of `attention` for cotangents dout, dlse: q, k, v, and the other tensors that are given.
@@ -116,7 +119,7 @@ def backward(
     scores, _, steps = _scores(q, k, visible, query_start, modifications)
     p, lse = _softmax(scores, sinks)
 
-    keep = _dropout_factor(p, dropout_p, seed) if dropout_p > 0.0 else 1.0
+    keep = _dropout_factor(p, dropout_p, seed, dropout_start) if dropout_p > 0.0 else 1.0
     dp = (dout @ _per_query_head(v, q.shape[1]).transpose(-1, -2)) * keep
     delta = (dp * p).sum(-1) - (0.0 if dlse is None else dlse.to(p.dtype))
     dscores = p * (dp - delta[..., None])
@@ -197,8 +200,9 @@ def _softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> tuple[torch.Te
     return p / total, (m + torch.log(total)).masked_fill(empty, -math.inf)[..., 0]
 
 
-def _dropout_factor(p: torch.Tensor, dropout_p: float, seed: int) -> torch.Tensor:
-    return dropout_mask(*p.shape, dropout_p, seed, p.device).to(p.dtype) / (1.0 - dropout_p)
+def _dropout_factor(p: torch.Tensor, dropout_p: float, seed: int, start: DropoutStart | None) -> torch.Tensor:
+    keep = dropout_mask_at([(0, size) for size in p.shape], dropout_p, seed, p.device, start)
+    return keep.to(p.dtype) / (1.0 - dropout_p)
 
 
 def _weighted_sum(p: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:

@@ -32,6 +32,7 @@ TERMS = (
     scale.TERM,
     dropout.P,
     dropout.SEED,
+    dropout.START,
     Term("skip_negligible", check=_check_skip),
     relative.TERM,
 )
@@ -59,6 +60,7 @@ class Terms(namedtuple("Terms", [term.name for term in TERMS], defaults=[term.ne
     alibi_slopes         [num_heads] or [batch, num_heads]
     sinks                [num_heads]
     dropout_p, seed      seed is an int where dropout_p > 0
+    dropout_start        a DropoutStart where the call drops weights as a part of another one; None: it is none
     skip_negligible      whether a kernel looks for keys whose weights are all 0, to skip them; None: where it knows
                          that this pays. No result depends on it
     """

@@ -155,6 +155,11 @@ def store_of(group):
     return torch.distributed.distributed_c10d._get_process_group_store(group)
 
 
+def group_of(name: str):
+    """The process group of torch.distributed whose `group_name` this is."""
+    return torch.distributed.distributed_c10d._resolve_process_group(name)
+
+
 def add_to_keys_of_compiled_graphs(text: str) -> None:
     """Makes `text` part of the keys under which torch keeps compiled graphs on disk."""
     config = getattr(torch.compiler, "config", None)

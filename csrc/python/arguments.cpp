@@ -12,8 +12,8 @@ namespace py = pybind11;
 std::vector<const char*> names_of_terms() {
   std::vector<const char*> names;
   for (const TensorTerm& term : tensor_terms) names.push_back(term.name);
-  for (const char* name :
-       {"softcap", "diagonal_lo", "diagonal_hi", "query_start", "block_mask", "dropout_p", "seed", "skip_negligible"})
+  for (const char* name : {"softcap", "diagonal_lo", "diagonal_hi", "query_start", "block_mask", "dropout_p", "seed",
+                           "dropout_start", "skip_negligible"})
     names.push_back(name);
   return names;
 }
@@ -51,6 +51,18 @@ bool is_number(PyObject* object) { return PyFloat_Check(object) || PyLong_Check(
 int64_t distance(PyObject* object) {
   constexpr int64_t most = (int64_t)1 << 61;
   return std::min(std::max(integer(object), -most), most);
+}
+
+DropoutStart dropout_start(PyObject* object) {
+  if (object == Py_None) return {};
+  if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != 3)
+    refuse("dropout_start", "must be a tuple (head, query, key)");
+  int64_t places[3];
+  for (int i = 0; i < 3; i++) {
+    places[i] = integer(PyTuple_GET_ITEM(object, i));
+    if (places[i] < 0 || places[i] >> 32) refuse("dropout_start", "must be in 0 ... 2^32 - 1");
+  }
+  return {places[0], places[1], places[2]};
 }
 
 void check_dtype(const Tensor& t, const char* name, Holds holds) {
@@ -160,7 +172,7 @@ void read_terms(const Fields::Values& terms, const Sizes& scores, Operands& p, O
   if (!(dropout_p >= 0.0 && dropout_p < 1.0)) refuse("dropout_p", "must be in [0, 1)");
   p.keep_factor = 1.0 / (1.0 - dropout_p);
   p.drop_below = (uint32_t)(dropout_p * 4294967296.0);
-  if (dropout_p > 0.0) p.seed = (uint64_t)integer(terms[kSeed]);
+  if (dropout_p > 0.0) p.seed = (uint64_t)integer(terms[kSeed]), p.dropout_start = dropout_start(terms[kDropoutStart]);
   if (terms[kSkipNegligible] != Py_None) p.skip_negligible = integer(terms[kSkipNegligible]) != 0;
 }
 

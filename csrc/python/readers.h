@@ -15,6 +15,7 @@ enum TermsField : size_t {
   kBlockMask,
   kDropoutP,
   kSeed,
+  kDropoutStart,
   kSkipNegligible,
   num_terms_fields,
 };

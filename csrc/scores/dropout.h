@@ -1,5 +1,6 @@
 // Dropout bits from Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), the same as
 // in fastattn/scores/dropout.py: keyed by the seed, counter (key / 4, query, head, batch), a word for each of four keys.
+// Head, query and key count in a whole of which the call may be a part: from Operands::dropout_start.
 #pragma once
 #include "panel.h"
 
@@ -42,7 +43,8 @@ FASTATTN_INLINE void each_kept(const Operands& p, const Panel<Real>& panel, int6
                                const Apply& apply) {
   typedef typename VecOf<Real>::words Lane;
   constexpr int L = VL<Real>;
-  for (int64_t quad = key / 4; quad * 4 < key + keys; quad++)
+  const int64_t place = key + p.dropout_start.key;
+  for (int64_t quad = place / 4; quad * 4 < place + keys; quad++)
     for (int v = 0; v < NV; v++) {
       // Of float lanes, the even ones come in the lower halves and the odd ones in the upper.
       const Words query = (Words)load_words<Real>(panel.queries + v * L),
@@ -52,7 +54,7 @@ FASTATTN_INLINE void each_kept(const Operands& p, const Panel<Real>& panel, int6
       Counter odd{};
       if constexpr (sizeof(Real) == 4) odd = philox({{first, query >> 32, head >> 32, last}}, p.seed);
       for (int i = 0; i < 4; i++) {
-        const int64_t j = quad * 4 + i - key;
+        const int64_t j = quad * 4 + i - place;
         if (j >= 0 && j < keys)
           apply(j, v, (Lane)((even.c[i] & 0xffffffff) | odd.c[i] << 32) >= (typename VecOf<Real>::word)p.drop_below);
       }
@@ -68,19 +70,20 @@ void drop(const Operands& p, const Panel<Real>& panel, int64_t key, int64_t keys
   });
 }
 
-// The same for the weights of one query; key is a multiple of 4.
+// The same for the weights of one query.
 template <class Real>
 void drop_row(const Operands& p, int64_t batch, QueryRow row, int64_t key, int64_t keys, Real* weights) {
   constexpr int quads = FASTATTN_WIDTH / 8;
   Words lane;
   for (int i = 0; i < quads; i++) lane[i] = (uint64_t)i;
-  for (int64_t j = 0; j < keys; j += 4 * quads) {
-    const Counter drawn = philox({{lane + (uint64_t)((key + j) / 4), Words{} + (uint64_t)row.query,
-                                   Words{} + (uint64_t)row.head, Words{} + (uint64_t)batch}},
-                                 p.seed);
+  const int64_t place = key + p.dropout_start.key;
+  const Words query = Words{} + (uint64_t)(row.query + p.dropout_start.query),
+              head = Words{} + (uint64_t)(row.head + p.dropout_start.head), last = Words{} + (uint64_t)batch;
+  for (int64_t j = -(place % 4); j < keys; j += 4 * quads) {
+    const Counter drawn = philox({{lane + (uint64_t)((place + j) / 4), query, head, last}}, p.seed);
     uint64_t words[4][quads];
     memcpy(words, drawn.c, sizeof words);
-    for (int64_t i = j; i < smaller(j + 4 * quads, keys); i++)
+    for (int64_t i = larger<int64_t>(j, 0); i < smaller(j + 4 * quads, keys); i++)
       if ((uint32_t)words[(i - j) % 4][(i - j) / 4] < p.drop_below) weights[i] = 0;
   }
 }

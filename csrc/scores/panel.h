@@ -52,7 +52,7 @@ void prepare_panel(const Operands& p, int64_t batch, int64_t head, int64_t first
     load_row(p.q, batch, s.head, s.query, p.head_dim, row);
     Range range = row_range(p, batch, s.head, s.query);
     panel.lo[r] = range.lo, panel.hi[r] = range.hi;
-    panel.queries[r] = s.query, panel.heads[r] = s.head;
+    panel.queries[r] = s.query + p.dropout_start.query, panel.heads[r] = s.head + p.dropout_start.head;
     lanes.common = {larger(lanes.common.lo, range.lo), smaller(lanes.common.hi, range.hi)};
     if (p.alibi_slopes) {
       panel.slopes[r] = slope_of<Real>(p, batch, s.head);

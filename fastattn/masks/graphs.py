@@ -90,7 +90,7 @@ _FIELDS = (*BlockMask.__match_args__, "_cache")
 
 def _traced(function: str, given: dict, seq_lengths, block_size) -> BlockMask:
     tensors, sizes = [], []
-    arguments = _text(given, tensors, sizes)
+    arguments = taken_apart(given, tensors, sizes)
     block_size = check_block_size(block_size)
     rows = -(-seq_lengths[0] // block_size[0])
     lists = torch.ops.fastattn.block_mask(function, arguments, tensors, sizes, rows, block_size)
@@ -100,8 +100,9 @@ def _traced(function: str, given: dict, seq_lengths, block_size) -> BlockMask:
 # --- arguments as text -----------------------------------------------------------------------------------------------
 
 
-def _text(x, tensors: list, sizes: list) -> str:
-    """A Python literal: (kind, content) for each value; what is in tensors and sizes leaves its kind behind."""
+def taken_apart(x, tensors: list, sizes: list, floats: list | None = None) -> str:
+    """A Python literal: (kind, content) for each value; what is in tensors, sizes and floats (where there is
+    such a list: a graph may take any number) leaves its kind behind."""
     if isinstance(x, torch.Tensor):
         tensors.append(x.detach())
         return "('tensor', None)"
@@ -111,22 +112,25 @@ def _text(x, tensors: list, sizes: list) -> str:
         return "('blocks', None)"
     if isinstance(x, Mask):
         windows = tuple([tuple(window) for window in x.windows])
-        return f"('mask', {_text([windows, x.k_start, x.k_end], tensors, sizes)})"
+        return f"('mask', {taken_apart([windows, x.k_start, x.k_end], tensors, sizes, floats)})"
     if isinstance(x, int) and not isinstance(x, bool):
         sizes.append(x)
         return "('int', None)"
+    if floats is not None and isinstance(x, float):
+        floats.append(x)
+        return "('float', None)"
     if x is None or isinstance(x, (bool, float, str)):
         return f"('constant', {x!r})"
     if isinstance(x, (list, tuple, range)):
-        return "('tuple', [" + "".join([_text(part, tensors, sizes) + "," for part in x]) + "])"
+        return "('tuple', [" + "".join([taken_apart(part, tensors, sizes, floats) + "," for part in x]) + "])"
     if isinstance(x, dict):
-        parts = [f"{key!r}: {_text(part, tensors, sizes)}," for key, part in x.items()]
+        parts = [f"{key!r}: {taken_apart(part, tensors, sizes, floats)}," for key, part in x.items()]
         return "('dict', {" + "".join(parts) + "})"
     raise TypeError(f"{one_line(x)} cannot be an argument of a block mask inside a graph; build the mask outside")
 
 
-def _value(text: tuple, tensors, sizes):
-    """What `_text` took apart; tensors and sizes are iterators."""
+def put_together(text: tuple, tensors, sizes, floats=None):
+    """What `taken_apart` took apart; tensors, sizes and floats are iterators."""
     kind, content = text
     if kind == "tensor":
         return next(tensors)
@@ -135,21 +139,24 @@ def _value(text: tuple, tensors, sizes):
         return assembled(lists, tuple(numbers[:2]), tuple(numbers[2:]))
     if kind == "int":
         return next(sizes)
+    if kind == "float":
+        return next(floats)
     if kind == "constant":
         return content
     if kind == "dict":
-        return {key: _value(part, tensors, sizes) for key, part in content.items()}
+        return {key: put_together(part, tensors, sizes, floats) for key, part in content.items()}
     if kind == "mask":
-        windows, k_start, k_end = _value(content, tensors, sizes)
+        windows, k_start, k_end = put_together(content, tensors, sizes, floats)
         return Mask(tuple([Window(*window) for window in windows]), k_start, k_end)
-    return tuple([_value(part, tensors, sizes) for part in content])
+    return tuple([put_together(part, tensors, sizes, floats) for part in content])
 
 
 # --- the operator ----------------------------------------------------------------------------------------------------
 
 
 def _build(function: str, arguments: str, tensors, sizes) -> BlockMask:
-    given = _value(ast.literal_eval(arguments), iter(tensors or ()), iter(sizes or ()))  # AOTInductor: None is no list
+    text = ast.literal_eval(arguments)
+    given = put_together(text, iter(tensors or ()), iter(sizes or ()))  # AOTInductor: None is no list
     return _functions[function](**given)
 
 

@@ -12,7 +12,8 @@ from ..plans import Bound, find, recall
 from ..terms import TERMS, Terms
 from . import library
 
-_POSITIONS = ("diagonal_lo", "diagonal_hi", "query_start")  # follow from windows and lengths when the graph runs
+_POSITIONS = ("diagonal_lo", "diagonal_hi", "query_start", "dropout_start")
+"""They follow from windows and lengths when the graph runs; the whole call is its own dropout_start."""
 _SCHEMAS = {
     "block_mask": "Tensor[]? block_mask=None, SymInt[]? block_sizes=None",
     "seed": "Tensor? seed=None",

@@ -11,23 +11,25 @@ from .peers import ParallelError, Peers, gathered
 
 _VALUES, _TEXT = 32, 24
 """Numbers of a message, and words of 8 bytes for an error that a rank tells the others."""
+_KINDS, _ERROR = 3, 4
+"""Places in a message, behind what is a rank's own."""
 
 
 class Call(NamedTuple):
     """What a rank says of its call.
 
     equal    name -> value that must be the same on every rank: an int, or anything with a repr that says it all
-    lengths  rows of q and of k, which may differ
+    own      what may differ: rows of q, rows of k, and the seed that it would drop by, of which the first rank's counts
     error    what its arguments have raised already, or None
     """
 
     equal: dict
-    lengths: tuple[int, int]
+    own: tuple[int, int, int] = (0, 0, 0)
     error: Exception | None = None
 
 
-def agree(groups: tuple[Peers, ...], call: Call, device: torch.device) -> list[tuple[int, int]]:
-    """The lengths of all ranks, if all make the same call. groups: from outer to inner, as ranks are counted.
+def agree(groups: tuple[Peers, ...], call: Call, device: torch.device) -> list[tuple[int, int, int]]:
+    """What is each rank's own, if all make the same call. groups: from outer to inner, as ranks are counted.
 
     Otherwise every rank raises: the one whose arguments are wrong its own error, the others ParallelError.
     """
@@ -41,17 +43,17 @@ def agree(groups: tuple[Peers, ...], call: Call, device: torch.device) -> list[t
     names = [_name(groups, place) for place in range(len(messages))]
     own, (kinds, values) = _name(groups, _place(groups)), _numbers(call.equal)
     for name, message in zip(names, messages, strict=True):
-        if message[3]:
+        if message[_ERROR]:
             raise ParallelError(f"rank {name} was called with wrong arguments: {_text(message[-_TEXT:])}")
-        if message[2] != kinds:
+        if message[_KINDS] != kinds:
             raise ParallelError(f"rank {name} runs another function, or another version of fastattn, than rank {own}")
-        for (key, value), ours, theirs in zip(call.equal.items(), values, message[4:], strict=False):
+        for (key, value), ours, theirs in zip(call.equal.items(), values, message[_ERROR + 1 :], strict=False):
             if ours != theirs:
                 other = f"{key}={theirs}" if isinstance(value, int) else f"another {key}"
                 raise ParallelError(
                     f"rank {name} passes {other}, rank {own} {key}={one_line(value)}; all ranks must agree"
                 )
-    return [(message[0], message[1]) for message in messages]
+    return [tuple(message[:_KINDS]) for message in messages]
 
 
 def compare_everything(groups: tuple[Peers, ...], described: dict) -> None:
@@ -84,7 +86,7 @@ def _message(call: Call) -> torch.Tensor:
     text = error.encode()[: 8 * _TEXT].ljust(8 * _TEXT, b" ")
     words = [int.from_bytes(text[i : i + 8], "little", signed=True) for i in range(0, 8 * _TEXT, 8)]
     padding = [0] * (_VALUES - len(values))
-    return torch.tensor([*call.lengths, kinds, len(error), *values, *padding, *words])
+    return torch.tensor([*call.own, kinds, len(error), *values, *padding, *words])
 
 
 def _text(words: list[int]) -> str:

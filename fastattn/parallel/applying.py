@@ -16,8 +16,7 @@ def apply(
     that no other token sees.
 
     Returns a handle whose `remove()` undoes it. Raises ImportError without transformers, `UnsupportedError` for models
-    and arguments that it does not take: caches, packed sequences, other masks than causal ones and sliding windows,
-    dropout.
+    and arguments that it does not take: caches, packed sequences, other masks than causal ones and sliding windows.
     """
     from .models import Applied
 

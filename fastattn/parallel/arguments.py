@@ -8,7 +8,7 @@ from .. import api, dispatch
 from ..checks import check_flag, check_tensors, dtype_name
 from ..masks.block_mask import BlockMask
 from ..masks.intervals import Mask, Window, check_window, diagonal_bounds
-from ..scores.dropout import P, check_seed
+from ..scores.dropout import DropoutStart, P, check_seed
 from ..torch_internals import is_transformed
 from ..validation import check_qkv, mask_kind
 from .blocks import LEARNED, Whole
@@ -37,11 +37,7 @@ def check(q, k, v, options: dict, others: dict) -> Arguments:
         raise dispatch.UnsupportedError(
             "fastattn.parallel has no torch.func transforms: other ranks would have to take part"
         )
-    if P.check(options["dropout_p"]) > 0.0:
-        raise dispatch.UnsupportedError(
-            f"dropout_p={options['dropout_p']} is not supported across ranks: kernels draw a weight's bits by its "
-            "place in their own block of queries, keys and heads, and cannot be told another one; use dropout_p=0.0"
-        )
+    P.check(options["dropout_p"])
     check_seed(options["seed"])
     check_schedule(others["schedule"])
     for name in ("shards", "shards_k"):
@@ -72,7 +68,8 @@ def described(arguments: Arguments, others: dict, function: str) -> dict:
         "bias": None if bias is None else (dtype_name(bias.dtype), bias.requires_grad), "softcap": options["softcap"],
         "gradients": tuple(torch.is_grad_enabled() and x.requires_grad for x in (q, k, v)),
         "backend": options["backend"], "skip_negligible": options["skip_negligible"],
-        "return_lse": bool(options["return_lse"]), **others,
+        "return_lse": bool(options["return_lse"]), "dropout_p": P.check(options["dropout_p"]), "seed": options["seed"],
+        **others,
     }  # fmt: skip
 
 
@@ -109,7 +106,7 @@ def whole(arguments: Arguments, shards_q: Shards, shards_k: Shards, rank: int) -
     q, k, v, options, windows = arguments
     seqlen_q, seqlen_k = shards_q.seqlen, shards_k.seqlen
     wide = [x.new_zeros(()).expand(*x.shape[:2], seqlen_k, x.shape[3]) for x in (k, v)]
-    asked = {name: x for name, x in options.items() if name not in ("return_lse", "seed", "dropout_p")}
+    asked = {name: x for name, x in options.items() if name not in ("return_lse", "seed")}
     bound = api.bind(q.detach(), *wide, **asked)
     lo, hi = diagonal_bounds(windows, seqlen_q, seqlen_k)
     terms = bound.terms
@@ -118,9 +115,12 @@ def whole(arguments: Arguments, shards_q: Shards, shards_k: Shards, rank: int) -
     )
     learned = {name: x for name in LEARNED if isinstance(x := getattr(terms, name), torch.Tensor)}
     terms = terms.at(lo, hi, seqlen_k - seqlen_q)._replace(**dict.fromkeys(learned))
+    if bound.problem.dropout:
+        terms = terms._replace(seed=options["seed"], dropout_start=DropoutStart(0, 0, 0))
     problem = bound.problem._replace(
-        mask=kind, sinks=False, lse=False, needs_grad=True, direction="forward", transformed=False
-    )
+        mask=kind, sinks=False, lse=False, needs_grad=True, direction="forward", transformed=False,
+        dropout_start=bound.problem.dropout,
+    )  # fmt: skip
     if problem.alibi and dispatch.select(problem, options["backend"]).row.backend == "triton":
         raise dispatch.UnsupportedError(
             "alibi_slopes are not supported across ranks by Triton's kernels, which count distances from aligned ends "

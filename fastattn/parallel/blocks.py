@@ -31,7 +31,8 @@ class Whole(NamedTuple):
     """One rank's part of a call, whole keys: what all of its blocks have in common.
 
     problem  of the local queries against all keys, with needs_grad
-    terms    numbers and tensors; diagonal_lo, _hi and query_start count from position 0 of queries and of keys
+    terms    numbers and tensors; diagonal_lo, _hi and query_start count from position 0 of queries and of keys, and
+             dropout_start holds the first head that is here
     q_runs   of the rank's own rows, in order; k_runs: of all ranks, by their numbers
     """
 
@@ -95,6 +96,8 @@ class Whole(NamedTuple):
                 changed[name] = _scores_of(x, local, (k_start, k_stop))
         if terms.block_mask is not None:
             changed["block_mask"] = self._cut(i, run)
+        if terms.dropout_start is not None:
+            changed["dropout_start"] = terms.dropout_start._replace(query=q_start, key=k_start)
         problem = self.problem.with_lengths((self.problem.batch, q_stop - q_start, k_stop - k_start))
         return problem, terms._replace(**changed)
 

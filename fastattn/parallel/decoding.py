@@ -8,10 +8,10 @@ from ..checks import check_flag
 from ..outputs import compute_dtype
 from ..torch_internals import outside_of_graphs
 from . import blocks, merge
-from .api import agreed, groups_of, place_of, whole_of
 from .costs import Machine
 from .merge import Partial
 from .peers import Peers
+from .running import agreed, groups_of, place_of, whole_of
 from .shards import Shards, check_shards
 
 
@@ -66,9 +66,10 @@ def decode(
         "debug": check_flag("debug", debug),
     }  # fmt: skip
     arguments, lengths = agreed(groups, (q, k, v), options, others, "decode")
-    if len({rows for rows, _ in lengths}) > 1:
-        raise ValueError(f"q has {[rows for rows, _ in lengths]} rows on the ranks; decode takes the same q on all")
-    shards_k, rank = check_shards(shards_k, "shards_k", [keys for _, keys in lengths]), place_of(groups)
+    rows = [of_rank[0] for of_rank in lengths]
+    if len(set(rows)) > 1:
+        raise ValueError(f"q has {rows} rows on the ranks; decode takes the same q on all")
+    shards_k, rank = check_shards(shards_k, "shards_k", [of_rank[1] for of_rank in lengths]), place_of(groups)
     call, learned = whole_of(groups, arguments, Shards.of_lengths([q.shape[2]]), shards_k, 0)
     terms = call.terms._replace(**{name: x for name, x in learned.items() if name != "sinks"})
     call = call._replace(problem=call.problem._replace(needs_grad=False), terms=terms)

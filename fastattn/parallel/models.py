@@ -10,7 +10,8 @@ from ..dispatch import UnsupportedError
 from ..integrations.transformers import IGNORED_KWARGS
 from ..integrations.transformers_masks import IntervalMask, reach_of
 from ..masks.intervals import Mask, Window
-from .api import attention, groups_of, place_of
+from .api import attention
+from .running import groups_of, place_of
 from .shards import Shards
 
 _numbers = itertools.count()

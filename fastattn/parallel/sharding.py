@@ -5,9 +5,9 @@ import torch
 from ..checks import one_line
 from ..masks.block_mask import BlockMask
 from ..masks.intervals import Mask
-from .api import groups_of, place_of
 from .block_masks import local_rows
 from .peers import Peers, gathered
+from .running import groups_of, place_of
 from .shards import Shards, check_shards
 
 

@@ -4,10 +4,12 @@ Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC
 the counter (key // 4, query, head, batch): one evaluation serves four neighbouring keys.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from ..checks import check_real, one_line
-from . import Term
+from . import Term, is_given
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -39,8 +41,11 @@ def dropout_mask(
     return dropout_mask_at([(0, size) for size in sizes], dropout_p, seed, device)
 
 
-def dropout_mask_at(ranges, dropout_p: float, seed: int, device="cpu") -> torch.Tensor:
-    """The part of `dropout_mask` in these (start, end) of batch, num_heads, seqlen_q and seqlen_k."""
+def dropout_mask_at(ranges, dropout_p: float, seed: int, device="cpu", start=None) -> torch.Tensor:
+    """The part of `dropout_mask` in these (start, end) of batch, num_heads, seqlen_q and seqlen_k, which count from
+    `start`, a DropoutStart."""
+    if start is not None:
+        ranges = [(first + place, end + place) for (first, end), place in zip(ranges, (0, *start), strict=True)]
 
     def index(start, end, dim):
         positions = torch.arange(start, end, dtype=torch.int64, device=device)
@@ -56,6 +61,14 @@ def dropout_mask_at(ranges, dropout_p: float, seed: int, device="cpu") -> torch.
 def _mulhilo(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     product = a * b  # wraps as an unsigned 64-bit product would: the bits are the same
     return (product >> 32) & _MASK32, product & _MASK32
+
+
+class DropoutStart(NamedTuple):
+    """Where query 0 of head 0, and key 0, of a call stand in the whole by whose places the bits are drawn."""
+
+    head: int
+    query: int
+    key: int
 
 
 def _check_p(value) -> float:
@@ -74,3 +87,4 @@ def check_seed(value) -> int | None:
 
 P = Term("dropout_p", 0.0, check=_check_p, fact=("dropout", lambda value: value > 0.0, False))
 SEED = Term("seed", check=check_seed)
+START = Term("dropout_start", fact=("dropout_start", is_given, False))

@@ -330,7 +330,8 @@ def _keep(call: Call, block: Block, x: dict) -> torch.Tensor | None:
         return None
     ranges = [block.ranges[name] for name in ("batch", "num_heads", "seqlen_q", "seqlen_k")]
     seed = int(x.get("seed", call.fixed.seed))
-    return dropout_mask_at(ranges, p, seed, x["q"].device).to(x["q"].dtype) / (1.0 - p)
+    keep = dropout_mask_at(ranges, p, seed, x["q"].device, call.fixed.dropout_start)
+    return keep.to(x["q"].dtype) / (1.0 - p)
 
 
 def _minus(x: torch.Tensor, p: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:

@@ -6,8 +6,10 @@ from torch.utils.checkpoint import checkpoint
 
 import fastattn
 from cases import Case, inputs
-from fastattn import Mask
+from fastattn import Mask, api, dispatch
 from fastattn.backends import cpu
+from fastattn.scores.dropout import DropoutStart, dropout_mask_at
+from fastattn.terms import Terms
 from forward import DTYPES
 from isas import run_tests_on, supported_isas
 
@@ -41,6 +43,55 @@ def test_keys_are_counted_from_the_first_whatever_is_masked():
     mask = Mask.intervals(starts, starts + 41)
     expected = fastattn.dropout_mask(2, 2, 70, 300, 0.4, SEED) & mask.to_dense(70, 300)
     assert torch.equal(kept(case, 0.4, mask=mask), expected)
+
+
+STARTS = [(0, 0, 0), (3, 70, 128), (1, 5, 33), (2, 2**31, 2**32 - 400)]
+
+
+def of_a_part(backend, direction, start, seqlen_q, dtype):
+    """(row, problem, q, k, v, terms) of a call that is a part of another one."""
+    (q, k, v), _ = inputs(Case(2, 4, seqlen_q, 77, 8, num_heads_k=2, dtype=dtype))
+    _, problem, terms, _ = api.bind(q, k, v, dropout_p=0.4, seed=SEED, return_lse=True)
+    problem = problem._replace(dropout_start=True, direction=direction)
+    return dispatch.select(problem, backend), problem, q, k, v, terms._replace(dropout_start=DropoutStart(*start))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("seqlen_q", [2, 45])
+@pytest.mark.parametrize("start", STARTS)
+def test_a_part_drops_what_the_mask_of_the_whole_says(start, seqlen_q, dtype):
+    choice, problem, q, k, v, terms = of_a_part("cpu", "forward", start, seqlen_q, dtype)
+    assert choice.row.name == ("cpu.decode" if seqlen_q == 2 else "cpu.prefill")
+    places = [(0, 2), *[(x, x + size) for x, size in zip(start, (4, seqlen_q, 77), strict=True)]]
+    v = torch.eye(77, dtype=q.dtype).expand(2, 2, -1, -1)
+    out, _ = choice.forward(problem._replace(head_dim_v=77), q * 0, k, v, terms)
+    assert torch.equal(out != 0, dropout_mask_at(places, 0.4, SEED))
+
+
+@pytest.mark.parametrize("start", STARTS[1:])
+def test_derivatives_of_a_part_drop_by_the_mask_of_the_whole(start):
+    results = []
+    for backend in ("cpu", "reference"):
+        choice, problem, q, k, v, terms = of_a_part(backend, "tangent", start, 45, "float64")
+        tangents = q, k, v, Terms._make([None] * len(terms))
+        tout, _ = choice.forward(problem, q, k, v, terms, tangents)
+        choice, problem, q, k, v, terms = of_a_part("cpu", "forward", start, 45, "float64")
+        _, _, saved = cpu.prefill_for_backward(problem, q, k, v, terms)
+        wanted = True, True, True, Terms._make([False] * len(terms))
+        choice = of_a_part(backend, "backward", start, 45, "float64")[0]
+        dq, dk, dv, _ = choice.forward(problem, q, k, v, terms, saved, q, None, wanted)
+        results.append([tout, dq, dk, dv])
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+def test_where_a_part_stands_is_checked():
+    _, problem, q, k, v, terms = of_a_part("cpu", "forward", (0, 0, 0), 45, "float32")
+    for wrong in ((0, 0), (0, -1, 0), (0, 2**32, 0), 3):
+        with pytest.raises(ValueError, match="dropout_start must be"):
+            cpu.prefill(problem, q, k, v, terms._replace(dropout_start=wrong))
+    triton = next(row for row in dispatch.KERNELS if row.name == "triton.prefill")
+    assert "dropout_start=True (supports False)" in dispatch.refuse(triton, problem)
 
 
 @pytest.mark.parametrize("isa", supported_isas())

@@ -159,4 +159,5 @@ def random_problem(seed: int, ranks: tuple[int, ...]) -> Sharded:
         case = case._replace(bias=None, mask=None if "tensor" in str(case.mask) else case.mask)
         schedules = ["all_to_all"] if len(ranks) == 1 else schedules
     kind = rng.choice(("contiguous", "zigzag", "uneven", "one"))
-    return sharded(case, ranks, kind, rng.choice((*schedules, None)), seed)
+    problem = sharded(case, ranks, kind, rng.choice((*schedules, None)), seed)
+    return problem._replace(case=case._replace(dropout_p=rng.choice((0.0, 0.0, 0.3))))

@@ -99,6 +99,8 @@ CALLS = {
     "causal": (lambda rank: {}, {"causal": lambda rank: rank == 1}, "passes another windows"),
     "softcap": (lambda rank: {}, {"softcap": lambda rank: 1.0 + rank}, "passes another softcap"),
     "mask": (lambda rank: {}, {"mask": lambda rank: [None, Mask.lengths(torch.tensor([3]))][rank]}, "another mask"),
+    "dropout": (lambda rank: {}, {"dropout_p": lambda rank: 0.1 * rank}, "another dropout_p"),
+    "seed": (lambda rank: {}, {"dropout_p": lambda rank: 0.5, "seed": lambda rank: 3 + rank}, "passes seed=4"),
     "schedule": (lambda rank: {}, {"schedule": lambda rank: ["ring", "all_gather"][rank]}, "another schedule"),
 }
 
@@ -122,7 +124,7 @@ def _refused(rank, name):
     q, k, v = _states()
     wrong = {
         "shapes": {"k": k[:, :, :, :2]},
-        "dropout": {"dropout_p": 0.5},
+        "dropout": {"dropout_p": 1.5},
         "mask": {"mask": torch.ones(1, 1, 7, 16, dtype=torch.bool)},
         "intervals": {"mask": Mask.intervals(k_end=torch.ones(1, 1, 5).int())},
         "schedule": {"schedule": "star"},
@@ -139,7 +141,7 @@ def _refused(rank, name):
     "name, kind, text",
     [
         ("shapes", "ValueError", "k has shape (1, 2, 8, 2)"),
-        ("dropout", "UnsupportedError", "dropout_p=0.5 is not supported across ranks"),
+        ("dropout", "ValueError", "dropout_p=1.5 must be in [0, 1)"),
         ("mask", "ValueError", "mask has shape (1, 1, 7, 16)"),
         ("intervals", "ValueError", "k_end of mask has shape (1, 1, 5)"),
         ("schedule", "ValueError", "schedule='star'"),
