@@ -1,13 +1,17 @@
-"""Benchmark of the Triton kernels on a GPU beside torch's and flash-attn's: `make bench-gpu`. Writes bench-gpu.json.
+"""The Triton kernels on a GPU: right or not, and how fast beside torch's and flash-attn's: `make bench-gpu`.
 
-Each contender is compared with float32 on a block of queries before it is timed; a wrong one is not timed. Rates count
-the (query, key) pairs that the mask leaves; shares are of the matrix product and the copy of the same run.
+Writes bench-gpu.json and bench-gpu.png, in less than ten minutes; docs/gpu_first_run.md says how to read them. Each
+contender is compared with float32 on a block of queries before it is timed; a wrong one is not timed. Rates count the
+(query, key) pairs that the mask leaves; shares are of the matrix product and the copy of the same run.
 """
 
 import argparse
 import importlib.util
 import json
 import sys
+import time
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +26,10 @@ from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
+import gpu_parity
+from fastattn.torch_internals import driver_version
+from gpu_bounds import static_bound
+from plots import draw_gpu
 
 PASSES = ("forward", "forward+backward")
 CHECKED = 64
@@ -60,18 +68,23 @@ class Shape(NamedTuple):
         return self.batch * self.head_dim * 2 * (q + k) * getattr(torch, self.dtype).itemsize
 
 
-def shapes() -> tuple[Shape, ...]:
-    """16384 tokens and 2048 channels, as flash-attn's authors measure; decoding; a sliding window."""
-    made = []
-    for dtype in ("bfloat16", "float16"):
-        for head_dim in (64, 128):
-            for seqlen in (512, 2048, 8192):
-                dense = Shape(
-                    "dense", 16384 // seqlen, 2048 // head_dim, 2048 // head_dim, seqlen, seqlen, head_dim, dtype
-                )
-                made += [dense, dense._replace(causal=True)]
-    made += [made[-1]._replace(suite="sparse", window=window) for window in (255, 1023)]
-    made += [Shape("decode", batch, 32, 8, 1, seqlen, 128, "bfloat16") for batch in (1, 64) for seqlen in (1024, 8192)]
+def shapes(full: bool = False) -> tuple[Shape, ...]:
+    """16384 tokens and 2048 channels, as flash-attn's authors measure; decoding; a sliding window. The telling ones
+    come first. full: more lengths, and float16."""
+
+    def dense(seqlen, head_dim, dtype="bfloat16"):
+        heads = 2048 // head_dim
+        shape = Shape("dense", 16384 // seqlen, heads, heads, seqlen, seqlen, head_dim, dtype)
+        return [shape._replace(causal=True), shape]
+
+    made = [*dense(8192, 128), *dense(8192, 64)]
+    made += [Shape("decode", batch, 32, 8, 1, seqlen, 128, "bfloat16") for batch in (1, 64) for seqlen in (8192, 1024)]
+    made += [*dense(2048, 128), made[0]._replace(suite="sparse", window=1023)]
+    if full:
+        made += [made[0]._replace(suite="sparse", window=255), *dense(512, 128), *dense(2048, 64), *dense(512, 64)]
+        made += [
+            x for seqlen in (8192, 2048, 512) for head_dim in (128, 64) for x in dense(seqlen, head_dim, "float16")
+        ]
     return tuple(made)
 
 
@@ -129,13 +142,30 @@ def flash_attn(shape: Shape, q, k, v) -> Callable | str:
     return lambda: flash_attn_func(q, k, v, causal=shape.causal, window_size=window).transpose(1, 2)
 
 
+def flash_attn_3(shape: Shape, q, k, v) -> Callable | str:
+    if importlib.util.find_spec("flash_attn_interface") is None:
+        return "flash-attn 3 is not installed"
+    from flash_attn_interface import flash_attn_func
+
+    window = (-1, -1) if shape.window is None else (shape.window, 0)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+
+    def call():
+        out = flash_attn_func(q, k, v, causal=shape.causal, window_size=window)
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)  # some versions return lse as well
+
+    return call
+
+
 CONTENDERS = {
     "fastattn": ours,
     "sdpa flash": sdpa(SDPBackend.FLASH_ATTENTION),
     "sdpa cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
     "flex": flex,
     "flash-attn": flash_attn,
+    "flash-attn 3": flash_attn_3,
 }
+OURS = "fastattn"
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -182,8 +212,9 @@ def error(shape: Shape, out: torch.Tensor, q, k, v) -> float:
     return (out.detach()[:1, :1, -rows:].float() - expected).abs().max().item()
 
 
-def measure(shape: Shape, passes: str, device: str, peak: dict[str, float]) -> Iterator[dict]:
-    """One line for each contender: why it was refused, or its figures."""
+def measure(shape: Shape, passes: str, device: str, peak: dict[str, float], arch: str = "") -> Iterator[dict]:
+    """One line for each contender: why it was refused, or its figures. Ours has the static bound of its code for `arch`
+    beside its share of the matrix product, and where it fails the traceback: a bug, of which the report tells."""
     q, k, v = tensors(shape, device, passes)
     for name, prepare in CONTENDERS.items():
         line = {**shape._asdict(), "passes": passes, "contender": name}
@@ -192,10 +223,11 @@ def measure(shape: Shape, passes: str, device: str, peak: dict[str, float]) -> I
             figures = (
                 {"refused": call} if isinstance(call, str) else _figures(shape, passes, device, peak, call, q, k, v)
             )
-        except Exception as failure:  # a peer that cannot do this is a line of the table; ours is a bug
-            if name == "fastattn":
-                raise
-            figures = {"refused": str(failure).splitlines()[0]}
+        except Exception as failure:
+            figures = {"refused": f"{type(failure).__name__}: {failure}".splitlines()[0]}
+            figures |= {"traceback": traceback.format_exc()} if name == OURS else {}
+        if name == OURS and (bound := static_bound(arch, shape, passes)) is not None:
+            figures["static_bound"] = bound
         yield line | figures
 
 
@@ -230,46 +262,108 @@ def facts(device: str) -> dict:
         properties = torch.cuda.get_device_properties(0)
         found |= {"device": properties.name, "triton": triton.__version__, "cuda": torch.version.cuda}
         found |= {"hip": torch.version.hip, "multiprocessors": properties.multi_processor_count}
+        found |= {"arch": arch_of(properties), "driver": driver_version(), "memory": properties.total_memory}
     return found
 
 
+def arch_of(properties) -> str:
+    """As golden.json names it."""
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
 def show(console: Console, shape: Shape, passes: str, lines: list[dict]) -> None:
-    mask = "" if not shape.causal else "causal" if shape.window is None else f"window {shape.window}"
-    heads = f"H{shape.num_heads}/{shape.num_heads_k}"
-    title = f"{shape.suite} {passes} B{shape.batch} {heads} S{shape.seqlen_q}x{shape.seqlen_k} D{shape.head_dim}"
-    table = Table(title=f"{title} {shape.dtype} {mask}", title_justify="left")
-    for column in ("", "ms", "TFLOP/s", "of matmul", "GB/s", "of copy", "error"):
+    table = Table(title=title_of(shape, passes), title_justify="left")
+    for column in ("", "ms", "TFLOP/s", "of matmul", "bound", "GB/s", "of copy", "error"):
         table.add_column(column, justify="left" if not column else "right")
     for line in lines:
         if "refused" in line:
             table.add_row(line["contender"], line["refused"])
             continue
+        bound = f"{line['static_bound']:.0%}" if "static_bound" in line else ""
         table.add_row(
-            line["contender"], f"{line['ms']:.3f}", f"{line['tflops']:.1f}", f"{line['share_of_matmul']:.0%}",
+            line["contender"], f"{line['ms']:.3f}", f"{line['tflops']:.1f}", f"{line['share_of_matmul']:.0%}", bound,
             f"{line['gbps']:.0f}", f"{line['share_of_copy']:.0%}", f"{line['error']:.1e}",
         )  # fmt: skip
     console.print(table)
 
 
+def title_of(shape: Shape, passes: str) -> str:
+    mask = "" if not shape.causal else "causal" if shape.window is None else f"window {shape.window}"
+    heads = f"H{shape.num_heads}/{shape.num_heads_k}"
+    title = f"{shape.suite} {passes} B{shape.batch} {heads} S{shape.seqlen_q}x{shape.seqlen_k} D{shape.head_dim}"
+    return f"{title} {shape.dtype} {mask}"
+
+
+def show_parity(console: Console, rows: list[dict]) -> None:
+    wrong = [row for row in rows if not row["right"]]
+    console.print(f"parity: {len(rows) - len(wrong)} of {len(rows)} results are right")
+    for row in wrong:
+        figures = row.get("failed") or f"off by {row['error']:.3g}, allowed {row['allowed']:.3g}"
+        console.print(f"  {row['case']} {row['result']}: {figures}", markup=False)
+
+
+class Report:
+    """What has been found so far, on disk after each step: a run that is interrupted leaves what it has."""
+
+    def __init__(self, out: Path, found: dict):
+        self.out, self.found = out, {**found, "parity": [], "rows": [], "left_out": [], "warnings": []}
+
+    def add(self, name: str, items: list) -> None:
+        self.found[name] += items
+        self.write()
+
+    def write(self) -> None:
+        self.out.write_text(json.dumps(self.found, indent=1) + "\n")
+
+    @property
+    def is_right(self) -> bool:
+        ours = [row for row in self.found["rows"] if row["contender"] == OURS]
+        return all(row["right"] for row in self.found["parity"]) and not any("refused" in row for row in ours)
+
+
 def main(argv: list[str] | None = None, of: tuple[Shape, ...] | None = None, matmul: int = 8192) -> int:
     """Measure what the command line asks for; 0, or 1 if a result of ours was wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--suite", choices=("dense", "sparse", "decode"), help="only these shapes")
+    parser.add_argument("--suite", choices=("dense", "sparse", "decode"), help="only these shapes, without parity")
     parser.add_argument("--passes", choices=PASSES, help="only this direction")
+    parser.add_argument("--full", action="store_true", help="more shapes, float16 too, however long it takes")
+    parser.add_argument("--seconds", type=float, default=480.0, help="no further shape begins after so many")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--out", type=Path, default=Path("bench-gpu.json"))
+    parser.add_argument("--out", type=Path, default=Path("bench-gpu.json"), help="and a picture of the same name")
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no GPU")
-    console, peak = Console(), peaks(options.device, matmul)
-    lines: list[dict] = []
-    for shape in shapes() if of is None else of:
-        for passes in PASSES if shape.suite != "decode" else PASSES[:1]:
-            if options.suite in (None, shape.suite) and options.passes in (None, passes):
-                lines += (measured := list(measure(shape, passes, options.device, peak)))
-                show(console, shape, passes, measured)
-    options.out.write_text(json.dumps({**facts(options.device), **peak, "rows": lines}, indent=1) + "\n")
-    return int(any(line["contender"] == "fastattn" and "refused" in line for line in lines))
+    end = time.monotonic() + (float("inf") if options.full else options.seconds)
+    console, found = Console(), facts(options.device)
+    report = Report(options.out, found)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RuntimeWarning)  # of the self-check
+        if options.suite is None:
+            report.add("parity", gpu_parity.results(options.device))
+            show_parity(console, report.found["parity"])
+        report.found |= (peak := peaks(options.device, matmul))
+        wanted = [
+            (shape, passes)
+            for shape in (shapes(options.full) if of is None else of)
+            for passes in (PASSES if shape.suite != "decode" else PASSES[:1])
+            if options.suite in (None, shape.suite) and options.passes in (None, passes)
+        ]
+        for shape, passes in wanted:
+            if time.monotonic() > end:
+                report.add("left_out", [title_of(shape, passes)])
+                continue
+            lines = list(measure(shape, passes, options.device, peak, found.get("arch", "")))
+            report.add("rows", lines)
+            show(console, shape, passes, lines)
+    report.add("warnings", sorted({f"{x.category.__name__}: {x.message}" for x in caught}))
+    for text in report.found["warnings"]:
+        console.print(text, markup=False)
+    picture = options.out.with_suffix(".png")
+    drawn = [picture] if draw_gpu(picture, report.found) else []
+    console.print(f"written: {', '.join(map(str, [options.out, *drawn]))}", markup=False)
+    return int(not report.is_right)
 
 
 if __name__ == "__main__":

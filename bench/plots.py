@@ -99,6 +99,54 @@ def draw_sparse(path: Path, rows: list[Row], title: str) -> bool:
     return True
 
 
+def draw_gpu(path: Path, found: dict) -> bool:
+    """Write the picture of gpu.py's report to `path`; False if nothing was timed.
+
+    A panel for each direction and one for decoding: the share of the matrix product, or of the copy, of each contender,
+    and a line at the static bound of our code.
+    """
+    panels: dict[str, dict[str, dict]] = {}
+    for row in found["rows"]:
+        panel = "decoding" if row["suite"] == "decode" else row["passes"]
+        panels.setdefault(panel, {}).setdefault(_gpu_label(row), {})[row["contender"]] = row
+    names = list(dict.fromkeys(row["contender"] for row in found["rows"] if "ms" in row))
+    if not names:
+        return False
+    heights = [len(shapes) + 0.8 for shapes in panels.values()]
+    figure, axes = plt.subplots(
+        len(panels), figsize=(10, 1.6 + 0.9 * sum(heights)), squeeze=False, layout="constrained",
+        gridspec_kw={"height_ratios": heights},
+    )  # fmt: skip
+    for axis, (panel, shapes) in zip(axes[:, 0], panels.items(), strict=True):
+        share, of = ("share_of_copy", "copy") if panel == "decoding" else ("share_of_matmul", "matrix product")
+        values = [[100 * row[n][share] if "ms" in row.get(n, {}) else None for n in names] for row in shapes.values()]
+        _bars(axis, names, values, "{:.0f}")
+        bounds, height = [row.get("fastattn", {}).get("static_bound") for row in shapes.values()], 0.8 / len(names)
+        for y, bound in enumerate(bounds):
+            if bound is not None and "fastattn" in names:
+                own = y + (names.index("fastattn") - (len(names) - 1) / 2) * height
+                axis.vlines(100 * bound, own - height, own + height, color="black", linestyle="--", linewidth=1.2)
+        axis.set(yticks=range(len(shapes)), yticklabels=shapes, title=panel, xlabel=f"% of the {of} of this run")
+        axis.set_xlim(0, 1.08 * max(100.0, *(x or 0.0 for row in values for x in row)))
+        axis.axvline(100.0, color="black", linewidth=0.8)
+        axis.invert_yaxis()
+    right, parity = sum(row["right"] for row in found["parity"]), len(found["parity"])
+    rates = f"{found['matmul_tflops']:.0f} TFLOP/s, {found['copy_gbps']:.0f} GB/s; {right} of {parity} results right"
+    figure.suptitle(f"{found['device']}: {rates}\ndashed: what our code allows, by its instructions alone")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return True
+
+
+def _gpu_label(row: dict) -> str:
+    mask = "" if not row["causal"] else " causal" if row["window"] is None else f" window {row['window']}"
+    lengths = f"S{row['seqlen_q']}" if row["seqlen_q"] == row["seqlen_k"] else f"S{row['seqlen_q']}x{row['seqlen_k']}"
+    heads = f"H{row['num_heads']}" + (f"/{row['num_heads_k']}" if row["num_heads_k"] != row["num_heads"] else "")
+    dtype = "" if row["dtype"] == "bfloat16" else f" {row['dtype']}"
+    return f"B{row['batch']} {heads} {lengths} D{row['head_dim']}{dtype}{mask}"
+
+
 def _family(row: Row) -> str:
     """Patterns of one family make a line."""
     name = row.spec["pattern"].partition(":")[0]
