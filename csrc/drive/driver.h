@@ -39,6 +39,14 @@ void tangent(Operands& p, const Tangents& tangents, int threads);
 // What the weights of a call amount to, whose lse_parts are known.
 void statistics(Operands& p, const Statistics& statistics, int threads);
 
+// What a number of a row of scores must reach: to be one of the largest (top_k, or what is seen if that is less), or to
+// have a weight in sparsemax, or half of it in entmax-1.5. NaN where a score is NaN or infinite, but of the largest.
+enum class Threshold { largest, sparsemax, entmax15 };
+
+// Those of `scores`, contiguous [rows, keys], hidden ones -inf, into `found` [rows]: float32 or float64, both the same.
+void thresholds(const Tensor& scores, const Tensor& found, int64_t rows, int64_t keys, Threshold rule, int64_t top_k,
+                int threads);
+
 // How many (query, key) pairs all calls of this process have left out because their weights are 0 (skip.h).
 int64_t skipped_pairs();
 int64_t* skipped_counter();

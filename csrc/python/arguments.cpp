@@ -296,6 +296,20 @@ BoundStatistics::BoundStatistics(const StatisticsArguments& a) {
   threads = (int)integer(a.threads);
 }
 
+BoundThresholds::BoundThresholds(const ThresholdArguments& a) {
+  const View from = read(a.scores, owned), to = written(a.found);
+  if (from.ndim != 2 || to.ndim != 1 || to.shape[0] != from.shape[0])
+    refuse("found", "must be [rows], of scores [rows, keys]");
+  if (from.dtype != to.dtype || (from.dtype != DType::float32 && from.dtype != DType::float64))
+    refuse("found", "must be float32 or float64, as scores");
+  rows = from.shape[0], keys = from.shape[1];
+  const int64_t of_scores[4] = {1, 1, rows, keys}, of_found[4] = {1, 1, 1, rows};
+  scores = reduced(from, "scores", of_scores), found = reduced(to, "found", of_found);
+  rule = integer(a.rule), top_k = integer(a.top_k), threads = (int)integer(a.threads);
+  if (rule < 0 || rule > 2) refuse("rule", "must be 0, 1 or 2");
+  if (top_k < 1) refuse("top_k", "must be at least 1");
+}
+
 BoundAppend::BoundAppend(const AppendArguments& a) {
   read_sequences(Py_None, a.k, a.v, sequences_fields.of(a.extras));
   threads = (int)integer(a.threads);

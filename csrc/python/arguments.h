@@ -21,6 +21,10 @@ struct StatisticsArguments {
   PyObject *q, *k, *lse_parts, *extras, *key_mass, *entropy, *distance, *max, *threads;
 };
 
+struct ThresholdArguments {
+  PyObject *scores, *found, *rule, *top_k, *threads;
+};
+
 // What stands in the place of `extras`: a Terms, an Edges of the csr layout, or a Sequences.
 enum class Extras { terms, edges, sequences };
 
@@ -67,6 +71,16 @@ class BoundStatistics : public Bound {
   Statistics t{};
 
   explicit BoundStatistics(const StatisticsArguments& arguments);
+};
+
+// Rows of scores and what is to be found of each.
+struct BoundThresholds {
+  Owned owned;
+  Tensor scores, found;
+  int64_t rows, keys, rule, top_k;
+  int threads;
+
+  explicit BoundThresholds(const ThresholdArguments& arguments);
 };
 
 void bind_fields(const std::string& kind, const std::vector<std::string>& fields);

@@ -95,6 +95,15 @@ PyObject* statistics(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
+PyObject* thresholds(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return call<ThresholdArguments>(args, count, [](const ThresholdArguments& arguments) {
+    BoundThresholds bound(arguments);
+    py::gil_scoped_release release;
+    fastattn::thresholds(bound.scores, bound.found, bound.rows, bound.keys, (fastattn::Threshold)bound.rule,
+                         bound.top_k, bound.threads);
+  });
+}
+
 PyObject* append(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return call<AppendArguments>(args, count, [](const AppendArguments& arguments) {
     BoundAppend bound(arguments);
@@ -161,6 +170,9 @@ PyMethodDef fast_methods[] = {
     {"statistics", (PyCFunction)(void (*)())counted<statistics>, METH_FASTCALL,
      "statistics(q, k, lse_parts, terms, key_mass, entropy, distance, max, threads): fills those of the last four that "
      "are not None."},
+    {"thresholds", (PyCFunction)(void (*)())counted<thresholds>, METH_FASTCALL,
+     "thresholds(scores, found, rule, top_k, threads): fills found [rows] from scores [rows, keys], both contiguous, "
+     "float32 or float64. rule 0: the top_k-th largest, 1: tau of sparsemax, 2: tau of entmax-1.5."},
     {"csr_forward", (PyCFunction)(void (*)())counted<forward_of<Extras::edges, csr_forward>>, METH_FASTCALL,
      "csr_forward(q, k, v, out, lse, lse_parts, out_exact, edges, threads): as forward, with an Edges."},
     {"csr_backward", (PyCFunction)(void (*)())counted<backward_of<Extras::edges, csr_backward>>, METH_FASTCALL,
@@ -197,6 +209,7 @@ PYBIND11_MODULE(_C, m) {
             {"decode", runs<forward<fastattn::decode>>},
             {"backward", runs<backward_of<Extras::terms, dense_backward>>},
             {"tangent", runs<tangent>},
+            {"thresholds", runs<thresholds>},
             {"csr_forward", runs<forward_of<Extras::edges, csr_forward>>},
             {"csr_backward", runs<backward_of<Extras::edges, csr_backward>>},
             {"sequences_forward", runs<forward_of<Extras::sequences, sequences_forward>>},

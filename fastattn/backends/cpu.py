@@ -137,6 +137,13 @@ def statistics(problem, q, k, terms, lse, names):
     return found
 
 
+def thresholds(scores: torch.Tensor, rule: int, top_k: int) -> torch.Tensor:
+    """What scores [rows, keys], contiguous float32 or float64, must reach: a number a row. rule: of `_C.thresholds`."""
+    found = scores.new_empty(len(scores))
+    _C.thresholds(scores, found, rule, top_k, _get_num_threads())
+    return found
+
+
 def _empty_gradients(q, k, v, wanted) -> list[torch.Tensor | None]:
     return [_empty_like(x) if want else None for x, want in zip((q, k, v), wanted, strict=False)]
 

@@ -12,7 +12,7 @@ from ..transforms import dense
 from ..transforms.blocks import BlockFunction
 from ..transforms.slots import Call
 from ..transforms.works import Higher, apply
-from .normalizers import NORMALIZERS, among_largest
+from .normalizers import NORMALIZERS, SHIFTED, among_largest
 
 
 def attention(
@@ -75,7 +75,7 @@ def attention(
     normalize = NORMALIZERS[normalizer]
 
     def weigh(s):
-        return normalize(s, None if top_k is None else among_largest(s, top_k))
+        return normalize(s if top_k is None else among_largest(s, top_k, normalizer in SHIFTED))
 
     return by_rows(q, k, v, weigh, options)
 

@@ -159,7 +159,7 @@ def test_thresholds_of_many_keys(normalizer, scale, dtype, tolerance):
 def formula_of(normalizer, s):
     from fastattn.learned.normalizers import NORMALIZERS as OURS
 
-    return OURS[normalizer](s, None)
+    return OURS[normalizer](s)
 
 
 @pytest.mark.parametrize("normalizer, top_k", KINDS)
@@ -227,3 +227,32 @@ def test_tensors_that_do_not_fit_are_named(normalizer):
         learned.attention(None, k, v, normalizer=normalizer)
     with pytest.raises(ValueError, match="q has shape"):
         learned.attention(q[0], k, v, normalizer=normalizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("keys", [1, 7, 511, 512, 2047])
+@pytest.mark.parametrize("top_k", [1, 5, 300, 4000])
+def test_least_of_the_largest(keys, top_k, dtype):
+    """With equal scores, scores that are hidden, and fewer than top_k that are seen."""
+    from fastattn.learned.normalizers import thresholds
+
+    s = torch.randn(40, keys, generator=torch.Generator().manual_seed(0)).to(dtype)
+    s[1], s[2, keys // 3 :], s[3], s[4, : keys // 2] = 0.5, -torch.inf, s[3].round(), -torch.inf
+    s[5] = s[5].sort(descending=True).values  # the sample is of the largest
+    s[6, ::8] = -100.0
+    found = thresholds(s, "largest", top_k)
+    for row, x in zip(s, found, strict=True):
+        seen = row[row > -torch.inf]
+        assert x == (seen.sort(descending=True).values[min(top_k, len(seen)) - 1] if len(seen) else 0.0)
+
+
+@pytest.mark.parametrize("normalizer, top_k", KINDS)
+def test_thresholds_of_other_devices(normalizer, top_k, monkeypatch):
+    """What torch's operators find is what C++ finds."""
+    from fastattn.backends import cpu
+
+    q, k, v, _ = call(SMALL)
+    options = {"normalizer": normalizer, "top_k": top_k, "causal": True}
+    expected = learned.attention(q, k, v, **options)
+    monkeypatch.setattr(cpu, "unavailable", lambda: "not here")
+    torch.testing.assert_close(learned.attention(q, k, v, **options), expected, rtol=1e-10, atol=1e-10)
