@@ -10,7 +10,8 @@ EXT := $(VENV)/.ext
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo train longformer neighborhood generate serve test test-all test-oldest test-triton test-triton-versions test-gpu kernel-report
-.PHONY: bench bench-kinds bench-gpu bench-launch bench-sparse lint format wheel wheels clean triton-interpreted triton-compiled triton-sanitized
+.PHONY: bench bench-kinds bench-gpu bench-launch bench-sparse lint format wheel wheels clean
+.PHONY: triton-interpreted triton-compiled triton-sanitized triton-executed
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -74,11 +75,12 @@ TRITON_PY = PYTHONPATH=$(TRITON_PATH):$(VENV)/ttsem OMP_NUM_THREADS=1 OPENBLAS_N
 TRITON_PYTEST = $(TRITON_PY) -m pytest -q -p no:cacheprovider
 COMPILED := $(addprefix tests/gpu/test_,compiled.py launch.py stub_driver.py warmup.py)
 SANITIZED := tests/gpu/test_sanitized.py
+EXECUTED := tests/gpu/test_emulator.py tests/gpu/test_executed.py
 NEITHER := tests/gpu/test_bench_gpu.py tests/gpu/test_device.py
-INTERPRETED := $(filter-out $(COMPILED) $(SANITIZED) $(NEITHER),$(sort $(wildcard tests/gpu/test_*.py)))
+INTERPRETED := $(filter-out $(COMPILED) $(SANITIZED) $(EXECUTED) $(NEITHER),$(sort $(wildcard tests/gpu/test_*.py)))
 
 test-triton: $(VENV)/.test $(EXT) $(TRITON_PATH) $(VENV)/ttsem  ## the Triton kernels without a GPU
-	@$(MAKE) --no-print-directory --keep-going triton-interpreted triton-compiled triton-sanitized
+	@$(MAKE) --no-print-directory --keep-going triton-interpreted triton-compiled triton-sanitized triton-executed
 
 triton-interpreted:
 	TRITON_INTERPRET=1 $(TRITON_PYTEST) -n 2 --dist worksteal $(INTERPRETED) $(ARGS)
@@ -88,6 +90,9 @@ triton-compiled:
 
 triton-sanitized:
 	$(TRITON_PYTEST) $(SANITIZED) $(ARGS)
+
+triton-executed:
+	$(TRITON_PYTEST) $(EXECUTED) $(ARGS)
 
 # What a kernel may rely on changes from version to version.
 test-triton-versions: $(VENV)/.test $(EXT) $(VENV)/triton-3.7.1 $(VENV)/triton-3.8.0

@@ -6,7 +6,7 @@ take the path that they take on a device.
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,9 +43,12 @@ class Binary(NamedTuple):
 
 
 class Launch(NamedTuple):
+    """signature: Triton's type of each argument, "constexpr" of what is no parameter of the compiled kernel."""
+
     binary: Binary
     grid: tuple[int, int, int]
     args: tuple
+    signature: tuple
 
 
 def target_of(arch: int | str) -> GPUTarget:
@@ -59,7 +62,9 @@ _numbers = itertools.count()  # what Triton keeps in memory launches on the driv
 
 
 class FakeDriver:
-    """Triton's driver interface for a device that is not there."""
+    """Triton's driver interface for a device that is not there. run: called with each launch, if it is not None."""
+
+    run: Callable[[Launch], None] | None = None
 
     def __init__(self, arch: int | str):
         self.target, self.number = target_of(arch), next(_numbers)
@@ -78,8 +83,12 @@ class FakeDriver:
         self.binaries[function] = Binary(name, json.loads(files["json"].read_text()), files)
 
     def launcher_cls(self, src, metadata):
+        signature = tuple(src.signature.values())
+
         def launch(x, y, z, stream, function, packed_metadata, launch_metadata, enter_hook, exit_hook, *args):
-            self.launches.append(Launch(self.binaries[function], (x, y, z), args))
+            self.launches.append(Launch(self.binaries[function], (x, y, z), args, signature))
+            if self.run is not None:
+                self.run(self.launches[-1])
 
         return launch
 
@@ -97,9 +106,13 @@ class FakeDriver:
 
 
 @contextmanager
-def fake_gpu(arch: int | str) -> Iterator[list[Launch]]:
-    """Inside, kernels compile for `arch` (80, 90, "gfx942", ...); yields the launches, which fills as they happen."""
+def fake_gpu(arch: int | str, run: Callable[[Launch], None] | None = None) -> Iterator[list[Launch]]:
+    """Inside, kernels compile for `arch` (80, 90, "gfx942", ...); yields the launches, which fills as they happen.
+
+    run: called with each of them; without it nothing runs.
+    """
     fake, before = FakeDriver(arch), driver._active
+    fake.run = run
     driver.set_active(fake)
     knobs.runtime.kernel_load_end_hook.add(fake.note_load)
     try:

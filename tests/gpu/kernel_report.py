@@ -97,8 +97,11 @@ def arch_name(arch: int | str) -> str:
 
 
 @contextmanager
-def compiling_for(arch: int | str) -> Iterator[list]:
-    """Inside, fastattn runs its Triton kernels on meta tensors, and they compile for `arch`; yields the launches."""
+def compiling_for(arch: int | str, run=None) -> Iterator[list]:
+    """Inside, fastattn runs its Triton kernels on meta tensors, and they compile for `arch`; yields the launches.
+
+    run: called with each of them, whose tensors are on the CPU then, where other kernels are too.
+    """
     from fake_device import SHARED_MEMORY, fake_gpu
     from fastattn import dispatch, plans
     from fastattn.kernels import config, launch
@@ -107,8 +110,12 @@ def compiling_for(arch: int | str) -> Iterator[list]:
         launch.forget(), plans.forget()
 
     device = config.Device(arch_name(arch), SHARED_MEMORY[arch], 100, "fake")
-    rows = [row for row in dispatch.KERNELS if row.backend == "triton"]
-    rows = tuple(row._replace(available=None, supports={**row.supports, "device": {"meta"}}) for row in rows)
+    supported = {"device": {"cpu" if run else "meta"}}
+    rows = tuple(
+        row._replace(available=None, supports={**row.supports, **supported}) if row.backend == "triton" else row
+        for row in dispatch.KERNELS
+        if row.backend == "triton" or run
+    )
     replaced = ((dispatch, "KERNELS", rows), (launch, "device_facts", lambda index: device))
     replaced += ((launch, "current_device", lambda: -1),)
     before = [(module, name, getattr(module, name)) for module, name, _ in replaced]
@@ -116,7 +123,7 @@ def compiling_for(arch: int | str) -> Iterator[list]:
     for module, name, value in replaced:
         setattr(module, name, value)
     try:
-        with fake_gpu(arch) as launches:
+        with fake_gpu(arch, run) as launches:
             yield launches
     finally:
         for module, name, value in before:

@@ -1,0 +1,136 @@
+"""Shared memory, which forgets nothing: who wrote and who read each unit since the last barrier, what was never
+written, and what an asynchronous copy will still write.
+
+A unit is as many bytes as the kernel's smallest access has. Each warp marks what it touches with a number that also
+tells the time, in barriers: a mark since the last one that is not the warp's own is a race.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .faults import Misaligned, NotWaited, OutOfBounds, Race, Uninitialized
+
+MARKS = 64
+"""Of one time: a number for each warp, and the last one for several of them."""
+NEVER, PENDING = -1, -2
+
+
+class Copies(NamedTuple):
+    """Asynchronous ones of one instruction: for each lane that takes part the units, their data, and how many groups
+    it had committed before."""
+
+    lanes: np.ndarray
+    units: np.ndarray
+    data: np.ndarray
+    group: np.ndarray
+
+    def where(self, chosen: np.ndarray) -> "Copies":
+        return Copies(*(x[chosen] for x in self))
+
+
+class Shared:
+    """Of several programs of `threads` lanes each, `size` bytes each. `lanes` are numbers of lanes."""
+
+    def __init__(self, size: int, programs: int, threads: int, unit: int):
+        self.size, self.unit, self.dtype = size, unit, np.dtype(f"u{unit}")
+        stride = -(-size // 16) * 16
+        units = programs * stride // unit
+        self.data = np.zeros(units, self.dtype)
+        self.writers = np.full(units, NEVER, np.int32)
+        self.readers = np.zeros(units, np.int32)
+        self.first = np.repeat(np.arange(programs) * stride, threads)
+        self.programs = np.repeat(np.arange(programs), threads)
+        self.warps = np.tile(np.arange(threads) // 32, programs).astype(np.int32)
+        self.times = np.ones(programs, np.int32)
+        self.copies: list[Copies] = []
+        self.groups = np.zeros(programs * threads, np.int32)
+        self._mark()
+
+    def _mark(self) -> None:
+        self.since = self.times[self.programs] * np.int32(MARKS)
+        self.marks = self.since + self.warps
+
+    def barrier(self, programs: np.ndarray) -> None:
+        """Programs, as a bool each, whose warps have met."""
+        self.times = self.times + programs.astype(np.int32)
+        self._mark()
+
+    def units_of(self, lanes: np.ndarray, addresses: np.ndarray, size: int) -> np.ndarray:
+        """[lanes, size / unit]"""
+        if np.any(addresses % np.uint32(size)):
+            raise Misaligned(f"an access of {size} bytes of shared memory at an address that is no multiple of it")
+        outside = addresses.astype(np.int64) + size > self.size
+        if np.any(outside):
+            raise OutOfBounds(f"{size} bytes at {addresses[outside][0]} of {self.size} bytes of shared memory")
+        return ((self.first[lanes] + addresses) // self.unit)[:, None] + np.arange(size // self.unit)
+
+    def load(self, lanes: np.ndarray, units: np.ndarray) -> np.ndarray:
+        since, mark = self.since[lanes, None], self.marks[lanes, None]
+        writers = self.writers[units]
+        if np.any((writers < 0) | ((writers >= since) & (writers != mark))):
+            _explain_read(writers)
+        readers = self.readers[units]
+        several = since + np.int32(MARKS - 1)
+        self.readers[units] = marks = np.where((readers >= since) & (readers != mark), several, mark)
+        clash = self.readers[units] != marks  # warps that read it in this instruction
+        if np.any(clash):
+            self.readers[units[clash]] = np.broadcast_to(several, units.shape)[clash]
+        return self.data[units]
+
+    def store(self, lanes: np.ndarray, units: np.ndarray, data: np.ndarray) -> None:
+        """[lanes, units] of this memory's dtype. Where lanes of one warp differ, one of them wins, as on a GPU."""
+        self._check_write(lanes, units, data)
+        mark = self.marks[lanes, None]
+        self.data[units] = data
+        self.writers[units] = mark
+        if np.any((self.data[units] != data) & (self.writers[units] != mark)):
+            raise Race("two warps write different values to one place of shared memory")
+
+    def _check_write(self, lanes: np.ndarray, units: np.ndarray, data: np.ndarray | None) -> None:
+        since, mark = self.since[lanes, None], self.marks[lanes, None]
+        writers, readers = self.writers[units], self.readers[units]
+        if np.any(writers == PENDING):
+            raise NotWaited("a write to shared memory while an asynchronous copy to it is under way")
+        if np.any((readers >= since) & (readers != mark)):
+            raise Race("a write to shared memory that another warp read, with no barrier since")
+        other = (writers >= since) & (writers != mark)
+        if np.any(other if data is None else other & (self.data[units] != data)):  # lanes may repeat a value
+            raise Race("a write to shared memory that another warp wrote, with no barrier since")
+
+    # --- asynchronous copies -----------------------------------------------------------------------------------------
+
+    def copy(self, lanes: np.ndarray, units: np.ndarray, data: np.ndarray) -> None:
+        self._check_write(lanes, units, None)
+        self.writers[units] = PENDING
+        self.copies.append(Copies(lanes, units, data, self.groups[lanes]))
+
+    def commit(self, lanes: np.ndarray) -> None:
+        self.groups[lanes] += 1
+
+    def wait(self, lanes: np.ndarray, pending: int) -> None:
+        """All groups of these lanes but for the latest `pending` are delivered."""
+        delivered = np.zeros(len(self.groups), np.int32)
+        delivered[lanes] = self.groups[lanes] - pending
+        left = []
+        for copies in self.copies:
+            done = copies.group < delivered[copies.lanes]
+            self._deliver(copies.where(done))
+            if not np.all(done):
+                left.append(copies.where(~done))
+        self.copies = left
+
+    def is_pending(self) -> bool:
+        return any(len(copies.lanes) for copies in self.copies)
+
+    def _deliver(self, copies: Copies) -> None:
+        self.data[copies.units] = copies.data
+        self.writers[copies.units] = self.marks[copies.lanes, None]
+
+
+def _explain_read(writers: np.ndarray) -> None:
+    if np.any(writers == PENDING):
+        raise NotWaited("shared memory is read while an asynchronous copy to it is under way")
+    if np.any(writers == NEVER):
+        raise Uninitialized("shared memory is read that nobody wrote")
+    raise Race("a read of shared memory that another warp wrote, with no barrier since")
