@@ -25,7 +25,7 @@ struct Unit {
   int64_t keys;                // how many it visits
 };
 
-// Row r of a unit's partial result: out [rows][head_dim_v] not yet divided by the sum, its maximum (log2) and sum.
+// Row r of a unit's partial result: out [rows][head_dim_v] not yet divided by the sum, its maximum and sum.
 struct Partial {
   char* out;
   char* max;

@@ -69,8 +69,8 @@ struct Operands {
   int64_t batch, num_heads, num_heads_k, seqlen_q, seqlen_k, head_dim, head_dim_v;
   Tensor k_factors, v_factors;  // of the rows of k and v where these are int8
   Tensor q, k, v, out, lse;     // lse [batch, num_heads, seqlen_q, 1], absent or float32 (float64 for float64)
-  // [batch, num_heads, seqlen_q, 2] in lse's dtype, absent unless a backward pass follows: lse in units of log2 as
-  // reference point + log2 of the sum. One rounded number would not do beside a bias of -1e38.
+  // [batch, num_heads, seqlen_q, 2] in lse's dtype, absent unless a backward pass follows: lse as
+  // reference point + log of the sum. One rounded number would not do beside a bias of -1e38.
   Tensor lse_parts;
   Tensor out_exact;            // out before it is rounded to 16 bits; absent if nobody asks
   Tensor mask, bias;           // bool, float; [batch, num_heads, seqlen_q, seqlen_k]

@@ -30,7 +30,7 @@ def empty_results(problem, q: torch.Tensor, for_backward: bool, out=None) -> tup
 
     out_exact    out in the compute dtype, contiguous, where out is rounded to 16 bits: delta of the backward pass would
                  be off by what rounding takes
-    lse_parts    [batch, num_heads, seqlen_q, 2], lse in units of log2 as the sum of two numbers
+    lse_parts    [batch, num_heads, seqlen_q, 2], lse as the sum of two numbers; Triton's in units of log2
     """
     out, dtype = empty_out(problem, q) if out is None else out, compute_dtype(problem)
     rows = out.shape[:3]
@@ -46,9 +46,10 @@ def is_rough(lse: torch.Tensor) -> torch.Tensor:
     return (lse.abs() > LARGEST_LSE) & (lse > -torch.inf)
 
 
-def lse_parts(lse: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-    """The lse_parts of `empty_results` from an lse that a call returned; None if some of it is too large for that."""
+def lse_parts(lse: torch.Tensor, dtype: torch.dtype, backend: str) -> torch.Tensor | None:
+    """The lse_parts of `empty_results` from an lse that a call returned, for a kernel of `backend`; None if some is too
+    large for that."""
     if is_rough(lse).any():
         return None
-    top, blind = lse.to(dtype) * math.log2(math.e), lse == -torch.inf
+    top, blind = lse.to(dtype) * (math.log2(math.e) if backend == "triton" else 1.0), lse == -torch.inf
     return torch.stack([top.masked_fill(blind, 0.0), torch.zeros_like(top).masked_fill(blind, torch.inf)], -1)

@@ -32,7 +32,7 @@ struct Chunk {
   int64_t n, padded;
   int64_t other[chunk_edges], edge[chunk_edges];  // the row at the other end, the place in the bias
   const Real *a[chunk_edges], *b[chunk_edges];
-  Real bias[chunk_edges];  // log2 units, -inf in the padding
+  Real bias[chunk_edges];  // -inf in the padding
   Real scores[chunk_edges], weights[chunk_edges], dp[chunk_edges], ds[chunk_edges];
   Real top[chunk_edges], log_sum[chunk_edges], delta[chunk_edges];  // QueryStats of each edge's query
 
@@ -55,8 +55,6 @@ struct Chunk {
     }
     n = count;
     padded = round_up(n, larger(VL<Real>, most_chains));
-    if (p.bias)
-      for (int64_t j = 0; j < padded; j += VL<Real>) store(bias + j, bias_log2<Real>(load(bias + j)));
     for (int64_t j = n; j < padded; j++) bias[j] = lowest;
   }
 
@@ -67,7 +65,7 @@ struct Chunk {
     for (int64_t j = n; j < padded; j++) rows[j] = zeros;
   }
 
-  // scores (dot products until now) in log2 units; returns the largest.
+  // scores, dot products until now; returns the largest.
   Real finish_scores(Real scale) {
     const Vec<Real> lowest = splat((Real)-__builtin_inf());
     Vec<Real> largest = lowest;
@@ -79,21 +77,21 @@ struct Chunk {
     return max_across<Real>(largest);
   }
 
-  // weights = 2^(scores - shift); returns their sum.
+  // weights = exp(scores - shift); returns their sum.
   Real weigh(Real shift) {
     Vec<Real> sum{};
     for (int64_t j = 0; j < padded; j += VL<Real>) {
-      const Vec<Real> w = exp2(load(scores + j) - shift);
+      const Vec<Real> w = exp(load(scores + j) - shift);
       store(weights + j, w);
       sum += w;
     }
     return sum_across<Real>(sum);
   }
 
-  // P = 2^(scores - lse) and dS = P (dP - delta), 0 where P is.
+  // P = exp(scores - lse) and dS = P (dP - delta), 0 where P is.
   void weigh_backward() {
     for (int64_t j = 0; j < padded; j += VL<Real>) {
-      const Vec<Real> w = exp2(load(scores + j) - load(top + j) - load(log_sum + j));
+      const Vec<Real> w = exp(load(scores + j) - load(top + j) - load(log_sum + j));
       const Vec<Real> d = w * (load(dp + j) - load(delta + j));
       store(weights + j, w);
       store(ds + j, w == 0 ? Vec<Real>{} : d);
@@ -139,7 +137,7 @@ class CsrRows {
   const CsrScratch<Real> s;
   Chunk<Real>& chunk;
   const int64_t group_size;
-  const Real scale;               // to log2 units
+  const Real scale;
   QueryStats<Real>* const stats;  // [batch][num_heads][seqlen_q], of the backward pass
 
  public:
@@ -154,7 +152,7 @@ class CsrRows {
         s(csr_layout<Real>(p, memory)),
         chunk(*s.chunk),
         group_size(p.group_size()),
-        scale((Real)(p.softmax_scale * log2e)),
+        scale((Real)p.softmax_scale),
         stats((QueryStats<Real>*)stats) {
     clear(s.x, s.x_columns), clear(s.y, s.y_columns), clear(s.y_sum, s.y_columns);
     clear(s.zeros, larger(s.x_columns, s.y_columns));
@@ -223,7 +221,7 @@ class CsrRows {
     clear(s.y_sum, s.y_columns);
     each_chunk(batch, head, head / group_size, query, [&](Real largest) {
       const Real now = larger(max, largest), shift = now == lowest ? 0 : now;
-      const Real factor = sum == 0 ? 0 : (Real)__builtin_exp2((double)max - shift);
+      const Real factor = sum == 0 ? 0 : (Real)__builtin_exp2(((double)max - shift) * log2e);
       sum = sum * factor + chunk.weigh(shift);
       max = now;
       add_rows(chunk.weights, chunk.b, chunk.padded, s.y_columns, factor, s.y_sum);

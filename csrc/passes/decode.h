@@ -276,7 +276,7 @@ class DecodeUnit {
     Real largest;
     find_row_max(scores, n, &largest);
     if (largest > row.max + (Real)headroom) {
-      const Real factor = exp2(splat(row.max - largest))[0];
+      const Real factor = exp(splat(row.max - largest))[0];
       row.max = row.shift = largest;
       store(s.sums + r * L, load(s.sums + r * L) * factor);
       Real* out = s.out + r * out_size;
@@ -284,7 +284,7 @@ class DecodeUnit {
     }
     Vec<Real> sum{};
     for (int64_t j = 0; j < n; j += L) {
-      const Vec<Real> w = exp2(load(scores + j) - row.shift);
+      const Vec<Real> w = exp(load(scores + j) - row.shift);
       store(scores + j, w);
       sum += w;
     }

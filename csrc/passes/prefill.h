@@ -105,8 +105,9 @@ void finish_rows(const Operands& p, const Lanes& lanes, const Real* out, const R
                   s.query);
     if (p.lse) *(Real*)at(p.lse, lanes.batch, s.head, s.query) = (Real)n.lse();
     if (p.lse_parts) {
-      *(Real*)at(p.lse_parts, lanes.batch, s.head, s.query, 0) = (Real)n.top;
-      *(Real*)at(p.lse_parts, lanes.batch, s.head, s.query, 1) = (Real)n.log2_total();
+      const Real top = (Real)n.top;  // which a sink's logit does not fit
+      *(Real*)at(p.lse_parts, lanes.batch, s.head, s.query, 0) = top;
+      *(Real*)at(p.lse_parts, lanes.batch, s.head, s.query, 1) = (Real)(n.log_total() + (n.top - top));
     }
   }
 }
@@ -332,7 +333,7 @@ void combine(const Operands& p, const Blocking& b, const Unit& u, const Partial&
     for (int s = 0; s < b.num_splits; s++) {
       if (sum[s * b.rows] == 0) continue;  // no key seen
       const Real own = max[s * b.rows] == lowest ? 0 : max[s * b.rows], reference = top == lowest ? 0 : top;
-      const Real weight = (Real)__builtin_exp2((double)own - reference);
+      const Real weight = (Real)__builtin_exp2(((double)own - reference) * log2e);
       total += sum[s * b.rows] * weight;
       for (int64_t d = 0; d < Dv; d++) row[d] += out[s * b.rows * Dv + d] * weight;
     }

@@ -2,7 +2,7 @@
 //
 //   loop 1  row blocks of a group: panels, as in prefill.h, and their lse
 //   loop 2    key tiles of n_block keys
-//   loop 3      panels: S^T = K Q^T; modifications, masks; X = S - lse, P = 2^X
+//   loop 3      panels: S^T = K Q^T; modifications, masks; X = S - lse, P = exp(X)
 //               of a key: P summed over lanes; of a lane: the largest X, P X and P * distance summed over keys
 //
 // With lse known, a weight is final at once. The row blocks of a group add up in one array of keys; how many groups a head
@@ -82,8 +82,8 @@ void weigh_statistics(const StatisticsPanel<Real>& panel, int64_t key, int64_t k
     Vec<Real> largest = load(panel.largest + v * L), logs{}, distances{};
     Vec<Real> distance = load(panel.positions + v * L) - (Real)key;
     for (int64_t j = v * L; j < keys * NR; j += NR) {
-      // Bounded where 2^X is 0, so that 0 * X is 0; NaN stays.
-      const Vec<Real> x = vmax(splat(exp2_zero<Real>), load(scores + j) - top - log_sum), weight = exp2(x);
+      // Bounded where exp(X) is 0, so that 0 * X is 0; NaN stays.
+      const Vec<Real> x = vmax(splat(exp_zero<Real>), load(scores + j) - top - log_sum), weight = exp(x);
       store(scores + j, weight);
       largest = vmax(x, largest);
       logs += weight * x;
@@ -135,7 +135,7 @@ class StatisticsUnit {
         panel.log_sum[r] =
             is_row ? *(const Real*)at(p.lse_parts, u.batch, u.head, first + r, 1) : (Real)__builtin_inf();
         panel.positions[r] = (Real)(first + r + p.query_start);
-        panel.largest[r] = exp2_zero<Real>, panel.logs[r] = panel.distance[r] = 0;
+        panel.largest[r] = exp_zero<Real>, panel.logs[r] = panel.distance[r] = 0;
       }
     }
   }
@@ -169,9 +169,9 @@ class StatisticsUnit {
       auto put = [&](const Tensor& to, double x) {
         if (to) *(Real*)at(to, panel.lanes.batch, panel.lanes.head, panel.lanes.row + r) = (Real)x;
       };
-      put(t.entropy, 0.0 - ln2 * panel.logs[r]);
+      put(t.entropy, 0.0 - panel.logs[r]);
       put(t.distance, panel.distance[r]);
-      const double largest = panel.largest[r] > exp2_zero<Real> ? __builtin_exp2((double)panel.largest[r]) : 0;
+      const double largest = panel.largest[r] > exp_zero<Real> ? __builtin_exp2(panel.largest[r] * log2e) : 0;
       put(t.max, largest + 0 * panel.logs[r]);  // NaN, which a maximum leaves out
     }
   }

@@ -312,7 +312,7 @@ class TangentUnit {
     const double sink = sink_of(p, u.batch, row.head);
     const Normalizer n = normalizer(panel.run.max[r], panel.run.sum[r], sink);
     const double tsink = t.sinks ? load_number<double>(t.sinks, u.batch, row.head) : 0, center = panel.center[r];
-    const double log_total = n.top + n.log2_total(), mean = panel.mean[r] * n.factor;
+    const double log_total = n.top + n.log_total(), mean = panel.mean[r] * n.factor;
     const Real shift = (Real)(mean + delta_of_sink(sink, tsink - center, log_total));
     const Real* out = s.rows + r * Dv;
     Real* tout = s.trows + r * Dv;

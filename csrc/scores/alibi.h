@@ -5,11 +5,10 @@
 
 namespace fastattn::FASTATTN_ISA {
 
-// ALiBi's, in units of log2.
+// 0: no ALiBi.
 template <class Real>
 FASTATTN_INLINE Real slope_of(const Operands& p, int64_t batch, int64_t head) {
-  if (!p.alibi_slopes) return 0;
-  return load_number<Real>(p.alibi_slopes, batch, head) * (Real)log2e;
+  return p.alibi_slopes ? load_number<Real>(p.alibi_slopes, batch, head) : 0;
 }
 
 // scores[j][lane] -= slopes[lane] * |position[lane] - key - j|

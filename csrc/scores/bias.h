@@ -6,15 +6,7 @@
 
 namespace fastattn::FASTATTN_ISA {
 
-// A bias in log2 units. A finite one stays finite: finfo.min pushes a key away, only -inf masks it; +inf stays too.
-template <class Real>
-FASTATTN_INLINE Vec<Real> bias_log2(Vec<Real> bias) {
-  const Vec<Real> limit = splat((Real)(sizeof(Real) == 8 ? 8e307 : 1.5e38));
-  const Vec<Real> b = vmax(-limit, bias * (Real)log2e);
-  return b > limit && bias < (Real)__builtin_inf() ? limit : b;
-}
-
-// scores[j][lane] += bias[j] (natural log), -inf selects; whether anything is masked.
+// scores[j][lane] += bias[j], -inf selects; whether anything is masked.
 template <class Real, int NV>
 bool add_key_bias(Real* scores, int64_t keys, const Real* bias) {
   constexpr int L = VL<Real>, NR = NV * L;
@@ -23,10 +15,9 @@ bool add_key_bias(Real* scores, int64_t keys, const Real* bias) {
   for (int64_t j = 0; j < keys; j++) {
     const bool gone = bias[j] == lowest;
     masked |= gone;
-    const Vec<Real> b = bias_log2<Real>(splat(bias[j]));
     for (int v = 0; v < NV; v++) {
       Real* s = scores + j * NR + v * L;
-      store(s, gone ? splat(lowest) : load(s) + b);
+      store(s, gone ? splat(lowest) : load(s) + bias[j]);
     }
   }
   return masked;
@@ -44,7 +35,7 @@ bool add_bias(Real* scores, int64_t keys, const Real* bias, int64_t stride) {
       Vec<Real> b = load(bias + j * stride + v * L);
       auto gone = b == lowest;
       masked |= gone;
-      store(s, gone ? lowest : load(s) + bias_log2<Real>(b));
+      store(s, gone ? lowest : load(s) + b);
     }
   return any<Real>(masked);
 }

@@ -1,5 +1,5 @@
 // Key tiles that change nothing: by Cauchy-Schwarz no score exceeds |q| |k| plus ALiBi's largest term, and where that lies
-// so far below a row's reference point that exp2 gives 0 (exp2_zero), the tile's weights are 0 and so is all they add.
+// so far below a row's reference point that exp gives 0 (exp_zero), the tile's weights are 0 and so is all they add.
 // A norm is NaN or infinite where a value is, and nothing is skipped: 0 * NaN would have been NaN.
 #pragma once
 #include "bitmap.h"
@@ -10,10 +10,10 @@ namespace fastattn::FASTATTN_ISA {
 // The reference point of a lane that sees no key or is no row: whatever the scores, its weights are 0.
 constexpr float unseen = 1e30f;
 
-// ALiBi alone makes some weights of a head 0, its slope in units of log2: worth a look ahead, and the search for tiles.
+// ALiBi alone makes some weights of a head 0: worth a look ahead, and the search for tiles.
 template <class Real>
 FASTATTN_INLINE bool is_steep(const Operands& p, Real slope) {
-  return !p.bias && p.seqlen_k >= 512 && __builtin_fabs(slope) * larger(p.seqlen_q, p.seqlen_k) > -2 * exp2_zero<Real>;
+  return !p.bias && p.seqlen_k >= 512 && __builtin_fabs(slope) * larger(p.seqlen_q, p.seqlen_k) > -2 * exp_zero<Real>;
 }
 
 // Whether tiles that change nothing are looked for in a head of this slope.
@@ -114,7 +114,7 @@ void find_norms(const Operands& p, const Panel<Real>& panel) {
   for (int r = 0; r < NR; r++) panel.norms[r] = upper_norm(panel.norms[r]);
 }
 
-// Whether exp2(score - reference) is 0 for every lane and the keys k0 ... k1 - 1, none longer than key_norm. A reference
+// Whether exp(score - reference) is 0 for every lane and the keys k0 ... k1 - 1, none longer than key_norm. A reference
 // is finite, or its lane is not known to weigh nothing.
 template <class Real, int NV>
 bool negligible(const Operands& p, const Panel<Real>& panel, const Real* reference, Real key_norm, int64_t k0,
@@ -122,7 +122,7 @@ bool negligible(const Operands& p, const Panel<Real>& panel, const Real* referen
   constexpr int L = VL<Real>;
   constexpr Real slack =
       (Real)(sizeof(Real) == 8 ? 0x1p-44 : 0x1p-18);  // of all that is rounded here and in the scores
-  const Real cap = (Real)p.softcap * (Real)log2e;
+  const Real cap = (Real)p.softcap;
   for (int v = 0; v < NV; v++) {
     Vec<Real> bound = load(panel.norms + v * L) * key_norm, term{};
     if (p.softcap > 0.0) bound = (bound < (Real)1 ? bound : bound * (Real)0 + (Real)1) * cap;  // NaN and Inf stay bad
@@ -134,7 +134,7 @@ bool negligible(const Operands& p, const Panel<Real>& panel, const Real* referen
     }
     const Vec<Real> top = load(reference + v * L);
     const Vec<Real> highest = bound - term - top + (bound + vabs(term) + vabs(top)) * slack;
-    if (any<Real>(~(highest < exp2_zero<Real>))) return false;
+    if (any<Real>(~(highest < exp_zero<Real>))) return false;
   }
   return true;
 }
@@ -152,7 +152,7 @@ template <class Real, int NV>
 void look_ahead(const Operands& p, const Panel<Real>& panel, const Real* q, Real* key_row, Real* max) {
   constexpr int L = VL<Real>;
   constexpr Real slack = (Real)(sizeof(Real) == 8 ? 0x1p-43 : 0x1p-14);  // of two sums of 512 products
-  const Real cap = (Real)p.softcap * (Real)log2e, lowest = (Real)-__builtin_inf();
+  const Real cap = (Real)p.softcap, lowest = (Real)-__builtin_inf();
   const Lanes& lanes = panel.lanes;
   bool any_steep = false;
   for (int64_t r = 0; r < lanes.rows; r++) any_steep |= is_steep(p, panel.slopes[r]);

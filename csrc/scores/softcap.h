@@ -5,17 +5,16 @@
 
 namespace fastattn::FASTATTN_ISA {
 
-// In which unit the scores leave the product: log2, or divided by softcap, which `softcap_scores` turns into log2.
-FASTATTN_INLINE double product_unit(const Operands& p) { return p.softcap > 0.0 ? 1.0 / p.softcap : log2e; }
+// What scores are multiplied by as they leave the product; `softcap_scores` undoes it.
+FASTATTN_INLINE double product_unit(const Operands& p) { return p.softcap > 0.0 ? 1.0 / p.softcap : 1.0; }
 
 // slope: null, or [keys][NR] for the derivative.
 template <class Real, int NV>
 void softcap_scores(Real* scores, int64_t keys, Real softcap, Real* slope) {
   constexpr int L = VL<Real>, NR = NV * L;
-  const Real factor = softcap * (Real)log2e;  // the scores come divided by softcap, not in log2 units
   for (int64_t i = 0; i < keys * NR; i += L) {
     const Vec<Real> t = tanh(load(scores + i));
-    store(scores + i, t * factor);
+    store(scores + i, t * softcap);
     if (slope) store(slope + i, 1 - t * t);
   }
 }

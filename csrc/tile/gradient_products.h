@@ -64,11 +64,11 @@ void select_column(const Real* a, int64_t a_step, const Real* b, int64_t b_step,
 // What a panel's lanes know of the forward pass: [NR] each.
 template <class Real>
 struct Softmax {
-  Real *top, *log_sum;  // log2 of the denominator in two parts; log_sum = inf: no key seen, every weight is 0
+  Real *top, *log_sum;  // log of the denominator in two parts; log_sum = inf: no key seen, every weight is 0
   Real* delta;          // rowsum(dout * out) - dlse
 };
 
-// P = 2^(scores - top - log_sum) and dS = P (dP - delta), from scores and dP [keys][NR] to rows at `stride`.
+// P = exp(scores - top - log_sum) and dS = P (dP - delta), from scores and dP [keys][NR] to rows at `stride`.
 // Where P is 0, dS is 0 whatever dP is: NaN in a masked value stays there.
 // kept: the lanes that dropout leaves, [keys][NR]; dP, and in the end P, are 0 in the others.
 template <bool drops, class Real, int NV>
@@ -81,7 +81,7 @@ void weigh(const Real* scores, const Real* dp, const Real* kept, int64_t keys, c
     const Vec<Real> delta = load(softmax.delta + v * L);
     const auto blind = log_sum == (Real)__builtin_inf();  // no key seen, or no row at all
     for (int64_t j = 0; j < keys; j++) {
-      const Vec<Real> seen = exp2(load(scores + j * NR + v * L) - top - log_sum);
+      const Vec<Real> seen = exp(load(scores + j * NR + v * L) - top - log_sum);
       const Vec<Real> weight = blind ? Vec<Real>{} : seen;
       Vec<Real> of_weight = load(dp + j * NR + v * L), used = weight;
       if constexpr (drops) {

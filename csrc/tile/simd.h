@@ -103,10 +103,14 @@ FASTATTN_INLINE void keep(V& v) {
 #endif
 }
 
-// 2^x for x <= 127 (1023): 0 below -126.5 (-1022.5), exactly 1 at 0, NaN for NaN. float: 2 ulp, degree 5; double: 1 ulp.
-// Adding `magic` rounds to an integer whose biased value stands in the low bits, ready to become an exponent.
+constexpr double ln2 = 0.693147180559945309417, log2e = 1.44269504088896340736;
+
+// e^x for x <= 88 (709): 0 below exp_zero, exactly 1 at 0, NaN for NaN. float: 2 ulp near 0, degree 5; double: 1 ulp.
+// x log2(e) is a product whose rounding grows with x alone: subtract what scores have in common first. Adding `magic`
+// rounds it to an integer whose biased value stands in the low bits, ready to become an exponent.
 #if defined(__AVX512DQ__)  // floor and exponent in one instruction each, which leaves the multiply-add pipes alone
-FASTATTN_INLINE Vec<float> exp2(Vec<float> x) {
+FASTATTN_INLINE Vec<float> exp(Vec<float> x) {
+  x *= (float)log2e;
   Vec<float> t = (Vec<float>)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);  // x - floor(x), 0 at -inf
   Vec<float> p = t * 0.00186810154f + 0.00901452266f;
   p = p * t + 0.0558021889f;
@@ -116,11 +120,11 @@ FASTATTN_INLINE Vec<float> exp2(Vec<float> x) {
   return (Vec<float>)_mm512_scalef_ps((__m512)p, (__m512)x);
 }
 #else
-FASTATTN_INLINE Vec<float> exp2(Vec<float> x) {
-  constexpr float magic = 12582912.0f + 127.0f;
-  x = vmax(splat(-127.0f), x);
-  Vec<float> n = x + magic;
-  Vec<float> t = x - (n - magic);
+FASTATTN_INLINE Vec<float> exp(Vec<float> x) {
+  constexpr float magic = 12582912.0f + 127.0f, to_log2 = (float)log2e;
+  x = vmax(splat((float)(-127 * ln2)), x);
+  Vec<float> n = x * to_log2 + magic;
+  Vec<float> t = x * to_log2 - (n - magic);
   Vec<float> p = t * 0.00132647271f + 0.00967151264f;
   p = p * t + 0.0555073374f;
   p = p * t + 0.240222421f;
@@ -129,23 +133,24 @@ FASTATTN_INLINE Vec<float> exp2(Vec<float> x) {
   return p * (Vec<float>)((VecOf<float>::bits)n << 23);
 }
 #endif
-FASTATTN_INLINE Vec<double> exp2(Vec<double> x) {
+FASTATTN_INLINE Vec<double> exp(Vec<double> x) {
   constexpr double magic = 6755399441055744.0 + 1023.0;
-  constexpr double ln2 = 0.693147180559945309417;
+  constexpr double ln2_high = 6.93147180369123816490e-01, ln2_low = 1.90821492927058770002e-10;
   constexpr int degree = 13;
-  x = vmax(splat(-1023.0), x);
-  Vec<double> n = x + magic;
-  Vec<double> t = (x - (n - magic)) * ln2;
+  x = vmax(splat(-1023 * ln2), x);
+  Vec<double> n = x * log2e + magic;
+  Vec<double> t = x - (n - magic) * ln2_high - (n - magic) * ln2_low;
   Vec<double> p = splat(1.0);
   for (int k = degree; k >= 1; k--) p = p * t * (1.0 / k) + 1.0;
   return p * (Vec<double>)((VecOf<double>::bits)n << 52);
 }
 
-// exp2(x) is 0 for every x below this. 512 bits: where the smallest subnormal has rounded to 0.
+// exp(x) is 0 for every x below this. 512 bits: where the smallest subnormal has rounded to 0.
 template <class Real>
-constexpr Real exp2_zero = sizeof(Real) == 8      ? -1023
-                           : FASTATTN_WIDTH == 64 ? -151
-                                                  : -127;
+constexpr Real exp_zero = (Real)((sizeof(Real) == 8      ? -1023
+                                  : FASTATTN_WIDTH == 64 ? -151
+                                                         : -127) *
+                                 ln2);
 
 // tanh: x + x^3 P(x^2) near 0 (Cephes), 1 - 2 / (e^2|x| + 1) beyond; float, 2 ulp.
 FASTATTN_INLINE Vec<float> tanh(Vec<float> x) {
@@ -156,7 +161,7 @@ FASTATTN_INLINE Vec<float> tanh(Vec<float> x) {
   p = p * z - 3.33332819422e-1f;
   Vec<float> near = p * z * x + x;
   Vec<float> capped = a > 15.0f ? splat(15.0f) : a;  // keeps NaN
-  Vec<float> far = 1.0f - 2.0f / (exp2(capped * 2.885390082f) + 1.0f);
+  Vec<float> far = 1.0f - 2.0f / (exp(capped * 2.0f) + 1.0f);
   return a < 0.625f ? near : x < 0.0f ? -far : far;
 }
 FASTATTN_INLINE Vec<double> tanh(Vec<double> x) {

@@ -1,13 +1,13 @@
 // Online softmax over a tile of scores^T [keys][NR], queries in the lanes: no horizontal operation anywhere.
-// Scores are in units of log2 (log2(e) is folded into the softmax scale). Source: arXiv 1805.02867; the lazy maximum is
-// FlashAttention-4's: a row's reference point moves only when its maximum has grown by more than `headroom`.
+// Scores are logits as they are: log2(e) comes in behind the subtraction of the maximum (`exp`), so that a score's
+// rounding does not grow with its size. Source: arXiv 1805.02867; the lazy maximum is FlashAttention-4's: a row's
+// reference point moves only when its maximum has grown by more than `headroom`.
 #pragma once
 #include "microkernel.h"
 
 namespace fastattn::FASTATTN_ISA {
 
-constexpr float headroom = 8.0f;  // weights stay below 2^8, far from overflow
-constexpr double ln2 = 0.693147180559945309417, log2e = 1.44269504088896340736;
+constexpr float headroom = (float)(8 * ln2);  // weights stay below 2^8, far from overflow
 
 // The running softmax of a panel's rows, one lane each; all [NR].
 template <class Real>
@@ -52,7 +52,7 @@ void update_max(const Real* largest, Running<Real> run, Real* out, int64_t out_r
     const V now = grown ? tile : old;
     store(run.max + v * L, now);
     store(run.shift + v * L, now == (Real)-__builtin_inf() ? V{} : now);
-    const V factor = grown ? exp2(old - now) : splat((Real)1);
+    const V factor = grown ? exp(old - now) : splat((Real)1);
     store(run.sum + v * L, load(run.sum + v * L) * factor);
     for (int64_t d = 0; d < out_rows; d++) store(out + d * NR + v * L, load(out + d * NR + v * L) * factor);
   }
@@ -68,11 +68,11 @@ void follow_max(const Real* scores, int64_t keys, bool moved, bool masked, Real*
   update_max<Real, NV>(largest, run, out, out_rows);
 }
 
-// scores -> weights 2^(scores - shift) in place, and their sums over the keys of the tile.
+// scores -> weights exp(scores - shift) in place, and their sums over the keys of the tile.
 template <class Real, int NV>
 struct Weigher {
   // Whether the work is done aside of multiply-adds: it needs spare registers, and an out-of-order window that reaches
-  // past a whole exp2, which 512-bit vectors give because they make fewer instructions.
+  // past a whole exp, which 512-bit vectors give because they make fewer instructions.
   static constexpr bool overlaps = FASTATTN_WIDTH == 64;
 
   Real *scores, *end;  // [keys][NR], what is left to do, vector after vector
@@ -87,7 +87,7 @@ struct Weigher {
     per_visit = (int)((end - scores + visits * VL<Real> - 1) / (visits * VL<Real>));
   }
   __attribute__((always_inline)) inline void vector() {
-    const Vec<Real> p = exp2(load(scores) - load(shift + lane));
+    const Vec<Real> p = exp(load(scores) - load(shift + lane));
     store(scores, p);
     store(sum + lane, load(sum + lane) + p);
     scores += VL<Real>;
@@ -104,7 +104,7 @@ struct Weigher {
     for (int v = 0; v < NV; v++) total[v] = load(sum + v * L);
     for (; scores < end; scores += NV * L)
       for (int v = 0; v < NV; v++) {
-        const Vec<Real> p = exp2(load(scores + v * L) - load(shift + v * L));
+        const Vec<Real> p = exp(load(scores + v * L) - load(shift + v * L));
         store(scores + v * L, p);
         total[v] += p;
       }
@@ -115,20 +115,20 @@ struct Weigher {
 // What a row's maximum and sum mean in the end.
 struct Normalizer {
   double factor;      // of its accumulated output
-  double top, total;  // lse = log(2^top * total)
+  double top, total;  // lse = top + log(total)
 
   // No key seen: a sum of infinity makes every weight 0 in the backward pass.
-  double log2_total() const { return total == 0.0 ? __builtin_inf() : __builtin_log2(total); }
-  double lse() const { return total == 0.0 ? -__builtin_inf() : (top + __builtin_log2(total)) * ln2; }
+  double log_total() const { return total == 0.0 ? __builtin_inf() : __builtin_log2(total) * ln2; }
+  double lse() const { return total == 0.0 ? -__builtin_inf() : top + log_total(); }
 };
 
-// sink: one more logit (natural log) in the denominator; -inf: none.
+// sink: one more logit in the denominator; -inf: none.
 FASTATTN_INLINE Normalizer normalizer(double max, double sum, double sink) {
-  const double lowest = -__builtin_inf(), reference = max == lowest || sum == 0.0 ? 0.0 : max, sink2 = sink * log2e;
-  if (sink2 == lowest) return {sum == 0.0 ? 0.0 : 1.0 / sum, reference, sum};  // sum 0: no key seen
-  const double top = sum == 0.0 || reference < sink2 ? sink2 : reference;
-  const double scale = sum == 0.0 ? 0.0 : __builtin_exp2(reference - top);
-  const double total = sum * scale + __builtin_exp2(sink2 - top);
+  const double lowest = -__builtin_inf(), reference = max == lowest || sum == 0.0 ? 0.0 : max;
+  if (sink == lowest) return {sum == 0.0 ? 0.0 : 1.0 / sum, reference, sum};  // sum 0: no key seen
+  const double top = sum == 0.0 || reference < sink ? sink : reference;
+  const double scale = sum == 0.0 ? 0.0 : __builtin_exp2((reference - top) * log2e);
+  const double total = sum * scale + __builtin_exp2((sink - top) * log2e);
   return {scale / total, top, total};
 }
 

@@ -127,7 +127,7 @@ def tangent(problem, q, k, v, terms, tangents):
 
 def statistics(problem, q, k, terms, lse, names):
     """Statistics of the weights of a dense call by their names; without lse after a forward pass that finds it."""
-    parts = None if lse is None else lse_parts(lse, compute_dtype(problem))
+    parts = None if lse is None else lse_parts(lse, compute_dtype(problem), "cpu")
     if parts is None:
         _, _, (_, parts) = prefill_for_backward(problem._replace(head_dim_v=1, lse=False), q, k, k[..., :1], terms)
     rows, dtype = (problem.batch, problem.num_heads, problem.seqlen_q), compute_dtype(problem)

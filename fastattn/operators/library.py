@@ -15,7 +15,6 @@ not asked for has no elements, so that the number of results is fixed.
 """
 
 import hashlib
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache, partial
@@ -35,7 +34,6 @@ SCHEMAS: list[str] = []
 _DEVICES = ("CPU", "CUDA")
 _ops = torch.ops.fastattn
 _exact_strides = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)
-_LOG2_E = 1.0 / math.log(2.0)
 
 
 class Layout(NamedTuple):
@@ -184,7 +182,7 @@ def _train(layout: Layout) -> Callable:
         if choice.train is None:  # the reference, whose backward row computes everything again
             problem = problem._replace(lse=True)
             out, lse = choice.forward(problem, q, k, v, terms)
-            saved = out.to(_real(q)), _parts(lse)
+            saved = out.to(_real(q)), torch.stack([lse, torch.zeros_like(lse)], -1)  # of the right shape
             lse = lse if options.get("return_lse") else None
         else:
             out = (_empty_out(q, v),) if choice.train in layout.into else ()
@@ -232,14 +230,6 @@ def _empty_out(q, v) -> torch.Tensor:
 
 def _rows_first(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).contiguous()
-
-
-def _parts(lse: torch.Tensor) -> torch.Tensor:
-    """lse in units of log2 as the sum of two numbers, as kernels save it."""
-    log2 = lse.double() * _LOG2_E
-    top = log2.to(lse.dtype)
-    rest = torch.where(log2.isfinite(), log2 - top.double(), 0.0)
-    return torch.stack([top, rest.to(lse.dtype)], -1)
 
 
 # --- what is traced --------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from ..plans import Bound, derivative_of
 from ..problem import Problem
 from ..terms import TERMS, Terms
 from .block_masks import cut
-from .merge import Partial, of_lse
+from .merge import Partial, for_kernel, of_kernel, of_lse
 from .pairs import sees
 from .shards import Run
 
@@ -124,7 +124,7 @@ def forward(whole: Whole, i: int, run: int, q, k, v) -> Partial:
         return of_lse(out.to(lse.dtype), lse)
     note(Bound(choice, problem, terms, whole.backend), q, k)
     _, _, (out, parts) = choice.train(problem, q, k, v, terms)
-    return Partial(out, parts[..., 0], parts[..., 1])
+    return of_kernel(out, parts, choice.row.backend)
 
 
 def backward(whole: Whole, i: int, run: int, qkv, of_all: Partial, dout, dlse, wanted) -> tuple:
@@ -140,14 +140,14 @@ def backward(whole: Whole, i: int, run: int, qkv, of_all: Partial, dout, dlse, w
         saved, (dout, dlse) = (), _of_part(part, of_all, dout, dlse)
         bound = bound._replace(problem=bound.problem._replace(lse=True))
     else:
-        saved = of_all.out, torch.stack([of_all.top, of_all.log_sum], -1)
+        saved = for_kernel(of_all, bound.choice.row.backend)
     note(bound)
     return bound.choice.forward(bound.problem, *qkv, terms, saved, dout, dlse, wanted)
 
 
 def _of_part(part: Partial, of_all: Partial, dout, dlse) -> tuple[torch.Tensor, torch.Tensor]:
     """Cotangents of one part's out and lse from those of the merged ones."""
-    weight = torch.exp2((part.top - of_all.top) + (part.log_sum - of_all.log_sum))
+    weight = torch.exp((part.top - of_all.top) + (part.log_sum - of_all.log_sum))
     weight = weight.masked_fill(part.log_sum == math.inf, 0.0)
     exact = dout.to(part.out.dtype)
     dpart = (exact * (part.out - of_all.out)).sum(-1)

@@ -12,8 +12,8 @@ class Partial(NamedTuple):
     """Attention over some of the keys, in the compute dtype.
 
     out           [batch, num_heads, seqlen_q, head_dim_v]
-    top, log_sum  [batch, num_heads, seqlen_q]: lse in units of log2 is their sum, of two numbers since lse may be
-                  large; log_sum is +inf in a row that has seen no key
+    top, log_sum  [batch, num_heads, seqlen_q]: lse is their sum, of two numbers since lse may be large; log_sum is +inf
+                  in a row that has seen no key
     """
 
     out: torch.Tensor
@@ -23,14 +23,34 @@ class Partial(NamedTuple):
     @property
     def lse(self) -> torch.Tensor:
         """The log of the softmax denominator, -inf where no key was seen."""
-        return ((self.top + self.log_sum) * LN2).masked_fill(self.log_sum == math.inf, -math.inf)
+        return (self.top + self.log_sum).masked_fill(self.log_sum == math.inf, -math.inf)
 
 
 def of_lse(out: torch.Tensor, lse: torch.Tensor) -> Partial:
     """The Partial of a result of `attention`."""
     blind = lse == -math.inf
     zeros = torch.zeros_like(lse)
-    return Partial(out, (lse / LN2).masked_fill(blind, 0.0), zeros.masked_fill(blind, math.inf))
+    return Partial(out, lse.masked_fill(blind, 0.0), zeros.masked_fill(blind, math.inf))
+
+
+def of_kernel(out: torch.Tensor, lse_parts: torch.Tensor, backend: str) -> Partial:
+    """The Partial of what a kernel of `backend` saves for its backward pass."""
+    top, log_sum = lse_parts.unbind(-1)
+    return Partial(out, *(_in_unit(top, log_sum, LN2) if backend == "triton" else (top, log_sum)))
+
+
+def for_kernel(a: Partial, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a kernel of `backend` would have saved over all keys: out and lse_parts, Triton's in units of log2."""
+    top, log_sum = _in_unit(a.top, a.log_sum, 1.0 / LN2) if backend == "triton" else (a.top, a.log_sum)
+    return a.out, torch.stack([top, log_sum], -1)
+
+
+def _in_unit(top: torch.Tensor, log_sum: torch.Tensor, unit: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both times `unit`, and what rounding takes from top in log_sum. A top that is a bias of -1e38 stays as it is: any
+    rounding would be more than the sum."""
+    exact = torch.where(top.abs() < 2.0**100, top.double() * unit, top.double())
+    rounded = exact.to(top.dtype)
+    return rounded, log_sum * unit + (exact - rounded.double()).to(top.dtype)
 
 
 def empty(q: torch.Tensor, head_dim_v: int, dtype: torch.dtype) -> Partial:
@@ -54,7 +74,7 @@ def added(a: Partial | None, b: Partial) -> Partial:
 
 def with_sinks(a: Partial, sinks: torch.Tensor) -> Partial:
     """With one more logit a head in the denominator."""
-    logits = (sinks.to(a.top.dtype) / LN2).view(1, -1, 1).expand(a.top.shape)
+    logits = sinks.to(a.top.dtype).view(1, -1, 1).expand(a.top.shape)
     weight, _, top, log_sum = _weights(a, Partial(None, logits, torch.zeros_like(a.top)))
     return Partial(a.out.mul_(weight[..., None]), top, log_sum)
 
@@ -73,7 +93,7 @@ def _weights(a: Partial, b: Partial) -> tuple[torch.Tensor, ...]:
     most = torch.maximum(log_a, log_b)
     blind = most == -math.inf
     most = most.masked_fill(blind, 0.0)
-    part_a, part_b = torch.exp2(log_a - most), torch.exp2(log_b - most)
+    part_a, part_b = torch.exp(log_a - most), torch.exp(log_b - most)
     total = (part_a + part_b).masked_fill(blind, 1.0)
-    log_sum = (most + torch.log2(total)).masked_fill(blind, math.inf)
+    log_sum = (most + torch.log(total)).masked_fill(blind, math.inf)
     return part_a / total, part_b / total, top.masked_fill(blind, 0.0), log_sum

@@ -80,8 +80,8 @@ class Steps(torch.autograd.Function):
             delta = (dout.to(out.dtype) * out).sum(-1) - (0.0 if dlse is None else dlse)
             of_sink = torch.zeros_like(delta)
             if sinks is not None:
-                logits = (sinks.to(top.dtype) / merge.LN2).view(1, -1, 1)
-                of_sink = torch.exp2((logits - top) - log_sum) * delta
+                logits = sinks.to(top.dtype).view(1, -1, 1)
+                of_sink = torch.exp((logits - top) - log_sum) * delta
             if wants["sinks"]:
                 sums["sinks"] = -of_sink.sum((0, 2))
             if of_queries:  # all gradients of a row's scores have this sum, and kernels take it for that of a block

@@ -115,7 +115,7 @@ def _by_kernel(x, q, k, options: dict, residual: float, heads: str, method: str)
     if choice is None or choice.row.backend == "reference":
         return _in_blocks(x, q, k, options, residual, heads, method)
     bound = derivative_of(problem, "backward", choice.row.backend, False)
-    parts = None if lse is None else lse_parts(checked_lse(lse, problem, q), x.dtype)
+    parts = None if lse is None else lse_parts(checked_lse(lse, problem, q), x.dtype, bound.choice.row.backend)
     if parts is None:
         _, _, saved = choice.train(problem, q, k, v, terms)
     else:
