@@ -98,6 +98,8 @@ triton-executed:
 test-triton-versions: $(VENV)/.test $(EXT) $(VENV)/triton-3.7.1 $(VENV)/triton-3.8.0
 	$(MAKE) --no-print-directory triton-interpreted TRITON=3.7.1
 	$(MAKE) --no-print-directory triton-interpreted TRITON=3.8.0
+	$(MAKE) --no-print-directory triton-compiled TRITON=3.7.1 ARGS=
+	$(MAKE) --no-print-directory triton-compiled TRITON=3.8.0 ARGS=
 
 kernel-report: $(VENV)/.test $(TRITON_PATH)  ## what Triton compiles: tests/gpu/golden.json, docs/triton.md
 	$(TRITON_PY) tests/gpu/kernel_report.py

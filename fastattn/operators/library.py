@@ -24,7 +24,8 @@ import torch
 
 from ..calls import note
 from ..checks import refuse_subclasses
-from ..plans import Bound, derivative_of
+from ..dispatch import KernelError
+from ..plans import Bound, after_failure, derivative_of
 from ..torch_internals import above_autograd, is_transformed
 from . import works
 
@@ -163,35 +164,43 @@ def _forward_plain(layout: Layout) -> Callable:
 
 
 def _run(layout: Layout, q, k, v, bound: Bound) -> tuple:
-    """(out, lse or None), out in the memory order of the operators."""
+    """(out, lse or None), out in the memory order of the operators; on the next kernel where one cannot be prepared."""
     note(bound, q, k)
     choice, problem, terms, _ = bound
     if choice.forward in layout.into:
         out = _empty_out(q, v)
         return out, choice.forward(problem, q, k, v, terms, out)[1]
-    out, lse = choice.forward(problem, q, k, v, terms)
+    try:
+        out, lse = choice.forward(problem, q, k, v, terms)
+    except KernelError as error:
+        return _run(layout, q, k, v, after_failure(bound, error))
     return _rows_first(out).transpose(1, 2), lse
 
 
 def _train(layout: Layout) -> Callable:
     def forward_train(q, k, v, *values, **options):
         options = layout.named(values, options)
-        bound = layout.bind(q, k, v, options, True)
-        note(bound, q, k)
-        choice, problem, terms, _ = bound
-        if choice.train is None:  # the reference, whose backward row computes everything again
-            problem = problem._replace(lse=True)
-            out, lse = choice.forward(problem, q, k, v, terms)
-            saved = out.to(_real(q)), torch.stack([lse, torch.zeros_like(lse)], -1)  # of the right shape
-            lse = lse if options.get("return_lse") else None
-        else:
-            out = (_empty_out(q, v),) if choice.train in layout.into else ()
-            out, lse, saved = choice.train(problem, q, k, v, terms, *out)
+        out, lse, saved = _run_to_train(layout, q, k, v, layout.bind(q, k, v, options, True))
+        lse = lse if options.get("return_lse") else None
         exact = q.new_empty(0, dtype=_real(q)) if saved[0].dtype == q.dtype else saved[0].contiguous()
         lse = q.new_empty(0, dtype=_real(q)) if lse is None else lse
         return _rows_first(out), lse, exact, saved[1]
 
     return forward_train
+
+
+def _run_to_train(layout: Layout, q, k, v, bound: Bound) -> tuple:
+    """(out, lse or None, (out in the compute dtype, lse_parts)), likewise."""
+    note(bound, q, k)
+    choice, problem, terms, _ = bound
+    if choice.train is None:  # the reference, whose backward row computes everything again
+        out, lse = choice.forward(problem._replace(lse=True), q, k, v, terms)
+        return out, lse, (out.to(_real(q)), torch.stack([lse, torch.zeros_like(lse)], -1))  # of the right shape
+    out = (_empty_out(q, v),) if choice.train in layout.into else ()
+    try:
+        return choice.train(problem, q, k, v, terms, *out)
+    except KernelError as error:
+        return _run_to_train(layout, q, k, v, after_failure(bound, error))
 
 
 def _backward(layout: Layout) -> Callable:
@@ -202,21 +211,30 @@ def _backward(layout: Layout) -> Callable:
         choice, problem, terms, backend = bound = layout.bind(q, k, v, options, True)
         if choice is not None:
             bound = derivative_of(problem, "backward", choice.row.backend, dlse is not None)
-        note(bound)
         if dout is None:
             dout = q.new_zeros(()).expand(out.shape)
         wants = [False] * len(terms)
         for place, want in zip(places, wanted[3:], strict=True):
             wants[place] = want
         wanted = *wanted[:3], layout.terms._make(wants)
-        with above_autograd() if bound.choice.row.backend == "reference" else nullcontext():
-            found = bound.choice.forward(bound.problem, q, k, v, terms, (out, lse_parts), dout, dlse, wanted)
-        *grads, of_terms = found
+        call = q, k, v, terms, (out, lse_parts), dout, dlse, wanted
+        *grads, of_terms = _run_backward(bound, backend, call)
         grads = [q.new_empty(0) if x is None else _rows_first(x) for x in grads]
         found = [of_terms[place] if wants[place] else None for place in places]
         return (*grads, *[q.new_empty(0) if x is None else x.contiguous() for x in found])
 
     return backward
+
+
+def _run_backward(bound: Bound, backend: str | None, call: tuple) -> tuple:
+    """(dq, dk, dv, gradients of terms), likewise."""
+    note(bound)
+    with above_autograd() if bound.choice.row.backend == "reference" else nullcontext():
+        try:
+            return bound.choice.forward(bound.problem, *call)
+        except KernelError as error:
+            failure = error
+    return _run_backward(after_failure(bound._replace(backend=backend), failure), backend, call)
 
 
 def _empty_out(q, v) -> torch.Tensor:

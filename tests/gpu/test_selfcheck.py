@@ -219,6 +219,30 @@ def test_a_fault_is_refused_with_its_figure(fault, monkeypatch, tmp_path):
     assert not any(json.loads(file.read_text()) for file in tmp_path.iterdir() if not needs_grad)
 
 
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("out", "out of a training call")]
+
+
+@pytest.mark.parametrize("fault", [*SLOW, "dk"])
+def test_a_fault_inside_a_graph(fault, monkeypatch):
+    """The operators of compiled graphs go on with the next row too."""
+    module, name, change, message, needs_grad = FAULTS[fault]
+    monkeypatch.setattr(module, name, wrong(module, name, change))
+    monkeypatch.setattr(dispatch, "KERNELS", without_cpu())
+    qkv, _ = on_device(BASE)
+    qkv = [x.requires_grad_(needs_grad) for x in qkv]
+
+    def attend(*qkv):
+        return fastattn.attention(*qkv, causal=True)
+
+    with pytest.warns(RuntimeWarning, match=message):
+        out = torch.compile(attend, backend="aot_eager", fullgraph=True)(*qkv)
+        found = [out, *(torch.autograd.grad(out, qkv, torch.ones_like(out)) if needs_grad else ())]
+    out = fastattn.attention(*qkv, causal=True, backend="reference")
+    expected = [out, *(torch.autograd.grad(out, qkv, torch.ones_like(out)) if needs_grad else ())]
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, atol=0.05, rtol=0.02)
+
+
 @pytest.mark.parametrize(
     "case", [BASE, pytest.param(BASE._replace(dtype="float32", causal=False), marks=pytest.mark.slow)]
 )
