@@ -34,11 +34,11 @@ def sparsemax(s: torch.Tensor) -> torch.Tensor:
     """max(s_j - tau, 0), with tau such that they sum to 1: the point of the simplex that is nearest to s."""
     s = _minus(s, _top(s))
     tau = thresholds(s, "sparsemax")
+    s = _minus(s, tau)
     if _is_ours(s):
-        return s.sub_(tau).relu_()
-    above = torch.relu(s - tau)
-    count = (above.detach() > 0.0).sum(-1, keepdim=True)
-    return torch.relu(s - (tau + (above.sum(-1, keepdim=True) - 1.0) / count.clamp(min=1)))
+        return s.relu_()
+    above = torch.relu(s)
+    return torch.relu(s - (above.sum(-1, keepdim=True) - 1.0) / _count(above).clamp(min=1.0))
 
 
 def entmax15(s: torch.Tensor) -> torch.Tensor:
@@ -48,12 +48,12 @@ def entmax15(s: torch.Tensor) -> torch.Tensor:
     tau = thresholds(s, "entmax15")
     if _is_ours(s):
         return s.mul_(0.5).sub_(tau).relu_().square_()
-    above = torch.relu(torch.sub(s / 2.0, tau))
+    s = s / 2.0 - tau
+    above = torch.relu(s)
     total, excess = above.sum(-1, keepdim=True), above.square().sum(-1, keepdim=True) - 1.0
-    count = (above.detach() > 0.0).sum(-1, keepdim=True)
     # Of sum (above - x)^2 = 1 the smaller root, without a difference of what is nearly equal.
-    root = torch.where(count > 0, total.square() - count * excess, 1.0).sqrt()
-    return torch.relu(s / 2.0 - (tau + excess / (total + root))).square()
+    root = (total.square() - _count(above) * excess).sqrt()
+    return torch.relu(s - excess / (total + root)).square()
 
 
 NORMALIZERS = {
@@ -106,6 +106,11 @@ def thresholds(s: torch.Tensor, rule: str, top_k: int = 1) -> torch.Tensor:
 def _top(s: torch.Tensor) -> torch.Tensor:
     """The largest score of each row, [..., 1]. A constant: no result depends on it."""
     return s.detach().amax(-1, keepdim=True)
+
+
+def _count(above: torch.Tensor) -> torch.Tensor:
+    """How many of a row are above 0, [..., 1]; a constant."""
+    return above.detach().sign().sum(-1, keepdim=True)
 
 
 def _minus(s: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
