@@ -17,6 +17,7 @@ import torch
 from ..dispatch import KernelError
 from ..kernels import launch
 from ..outputs import is_rough
+from ..torch_internals import above_autograd
 from ..transforms import dense
 from ..transforms.blocks import Block
 from ..transforms.slots import Call
@@ -83,7 +84,8 @@ def _check(name: str, before: int, problem, like: torch.Tensor, compare: Callabl
     if proven.read(device).keys() >= signatures.keys():
         return
     try:
-        with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+        # an operator of a graph runs below autograd
+        with above_autograd(), torch.no_grad(), torch.autocast(like.device.type, enabled=False):
             complaint = _complaint(compare())
     except Exception as error:  # of memory, say: no reason to refuse a kernel
         warnings.warn(f"self-check of {name}: {type(error).__name__}: {error}".splitlines()[0], RuntimeWarning, 2)

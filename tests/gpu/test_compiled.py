@@ -222,6 +222,7 @@ def test_spills_are_seen():
     assert kernel["spills"] > 0 and any(loop["spills"] for loop in kernel["loops"])
 
 
+@pytest.mark.skipif(triton.__version__.startswith("3.7."), reason="Triton 3.7 makes a matrix product of these sums")
 def test_products_without_matrix_instructions_are_seen():
     """Sums of float32 products, as the kernels for float32 have them: a loop like any other."""
     kernel = compile_product(80, 64, 16, MATRIX=False, num_warps=4)

@@ -11,7 +11,7 @@ import torch  # noqa: E402
 
 import fastattn  # noqa: E402
 from cases import Case  # noqa: E402
-from fastattn import dispatch, plans  # noqa: E402
+from fastattn import api, dispatch, plans  # noqa: E402
 from fastattn.backends import proven, selfcheck, triton  # noqa: E402
 from fastattn.kernels import backward, decode, launch, prefill, tuning  # noqa: E402
 from on_device import on_device  # noqa: E402
@@ -241,6 +241,20 @@ def test_a_fault_inside_a_graph(fault, monkeypatch):
     expected = [out, *(torch.autograd.grad(out, qkv, torch.ones_like(out)) if needs_grad else ())]
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x, y, atol=0.05, rtol=0.02)
+
+
+def test_below_autograd(monkeypatch):
+    """As an operator of a graph runs, the check of gradients differentiates all the same."""
+    (q, k, v), _ = on_device(BASE)
+    bound = api.bind(q.requires_grad_(), k, v, causal=True, backend="triton")
+    monkeypatch.setattr(backward, "backward", wrong(backward, "backward", add_to(0, (1, 1, 30))))
+    with torch.no_grad():
+        out, _, saved = bound.choice.train(*bound[1:2], q, k, v, bound.terms)
+    wanted = True, False, False, bound.terms._make([False] * len(bound.terms))
+    problem = dispatch.backward_of(bound.problem)
+    with torch._C._AutoDispatchBelowAutograd(), pytest.warns(RuntimeWarning, match=r"dq\[1, 1"):
+        with pytest.raises(dispatch.KernelError, match=r"dq\[1, 1"):
+            triton.backward(problem, q, k, v, bound.terms, saved, torch.ones_like(out), None, wanted)
 
 
 @pytest.mark.parametrize(
