@@ -64,6 +64,15 @@ struct DropoutStart {
   int64_t head = 0, query = 0, key = 0;
 };
 
+// Angles of positions: the first 2 * pairs columns of a row turn by those of its position.
+struct Rotary {
+  Tensor cos, sin;  // [batch, 1, positions, pairs], absent or both there
+  int64_t positions = 0, pairs = 0;
+  bool interleaved = false;  // columns 2 i and 2 i + 1 are a pair, not i and i + pairs
+
+  explicit operator bool() const { return (bool)cos; }
+};
+
 // The tensors are the callers', read and written in place; those that are absent have no data.
 struct Operands {
   int64_t batch, num_heads, num_heads_k, seqlen_q, seqlen_k, head_dim, head_dim_v;
@@ -78,12 +87,13 @@ struct Operands {
   Tensor alibi_slopes, sinks;  // [batch, num_heads, 1, 1]
   Tensor scales;               // the same, absent or instead of softmax_scale
   Tensor k_start, k_end;       // int32 [batch, num_heads, seqlen_q, 1]
+  Rotary rotary;               // of key j by position j, of query i by query_start + i
   BlockMask block_mask{};
   const BlockLists* blocks = nullptr;  // block_mask, by queries in a forward pass and by keys in a backward pass
   double softmax_scale, softcap;
   int64_t diagonal_lo, diagonal_hi;  // a query sees keys with lo <= key - query <= hi
-  int64_t query_start;               // where query 0 stands among the keys; ALiBi's distances count from there
-  double keep_factor = 1.0;          // of the weights that dropout leaves: 1 / (1 - dropout_p)
+  int64_t query_start;  // where query 0 stands among the keys; ALiBi's distances and rotary positions count from there
+  double keep_factor = 1.0;  // of the weights that dropout leaves: 1 / (1 - dropout_p)
   uint64_t seed = 0;
   DropoutStart dropout_start;
   uint32_t drop_below = 0;       // a weight is dropped if its word is below: dropout_p * 2^32
@@ -188,9 +198,8 @@ struct Sequences {
   // What is appended to the caches first: [count, num_heads_k, new_rows, columns]
   Tensor k, v;
   int64_t new_rows = 0;
-  Tensor rotary_cos, rotary_sin;  // [1, 1, positions, rotary_pairs], absent or both there
-  int64_t positions = 0, rotary_pairs = 0;
-  bool rotary_interleaved = false, rotary_steps = false;  // steps: query i turns by cache_seqlens + i, not all alike
+  Rotary rotary;              // of what is appended, and of the queries
+  bool rotary_steps = false;  // query i turns by cache_seqlens + i, not all alike
 };
 
 // Edges as compressed sparse rows; the bias of the Operands is [batch, num_heads, 1, num_edges]. Or transposed: row j holds

@@ -16,10 +16,11 @@ from .masks.intervals import Mask, Window, check_window
 from .operators import dense as operator
 from .plans import Bound, recall
 from .scores import dropout, scale
+from .scores import rotary as rotaries
 from .scores import softcap as softcap_scores
 from .scores.dropout import check_seed
 from .scores.relative import RelativeBias, Rewriting
-from .torch_internals import is_memoryless, num_dispatch_modes
+from .torch_internals import is_memoryless, is_transformed, num_dispatch_modes
 
 _Tensor, _is_grad_enabled = torch.Tensor, torch.is_grad_enabled
 _is_traced = torch.compiler.is_dynamo_compiling
@@ -39,6 +40,8 @@ def attention(
     alibi_slopes: torch.Tensor | None = None,
     bias: torch.Tensor | RelativeBias | None = None,
     sinks: torch.Tensor | None = None,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+    rotary_interleaved: bool = False,
     dropout_p: float = 0.0,
     seed: int | None = None,
     skip_negligible: bool | None = None,
@@ -65,6 +68,11 @@ def attention(
                   scores; an entry of -inf masks. Or an object of `fastattn.relative`: a bias that follows from
                   positions, with the gradients of its tables and without an n x n tensor
     sinks         [num_heads], any float dtype: one more logit a head in the softmax denominator
+    rotary        (cos, sin), float [positions, rotary_dim / 2] or [batch, positions, rotary_dim / 2], as of
+                  `fastattn.nn.Rotary.tables`: the first rotary_dim columns of q and k turn on their way into the
+                  products, key j by row j, query i by row i + seqlen_k - seqlen_q (arXiv 2104.09864). No turned q or k
+                  is stored
+    rotary_interleaved  columns 2 i and 2 i + 1 are a pair (GPT-J); else i and i + rotary_dim / 2 (GPT-NeoX, Llama)
     dropout_p     probability in [0, 1) that a weight is dropped (the others grow by 1 / (1 - dropout_p))
     seed          of the dropout mask, 0 ... 2^63 - 1; None draws one from torch's generator
     skip_negligible  leave out tiles of keys whose weights must all underflow to 0, which no result shows (but for the
@@ -91,22 +99,28 @@ def attention(
     if not is_traced:
         if backend is None:
             backend = current_backend()
-        if mask is window_size is alibi_slopes is bias is sinks is seed is None and (causal is False or causal is True):
-            settings = causal, softmax_scale, softcap, dropout_p, skip_negligible, return_lse, backend
+        if mask is window_size is alibi_slopes is bias is sinks is rotary is seed is None and type(causal) is bool:
+            settings = (
+                causal,
+                softmax_scale,
+                softcap,
+                dropout_p,
+                skip_negligible,
+                rotary_interleaved,
+                return_lse,
+                backend,
+            )
             bound = recall(q, k, v, settings)
     if bound is None:
         options = {
             "mask": mask, "causal": causal, "window_size": window_size, "softmax_scale": softmax_scale,
-            "softcap": softcap, "alibi_slopes": alibi_slopes, "bias": bias, "sinks": sinks, "dropout_p": dropout_p,
-            "seed": seed, "skip_negligible": skip_negligible, "return_lse": return_lse, "backend": backend,
+            "softcap": softcap, "alibi_slopes": alibi_slopes, "bias": bias, "sinks": sinks, "rotary": rotary,
+            "rotary_interleaved": rotary_interleaved, "dropout_p": dropout_p, "seed": seed,
+            "skip_negligible": skip_negligible, "return_lse": return_lse, "backend": backend,
         }  # fmt: skip
-        if isinstance(bias, Rewriting):
-            return bias.attend(attention, bind, q, k, v, options)
-        if jagged.is_jagged(q):
-            return jagged.attend(q, k, v, options)
-        bound = None if is_traced else bind(q, k, v, **options)
-        if is_traced or (bound.choice and is_memoryless(q) and not bound.choice.takes_meta):
-            return _traced(q, k, v, **options)
+        bound, result = _bound_or_done(q, k, v, is_traced, options)
+        if bound is None:
+            return result
     if bound.problem.dropout and bound.terms.seed is None:
         seed = torch.randint(2**63 - 1, ())
         seed = seed if bound.problem.transformed else int(seed)  # under vmap, perhaps one a sample
@@ -124,9 +138,26 @@ def attention(
             bound = plans.after_failure(bound, error)
 
 
+def _bound_or_done(q, k, v, is_traced, options: dict) -> tuple[Bound | None, object]:
+    """(the call bound to a kernel, None), or (None, its result) where it becomes another call or an operator."""
+    rotary, bias = options["rotary"], options["bias"]
+    if jagged.is_jagged(q):
+        return None, jagged.attend(q, k, v, options)
+    if rotary is not None and _turns_before(q, rotary, bias, is_traced, options["backend"]):
+        return None, _turned_before(q, k, v, options)
+    if isinstance(bias, Rewriting):
+        return None, bias.attend(attention, bind, q, k, v, options)
+    bound = None if is_traced else bind(q, k, v, **options)
+    if is_traced or (bound.choice and is_memoryless(q) and not bound.choice.takes_meta):
+        return None, _traced(q, k, v, **options)
+    if rotary is not None and (bound.choice is None or bound.choice.is_fallback):
+        return None, _turned_before(q, k, v, options)
+    return bound, None
+
+
 def _traced(
-    q, k, v, *, mask, causal, window_size, softmax_scale, softcap, alibi_slopes, bias, sinks, dropout_p, seed,
-    skip_negligible, return_lse, backend,
+    q, k, v, *, mask, causal, window_size, softmax_scale, softcap, alibi_slopes, bias, sinks, rotary,
+    rotary_interleaved, dropout_p, seed, skip_negligible, return_lse, backend,
 ):  # fmt: skip
     """`attention` as an operator: in graphs, and for tensors without memory. What depends on the values of tensors,
     and whether shapes fit, is checked when the operator runs."""
@@ -138,6 +169,8 @@ def _traced(
     tensors = {name: x for name, x in tensors.items() if x is not None}
     if bias is not None:
         _add_bias(tensors, bias, q, k)
+    if rotary is not None:
+        tensors["rotary_cos"], tensors["rotary_sin"] = rotaries.checked(rotary)
     windows = _add_mask(tensors, mask, window_size)
     number = softmax_scale
     if isinstance(softmax_scale, _Tensor):
@@ -153,6 +186,7 @@ def _traced(
         "softcap": softcap_scores.TERM.check(softcap) or None,
         "dropout_p": dropout.P.check(dropout_p) or None,
         "skip_negligible": None if skip_negligible is None else check_flag("skip_negligible", skip_negligible),
+        "rotary_interleaved": check_flag("rotary_interleaved", rotary_interleaved) or None,
         "return_lse": return_lse or None,
         "backend": dispatch.check_backend(backend, "backend"),
     }
@@ -162,7 +196,8 @@ def _traced(
 
 def bind(
     q, k, v, *, mask=None, causal=False, window_size=None, softmax_scale=None, softcap=0.0, alibi_slopes=None,
-    bias=None, sinks=None, dropout_p=0.0, seed=None, skip_negligible=None, return_lse=False, backend=None,
+    bias=None, sinks=None, rotary=None, rotary_interleaved=False, dropout_p=0.0, seed=None, skip_negligible=None,
+    return_lse=False, backend=None,
 ) -> Bound:  # fmt: skip
     """The call that these arguments of `attention` are, checked. It computes nothing and draws no seed."""
     tensors, windows = {}, ()
@@ -170,7 +205,7 @@ def bind(
         check_seed(seed)
     if causal is not True and causal is not False:
         causal = check_flag("causal", causal, '; mask=Mask.causal("top_left") is torch\'s alignment')
-    settings = causal, softmax_scale, softcap, dropout_p, skip_negligible, return_lse, backend
+    settings = causal, softmax_scale, softcap, dropout_p, skip_negligible, rotary_interleaved, return_lse, backend
     try:
         needs_grad = _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         if mask is not None or window_size is not None:
@@ -181,6 +216,8 @@ def bind(
             tensors["alibi_slopes"] = alibi_slopes
         if sinks is not None:
             tensors["sinks"] = sinks
+        if rotary is not None:
+            _add_rotary(tensors, rotary, q, k)
         if isinstance(softmax_scale, _Tensor):
             tensors["softmax_scale"], settings = softmax_scale, (causal, None, *settings[2:])
         if _is_grad_enabled() and not needs_grad:
@@ -191,6 +228,23 @@ def bind(
     except AttributeError:
         check_tensors(q=q, k=k, v=v, **{name: x for name, x in tensors.items() if name not in ("seed", "block_mask")})
         raise
+
+
+def _turns_before(q, rotary, bias, is_traced, backend) -> str:
+    """Why q and k are turned before the call, by torch's operators; "": they are not."""
+    if rotaries.wants_grad(rotary):
+        return "the tables have gradients, which no kernel computes"
+    if isinstance(bias, Rewriting):
+        return f"bias={bias!r} reads q and k as they are then"
+    if not is_traced:
+        return "a transform differentiates by q and k" if is_transformed() else ""
+    return "Triton's kernels take q and k turned" if q.device.type != "cpu" or backend == "triton" else ""
+
+
+def _turned_before(q, k, v, options: dict):
+    """`attention` without rotary=, of q and k turned."""
+    q, k = rotaries.before(q, k, options["rotary"], options["rotary_interleaved"])
+    return attention(q, k, v, **options | {"rotary": None, "rotary_interleaved": False})
 
 
 class Explanation(str):
@@ -208,7 +262,17 @@ def explain(*args, backend: str | None = None, **kwargs) -> Explanation:
     else:
         if unknown := kwargs.keys() - inspect.signature(bind).parameters.keys():
             raise misnamed("explain", (), unknown)
-        problem = bind(*args, backend=backend, **kwargs).problem
+        bound, why = bind(*args, backend=backend, **kwargs), ""
+        if (rotary := kwargs.get("rotary")) is not None:
+            why = _turns_before(args[0] if args else kwargs["q"], rotary, kwargs.get("bias"), False, backend)
+            if not why and (bound.choice is None or bound.choice.is_fallback):
+                why = "no kernel but the reference turns them"
+        if why:
+            bound = bind(*args, backend=backend, **kwargs | {"rotary": None, "rotary_interleaved": False})
+            return Explanation(
+                f"{dispatch.explain(bound.problem, backend)}\n  rotary: q and k are turned before, {why}"
+            )
+        problem = bound.problem
     return Explanation(dispatch.explain(problem, backend))
 
 
@@ -252,6 +316,12 @@ def _add_bias(tensors: dict, bias, q, k) -> None:
         tensors["bias"] = bias
     elif all(isinstance(x, _Tensor) and x.dim() == 4 for x in (q, k)):  # else the checks of q and k say so
         tensors |= bias.terms(q, k)
+
+
+def _add_rotary(tensors: dict, rotary, q, k) -> None:
+    """The rows of the tables that the call reads into `tensors`."""
+    if all(isinstance(x, _Tensor) and x.dim() == 4 for x in (q, k)):  # else the checks of q and k say so
+        tensors |= rotaries.tables(rotary, q, k)
 
 
 def _add_mask(tensors: dict, mask, window_size) -> tuple[Window, ...]:

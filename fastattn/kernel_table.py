@@ -60,6 +60,7 @@ _TRITON = {
     "head_dim_v": range(1, 257),
     "relative": {False},
     "dropout_start": {False},  # they draw by places in their own call
+    "rotary": {False},
     **_DENSE,
 }
 _TRITON_DECODE = {
@@ -88,14 +89,19 @@ _TRITON_ALL = {  # in one call: distances and random numbers count from a sequen
     **_TRITON_EACH, "layout": {"varlen"}, "alibi": {False}, "dropout": {False}, "transformed": {False},
 }  # fmt: skip
 _TRITON_CACHE = {**_TRITON_ALL, "layout": {"cache"}, "seqlen_q": _TRITON_DECODE["seqlen_q"]}
-_DERIVATIVES, _OF_CPU, _CPU_OTHERS = ("tangent", "second"), "fastattn.backends.cpu", ("tangent", "statistics")
+_DERIVATIVES, _OF_CPU = ("tangent", "second"), "fastattn.backends.cpu"
+_TURNED = {"rotary": {False}}  # q and k are, where rotary embedding turns them
+_CPU_OTHERS = {"tangent": _TURNED, "statistics": {}}
 IN_BLOCKS = *_DERIVATIVES, "statistics"
 """What the reference computes in blocks of rows, without n x n memory."""
 
 KERNELS = (
     Row("cpu.decode", "fastattn.backends.cpu:decode", "fastattn.backends.cpu:unavailable", _CPU_DECODE),
     *_rows_of("cpu", "prefill", "backward", _CPU),
-    *(Row(f"cpu.{x}", f"{_OF_CPU}:{x}", f"{_OF_CPU}:unavailable", {**_CPU, "direction": {x}}) for x in _CPU_OTHERS),
+    *(
+        Row(f"cpu.{x}", f"{_OF_CPU}:{x}", f"{_OF_CPU}:unavailable", {**_CPU, "direction": {x}, **limits})
+        for x, limits in _CPU_OTHERS.items()
+    ),
     Row("triton.decode", "fastattn.backends.triton:decode", "fastattn.backends.triton:unavailable", _TRITON_DECODE),
     *_rows_of("triton", "prefill", "backward", _TRITON),
     *_rows_of("cpu", "csr", "csr_backward", _CPU_CSR),
@@ -127,7 +133,7 @@ KERNELS = (
     Row("reference.csr", f"{_REFERENCE}:csr", None, {**_OF_CSR, **_FORWARD}),
     Row("reference.csr_backward", f"{_REFERENCE}:csr_backward", None, {**_OF_CSR, "direction": {"backward"}}),
     *(Row(f"reference.csr_{x}", f"{_REFERENCE}:csr_{x}", None, {**_OF_CSR, "direction": {x}}) for x in _DERIVATIVES),
-    *(Row(f"reference.{x}", f"{_REFERENCE}:{x}", None, {**_OF_DENSE, "direction": {x}}) for x in IN_BLOCKS),
+    *(Row(f"reference.{x}", f"{_REFERENCE}:{x}", None, {**_OF_DENSE, **_TURNED, "direction": {x}}) for x in IN_BLOCKS),
     Row("reference.backward", f"{_REFERENCE}:backward", None, {**_OF_DENSE, "direction": {"backward"}}),
     Row("reference", f"{_REFERENCE}:forward", None, {**_OF_DENSE, **_FORWARD}),
 )

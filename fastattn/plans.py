@@ -118,7 +118,7 @@ def find(q, k, v, windows: tuple[Window, ...], tensors: dict, settings: tuple, n
     """The call with these arguments, checked once for each kind of call.
 
     windows   diagonal bounds beside `causal`; tensors: terms by name, and the seed
-    settings  causal, softmax_scale, softcap, dropout_p, skip_negligible, return_lse, backend
+    settings  causal, softmax_scale, softcap, dropout_p, skip_negligible, rotary_interleaved, return_lse, backend
     """
     seed = tensors.pop("seed", None)
     key, lengths = signature(q, k, v, tensors)
@@ -129,10 +129,10 @@ def find(q, k, v, windows: tuple[Window, ...], tensors: dict, settings: tuple, n
         plan = None
     if plan is None:
         windows = (*windows, *_CAUSAL) if settings[0] else windows
-        names = ("softmax_scale", "softcap", "dropout_p", "skip_negligible")
-        facts = {"lse": check_flag("return_lse", settings[5]), "needs_grad": needs_grad}
-        numbers = dict(zip(names, settings[1:5], strict=True))
-        plan = make(key, q, k, v, windows, tensors, numbers, facts, settings[6])
+        names = ("softmax_scale", "softcap", "dropout_p", "skip_negligible", "rotary_interleaved")
+        facts = {"lse": check_flag("return_lse", settings[6]), "needs_grad": needs_grad}
+        numbers = dict(zip(names, settings[1:6], strict=True))
+        plan = make(key, q, k, v, windows, tensors, numbers, facts, settings[7])
     if seed is not None:
         tensors["seed"] = seed
     bound = plan.at(lengths)
@@ -180,6 +180,8 @@ def make(key: tuple, q, k, v, windows: tuple[Window, ...], tensors: dict, number
     numbers = check_terms(problem, q.device, tensors, numbers)
     if "softmax_scale" not in tensors and numbers["softmax_scale"] is None:
         numbers["softmax_scale"] = problem.head_dim**-0.5
+    if numbers["rotary_interleaved"] and "rotary_cos" not in tensors:
+        raise ValueError("rotary_interleaved=True says how rotary= turns; pass rotary=(cos, sin), too")
     dispatch.check_backend(backend, "backend")
     values = numbers | tensors
     facts |= {term.fact[0]: term.fact[1](values[term.name]) for term in TERMS if term.fact and term.name in values}

@@ -53,6 +53,7 @@ class Problem(namedtuple("Problem", _FIELDS, defaults=_DEFAULTS.values())):
     bias                 dtype of the additive bias, or "none"
     alibi softcap sinks  whether that score modification is on; relative: a bias of each distance
     learned_scale        softmax_scale is a tensor
+    rotary               q and k are turned by the positions of their rows
     dropout lse          whether dropout is on, whether lse is returned
     direction            "forward" | "backward" | "tangent" (of the forward pass) | "second" (derivatives of either) |
                          "statistics" (of the weights, without values)

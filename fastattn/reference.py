@@ -12,6 +12,7 @@ import torch
 from .scores import Place
 from .scores.dropout import DropoutStart, dropout_mask_at
 from .scores.relative import spread
+from .scores.rotary import turn_rows
 from .terms import SCORE_TERMS
 from .torch_internals import is_traced
 
@@ -32,6 +33,9 @@ def attention(
     dropout_p: float = 0.0,
     seed: int = 0,
     dropout_start: DropoutStart | None = None,
+    rotary_cos: torch.Tensor | None = None,
+    rotary_sin: torch.Tensor | None = None,
+    rotary_interleaved: bool = False,
     **modifications,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) for q [B, H, Sq, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv], H a multiple of Hk.
@@ -41,6 +45,7 @@ def attention(
     query_start    key position of query 0, from which ALiBi counts; default Sk - Sq
     sinks          [H]
     dropout_start  where the call stands in another one, whose weights it drops; None: nowhere else
+    rotary_cos     [Sk, pairs] or [B, Sk, pairs], as rotary_sin: q and k are turned first (`fastattn.scores.rotary`)
     modifications  of the scores, by the names of `fastattn.terms.SCORE_TERMS`:
                    softmax_scale, a number, or a tensor with one or with [H], default D ** -0.5; softcap;
                    alibi_slopes [H] or [B, H]; bias broadcastable to [B, H, Sq, Sk]; relative
@@ -51,6 +56,10 @@ def attention(
     all: NaN or Inf in it never reaches the result.
     """
     q, k, v, dtype = *_upcast(q, k, v), q.dtype
+    if rotary_cos is not None:
+        angles = rotary_cos, rotary_sin, rotary_interleaved
+        first = k.shape[2] - q.shape[2] if query_start is None else query_start
+        q, k = turn_rows(q, first, *angles), turn_rows(k, 0, *angles)
     scores, visible, _ = _scores(q, k, visible, query_start, modifications)
     p, lse = _softmax(scores, sinks)
     if dropout_p > 0.0:

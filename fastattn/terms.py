@@ -8,7 +8,7 @@ from collections import namedtuple
 
 from .checks import check_flag
 from .masks.intervals import UNBOUNDED
-from .scores import SCORES, Term, alibi, bias, dropout, relative, scale, sinks, softcap
+from .scores import SCORES, Term, alibi, bias, dropout, relative, rotary, scale, sinks, softcap
 
 
 def _check_skip(value) -> bool | None:
@@ -35,6 +35,9 @@ TERMS = (
     dropout.START,
     Term("skip_negligible", check=_check_skip),
     relative.TERM,
+    rotary.COS,
+    rotary.SIN,
+    rotary.INTERLEAVED,
 )
 
 SCORE_TERMS = (scale.TERM, softcap.TERM, bias.TERM, relative.TERM, alibi.TERM)
@@ -63,6 +66,8 @@ class Terms(namedtuple("Terms", [term.name for term in TERMS], defaults=[term.ne
     dropout_start        a DropoutStart where the call drops weights as a part of another one; None: it is none
     skip_negligible      whether a kernel looks for keys whose weights are all 0, to skip them; None: where it knows
                          that this pays. No result depends on it
+    rotary_cos, _sin     [seqlen_k, pairs], or with a batch: angles by which key j turns (row j) and query i (row
+                         query_start + i), before the product; rotary_interleaved: which columns are a pair
     """
 
     __slots__ = ()

@@ -17,6 +17,8 @@ class Options(TypedDict, total=False):
     alibi_slopes: Tensor | None
     bias: Tensor | RelativeBias | None
     sinks: Tensor | None
+    rotary: tuple[Tensor, Tensor] | None
+    rotary_interleaved: bool
     dropout_p: float
     seed: int | None
     skip_negligible: bool | None

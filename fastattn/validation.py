@@ -85,6 +85,10 @@ def mask_kind(tensors: dict, lo: int, hi: int) -> str:
     return "causal" if lo == -UNBOUNDED else "window"
 
 
+def _is_of(shape: tuple[int, ...], target: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(target) and all(size in (x, None) for x, size in zip(shape, target, strict=True))
+
+
 def _check_dtype(term, x: torch.Tensor) -> None:
     if dtype_name(x.dtype) in term.dtypes:
         return
@@ -97,8 +101,9 @@ def _check_dtype(term, x: torch.Tensor) -> None:
 
 
 def _check_shape(term, shape: tuple[int, ...], problem: Problem) -> None:
-    targets = [tuple(1 if size == "1" else getattr(problem, size) for size in sizes) for sizes in term.shapes]
-    if shape in targets or (term.broadcast and broadcasts(shape, targets[0])):
+    # A size that no Problem has, None, may be any: who reads the argument has checked it.
+    targets = [tuple(1 if size == "1" else getattr(problem, size, None) for size in sizes) for sizes in term.shapes]
+    if any(_is_of(shape, target) for target in targets) or (term.broadcast and broadcasts(shape, targets[0])):
         return
     name = term.argument or term.name
     texts = [f"[{', '.join(sizes)}]" if sizes not in ((), ("1",)) else "one number" for sizes in term.shapes]

@@ -52,6 +52,13 @@ PlacedSequences::PlacedSequences(const Operands& whole, const Sequences& s) : wh
   sequences.resize(s.count);
   place_queries();
   s.is_cache || s.block_table ? place_in_cache() : place_keys();
+  if (!whole.rotary.pairs) return;
+  for (const Sequence& one : sequences)
+    if (one.k_rows > whole.rotary.positions || one.q_rows > one.k_rows)
+      throw std::invalid_argument("rotary: sequence " + std::to_string(&one - sequences.data()) + " has " +
+                                  std::to_string(one.q_rows) + " queries and " + std::to_string(one.k_rows) +
+                                  " keys; it must have no more queries than keys, and no more keys than the " +
+                                  std::to_string(whole.rotary.positions) + " positions of the tables");
 }
 
 void PlacedSequences::place_queries() {
@@ -91,8 +98,8 @@ void PlacedSequences::place_in_cache() {
     if (s.cache_leftpad)
       one.k_row = in_range("cache_leftpad", i, entry(s.cache_leftpad, i), seqlen, "the cache_seqlens of the sequence");
     one.k_rows = seqlen + s.new_rows - one.k_row;
-    if (s.rotary_cos && seqlen + std::max(s.new_rows, s.rotary_steps ? one.q_rows : 1) > s.positions)
-      refuse(name, i, seqlen, "leads beyond the " + std::to_string(s.positions) + " positions of rotary_cos");
+    if (s.rotary && seqlen + std::max(s.new_rows, s.rotary_steps ? one.q_rows : 1) > s.rotary.positions)
+      refuse(name, i, seqlen, "leads beyond the " + std::to_string(s.rotary.positions) + " positions of rotary_cos");
     if (s.block_table) {
       place_in_pages(i, one.k_row, seqlen + s.new_rows);
       continue;
@@ -183,7 +190,7 @@ void append_head(void* context, int64_t index, int) {
   Operands p = a.placed.operands(i);
   p.link_factors();
   const int64_t at = p.seqlen_k - a.s.new_rows, position = a.placed.sequences[i].k_row + at;
-  RowMove move{a.s.k, p.k, i, head, 0, at, a.s.new_rows, whole.head_dim, position, 1, (bool)a.s.rotary_cos};
+  RowMove move{a.s.k, p.k, i, head, 0, at, a.s.new_rows, whole.head_dim, position, 1, (bool)a.s.rotary};
   if (head >= 2 * whole.num_heads_k) {
     const int64_t rows = p.seqlen_q;
     head -= 2 * whole.num_heads_k;
@@ -201,7 +208,7 @@ void append(Operands& whole, const Sequences& s, const PlacedSequences& placed, 
             int threads) {
   if (!s.new_rows || !s.count) return;
   Appending a{whole, s, placed, instruction_set().kernels_for(whole.q.dtype), {}};
-  if (s.rotary_cos) {
+  if (s.rotary) {
     const int64_t rows = whole.seqlen_q, D = whole.head_dim;
     a.rotated = whole.q;
     a.rotated.stride[3] = 1, a.rotated.stride[2] = D, a.rotated.stride[1] = rows * D;

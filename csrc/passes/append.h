@@ -1,22 +1,9 @@
 // Rows on their way into a cache, or queries before the product: rotary embedding, and rounding to what the target holds.
 #pragma once
 #include "kernels.h"
-#include "rows/rows.h"
+#include "rows/rotary.h"
 
 namespace fastattn::FASTATTN_ISA {
-
-// Turns the first 2 * pairs elements by the angles of a position, computed in Real.
-template <class Real>
-void rotate_row(const Sequences& s, int64_t position, Real* row) {
-  const int64_t pairs = s.rotary_pairs, step = s.rotary_interleaved ? 2 : 1, apart = s.rotary_interleaved ? 1 : pairs;
-  for (int64_t i = 0; i < pairs; i++) {
-    const Real c = load_number<Real>(s.rotary_cos, 0, 0, position, i);
-    const Real n = load_number<Real>(s.rotary_sin, 0, 0, position, i);
-    Real &x = row[i * step], &y = row[i * step + apart];
-    const Real turned = x * c - y * n;
-    y = x * n + y * c, x = turned;
-  }
-}
 
 // A row as integers -127 ... 127 times a factor. A row that is not finite has a factor of NaN, which shows in the result.
 template <class Real>
@@ -39,7 +26,7 @@ void move_rows(const RowMove& m, const Sequences& s, char* memory) {
   Real* row = (Real*)memory;
   for (int64_t j = 0; j < m.rows; j++) {
     load_row(m.from, m.batch, m.head, j, m.columns, row);
-    if (m.turns) rotate_row(s, m.position + j * m.step, row);
+    if (m.turns) turn_row(s.rotary, 0, m.position + j * m.step, row, m.columns, row);
     if (m.to.dtype == DType::int8)
       store_int8_row(row, m.columns, m.to, m.to_batch, m.head, m.to_row + j);
     else

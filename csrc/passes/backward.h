@@ -22,6 +22,7 @@ void store_dq(const Operands& p, const Gradients& g, int64_t batch, int64_t head
   const Real scale = (Real)scale_of(p, head);
   for (int64_t r = 0; r < count; r++) {
     Real* row = rows + r * p.head_dim;
+    if (p.rotary) turn_row<true>(p.rotary, batch, p.query_start + query + r, row, p.head_dim, row);
     if (g.scale_sums)
       g.scale_sums[(batch * p.num_heads + head) * p.seqlen_q + query + r] =
           scale_gradient(p, batch, head, query + r, row);
@@ -82,8 +83,8 @@ class KeyRange {
       finish_dq(!partial);
       score_gradients.finish_head([&](int64_t query) { return s.panels[query / NR].sums; });
     }
-    finish_keys(g.dk, s.dk, D);
-    finish_keys(g.dv, s.dv, Dv);
+    finish_keys(g.dk, s.dk, D, (bool)p.rotary);
+    finish_keys(g.dv, s.dv, Dv, false);
     if (finite || !any_masked || careful) {
       if (skipped_pairs) __atomic_fetch_add(p.skipped_pairs, skipped_pairs, __ATOMIC_RELAXED);
       return true;
@@ -136,7 +137,7 @@ class KeyRange {
         panel.softmax.log_sum[r] = (Real)__builtin_inf();
         continue;
       }
-      load_row(p.q, u.batch, head, query + r, D, s.row);
+      load_query(p, u.batch, head, query + r, s.row);
       for (int64_t d = 0; d < D; d++) s.row[d] *= scale;
       copy_row(s.row, D, query + r, s.q_rows);
       load_row(g.dout, u.batch, head, query + r, Dv, dout);
@@ -204,7 +205,7 @@ class KeyRange {
     if (visits.lo == visits.hi) return;
     keys = smaller<int64_t>(b.n_block, k_hi - lo);
     for (int64_t j = 0; j < keys; j++) {
-      load_row(p.k, u.batch, u.head_k, lo + j, D, s.k + j * s.k_stride);
+      load_key(p, u.batch, u.head_k, lo + j, s.k + j * s.k_stride);
       load_row(p.v, u.batch, u.head_k, lo + j, Dv, s.v + j * s.v_stride);
     }
     if (skips) key_norm = largest_norm<Real>({s.k, s.k_stride}, keys, D);
@@ -324,7 +325,7 @@ class KeyRange {
     }
   }
 
-  void finish_keys(const Tensor& t, const Real* gradient, int64_t columns) {
+  void finish_keys(const Tensor& t, const Real* gradient, int64_t columns, bool turns) {
     if (!t) return;
     const int64_t panels = column_panels(columns, NR);
     if (any_masked && finite) finite = all_finite(gradient, round_up(k_hi - k_lo, b.n_block) * panels * NR);
@@ -332,6 +333,7 @@ class KeyRange {
       const int64_t tile = (key - k_lo) / b.n_block, j = (key - k_lo) % b.n_block;
       for (int64_t c = 0; c < panels; c++)
         for (int64_t d = 0; d < NR; d++) s.row[c * NR + d] = gradient[((tile * panels + c) * b.n_block + j) * NR + d];
+      if (turns) turn_row<true>(p.rotary, u.batch, key, s.row, columns, s.row);
       store_row(s.row, (Real)1, columns, t, u.batch, u.head_k, key);
     }
   }

@@ -108,7 +108,7 @@ class DecodeUnit {
         v_block(block_keys(v_loads.row_bytes())),
         q_size(k_loads.vectors() * L),
         out_size(v_loads.vectors() * L),
-        k_copied(p.k.stride[3] != 1 || p.head_dim < Rows::step || uneven(p.k)),
+        k_copied(p.rotary || p.k.stride[3] != 1 || p.head_dim < Rows::step || uneven(p.k)),
         v_copied(p.v.stride[3] != 1 || p.head_dim_v < Rows::step || uneven(p.v)),
         careful(careful),
         s(layout(p, b, memory)) {
@@ -125,7 +125,7 @@ class DecodeUnit {
                    0};
       Real* row = s.plain + r * s.plain_stride;
       for (int64_t d = p.head_dim; d < k_loads.padded; d++) row[d] = 0;
-      load_row(p.q, u.batch, place.head, place.query, p.head_dim, row);
+      load_query(p, u.batch, place.head, place.query, row);
       const Real scale = (Real)(scale_of(p, place.head) * unit);
       for (int64_t d = 0; d < p.head_dim; d++) row[d] *= scale;
     }
@@ -205,6 +205,7 @@ class DecodeUnit {
       const int64_t n = smaller((key / block + 1) * block, keys.hi) - key;
       if (copies) {
         copy_rows(t, u.batch, head_k, key, n, loads.columns, copies, loads.row_bytes());
+        if (p.rotary && &t == &p.k) turn_copies(key, n, copies, loads.row_bytes());
         body(key, n, RowRuns{runs, n, n, loads.row_bytes(), nullptr});
       } else {
         RowRuns rows = runs_of(t, u.batch, head_k, key, n, runs);
@@ -215,6 +216,17 @@ class DecodeUnit {
         body(key, n, rows);
       }
       key += n;
+    }
+  }
+
+  // Copies of keys, `bytes` apart, turned and rounded to their dtype again.
+  void turn_copies(int64_t key, int64_t n, char* copies, int64_t bytes) {
+    const Tensor rows{copies, {0, 0, bytes / bytes_of(p.k.dtype), 1}, p.k.dtype};
+    Real* row = s.plain;  // the queries are packed by now
+    for (int64_t j = 0; j < n; j++) {
+      load_row(rows, 0, 0, j, p.head_dim, row);
+      turn_row(p.rotary, u.batch, key + j, row, p.head_dim, row);
+      store_row(row, (Real)1, p.head_dim, rows, 0, 0, j);
     }
   }
 

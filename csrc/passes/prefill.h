@@ -212,7 +212,7 @@ class ForwardUnit {
                   keys = smaller<int64_t>(b.n_block, p.seqlen_k - key);
     double* facts = p.tile_facts + ((u.batch * p.num_heads_k + head_k) * count + index) * 2;
     const double norm = known(facts, [&] {
-      return largest_norm(tile_rows(p.k, u.batch, head_k, key, keys, p.head_dim, s.k, s.k_stride), keys, p.head_dim);
+      return largest_norm(key_rows(p, u.batch, head_k, key, keys, s.k, s.k_stride), keys, p.head_dim);
     });
     auto finite = [&] {
       Real* buffer = s.v[tiles % 2];
@@ -247,7 +247,7 @@ class ForwardUnit {
     modifier.load_tile(u.batch, u.head, u.row, tile);
     Real* v_copies = s.v[tiles % 2];
     const LoadedTile loaded{
-        tile, tile_rows(p.k, u.batch, head_k, tile.lo, keys, p.head_dim, s.k, s.k_stride, copies_k),
+        tile, key_rows(p, u.batch, head_k, tile.lo, keys, s.k, s.k_stride, copies_k),
         tile_rows(p.v, u.batch, head_k, tile.lo, keys, p.head_dim_v, v_copies, s.v_stride, copies_v)};
     if (panels <= few_panels) {  // waits for memory: in the order of addresses, which the products do not keep
       if (loaded.k.data != s.k) touch(loaded.k, keys, p.head_dim);

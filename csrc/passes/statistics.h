@@ -143,7 +143,7 @@ class StatisticsUnit {
   void visit_tile(const Unit& u, const KeyTile& tile, Real* key_mass) {
     const int64_t keys = tile.hi - tile.lo, D = p.head_dim;
     modifier.load_tile(u.batch, u.head, u.row, tile);
-    const TileRows<Real> k = tile_rows(p.k, u.batch, p.head_k(u.head), tile.lo, keys, D, s.k, s.k_stride);
+    const TileRows<Real> k = key_rows(p, u.batch, p.head_k(u.head), tile.lo, keys, s.k, s.k_stride);
     clear_rows<Real, 1>(s.key_sums, L, keys);
     for (int i = 0; i < panels; i++) {
       const StatisticsPanel<Real>& panel = s.panels[i];

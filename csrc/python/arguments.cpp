@@ -13,7 +13,7 @@ std::vector<const char*> names_of_terms() {
   std::vector<const char*> names;
   for (const TensorTerm& term : tensor_terms) names.push_back(term.name);
   for (const char* name : {"softcap", "diagonal_lo", "diagonal_hi", "query_start", "block_mask", "dropout_p", "seed",
-                           "dropout_start", "skip_negligible"})
+                           "dropout_start", "skip_negligible", "rotary_cos", "rotary_sin", "rotary_interleaved"})
     names.push_back(name);
   return names;
 }
@@ -144,6 +144,32 @@ Tensor placed(View view, const char* name, const TensorTerm& term, const Sizes& 
   return align(with_row(view, name), name, sizes, 0);
 }
 
+// [positions, pairs], or where there is one batch a head also [batch, positions, pairs], as [batch, 1, positions, pairs].
+Tensor table_of(View v, const char* name, const Operands& p, const Rotary& r) {
+  if (v.ndim == 3) {  // the table lacks heads
+    for (int i = 3; i > 1; i--) v.shape[i] = v.shape[i - 1], v.stride[i] = v.stride[i - 1];
+    v.shape[1] = 1, v.stride[1] = 0, v.ndim = 4;
+  }
+  const Tensor t = broadcast(v, name, {p.batch, 1, r.positions, r.pairs});
+  check_dtype(t, name, Holds::floats);
+  return t;
+}
+
+void read_rotary(const Fields::Values& terms, Operands& p, Owned& owned) {
+  if ((terms[kRotaryCos] == Py_None) != (terms[kRotarySin] == Py_None))
+    refuse("rotary_cos and rotary_sin", "must be given together");
+  if (terms[kRotaryCos] == Py_None) return;
+  const View cos = read(terms[kRotaryCos], owned), sin = read(terms[kRotarySin], owned);
+  if (cos.ndim != sin.ndim || (cos.ndim != 2 && cos.ndim != 3))
+    refuse("rotary_cos and rotary_sin", "must be [positions, rotary_dim / 2] or [batch, positions, rotary_dim / 2]");
+  p.rotary.positions = cos.shape[cos.ndim - 2], p.rotary.pairs = cos.shape[cos.ndim - 1];
+  if (p.rotary.pairs > p.head_dim / 2) refuse("rotary_cos", "must have at most head_dim / 2 columns");
+  for (int i = 0; i < cos.ndim; i++)
+    if (sin.shape[i] != cos.shape[i]) refuse("rotary_sin", "must have the shape of rotary_cos");
+  p.rotary.interleaved = integer(terms[kRotaryInterleaved]) != 0;
+  p.rotary.cos = table_of(cos, "rotary_cos", p, p.rotary), p.rotary.sin = table_of(sin, "rotary_sin", p, p.rotary);
+}
+
 // A result that may be left out.
 Tensor result(PyObject* object, const char* name, const Sizes& sizes, DType dtype, int missing_right = 0) {
   return object == Py_None ? Tensor{} : exact(written(object), name, sizes, dtype, missing_right);
@@ -174,6 +200,7 @@ void read_terms(const Fields::Values& terms, const Sizes& scores, Operands& p, O
   p.drop_below = (uint32_t)(dropout_p * 4294967296.0);
   if (dropout_p > 0.0) p.seed = (uint64_t)integer(terms[kSeed]), p.dropout_start = dropout_start(terms[kDropoutStart]);
   if (terms[kSkipNegligible] != Py_None) p.skip_negligible = integer(terms[kSkipNegligible]) != 0;
+  read_rotary(terms, p, owned);
 }
 
 namespace {
@@ -276,6 +303,7 @@ BoundTangent::BoundTangent(const TangentArguments& a) {
   auto tangent_of = [&](PyObject* object, const char* name, const Sizes& sizes) {
     return object == Py_None ? Tensor{} : exact(read(object, owned), name, sizes, p.q.dtype);
   };
+  if (p.rotary) refuse("rotary_cos", "is not taken by the forward mode");
   t.q = tangent_of(a.tq, "tq", queries(p, p.head_dim));
   t.k = tangent_of(a.tk, "tk", keys(p, p.head_dim));
   t.v = tangent_of(a.tv, "tv", keys(p, p.head_dim_v));
@@ -322,6 +350,9 @@ void Bound::read_call(PyObject* q, PyObject* k, PyObject* v, PyObject* extras, E
     read_edges(extras, p, lists, owned);
   else
     read_terms(terms_fields.of(extras), scores(p), p, owned);
+  const int64_t positions = p.rotary.positions;
+  if (p.rotary.pairs && (p.query_start < 0 || p.query_start + p.seqlen_q > positions || p.seqlen_k > positions))
+    refuse("rotary_cos", "must have a row for the position of each query and key");
 }
 
 void Bound::read_inputs(PyObject* q_object, PyObject* k_object, PyObject* v_object) {

@@ -17,6 +17,9 @@ enum TermsField : size_t {
   kSeed,
   kDropoutStart,
   kSkipNegligible,
+  kRotaryCos,
+  kRotarySin,
+  kRotaryInterleaved,
   num_terms_fields,
 };
 std::vector<const char*> names_of_terms();

@@ -21,9 +21,6 @@ enum SequencesField : size_t {
   kNewV,
   kKScale,
   kVScale,
-  kRotaryCos,
-  kRotarySin,
-  kRotaryInterleaved,
 };
 
 // No two elements may lie in one place where rows are written.
@@ -54,9 +51,8 @@ std::vector<size_t> places_of(std::initializer_list<std::string> names) {
 
 std::vector<const char*> names_of_sequences() {
   std::vector<const char*> names = names_of_terms();
-  for (const char* name :
-       {"cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "block_table", "cache_seqlens", "cache_batch_idx",
-        "cache_leftpad", "k", "v", "k_scale", "v_scale", "rotary_cos", "rotary_sin", "rotary_interleaved"})
+  for (const char* name : {"cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "block_table", "cache_seqlens",
+                           "cache_batch_idx", "cache_leftpad", "k", "v", "k_scale", "v_scale"})
     names.push_back(name);
   return names;
 }
@@ -118,9 +114,10 @@ void Bound::read_sequences(PyObject* q_object, PyObject* k_object, PyObject* v_o
     if (fields[i] != Py_None) refuse(tensor_terms[i].name, "is not taken by sequences");
   if (fields[kBlockMask] != Py_None) refuse("block_mask", "is not taken by sequences");
   read_terms(fields, {{s.count, p.num_heads, 1, 1}}, p, owned);
+  if (p.rotary.cos.stride[0] || p.rotary.sin.stride[0]) refuse("rotary_cos", "must be [positions, rotary_dim / 2]");
+  if (s.is_cache) std::swap(p.rotary, s.rotary);  // what a cache holds has turned already
   if (fields[kNewK] == Py_None) {
-    for (size_t field : {kNewV, kRotaryCos, kRotarySin})
-      if (fields[field] != Py_None) refuse("v, rotary_cos and rotary_sin", "belong to k, which is absent");
+    if (fields[kNewV] != Py_None || s.rotary) refuse("v, rotary_cos and rotary_sin", "belong to k, which is absent");
     return;
   }
   apart(k, "k_cache"), apart(v, "v_cache");
@@ -176,18 +173,6 @@ void Bound::read_new_rows(const Fields::Values& fields) {
   s.new_rows = k.shape[2];
   s.k = exact(k, "k", {s.count, p.num_heads_k, s.new_rows, p.head_dim}, p.q.dtype);
   s.v = exact(v, "v", {s.count, p.num_heads_k, s.new_rows, p.head_dim_v}, p.q.dtype);
-  if ((fields[kRotaryCos] == Py_None) != (fields[kRotarySin] == Py_None))
-    refuse("rotary_cos and rotary_sin", "must be given together");
-  if (fields[kRotaryCos] == Py_None) return;
-  const View cos = read(fields[kRotaryCos], owned), sin = read(fields[kRotarySin], owned);
-  if (cos.ndim != 2 || !is_float(cos.dtype)) refuse("rotary_cos", "must be float [positions, rotary_dim / 2]");
-  s.positions = cos.shape[0], s.rotary_pairs = cos.shape[1];
-  if (s.rotary_pairs > p.head_dim / 2) refuse("rotary_cos", "must have at most head_dim / 2 columns");
-  if (sin.ndim != 2 || sin.dtype != cos.dtype || sin.shape[0] != cos.shape[0] || sin.shape[1] != cos.shape[1])
-    refuse("rotary_sin", "must have the shape and dtype of rotary_cos");
-  s.rotary_cos = broadcast(cos, "rotary_cos", {1, 1, s.positions, s.rotary_pairs});
-  s.rotary_sin = broadcast(sin, "rotary_sin", {1, 1, s.positions, s.rotary_pairs});
-  s.rotary_interleaved = integer(fields[kRotaryInterleaved]) != 0;
   constexpr int64_t far = (int64_t)1 << 39;
   s.rotary_steps = p.diagonal_lo > -far || p.diagonal_hi < far;  // causal, or a window
 }

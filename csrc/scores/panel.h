@@ -49,7 +49,7 @@ void prepare_panel(const Operands& p, int64_t batch, int64_t head, int64_t first
       continue;
     }
     QueryRow s = stacked_row(p, head, first + r);
-    load_row(p.q, batch, s.head, s.query, p.head_dim, row);
+    load_query(p, batch, s.head, s.query, row);
     Range range = row_range(p, batch, s.head, s.query);
     panel.lo[r] = range.lo, panel.hi[r] = range.hi;
     panel.queries[r] = s.query + p.dropout_start.query, panel.heads[r] = s.head + p.dropout_start.head;

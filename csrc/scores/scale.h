@@ -1,6 +1,6 @@
 // The factor of the scores, a number or learned; q is multiplied by it before the product.
 #pragma once
-#include "rows/rows.h"
+#include "rows/rotary.h"
 
 namespace fastattn::FASTATTN_ISA {
 

@@ -170,7 +170,7 @@ void look_ahead(const Operands& p, const Panel<Real>& panel, const Real* q, Real
       const bool seen = key >= last && panel.lo[r] < panel.hi[r] && is_steep(p, panel.slopes[r]);
       known[i] = seen, distance[i] = seen ? panel.positions[r] - (Real)key : 0;
       const Real* x = q + r * p.head_dim;
-      const Real* y = seen ? tile_rows(p.k, lanes.batch, head_k, key, 1, p.head_dim, key_row, 0).data : x;
+      const Real* y = seen ? key_rows(p, lanes.batch, head_k, key, 1, key_row, 0).data : x;
       products.add(i, x, y, p.head_dim, [](Vec<Real> a, Vec<Real> b) { return a * b; });
       sizes.add(i, x, y, p.head_dim, [](Vec<Real> a, Vec<Real> b) { return vabs(a * b); });
     }

@@ -6,7 +6,7 @@ from ..masks.intervals import Mask
 from .varlen import attention_varlen
 
 _KEPT = ("causal", "window_size", "softmax_scale", "softcap", "alibi_slopes", "sinks", "dropout_p", "seed", "backend")
-_REFUSED = ("mask", "bias", "skip_negligible")
+_REFUSED = ("mask", "bias", "skip_negligible", "rotary")
 """What packed sequences do not take."""
 
 

@@ -7,6 +7,7 @@ from ..calls import current_backend
 from ..checks import check_flag, check_int
 from ..differentiable import run
 from ..plans import Bound, bounds, remember
+from ..scores.rotary import NAMES as ROTARY
 from ..torch_internals import is_transformed
 from .sequence_arguments import bind_cache
 from .sequences import PLACES, Sequences
@@ -79,29 +80,31 @@ def attention_with_kvcache(
         )
     if backend is None:
         backend = current_backend()
-    places = (
-        block_table, cache_seqlens, cache_batch_idx, cache_leftpad, k, v, k_scale, v_scale, rotary_cos, rotary_sin,
-    )  # fmt: skip
+    places = block_table, cache_seqlens, cache_batch_idx, cache_leftpad, k, v, k_scale, v_scale
     settings = causal, window_size, softmax_scale, softcap, return_lse, backend, rotary_interleaved, num_splits
-    key = None if is_transformed() else _shapes(q, k_cache, v_cache, *places, alibi_slopes, sinks)
+    key = (
+        None if is_transformed() else _shapes(q, k_cache, v_cache, *places, rotary_cos, rotary_sin, alibi_slopes, sinks)
+    )
     try:
         bound = None if key is None else bounds.get((key, settings))
     except TypeError:  # an argument is not hashable: the checks say which
         bound = None
     if bound is None or (_is_grad_enabled() and _wants_grad(q, k_cache, v_cache, k, v, alibi_slopes, sinks)):
-        bound = _without_tensors(_bind(q, k_cache, v_cache, places, alibi_slopes, sinks, settings))
+        tables = rotary_cos, rotary_sin
+        bound = _without_tensors(_bind(q, k_cache, v_cache, places + tables, alibi_slopes, sinks, settings))
         if key is not None:
             remember((key, settings), bound)
     choice, problem, rest, _ = bound
-    terms = _new(Sequences, _PACKED + places + rest)
+    terms = _new(Sequences, _PACKED + places + rest + (rotary_cos, rotary_sin, bool(rotary_interleaved)))
     if alibi_slopes is not None or sinks is not None:
         terms = terms._replace(alibi_slopes=alibi_slopes, sinks=sinks)
     out, lse = run(_new(Bound, (choice, problem, terms, backend)), q, k_cache, v_cache)
     return (out, lse) if return_lse else out
 
 
-_NAMES = PLACES[PLACES.index("block_table") : PLACES.index("rotary_interleaved")]
-_PACKED, _REST = (None,) * PLACES.index("block_table"), PLACES.index("rotary_interleaved")
+_PACKED, _REST, _LAST = (None,) * PLACES.index("block_table"), len(PLACES), -len(ROTARY)
+_NAMES = (*PLACES[len(_PACKED) :], *ROTARY[:2])
+assert Sequences._fields[_LAST:] == ROTARY
 
 
 def _wants_grad(*tensors) -> bool:
@@ -122,5 +125,5 @@ def _bind(q, k_cache, v_cache, places, alibi_slopes, sinks, settings) -> Bound:
 
 
 def _without_tensors(bound: Bound) -> Bound:
-    """`bound` with the fields of its terms from rotary_interleaved on: nobody may keep the tensors of a call."""
-    return bound._replace(terms=tuple(bound.terms._replace(alibi_slopes=None, sinks=None)[_REST:]))
+    """`bound` with the fields of its terms between `PLACES` and rotary: nobody may keep the tensors of a call."""
+    return bound._replace(terms=tuple(bound.terms._replace(alibi_slopes=None, sinks=None)[_REST:_LAST]))

@@ -8,7 +8,7 @@ _NEUTRAL = Terms()
 
 PLACES = (
     "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "block_table", "cache_seqlens", "cache_batch_idx",
-    "cache_leftpad", "k", "v", "k_scale", "v_scale", "rotary_cos", "rotary_sin", "rotary_interleaved",
+    "cache_leftpad", "k", "v", "k_scale", "v_scale",
 )  # fmt: skip
 
 
@@ -25,7 +25,7 @@ class Sequences(namedtuple("Sequences", (*PLACES, *Terms._fields), defaults=(*[N
     cache_batch_idx   [sequences]: the batch entry of the cache; None: its own. cache_leftpad: its first key; None: 0
     k, v              [sequences, num_heads_k, new keys, dim], to be appended; None: nothing is
     k_scale, v_scale  float32, the factors of the rows of int8 caches
-    rotary_cos, _sin  [positions, rotary_dim / 2]; None: nothing turns
+    rotary_cos, _sin  [positions, rotary_dim / 2]; of a cache, what is appended turns and the queries do
     """
 
     __slots__ = ()

@@ -123,10 +123,10 @@ class MultiHeadAttention(nn.MultiheadAttention):
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         q, k, v = self._projected(query, key, value)
         seen = self._masks(mask, attn_mask, key_padding_mask, is_causal, (len(q), q.shape[2], k.shape[2]))
-        q, k = self._prepared(q, k, positions, positions_k)
+        q, k, rotary = self._prepared(q, k, positions, positions_k)
         k, v, seen = self._extended(k, v, seen, q.shape[2])
         options = {
-            **seen, "causal": self.causal, "window_size": self.window_size, "softmax_scale": self._scale(),
+            **seen, **rotary, "causal": self.causal, "window_size": self.window_size, "softmax_scale": self._scale(),
             "alibi_slopes": self.alibi_slopes, "sinks": self.sinks, "backend": self.backend,
         }  # fmt: skip
         dropout_p = self.dropout if self.training else 0.0
@@ -163,17 +163,22 @@ class MultiHeadAttention(nn.MultiheadAttention):
         heads = (self.num_heads, self.num_heads_k, self.num_heads_k)[which]
         return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
-    def _prepared(self, q, k, positions, positions_k) -> tuple[torch.Tensor, torch.Tensor]:
-        """q and k after norms and rotary."""
+    def _prepared(self, q, k, positions, positions_k) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        """q and k after norms, and rotary= of `attention`; after rotary, too, where they have positions of their own or
+        keys without one follow."""
         if self.qk_norm == "l2":
             q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         elif self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.rotary is not None:
-            q, k = self.rotary(q, k, positions, positions_k)
-        elif positions is not None or positions_k is not None:
-            raise ValueError("positions are for rotary=, which this module was made without")
-        return q, k
+        if self.rotary is None:
+            if positions is not None or positions_k is not None:
+                raise ValueError("positions are for rotary=, which this module was made without")
+            return q, k, {}
+        if positions_k is not None or q.shape[2] != k.shape[2] or self.bias_k is not None or self.add_zero_attn:
+            return *self.rotary(q, k, positions, positions_k), {}
+        if positions is None:
+            positions = torch.arange(q.shape[2], device=q.device)
+        return q, k, {"rotary": self.rotary.tables(positions), "rotary_interleaved": self.rotary.interleaved}
 
     def _scale(self) -> float | torch.Tensor:
         return self.softmax_scale if self.log_scale is None else self.log_scale.clamp(max=MAX_LOG_SCALE).exp()

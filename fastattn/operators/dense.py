@@ -9,6 +9,7 @@ from ..masks.block_mask import BlockMask
 from ..masks.graphs import assembled
 from ..masks.intervals import ALIGNMENTS, Window
 from ..plans import Bound, find, recall
+from ..scores import rotary
 from ..terms import TERMS, Terms
 from . import library
 
@@ -18,6 +19,7 @@ _SCHEMAS = {
     "block_mask": "Tensor[]? block_mask=None, SymInt[]? block_sizes=None",
     "seed": "Tensor? seed=None",
     "skip_negligible": "bool? skip_negligible=None",
+    "rotary_interleaved": "bool rotary_interleaved=False",
 }
 
 
@@ -54,15 +56,18 @@ def _bind(q, k, v, options: dict, needs_grad: bool) -> Bound:
             scale = float(value)
         elif name == "windows":
             windows = windows_of(value)
+    interleaved = get("rotary_interleaved", False)
+    if "rotary_cos" in tensors:
+        tensors |= rotary.tables((tensors["rotary_cos"], tensors["rotary_sin"]), q, k)
     settings = (
-        get("causal", False), scale, get("softcap", 0.0), get("dropout_p", 0.0), get("skip_negligible"),
+        get("causal", False), scale, get("softcap", 0.0), get("dropout_p", 0.0), get("skip_negligible"), interleaved,
         get("return_lse", False), get("backend") or current_backend(),
     )  # fmt: skip
     return find(q, k, v, windows, tensors, settings, needs_grad)
 
 
 def _bind_short(q, k, v, causal: bool, scale: float | None) -> Bound:
-    settings = causal, scale, 0.0, 0.0, None, False, current_backend()
+    settings = causal, scale, 0.0, 0.0, None, False, False, current_backend()
     known = None if torch.is_grad_enabled() else recall(q, k, v, settings)
     return known or find(q, k, v, (), {}, settings, False)
 

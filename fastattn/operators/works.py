@@ -15,6 +15,7 @@ import torch
 from ..calls import note
 from ..plans import Bound
 from ..problem import Problem
+from ..scores.rotary import before, taken_from, turn_back
 from ..torch_internals import above_autograd, may_want_gradients
 from ..transforms import works
 from ..transforms.formulas import function_of
@@ -65,6 +66,9 @@ _DENSE = ("q", "k", "v", "out", "exact", "lse", "parts")
 
 def attention(layout, q, k, v, options: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of a call inside of transforms, with all derivatives."""
+    angles, options = taken_from(options)
+    if angles is not None:
+        q, k = before(q, k, angles[:2], angles[2])
     call = GraphCall(layout, q, k, v, options, True)
     found = works.apply(works.Forward(call), call.tensors)
     return found["out"], found.get("lse", q.new_empty(0))
@@ -72,8 +76,14 @@ def attention(layout, q, k, v, options: dict) -> tuple[torch.Tensor, torch.Tenso
 
 def gradients(layout, qkv, options: dict, cotangents: dict, wanted: list[str]) -> dict:
     """Gradients of the inputs `wanted`, by name, for somebody who will differentiate them."""
-    call = GraphCall(layout, *qkv, options, False)
-    return works.apply(*works.backward(call, call.tensors, cotangents, wanted))
+    q, k, v = qkv
+    angles, options = taken_from(options)
+    first = k.shape[2] - q.shape[2]
+    if angles is not None:
+        q, k = before(q, k, angles[:2], angles[2])
+    call = GraphCall(layout, q, k, v, options, False)
+    found = works.apply(*works.backward(call, call.tensors, cotangents, wanted))
+    return found if angles is None else turn_back(found, first, angles)
 
 
 def kernel_of(layout):

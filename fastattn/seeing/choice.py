@@ -8,6 +8,7 @@ from .. import api
 from ..checks import check_tensors, dtype_name, one_line
 from ..masks.block_mask import BlockMask
 from ..problem import FLOATS
+from ..scores.rotary import turned_call
 from ..transforms.slots import Call
 
 
@@ -22,6 +23,7 @@ def chosen_call(q, k, lse, options: dict, rows, heads, top_k: int = 0) -> tuple[
 
 def part_of(problem, terms, q, k, lse, rows, heads, top_k: int = 0) -> tuple[Call, dict]:
     """`chosen_call` of a call that is bound, without its dropout."""
+    problem, q, k, terms, _ = turned_call(problem, q, k, terms)
     problem, terms = problem._replace(dropout=False), terms._replace(dropout_p=0.0, seed=None)
     rows = check_places("rows", rows, problem.seqlen_q)
     call = Call(problem, "reference", terms, False, None if rows is None else runs_of(rows), top_k)

@@ -46,6 +46,8 @@ def attention_stats(
     alibi_slopes: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+    rotary_interleaved: bool = False,
 ) -> dict[str, torch.Tensor | TopK]:
     """Statistics of the probabilities P of `attention`, by name, in O(n) memory.
 
@@ -59,7 +61,7 @@ def attention_stats(
                    "max"       [batch, heads, rows]       the largest P
                    "top_k"     a `TopK`                   the `top_k` largest P of each row, and their keys
     rows, heads    as in `attention_weights`
-    mask ... sinks as in `attention`
+    mask ... rotary_interleaved  as in `attention`
 
     Returns {name: tensor}, float32 (float64 for float64 inputs). A sink takes its share and is no key: sums over keys
     leave it out. A row that sees no key is 0 everywhere.
@@ -75,7 +77,8 @@ def attention_stats(
     check_int("top_k", top_k, 1)
     options = {
         "mask": mask, "causal": causal, "window_size": window_size, "softmax_scale": softmax_scale,
-        "softcap": softcap, "alibi_slopes": alibi_slopes, "bias": bias, "sinks": sinks,
+        "softcap": softcap, "alibi_slopes": alibi_slopes, "bias": bias, "sinks": sinks, "rotary": rotary,
+        "rotary_interleaved": rotary_interleaved,
     }  # fmt: skip
     return stats_of(*chosen_call(q, k, lse, options, rows, heads, top_k), names)
 

@@ -27,6 +27,8 @@ def attention_weights(
     alibi_slopes: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+    rotary_interleaved: bool = False,
 ) -> torch.Tensor:
     """The probabilities that `attention` multiplies the values by, of chosen query rows.
 
@@ -36,7 +38,7 @@ def attention_weights(
                    part of the keys, an lse of all keys gives this part's share. None: each row finds its own
     rows           query rows in any order, ints (negative: from the end) or an integer tensor; None: all
     heads          query heads, likewise
-    mask ... sinks as in `attention`
+    mask ... rotary_interleaved  as in `attention`
 
     Returns [batch, len(heads), len(rows), seqlen_k] in lse's dtype of `attention`: float32, float64 for float64 inputs.
     Rows sum to 1, with sinks to less; a row that sees no key is 0, as is every masked key, whatever stands there.
@@ -55,7 +57,8 @@ def attention_weights(
     """
     options = {
         "mask": mask, "causal": causal, "window_size": window_size, "softmax_scale": softmax_scale,
-        "softcap": softcap, "alibi_slopes": alibi_slopes, "bias": bias, "sinks": sinks,
+        "softcap": softcap, "alibi_slopes": alibi_slopes, "bias": bias, "sinks": sinks, "rotary": rotary,
+        "rotary_interleaved": rotary_interleaved,
     }  # fmt: skip
     return weights_of(*chosen_call(q, k, lse, options, rows, heads))
 

@@ -15,6 +15,7 @@ import torch
 from .. import dispatch
 from ..calls import note
 from ..plans import Bound, derivative_of
+from ..scores.rotary import turn_back, turned_call
 from ..torch_internals import into_old_vmap, is_in_old_vmap, is_traced, may_want_gradients, out_of_old_vmap
 from .blocks import BlockFunction, derived, over_blocks, pushed
 from .folding import fold
@@ -129,13 +130,17 @@ def attention(backend: str, problem, q, k, v, terms) -> tuple:
 def gradients_again(backend: str, problem, qkv, terms, saved, dout, dlse, wanted) -> list:
     """Gradients of q, k, v and each term (None where not wanted) of a call that ran untransformed, for somebody who
     will differentiate them."""
+    q, k, v = qkv
+    problem, q, k, terms, angles = turned_call(problem, q, k, terms)
     call = Call(problem, backend, terms, True)
-    tensors = {**dict(zip("qkv", qkv, strict=True)), **terms._asdict()}
+    tensors = {"q": q, "k": k, "v": v, **terms._asdict()}
     tensors |= {slot: x.detach() for slot, x in zip(("s.out", "s.parts"), saved, strict=True)}
     names = "q", "k", "v", *terms._fields
     outs = [name for name, want in zip(names, wanted, strict=True) if want]
     cotangents = {out: x for out, x in (("out", dout), ("lse", dlse)) if x is not None}
     found = apply(*backward(call, tensors, cotangents, outs))
+    if angles is not None:
+        found = turn_back(found, terms.query_start, angles)
     return [found.get(name) for name in names]
 
 
