@@ -68,10 +68,9 @@ def attention(
                   scores; an entry of -inf masks. Or an object of `fastattn.relative`: a bias that follows from
                   positions, with the gradients of its tables and without an n x n tensor
     sinks         [num_heads], any float dtype: one more logit a head in the softmax denominator
-    rotary        (cos, sin), float [positions, rotary_dim / 2] or [batch, positions, rotary_dim / 2], as of
-                  `fastattn.nn.Rotary.tables`: the first rotary_dim columns of q and k turn on their way into the
-                  products, key j by row j, query i by row i + seqlen_k - seqlen_q (arXiv 2104.09864). No turned q or k
-                  is stored
+    rotary        (cos, sin), float [positions, rotary_dim / 2] or [batch, positions, rotary_dim / 2]: the first
+                  rotary_dim columns of q and k turn on their way into the products, key j by row j, query i by row
+                  i + seqlen_k - seqlen_q (arXiv 2104.09864); no turned copy is stored. See `fastattn.nn.Rotary`
     rotary_interleaved  columns 2 i and 2 i + 1 are a pair (GPT-J); else i and i + rotary_dim / 2 (GPT-NeoX, Llama)
     dropout_p     probability in [0, 1) that a weight is dropped (the others grow by 1 / (1 - dropout_p))
     seed          of the dropout mask, 0 ... 2^63 - 1; None draws one from torch's generator
@@ -100,17 +99,8 @@ def attention(
         if backend is None:
             backend = current_backend()
         if mask is window_size is alibi_slopes is bias is sinks is rotary is seed is None and type(causal) is bool:
-            settings = (
-                causal,
-                softmax_scale,
-                softcap,
-                dropout_p,
-                skip_negligible,
-                rotary_interleaved,
-                return_lse,
-                backend,
-            )
-            bound = recall(q, k, v, settings)
+            given = causal, softmax_scale, softcap, dropout_p, skip_negligible, rotary_interleaved, return_lse, backend
+            bound = recall(q, k, v, given)
     if bound is None:
         options = {
             "mask": mask, "causal": causal, "window_size": window_size, "softmax_scale": softmax_scale,

@@ -86,7 +86,8 @@ _REFERENCE = "fastattn.backends.reference"
 _EACH, SEQUENCES = "fastattn.layouts.each", {"varlen", "cache"}
 _TRITON_EACH = {field: _TRITON[field] for field in ("device", "dtype", *_HEADS)} | {"layout": SEQUENCES, **_FORWARD}
 _TRITON_ALL = {  # in one call: distances and random numbers count from a sequence's own beginning
-    **_TRITON_EACH, "layout": {"varlen"}, "alibi": {False}, "dropout": {False}, "transformed": {False},
+    **_TRITON_EACH, "layout": {"varlen"}, "alibi": {False}, "rotary": {False}, "dropout": {False},
+    "transformed": {False},
 }  # fmt: skip
 _TRITON_CACHE = {**_TRITON_ALL, "layout": {"cache"}, "seqlen_q": _TRITON_DECODE["seqlen_q"]}
 _DERIVATIVES, _OF_CPU = ("tangent", "second"), "fastattn.backends.cpu"

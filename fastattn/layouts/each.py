@@ -49,6 +49,8 @@ def _each(backend: str, problem, q, k, v, terms):
         None if terms.diagonal_lo == -UNBOUNDED else -terms.diagonal_lo,
         None if terms.diagonal_hi == UNBOUNDED else terms.diagonal_hi,
     )
+    # What a cache holds has turned already, and so have the queries by now.
+    rotary = (terms.rotary_cos, terms.rotary_sin) if problem.rotary else None
     for i, one in enumerate(places):
         slopes = terms.alibi_slopes
         out, lse = attention(
@@ -60,6 +62,8 @@ def _each(backend: str, problem, q, k, v, terms):
             softcap=terms.softcap,
             alibi_slopes=slopes if slopes is None or slopes.dim() == 1 else slopes[i : i + 1],
             sinks=terms.sinks,
+            rotary=rotary,
+            rotary_interleaved=rotary is not None and terms.rotary_interleaved,
             dropout_p=terms.dropout_p,
             seed=None if terms.seed is None else (terms.seed + i) % 2**63,
             return_lse=True,

@@ -5,8 +5,11 @@ import torch
 from ..masks.intervals import Mask
 from .varlen import attention_varlen
 
-_KEPT = ("causal", "window_size", "softmax_scale", "softcap", "alibi_slopes", "sinks", "dropout_p", "seed", "backend")
-_REFUSED = ("mask", "bias", "skip_negligible", "rotary")
+_KEPT = (
+    "causal", "window_size", "softmax_scale", "softcap", "alibi_slopes", "sinks", "rotary", "rotary_interleaved",
+    "dropout_p", "seed", "backend",
+)  # fmt: skip
+_REFUSED = ("mask", "bias", "skip_negligible")
 """What packed sequences do not take."""
 
 

@@ -96,7 +96,7 @@ def _lengths_in_cache(terms, k: torch.Tensor, count: int, seqlen_q: int) -> list
     for i, (seqlen, pad, entry) in enumerate(zip(seqlens, pads, entries, strict=False)):
         _in_range(name, i, seqlen, capacity - new)
         _in_range("cache_leftpad", i, pad, seqlen)
-        if terms.rotary_cos is not None:
+        if terms.k is not None and terms.rotary_cos is not None:
             _in_range(name, i, seqlen, len(terms.rotary_cos) - max(new, seqlen_q if turns(terms) else 1))
         rows, pages = range(pad, seqlen + new), []
         if table is None:

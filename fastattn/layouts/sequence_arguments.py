@@ -18,7 +18,8 @@ _INDEX = torch.int32, torch.int64
 
 def bind_packed(
     q, k, v, places: dict, *, causal=False, window_size=None, softmax_scale=None, softcap=0.0, alibi_slopes=None,
-    sinks=None, dropout_p=0.0, seed=None, return_lse=False, backend=None, needs_grad=None,
+    sinks=None, rotary=None, rotary_interleaved=False, dropout_p=0.0, seed=None, return_lse=False, backend=None,
+    needs_grad=None,
 ) -> Bound:  # fmt: skip
     """The call that these arguments of `attention_varlen` are, q, k and v as [1, heads, total, dim] (k and v as [pages,
     heads, page_size, dim] with a block_table). places: tensors by the names of `layouts.sequences.PLACES`."""
@@ -28,6 +29,11 @@ def bind_packed(
     if places["block_table"] is not None and places["cu_seqlens_k"] is None and places["seqused_k"] is None:
         raise TypeError("block_table without cu_seqlens_k needs seqused_k, the lengths of the sequences")
     problem = _check_rows(q, k, v)._replace(layout="varlen")
+    if rotary is not None:
+        places = places | check_tables(rotary, problem.head_dim)
+        places["rotary_interleaved"] = check_flag("rotary_interleaved", rotary_interleaved)
+    elif rotary_interleaved:
+        raise ValueError("rotary_interleaved=True says how rotary= turns; pass rotary=(cos, sin), too")
     _check_places(q, places, count)
     options = {"softmax_scale": softmax_scale, "softcap": softcap, "dropout_p": dropout_p}
     tensors = {"alibi_slopes": alibi_slopes, "sinks": sinks, "seed": check_seed(seed)}
@@ -37,6 +43,7 @@ def bind_packed(
     if needs_grad and places["block_table"] is not None:
         raise ValueError("block_table: attention over pages has no gradients; call it under torch.no_grad()")
     facts = {"lse": check_flag("return_lse", return_lse), "needs_grad": needs_grad}
+    facts["rotary"] = rotary is not None
     return _bound(problem, q, count, places, causal, window_size, options, tensors, facts, backend)
 
 
@@ -172,15 +179,27 @@ def _check_new_rows(problem, places: dict) -> None:
             raise TypeError(f"{name} has dtype {x.dtype}, q {problem.dtype}; they must agree (cast with .to)")
     if cos is None:
         return
-    check_tensors(rotary_cos=cos, rotary_sin=sin)
-    for name, x in (("rotary_cos", cos), ("rotary_sin", sin)):
+    check_tables((cos, sin), problem.head_dim)
+
+
+def check_tables(rotary, head_dim: int) -> dict[str, torch.Tensor]:
+    """The terms of rotary embedding whose tables all sequences share; TypeError or ValueError."""
+    if not isinstance(rotary, (tuple, list)) or len(rotary) != 2:
+        raise TypeError(f"rotary={one_line(rotary)} must be (cos, sin), two tensors [positions, rotary_dim / 2]")
+    tables = dict(zip(("rotary_cos", "rotary_sin"), rotary, strict=True))
+    check_tensors(**tables)
+    for name, x in tables.items():
         if dtype_name(x.dtype) not in FLOATS:
             raise TypeError(f"{name} has dtype {x.dtype}; supported are {', '.join(FLOATS)}")
-    if cos.dim() != 2 or cos.shape != sin.shape or cos.dtype != sin.dtype or cos.shape[1] > problem.head_dim // 2:
+    cos, sin = rotary
+    if cos.dim() != 2 or cos.shape != sin.shape or cos.dtype != sin.dtype or cos.shape[1] > head_dim // 2:
         raise ValueError(
             f"rotary_cos and rotary_sin are {one_line((cos, sin))}; both must be [positions, rotary_dim / 2] with "
-            f"rotary_dim <= head_dim={problem.head_dim}, of one dtype"
+            f"rotary_dim <= head_dim={head_dim}, of one dtype"
         )
+    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+        raise ValueError("rotary_cos or rotary_sin requires a gradient, which is not computed here; detach them")
+    return tables
 
 
 def _check_factors(problem, k_cache, places: dict) -> None:

@@ -12,7 +12,7 @@ from ..scores import dropout, scale
 from ..scores import softcap as softcap_scores
 from ..scores.dropout import check_seed
 from ..torch_internals import is_memoryless, num_dispatch_modes
-from .sequence_arguments import bind_packed, check_longest
+from .sequence_arguments import bind_packed, check_longest, check_tables
 
 
 def attention_varlen(
@@ -30,6 +30,8 @@ def attention_varlen(
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+    rotary_interleaved: bool = False,
     dropout_p: float = 0.0,
     seed: int | None = None,
     block_table: torch.Tensor | None = None,
@@ -52,10 +54,12 @@ def attention_varlen(
     seqused_q, seqused_k  [sequences]: a sequence uses its first so many queries or keys; None: all. A row that is not
                   used gives out = 0, lse = -inf and a gradient of 0
     alibi_slopes  [num_heads] or [sequences, num_heads]
+    rotary        (cos, sin), float [positions, rotary_dim / 2], without gradients: q and k of a sequence turn by the
+                  positions in it, as in `attention`; it may not have more queries than keys
     dropout_p, seed  sequence i drops what `attention` drops with the seed (seed + i) % 2^63
 
-    causal, window_size, softmax_scale, softcap, sinks, return_lse and backend are those of `fastattn.attention`, with
-    the lengths of each sequence: causal is aligned bottom-right in each.
+    causal, window_size, softmax_scale, softcap, sinks, rotary_interleaved, return_lse and backend are those of
+    `fastattn.attention`, with the lengths of each sequence: causal is aligned bottom-right in each.
 
     Returns out [total_q, num_heads, head_dim_v] in q's dtype, or (out, lse) with lse [num_heads, total_q], natural log,
     float32 (float64 for float64 inputs). Bit for bit what `attention` gives for each sequence alone, and so are the
@@ -89,8 +93,8 @@ def attention_varlen(
     }  # fmt: skip
     options = {
         "causal": causal, "window_size": window_size, "softmax_scale": softmax_scale, "softcap": softcap,
-        "alibi_slopes": alibi_slopes, "sinks": sinks, "dropout_p": dropout_p, "seed": seed, "return_lse": return_lse,
-        "backend": backend,
+        "alibi_slopes": alibi_slopes, "sinks": sinks, "rotary": rotary, "rotary_interleaved": rotary_interleaved,
+        "dropout_p": dropout_p, "seed": seed, "return_lse": return_lse, "backend": backend,
     }  # fmt: skip
     if torch.compiler.is_dynamo_compiling() or num_dispatch_modes() or is_memoryless(q):
         out, lse = _traced(q, k, v, places, **options)
@@ -103,8 +107,8 @@ def attention_varlen(
 
 
 def _traced(
-    q, k, v, places, *, causal, window_size, softmax_scale, softcap, alibi_slopes, sinks, dropout_p, seed, return_lse,
-    backend,
+    q, k, v, places, *, causal, window_size, softmax_scale, softcap, alibi_slopes, sinks, rotary, rotary_interleaved,
+    dropout_p, seed, return_lse, backend,
 ):  # fmt: skip
     """`attention_varlen` as an operator, as in `fastattn.api`."""
     check_one_device(q, k, v)
@@ -112,6 +116,8 @@ def _traced(
     learned, number = {"alibi_slopes": alibi_slopes, "sinks": sinks}, softmax_scale
     if isinstance(softmax_scale, torch.Tensor):
         learned["softmax_scale"], number = softmax_scale, None
+    if rotary is not None:
+        learned |= check_tables(rotary, q.shape[3])
     options = {name: x for name, x in (places | learned).items() if x is not None}
     check_tensors(**options)
     if window_size is not None:
@@ -123,6 +129,7 @@ def _traced(
         backend = in_graph[-1]
     return operator.attention_varlen(
         q, k, v, **options, causal=check_flag("causal", causal), scale=scale.TERM.check(number),
+        rotary_interleaved=check_flag("rotary_interleaved", rotary_interleaved),
         softcap=softcap_scores.TERM.check(softcap), dropout_p=dropout.P.check(dropout_p),
         return_lse=check_flag("return_lse", return_lse), backend=dispatch.check_backend(backend, "backend"),
     )  # fmt: skip

@@ -137,6 +137,21 @@ def test_skipping():
         assert_as_turned(q, k, v, 30 * cos, 30 * sin, tolerance=1e-9, **options)
 
 
+def test_what_is_masked_stays_hidden():
+    q, k, v = qkv(40, 60)
+    cos, sin = angles(60, 4)
+    dirty = [x.clone() for x in (k, v)]
+    for x, value in zip(dirty, (float("nan"), INF), strict=True):
+        x[:, :, 50:] = value
+    found = []
+    for keys, values in ((k, v), dirty):
+        leaves = [x.detach().requires_grad_() for x in (q, keys, values)]
+        hidden = fastattn.Mask.lengths(torch.tensor([50, 50]))
+        out = fastattn.attention(*leaves, rotary=(cos, sin), mask=hidden, backend="cpu")
+        found.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    torch.testing.assert_close(*found)
+
+
 # --- layouts ---------------------------------------------------------------------------------------------------------
 
 
@@ -426,3 +441,88 @@ def test_where_it_is_turned():
     )
     text = fastattn.explain(q, k, v, rotary=(cos.requires_grad_(), sin))
     assert "rotary: q and k are turned before, the tables have gradients" in text
+
+
+# --- sequences of different lengths ----------------------------------------------------------------------------------
+
+
+def packed(dtype=torch.float64):
+    """(q, k, v [total, heads, dim], cu_seqlens_q, cu_seqlens_k), some queries fewer than keys, one sequence empty."""
+    starts_q, starts_k = (torch.tensor(x, dtype=torch.int32) for x in ([0, 4, 4, 41, 42], [0, 9, 9, 61, 200]))
+    shapes = (42, 4, 10), (200, 2, 10), (200, 2, 6)
+    return *(double(*shape).to(dtype) for shape in shapes), starts_q, starts_k
+
+
+def turned_of_each(x, starts, others, cos, sin, interleaved):
+    """Rows of each sequence turned, the last of as many positions as it has keys."""
+    parts = []
+    for i, (first, end) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)):
+        keys = int(others[i + 1] - others[i])
+        parts.append(turned(x[first:end].transpose(0, 1)[None], cos, sin, keys - (end - first), interleaved))
+    return torch.cat([part[0].transpose(0, 1) for part in parts])
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_packed_sequences(interleaved, backend):
+    *tensors, starts_q, starts_k = packed()
+    cos, sin = angles(140, 4)
+    q, k, v = (x.requires_grad_() for x in tensors)
+    options = {"causal": True, "return_lse": True, "backend": backend}
+    rotary = {"rotary": (cos, sin), "rotary_interleaved": interleaved}
+    found, expected = (
+        fastattn.attention_varlen(a, b, v, starts_q, starts_k, **options, **extra)
+        for a, b, extra in (
+            (q, k, rotary),
+            (
+                turned_of_each(q, starts_q, starts_k, cos, sin, interleaved),
+                turned_of_each(k, starts_k, starts_k, cos, sin, interleaved),
+                {},
+            ),
+        )
+    )
+    grads = [torch.autograd.grad(x.square().sum() + y.square().sum(), (q, k, v)) for x, y in (found, expected)]
+    torch.testing.assert_close((*found, *grads[0]), (*expected, *grads[1]), atol=1e-10, rtol=1e-10)
+
+
+def test_packed_sequences_again_and_in_graphs():
+    *tensors, starts_q, starts_k = packed(torch.float32)
+    rotary = tuple(x.float() for x in angles(140, 4))
+    leaves = [x.requires_grad_() for x in tensors]
+
+    def attend(q, k, v):
+        options = {"rotary": rotary, "rotary_interleaved": True, "return_lse": True}
+        return fastattn.attention_varlen(q, k, v, starts_q, starts_k, **options)
+
+    assert_compiles(attend, leaves)
+    q, k, v = (x.detach().double()[:, :1].requires_grad_() for x in leaves)
+    starts = torch.tensor([0, 2, 5], dtype=torch.int32)
+    assert gradgradcheck(
+        lambda *x: fastattn.attention_varlen(*x, starts, starts, rotary=rotary), [x[:5] for x in (q, k, v)]
+    )
+
+
+def test_jagged():
+    rows = [torch.randn(n, 2, 6) for n in (3, 5)]
+    q = torch.nested.nested_tensor(rows, layout=torch.jagged).transpose(1, 2)
+    rotary = tuple(x.float() for x in angles(5, 3))
+    out = fastattn.attention(q, q, q, rotary=rotary)
+    for found, x in zip(out.unbind(), rows, strict=True):
+        x = x.transpose(0, 1)[None]
+        torch.testing.assert_close(found, fastattn.attention(x, x, x, rotary=rotary)[0])
+
+
+def test_packed_sequences_are_refused():
+    q, k, v, starts_q, starts_k = packed()
+    cos, sin = angles(140, 4)
+
+    def call(rotary, starts_q=starts_q, **options):
+        return lambda: fastattn.attention_varlen(q, k, v, starts_q, starts_k, rotary=rotary, **options)
+
+    assert_refused(call(angles(138, 4)), ValueError, "sequence 3 has 1 queries and 139 keys.*the 138 positions")
+    more = torch.tensor([0, 10, 10, 41, 42], dtype=torch.int32)
+    assert_refused(call((cos, sin), more), ValueError, "sequence 0 has 10 queries and 9 keys")
+    assert_refused(call(angles(140, 4, 2)), ValueError, "must be \\[positions, rotary_dim / 2\\]")
+    assert_refused(call(cos), TypeError, "must be \\(cos, sin\\)")
+    assert_refused(call((cos.requires_grad_(), sin)), ValueError, "requires a gradient")
+    assert_refused(call(None, rotary_interleaved=True), ValueError, "pass rotary=")
