@@ -6,7 +6,8 @@
     torch.onnx.export(fastattn_onnx.lower(program), inputs, "model.onnx")
 
 ONNX has no words for sinks, dropout, lse, block masks and lists of edges: those raise. Diagonal bounds other than
-torch's is_causal become a mask, and ALiBi a bias, both of shape [..., seqlen_q, seqlen_k].
+torch's is_causal become a mask, and ALiBi a bias, both of shape [..., seqlen_q, seqlen_k]. Rotary embedding turns q and
+k before the operator.
 """
 
 import math
@@ -19,6 +20,7 @@ from ..masks.intervals import Window, dense, diagonal_bounds
 from ..operators import dense as operators
 from ..scores import Place
 from ..scores.alibi import alibi_bias
+from ..scores.rotary import before, taken_from
 
 try:
     from torch.onnx.ops import attention as onnx_attention
@@ -30,6 +32,7 @@ _INSTEAD = {
     "dropout_p": "export the model in eval mode",
     "return_lse": "ONNX's operator returns no log-sum-exp",
     "block_mask": "pass mask=block_mask.to_dense()",
+    "relative": "pass the bias of distances as a tensor",
     "backend": "a backend of fastattn does not exist in ONNX",
 }
 
@@ -71,7 +74,9 @@ def _check(node: torch.fx.Node) -> None:
 
 def _attention(q, k, v, *values, **options):
     """What `fastattn.attention` is in ONNX."""
-    options = operators.LAYOUT.named(values, options)
+    angles, options = taken_from(operators.LAYOUT.named(values, options))
+    if angles is not None:
+        q, k = before(q, k, angles[:2], angles[2])
     get, lengths = options.get, (q.shape[2], k.shape[2])
     scale = get("scale")
     if (learned := get("softmax_scale")) is not None:

@@ -50,8 +50,8 @@ def checked(rotary) -> tuple[torch.Tensor, torch.Tensor]:
 
 def wants_grad(rotary) -> bool:
     """Whether the tables may have gradients, which no kernel computes."""
-    tables = rotary if isinstance(rotary, (tuple, list)) else ()  # what else it may be, `checked` refuses
-    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in tables)
+    given = rotary if isinstance(rotary, (tuple, list)) else ()  # what else it may be, `checked` refuses
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in given)
 
 
 def before(q: torch.Tensor, k: torch.Tensor, rotary, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:

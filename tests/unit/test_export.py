@@ -10,7 +10,7 @@ from onnx.reference import ReferenceEvaluator
 from torch.export import Dim, export
 
 import fastattn
-from fastattn import Mask, UnsupportedError, attention, attention_csr, patterns
+from fastattn import Mask, UnsupportedError, attention, attention_csr, patterns, relative
 from fastattn.integrations import onnx as fastattn_onnx
 
 
@@ -115,6 +115,7 @@ EXPRESSIBLE = {
     "negative scale": (lambda q, k, v: attention(q, k, v, softmax_scale=-0.3), ()),
     "lengths": (lambda q, k, v, x: attention(q, k, v, mask=Mask.lengths(x)), (torch.tensor([3, 8]),)),
     "softcap": (lambda q, k, v: attention(q, k, v, softcap=2.0), ()),
+    "rotary": (lambda q, k, v, x: attention(q, k, v, rotary=(x, x + 1), rotary_interleaved=True), (torch.ones(9, 3),)),
 }
 
 
@@ -151,6 +152,7 @@ def test_onnx_files(name, tmp_path):
         ({"softcap": 2.0, "causal": True}, "softcap together with causal"),
         ({"backend": "cpu"}, "backend"),
         ({"mask": patterns.causal(5, 9)}, "block_mask"),
+        ({"bias": relative.toeplitz(torch.ones(4, 13))}, "relative"),
     ],
 )
 def test_what_onnx_cannot_say(options, name):
