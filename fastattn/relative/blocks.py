@@ -11,7 +11,7 @@ from ..calls import note
 from ..checks import dtype_name
 from ..masks.intervals import UNBOUNDED
 from ..outputs import empty_out
-from ..plans import Bound, derivative_of
+from ..plans import Bound, after_failure, derivative_of
 from ..scores.relative import Rewriting
 from ..terms import Terms
 from ..torch_internals import outside_of_graphs
@@ -114,13 +114,10 @@ class BlockCall:
         for at in self.blocks():
             x = self.cut(tensors, at)
             problem, terms = self.block(x, at, self.scores.of(x, at, buffers), needs_grad)
-            choice, here = dispatch.select(problem, self.backend), (slice(*at.batch), slice(*at.heads), slice(*at.rows))
-            call = problem, _shifted(x), x["k"], x["v"], terms
-            note(Bound(choice, problem, terms, self.backend), *call[1:3])
-            if choice.train is None:
-                out[here], lse[here] = choice.forward(*call)
-            else:
-                out[here], lse[here], saved = choice.train(*call)
+            here = slice(*at.batch), slice(*at.heads), slice(*at.rows)
+            bound = Bound(dispatch.select(problem, self.backend), problem, terms, self.backend)
+            out[here], lse[here], saved = _run(bound, _forward, _shifted(x), x["k"], x["v"])
+            if saved:
                 exact[here], parts[here] = saved
         return out, lse, (exact, parts)
 
@@ -135,12 +132,11 @@ class BlockCall:
             x, here = self.cut(tensors, at), (slice(*at.batch), slice(*at.heads), slice(*at.rows))
             problem, terms = self.block(x, at, self.scores.of(x, at, buffers), True)
             backend = dispatch.select(problem, self.backend).row.backend
-            bound = derivative_of(problem, "backward", backend, dlse is not None)._replace(terms=terms)
-            note(bound)
+            bound = derivative_of(problem, "backward", backend, dlse is not None)
+            bound = bound._replace(problem=bound.problem._replace(lse=True), terms=terms, backend=self.backend)
             wants = Terms._make(name == "bias" or name in _NUMBERS and name in sums for name in Terms._fields)
-            dq, dk, dv, of_terms = bound.choice.forward(
-                bound.problem._replace(lse=True), _shifted(x), x["k"], x["v"], terms,
-                () if backend == "reference" else tuple(y[here] for y in saved), dout[here],
+            dq, dk, dv, of_terms = _run(
+                bound, _backward, _shifted(x), x["k"], x["v"], tuple(y[here] for y in saved), dout[here],
                 None if dlse is None else dlse[here], ("q" in sums or "u" in sums, "k" in sums, "v" in sums, wants),
             )  # fmt: skip
             of_terms = Terms._make(of_terms)
@@ -197,6 +193,29 @@ class BlockCall:
             needs_grad=needs_grad, bias=dtype_name(bias.dtype),
         )  # fmt: skip
         return problem.with_lengths((at.batch[1] - at.batch[0], last - first, end - key)), terms
+
+
+def _run(bound: Bound, compute, *arguments):
+    """compute(bound, ...), on the next kernel where one cannot be prepared."""
+    while True:
+        try:
+            return compute(bound, *arguments)
+        except dispatch.KernelError as error:
+            bound = after_failure(bound, error)
+
+
+def _forward(bound: Bound, q, k, v) -> tuple:
+    """(out, lse, what the backward row wants of them, if anything)"""
+    note(bound, q, k)
+    choice, problem, terms, _ = bound
+    if choice.train is None:
+        return *choice.forward(problem, q, k, v, terms), ()
+    return choice.train(problem, q, k, v, terms)
+
+
+def _backward(bound: Bound, q, k, v, saved, dout, dlse, wanted) -> tuple:
+    note(bound)
+    return bound.choice.forward(bound.problem, q, k, v, bound.terms, saved, dout, dlse, wanted)
 
 
 def _shifted(x: dict) -> torch.Tensor:

@@ -447,6 +447,19 @@ def test_gradients_that_cannot_be_prepared_come_from_the_next_row(broken_rows):
     assert "half.prefill            refused: broken" in fastattn.explain(q, k, v, **kwargs)
 
 
+def test_blocks_of_rows_go_on_with_the_next_kernel(broken_rows):
+    q, k, v = (x.requires_grad_() for x in qkv())
+    r = torch.randn(q.shape[1], 2 * q.shape[2] - 1, q.shape[3]).requires_grad_()
+    found = []
+    for backend in ("reference", None):
+        out = fastattn.attention(q, k, v, bias=fastattn.relative.transformer_xl(r), backend=backend)
+        found.append([out, *torch.autograd.grad(out.sum(), (q, k, v, r))])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(UnsupportedError, match="no such instruction"):
+        fastattn.attention(q, k, v, bias=fastattn.relative.transformer_xl(r), backend="fast")
+
+
 def test_gradients_of_a_backend_by_name_come_from_no_other(broken_rows):
     q, k, v = (x.requires_grad_() for x in qkv())
     out = fastattn.attention(q, k, v, softcap=3.0, backend="half")
