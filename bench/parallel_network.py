@@ -1,17 +1,34 @@
-"""Two ranks of `fastattn.parallel` with a network of limited bandwidth between them: does sending hide behind work?
+"""Two ranks of `fastattn.parallel` with a slow network between them: does sending hide behind work, and is the model
+right?
 
-`sudo python bench/parallel_network.py [options]`: two network namespaces of this machine, joined by a pair of virtual
-devices that tc shapes. Prints the time of one block, of one transfer, of the step in which both happen at once, and
-what the cost model says of the whole call with these rates. Without root, or without tc, it says so.
+`sudo python bench/parallel_network.py [options]`: two network namespaces of this machine, joined by a link of any rate
+and delay (`slow_link.py`). The cost model is told what this machine does: the rate of blocks from two sizes of them, on
+both ranks at once, and of each link its bytes a second and its latency. Then prints, for each case and link, the time
+of a block, of a transfer, of both at once, of the whole call, and what the model says of it. Seconds are the fastest of
+several runs. With --pretend blocks sleep instead of computing, for as long as their pairs would take at that rate: on a
+machine that has other work, too, this still shows whether schedules and the model agree. Without root it says so.
 """
 
 import argparse
+import itertools
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+from functools import partial
+from pathlib import Path
+
+import slow_link
 
 RANKS, PORT = 2, 29577
+CASES = {  # name: shards, causal, fraction of the length
+    "full": ("contiguous", False, 1.0),
+    "full, half the length": ("contiguous", False, 0.5),
+    "causal, zig-zag": ("zigzag", True, 1.0),
+    "causal, contiguous": ("contiguous", True, 1.0),
+}
 
 
 def main() -> None:
@@ -20,106 +37,141 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument(
-        "--rate", type=float, help="of the link in Mbit/s; default: a transfer takes as long as a block"
+        "--rates", type=float, nargs="*", default=[0.5, 1.0, 2.0], help="1: a transfer takes as long as a block"
     )
+    parser.add_argument("--delays", type=float, nargs="*", default=[0.0, 0.1], help="in units of a block")
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--pretend", type=float, help="GFLOP/s at which blocks sleep, and compute nothing")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--link", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank is not None:
         rank_of(options)
         return
-    made = []
-    try:
-        for command in commands():
-            shaped = subprocess.run(command.split(), capture_output=True, text=True)
-            if shaped.returncode:
-                sys.exit(f"{command}: {shaped.stderr.strip()}")
-            made.append(command)
-        children = [
-            subprocess.Popen(
-                ["ip", "netns", "exec", f"fastattn{rank}", sys.executable, *sys.argv, "--rank", str(rank)],
-                env=os.environ | {"GLOO_SOCKET_IFNAME": f"fastattn{rank}", "OMP_NUM_THREADS": "1"},
-            )
-            for rank in range(RANKS)
-        ]
-        sys.exit(max(child.wait() for child in children))
-    finally:
-        for rank in range(RANKS):
-            if f"ip netns add fastattn{rank}" in made:
-                subprocess.run(["ip", "netns", "del", f"fastattn{rank}"])
+    server = None
+    with tempfile.NamedTemporaryFile() as settings:
+        link = Path(settings.name)
+        try:
+            files = slow_link.make()
+            slow_link.set_link(link, float("inf"), 0.0)
+            if (server := os.fork()) == 0:
+                os.nice(-10)  # it sleeps, but for a packet now and then, which must not wait for the ranks
+                slow_link.pass_on(files, link)
+            children = [
+                subprocess.Popen(
+                    ["ip", "netns", "exec", slow_link.name_of(rank), sys.executable, *sys.argv]
+                    + ["--rank", str(rank), "--link", str(link)],
+                    env=os.environ | {"GLOO_SOCKET_IFNAME": slow_link.name_of(rank), "OMP_NUM_THREADS": "1"},
+                )
+                for rank in range(RANKS)
+            ]
+            status = max(child.wait() for child in children)
+        except (OSError, subprocess.CalledProcessError) as error:
+            sys.exit(f"no link: {error} {getattr(error, 'stderr', '') or ''}".strip())
+        finally:
+            if server:
+                os.kill(server, signal.SIGKILL)
+            slow_link.remove()
+    sys.exit(status)
 
 
-def commands() -> list[str]:
-    """What makes two namespaces and the link between them, at full speed."""
-    found = [f"ip netns add fastattn{rank}" for rank in range(RANKS)]
-    found += ["ip link add fastattn0 netns fastattn0 type veth peer name fastattn1 netns fastattn1"]
-    for rank in range(RANKS):
-        found += [f"ip -n fastattn{rank} addr add 10.77.0.{rank + 1}/24 dev fastattn{rank}"]
-        found += [f"ip -n fastattn{rank} link set {device} up" for device in ("lo", f"fastattn{rank}")]
-    return found
+def pretend(flops: float) -> None:
+    """From now on a block takes its time, and has no result."""
+    import torch
 
+    from fastattn.parallel import blocks, merge
+    from fastattn.parallel.pairs import count_pairs
 
-def shape(rank: int, megabits: float) -> None:
-    """Limit what this rank sends."""
-    limit = f"tbf rate {int(megabits * 1000)}kbit burst 128kb latency 400ms"
-    subprocess.run(f"tc qdisc replace dev fastattn{rank} root {limit}".split(), check=True)
+    def forward(whole, i, run, q, k, v):
+        runs = torch.tensor([whole.q_runs[i]]), torch.tensor([whole.k_runs[run]])
+        pairs = count_pairs(*runs, *whole.bounds).item() * q.shape[0] * q.shape[1]
+        time.sleep(2 * pairs * (q.shape[3] + v.shape[3]) / flops)
+        return merge.empty(q, v.shape[3], q.dtype)
+
+    blocks.forward = forward
 
 
 def rank_of(options) -> None:
     import torch
     import torch.distributed as dist
 
-    import fastattn
     from fastattn import parallel
     from fastattn.parallel.choice import setting_of
     from fastattn.parallel.costs import Sizes
 
     torch.set_num_threads(1)
+    if options.pretend:
+        pretend(options.pretend * 1e9)
     rank = options.rank
-    dist.init_process_group("gloo", init_method=f"tcp://10.77.0.1:{PORT}", rank=rank, world_size=RANKS)
-    mesh = dist.init_device_mesh("cpu", (RANKS,), mesh_dim_names=("cp",))
-    rows = options.seqlen // RANKS
-    q, k, v = [torch.randn(1, options.heads, rows, options.head_dim) for _ in range(3)]
-    mine, theirs = torch.cat([k.flatten(), v.flatten()]), torch.empty(2 * k.numel())
+    store = f"tcp://{slow_link.address_of(0)}:{PORT}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
+    mesh = dist.init_device_mesh("cpu", (RANKS, 1), mesh_dim_names=("cp", "alone"))
+    sizes = Sizes(1, options.heads, options.heads, options.head_dim, options.head_dim, 4, 4)
+
+    def states(rows: int):
+        return [torch.randn(1, options.heads, rows, options.head_dim) for _ in range(3)]
+
+    def fastest(functions: dict) -> dict[str, float]:
+        """Seconds of each in the fastest of several turns, which all ranks begin together; of the slower rank."""
+        best = dict.fromkeys(functions, float("inf"))
+        for turn in range(options.repeat + 1):
+            for name, function in functions.items():
+                dist.barrier()
+                start = time.perf_counter()
+                function()
+                taken = torch.tensor(time.perf_counter() - start)
+                dist.all_reduce(taken, dist.ReduceOp.MAX)
+                best[name] = min(best[name], taken.item()) if turn else best[name]
+        return best
 
     def transfer(mine, theirs):
-        operations = [dist.P2POp(dist.isend, mine, 1 - rank), dist.P2POp(dist.irecv, theirs, 1 - rank)]
+        group = mesh.get_group("cp")  # over the connection of the calls
+        operations = [dist.P2POp(f, x, 1 - rank, group) for f, x in ((dist.irecv, theirs), (dist.isend, mine))]
         for work in dist.batch_isend_irecv(operations):
             work.wait()
 
-    def slowest(function) -> float:
-        """Of the ranks; each the median of several runs that begin together."""
-        seconds = []
-        for _ in range(options.repeat):
-            dist.barrier()
-            start = time.perf_counter()
-            function()
-            seconds.append(time.perf_counter() - start)
-        found = torch.tensor(sorted(seconds)[len(seconds) // 2])
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return found.item()
-
-    def ring():
-        return parallel.attention(q, k, v, mesh=mesh, schedule="ring")
-
-    ring()
-    block = slowest(lambda: fastattn.attention(q, k, v))
-    shape(rank, options.rate or 8 * mine.nbytes / block / 1e6)
-    transfer(mine, theirs)
-    sending, latency = slowest(lambda: transfer(mine, theirs)), slowest(lambda: transfer(mine[:1], theirs[:1]))
-    whole = slowest(ring)
+    rows = options.seqlen // RANKS
+    payload = rows * sizes.key_row
+    mine, theirs = torch.zeros(payload // 4), torch.empty(payload // 4)
+    functions = {
+        "latency": lambda: transfer(mine[:1], theirs[:1]),
+        "transfer": lambda: transfer(mine, theirs),
+        "three transfers": lambda: [transfer(mine, theirs) for _ in range(3)],
+    }
+    for name, size in (("block", rows), ("small block", rows // 2)):
+        functions[name] = partial(parallel.attention, *states(size), mesh=mesh, dim="alone", schedule="ring")
+    block = fastest({"block": functions["block"]})["block"]
+    for name, (shards, causal, share) in CASES.items():
+        qkv = states(int(options.seqlen * share) // RANKS)
+        functions[name] = partial(
+            parallel.attention, *qkv, mesh=mesh, schedule="ring", shards=shards, causal=causal
+        )  # fmt: skip
+    columns = "{:<24}" + "{:>9}" * 8 + "{:>12}"
     if rank == 0:
-        sizes = Sizes(1, options.heads, options.heads, options.head_dim, options.head_dim, 4, 4)
-        pairs = rows * rows
-        machine = parallel.Machine(sizes.pair_flops * pairs / block, mine.nbytes / (sending - latency), latency)
-        setting = setting_of((RANKS,), options.seqlen, options.seqlen, "contiguous", False, None, machine, sizes)
-        modelled = setting.cost("ring").forward_seconds
-        both, link = whole - block, 8 * mine.nbytes / sending / 1e6
-        print(f"one block                    {block:8.3f} s")
-        print(f"one transfer                 {sending:8.3f} s   {link:.0f} Mbit/s")
-        print(f"both at once                 {both:8.3f} s   {both / max(block, sending):.2f} x the longer one")
-        print(f"the whole call               {whole:8.3f} s")
-        print(f"the model with these rates   {modelled:8.3f} s   {modelled / whole:.2f} x")
+        heads = ("case", "MiB/s", "delay", "block", "transfer", "both", "/longer", "call", "model", "model/call")
+        print(columns.format(*heads))
+    for rate, delay in itertools.product(options.rates, options.delays):
+        if rank == 0:
+            slow_link.set_link(options.link, rate * payload / block, delay * block)
+        found = fastest(functions)
+        of_pairs = (found["block"] - found["small block"]) / (rows**2 * 3 / 4)
+        call = max(found["block"] - of_pairs * rows**2, 0.0)
+        # Of a link that is busy: a single transfer may find a small window of TCP. Each waits for the one before.
+        bytes_ = 2 * payload / max(found["three transfers"] - found["transfer"] - 2 * found["latency"], 1e-9)
+        machine = parallel.Machine(sizes.pair_flops / of_pairs, bytes_, found["latency"], call)
+        for name, (shards, causal, share) in CASES.items():
+            seqlen, whole = int(options.seqlen * share), found[name]
+            setting = setting_of((RANKS,), seqlen, seqlen, shards, causal, None, machine, sizes)
+            modelled = setting.cost("ring").forward_seconds
+            if rank == 0:
+                overlap = [""] * 4
+                if name == "full":  # a message that compares arguments, then two blocks, the first beside the transfer
+                    both = whole - found["block"] - found["latency"]
+                    longer = max(found["block"], found["transfer"])
+                    overlap = [f"{x:.3f}" for x in (found["block"], found["transfer"], both, both / longer)]
+                link = f"{bytes_ / 2**20:.1f}", f"{delay * block:.3f}"
+                cells = name, *link, *overlap, f"{whole:.3f}", f"{modelled:.3f}", f"{modelled / whole:.2f}"
+                print(columns.format(*cells), flush=True)
     dist.destroy_process_group()
 
 

@@ -56,8 +56,8 @@ class Ring:
     def pass_on(self, *tensors) -> list[torch.Tensor]:
         """What comes, once `wait` has returned."""
         coming = [torch.empty_like(x) for x in tensors]
-        operations = [dist.P2POp(dist.isend, x, self.next, self.group) for x in tensors]
-        operations += [dist.P2POp(dist.irecv, x, self.before, self.group) for x in coming]
+        operations = [dist.P2POp(dist.irecv, x, self.before, self.group) for x in coming]
+        operations += [dist.P2POp(dist.isend, x, self.next, self.group) for x in tensors]
         self.works = dist.batch_isend_irecv(operations)
         Ring.sent += sum(x.nbytes for x in tensors)
         return coming

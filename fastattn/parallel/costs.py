@@ -18,11 +18,13 @@ class Machine(NamedTuple):
     flops    floating-point operations a second of a rank
     bytes    a second that a rank sends, while it receives as many
     latency  seconds from a message to its arrival
+    call     seconds of a block, a run of queries over a run of keys, beside its pairs
     """
 
     flops: float = 1e11
     bytes: float = 1e10
     latency: float = 2e-5
+    call: float = 2e-5
 
 
 class Sizes(NamedTuple):
@@ -87,11 +89,18 @@ _BACKWARD = 2.5  # multiply-adds of the backward pass over those of the forward 
 
 def work(shards_q: Shards, shards_k: Shards, lo: int, hi: int) -> torch.Tensor:
     """Visible pairs of the queries of each rank and the keys of each run, float64 [ranks, runs]."""
+    return _of_ranks(shards_q, shards_k, lo, hi)[0]
+
+
+def _of_ranks(shards_q: Shards, shards_k: Shards, lo: int, hi: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`work`, and in how many blocks it is."""
     (q_runs, q_owners), (k_runs, _) = listed(shards_q), listed(shards_k)
-    found = torch.zeros(shards_q.ranks, len(k_runs), dtype=torch.float64)
+    pairs, blocks = torch.zeros(2, shards_q.ranks, len(k_runs), dtype=torch.float64)
     if len(q_runs) and len(k_runs):
-        found.index_add_(0, torch.tensor(q_owners), count_pairs(torch.tensor(q_runs), torch.tensor(k_runs), lo, hi))
-    return found
+        of_runs, owners = count_pairs(torch.tensor(q_runs), torch.tensor(k_runs), lo, hi), torch.tensor(q_owners)
+        pairs.index_add_(0, owners, of_runs)
+        blocks.index_add_(0, owners, (of_runs > 0).double())
+    return pairs, blocks
 
 
 def listed(shards: Shards) -> tuple[list, list[int]]:
@@ -139,7 +148,7 @@ def _exchange(sizes: Sizes, shards_q: Shards, shards_k: Shards, inner: int, mach
 def _steps(
     plan: str, sizes: Sizes, shards_q: Shards, shards_k: Shards, bounds: tuple[int, int], machine: Machine
 ) -> Cost:
-    pairs, ranks = work(shards_q, shards_k, *bounds), shards_q.ranks
+    (pairs, blocks), ranks = _of_ranks(shards_q, shards_k, *bounds), shards_q.ranks
     runs, owners = listed(shards_k)
     lengths, owners = torch.tensor([b - a for a, b in runs]).double(), torch.tensor(owners, dtype=torch.int64)
     needed = pairs > 0
@@ -158,10 +167,11 @@ def _steps(
     slots = ranks if plan == "ring" else 2
     by_slot = torch.zeros(ranks, slots + 1, dtype=torch.float64)
     arriving = by_slot.scatter_add(1, slot, rows)[:, 1:]
-    computing = by_slot.scatter_add(1, slot, pairs)[:, :-1]
-    forward = _seconds(computing * sizes.pair_flops, arriving * sizes.key_row, machine)
+    computing = by_slot.scatter_add(1, slot, pairs)[:, :-1] * (sizes.pair_flops / machine.flops)
+    calling = by_slot.scatter_add(1, slot, blocks)[:, :-1] * machine.call
+    forward = _seconds(computing + calling, arriving * sizes.key_row, machine)
     both = arriving * (sizes.key_row + sizes.grad_row)
-    backward = _seconds(computing * sizes.pair_flops * _BACKWARD, both, machine)
+    backward = _seconds(computing * _BACKWARD + calling, both, machine)
     sent = (travels.any(0).double() * lengths)[None] * (owners[None, :] == rank[:, None])  # packed, for others
     held = arriving[:, :-1] + arriving[:, 1:] if plan == "ring" and ranks > 1 else arriving
     held = held.amax(1) + sent.sum(1)
@@ -172,10 +182,11 @@ def _steps(
     )  # fmt: skip
 
 
-def _seconds(flops: torch.Tensor, arriving: torch.Tensor, machine: Machine) -> float:
-    """Of all slots, each as long as the slowest rank's computing or what it receives meanwhile. [ranks, slots] each."""
+def _seconds(computing: torch.Tensor, arriving: torch.Tensor, machine: Machine) -> float:
+    """Of all slots, each as long as the slowest rank's computing or what it receives meanwhile, [ranks, slots]; and of
+    the message before a call in which arguments are compared."""
     transfer = arriving / machine.bytes + machine.latency * (arriving > 0)
-    return float(torch.maximum(flops / machine.flops, transfer).amax(0).sum())
+    return float(torch.maximum(computing, transfer).amax(0).sum()) + machine.latency * (len(computing) > 1)
 
 
 def _sum(heads: Cost, rest: Cost, inner: int) -> Cost:

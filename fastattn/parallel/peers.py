@@ -47,8 +47,9 @@ class Peers:
 
     def post(self, sends: Sequence, receives: Sequence, doing: str, counted: bool = True) -> "Pending":
         """Start to send and receive pairs (peer, contiguous tensor). Both sides list a pair's tensors in one order."""
-        moves = [(dist.isend, peer, x) for peer, x in sends if x.numel()]
-        moves += [(dist.irecv, peer, x) for peer, x in receives if x.numel()]
+        # Receives first: gloo tells the sender that there is room, and this must not queue behind what is sent.
+        moves = [(dist.irecv, peer, x) for peer, x in receives if x.numel()]
+        moves += [(dist.isend, peer, x) for peer, x in sends if x.numel()]
         if counted:
             traffic.bytes += sum(x.nbytes for _, x in sends)
             traffic.messages += sum(x.numel() > 0 for _, x in sends)

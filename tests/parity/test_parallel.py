@@ -111,6 +111,13 @@ def test_eight_ranks(tmp_path, ranks):
     team.close()
 
 
+@pytest.mark.parametrize("schedule", ["ring", "all_gather", None])
+@pytest.mark.parametrize("rows, keys", [(3, 3), (2, 41), (41, 1)])
+def test_fewer_rows_or_key_heads_than_ranks(four, rows, keys, schedule):
+    case = SMALL._replace(num_heads_k=1, seqlen_q=rows, seqlen_k=keys, dropout_p=0.2, sinks=True, dtype="bfloat16")
+    assert_as_in_one_place(four, sharded(case, (4,), "zigzag", schedule))
+
+
 def test_one_rank(tmp_path):
     team = Team(1, tmp_path)
     for seed in range(4):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import fastattn
 from cases import Case
@@ -60,6 +61,29 @@ def test_the_first_rank_draws_the_seed(four):
     seed = int(torch.randint(2**63 - 1, ()))
     expected = fastattn.dropout_mask(2, HEADS, ROWS, ROWS, DROPOUT_P, seed)
     assert torch.equal(cut("zigzag", 4).joined([kept for kept, _ in found], 2), expected)
+
+
+def _checkpointed(rank, use_reentrant):
+    """Gradients of a call whose seed is drawn, and of the same with its forward pass run twice."""
+    q, k, v = [torch.randn(1, HEADS, 9 + rank, 8, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def attend(q, k, v):
+        return parallel.attention(q, k, v, mesh=mesh_of(4), dropout_p=DROPOUT_P, causal=True)
+
+    found = []
+    for call in (attend, lambda *args: checkpoint(attend, *args, use_reentrant=use_reentrant)):
+        torch.manual_seed(8)
+        call(*leaves).square().sum().backward()
+        found.append([x.grad for x in leaves])
+        for x in leaves:
+            x.grad = None
+    return all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoints_drop_the_same_twice(four, use_reentrant):
+    assert all(four.run(_checkpointed, use_reentrant))
 
 
 TERMS = {

@@ -120,3 +120,36 @@ def test_refusals(two):
     assert "use_cache=True is not supported" in cache and "pad on the right" in padding and "inputs_embeds" in embeds
     assert all("takes causal attention" in text for text in (chunks, both_ways))
     assert "Linear is no transformers model" in other
+
+
+def dropping(name):
+    """A model whose attention drops weights."""
+    model = build(name, transformers.AutoModelForCausalLM).train()
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.3
+    return model
+
+
+def _dropping(rank, name):
+    model = dropping(name)
+    parallel.apply(model, mesh_of(2))
+    torch.manual_seed(9)
+    logits, loss, grads = train(model, batch())
+    return parallel.unshard(logits, mesh=mesh_of(2), seq_dim=1, shards="zigzag"), loss, grads
+
+
+def test_attention_drops_the_weights_of_one_process(two):
+    from fastattn.integrations.transformers import register
+
+    register()
+    model = dropping("llama")
+    model.set_attn_implementation("fastattn")
+    torch.manual_seed(9)
+    logits, loss, grads = train(model, batch())
+    whole, _, _ = train(build("llama", transformers.AutoModelForCausalLM), batch())
+    assert (logits - whole).abs().max() > 1e-2
+    found, tokens, close = two.run(_dropping, "llama"), batch()["attention_mask"].bool(), {"rtol": 1e-4, "atol": 2e-5}
+    torch.testing.assert_close(found[0][0][tokens], logits[tokens], **close)
+    torch.testing.assert_close(found[0][1] + found[1][1], loss, **close)
+    torch.testing.assert_close(found[0][2] + found[1][2], grads, **close)

@@ -1,5 +1,6 @@
 """`fastattn.parallel` where ranks die, are slow, or make different calls: every other rank says so and none hangs."""
 
+import os
 import time
 
 import pytest
@@ -73,6 +74,23 @@ def test_a_killed_rank(three):
     for answer in three.results(ranks=(0, 2)):
         assert isinstance(answer, Raised) and answer.kind == "ParallelError", answer
         assert "waited for rank 1" in answer.text and ".cc" not in answer.text
+
+
+def _halfway(rank, schedule):
+    """Rank 1 is gone when the others begin the backward pass."""
+    q, k, v = [x.requires_grad_() for x in _states(heads=3)]
+    out = parallel.attention(q, k, v, mesh=mesh_of(3), schedule=schedule, timeout=SECONDS)
+    if rank == 1:
+        os._exit(1)
+    out.sum().backward()
+
+
+@pytest.mark.parametrize("schedule", ["ring", "all_gather", "all_to_all"])
+def test_a_rank_that_dies_before_its_backward_pass(three, schedule):
+    three.start(_halfway, schedule)
+    for answer in three.results(ranks=(0, 2)):
+        assert isinstance(answer, Raised) and answer.kind == "ParallelError", answer
+        assert "waited for rank" in answer.text
 
 
 def _raises(rank):

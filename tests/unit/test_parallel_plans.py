@@ -11,7 +11,8 @@ from fastattn import BlockMask, Mask, parallel
 from fastattn.parallel import arguments
 from fastattn.parallel.agreement import hash_of
 from fastattn.parallel.block_masks import cut, local_rows
-from fastattn.parallel.costs import listed, needs_of, work
+from fastattn.parallel.choice import setting_of
+from fastattn.parallel.costs import Sizes, listed, needs_of, work
 from fastattn.parallel.pairs import count_pairs, sees
 from fastattn.parallel.plan import PLANS, transfers
 from fastattn.parallel.shards import check_shards
@@ -115,6 +116,20 @@ def check_plan(slots, needs, owners):
     assert computed == [set(x) for x in needs]
     assert home == [{r for r in ranks if x in needs[r]} for x in range(len(owners))]
     assert sent == returned == sum(transfers(needs, owners))
+
+
+def test_seconds_of_the_model_by_hand():
+    """Of two ranks: a message in which arguments are compared; a block beside the transfer; the other block."""
+    sizes, rows = Sizes(1, 4, 2, 16, 8, 4, 4), 512
+    for bytes_, shards in ((1e6, "contiguous"), (1e9, "contiguous"), (1e9, "zigzag")):
+        machine = parallel.Machine(flops=1e9, bytes=bytes_, latency=1e-2, call=3e-3)
+        blocks = (4, 2) if shards == "zigzag" else (1, 1)  # of rank 0, which holds two runs; rank 1's are neighbours
+        first, second = (rows * rows * sizes.pair_flops / 1e9 + 3e-3 * n for n in blocks)
+        transfer = rows * 2 * (16 + 8) * 4 / bytes_ + 1e-2
+        found = setting_of((2,), 2 * rows, 2 * rows, shards, False, None, machine, sizes).cost("ring")
+        assert found.forward_seconds == pytest.approx(1e-2 + max(first, transfer) + second)
+    alone = setting_of((1,), rows, rows, "contiguous", False, None, machine, sizes).cost("ring")
+    assert alone.forward_seconds == pytest.approx(rows * rows * sizes.pair_flops / 1e9 + 3e-3)
 
 
 def test_zigzag_balances_and_a_window_sends_to_neighbours_alone():
