@@ -49,6 +49,7 @@ struct Scratch {
     memory = nullptr;
     return std::exchange(capacity, 0);
   }
+  void swap(Scratch& other) { std::swap(memory, other.memory), std::swap(capacity, other.capacity); }
   ~Scratch() { release(); }
 };
 thread_local Scratch scratch;
@@ -80,10 +81,7 @@ class Region {
 
   Region(int64_t count, void (*run)(void*, int64_t, int), void* context) : count(count), run(run), context(context) {}
 
-  bool ended() {
-    if (thread == 0 && Clock::now() - last_check > check_after) attempt([this] { check(), last_check = Clock::now(); });
-    return failed.load(std::memory_order_relaxed);
-  }
+  bool ended();
 
   void work(int number) {
     current = this, thread = number;
@@ -100,6 +98,30 @@ class Region {
 };
 thread_local Region* Region::current = nullptr;
 thread_local int Region::thread = 0;
+
+// What this thread works on, out of the way of calls that a signal's handler makes, which free and fill scratch memory.
+class Aside {
+  Region* const region = std::exchange(Region::current, nullptr);
+  const int thread = Region::thread;
+  Scratch kept;
+
+ public:
+  Aside() { kept.swap(scratch); }
+  ~Aside() {
+    kept.swap(scratch);
+    Region::current = region, Region::thread = thread;
+  }
+};
+
+bool Region::ended() {
+  if (thread == 0 && Clock::now() - last_check > check_after)
+    attempt([this] {
+      Aside aside;
+      check();
+      last_check = Clock::now();
+    });
+  return failed.load(std::memory_order_relaxed);
+}
 
 }  // namespace
 

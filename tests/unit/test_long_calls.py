@@ -64,6 +64,33 @@ def test_a_signal_ends_a_backward_pass_and_leaves_no_gradient(alarm, threads, mo
     assert_right()
 
 
+def gradient(x):
+    leaf = x.clone().requires_grad_()
+    return torch.autograd.grad(fastattn.attention(leaf, leaf, leaf, backend="cpu").sum(), leaf)[0]
+
+
+def test_a_handler_computes_while_a_backward_pass_waits(one_thread):
+    """It gets scratch memory of its own: that of the pass is in use."""
+    x = torch.randn(1, 1, 6000, 64, dtype=torch.float64)
+    short = x[:, :, :300]
+    expected, of_short = gradient(x), fastattn.attention(short, short, short, backend="cpu")
+    found = []
+
+    def ring(number, frame):
+        found.append(fastattn.attention(short, short, short, backend="cpu"))
+        fastattn.release_scratch()
+
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+        actual = gradient(x)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert found and all(torch.equal(y, of_short) for y in found)
+    assert torch.equal(actual, expected)
+
+
 def test_scratch_is_released_and_comes_back(threads):
     fastattn.release_scratch()
     q, k, v = torch.randn(3, 2, 4, 300, 64).unbind()
