@@ -136,7 +136,10 @@ class Sdist(sdist):
 
 
 class BuildWheel(bdist_wheel):
-    """With a list of what is in it (PEP 770)."""
+    """With a list of what is in it (PEP 770). One whose C++ build failed is for any machine, and its name says so."""
+
+    def get_tag(self):
+        return ("py3", "none", "any") if failures else super().get_tag()
 
     def write_wheelfile(self, wheelfile_base, *arguments, **options):
         super().write_wheelfile(wheelfile_base, *arguments, **options)
@@ -220,6 +223,11 @@ class BuildExtension(build_ext):
         from pybind11.setup_helpers import ParallelCompile
 
         self.include_dirs.append(pybind11.get_include())
+        stamp = Path(self.build_temp, "isas.txt")  # newer than what was compiled for other FASTATTN_ISAS
+        if not stamp.exists() or stamp.read_text() != str(ISAS):
+            stamp.parent.mkdir(parents=True, exist_ok=True)
+            stamp.write_text(str(ISAS))
+        self.extensions[0].depends.append(str(stamp))
 
         def outdated(obj, source):
             inputs = (source, *self.extensions[0].depends)
