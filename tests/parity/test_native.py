@@ -56,7 +56,7 @@ def test_emulated_older_x86(as_shipped, cpu, isa, lacking):
     """Nothing outside of an ISA's kernels was compiled for it, and the choice looks at the CPU."""
     if MACHINE != "x86_64":
         pytest.skip("the kernels of x86")
-    emulator = [tool("qemu-x86_64"), "-cpu", cpu]
+    emulator = [tool("qemu-x86_64", "qemu-x86_64-static"), "-cpu", cpu]
     text = output(*emulator, as_shipped, 30, FASTATTN_CPU_ISA="")
     assert text.startswith(isa) and text.endswith(" 0 failed\n"), text
     environment = {**os.environ, "FASTATTN_CPU_ISA": lacking}
@@ -74,7 +74,7 @@ def aarch64(tmp_path_factory) -> tuple[Path, dict[str, list[Path]]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ["neon", "scalar"])
 def test_emulated_aarch64(aarch64, isa):
-    assert_all_pass(isa, tool("qemu-aarch64"), aarch64[0], 100)
+    assert_all_pass(isa, tool("qemu-aarch64", "qemu-aarch64-static"), aarch64[0], 100)
 
 
 @pytest.mark.slow

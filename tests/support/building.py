@@ -34,10 +34,11 @@ def output(*command, cwd=None, **env) -> str:
     return result.stdout
 
 
-def tool(name: str) -> str:
-    path = shutil.which(name)
+def tool(*names: str) -> str:
+    """The path of the first of these that is installed."""
+    path = next(filter(None, map(shutil.which, names)), None)
     if path is None:
-        pytest.skip(f"{name} is not installed")
+        pytest.skip(f"{' or '.join(names)} is not installed")
     return path
 
 

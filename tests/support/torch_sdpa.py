@@ -16,7 +16,7 @@ def scaled_dot_product_attention(
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
     real = torch.promote_types(query.dtype, torch.float32)
-    scores = query.to(real) @ key.to(real).mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = query.to(real) @ key.to(real).mT * (max(query.shape[-1], 1) ** -0.5 if scale is None else scale)
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
     if attn_mask is not None:
