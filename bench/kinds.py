@@ -174,6 +174,23 @@ def cosine(sizes: Sizes) -> Kind:
     )  # fmt: skip
 
 
+def rotary(sizes: Sizes) -> Kind:
+    """Half-split pairs of all columns."""
+    q, k, v = tensors(sizes, *[(1, HEADS, sizes.seqlen, DIM)] * 3)
+    angles = torch.arange(sizes.seqlen)[:, None] * 1e4 ** (-torch.arange(DIM // 2) / (DIM // 2))
+    cos, sin = angles.cos().to(sizes.dtype), angles.sin().to(sizes.dtype)
+
+    def turned(x):
+        first, second = x.chunk(2, -1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+    return Kind(
+        lambda: fastattn.attention(q, k, v, rotary=(cos, sin)),
+        lambda: F.scaled_dot_product_attention(turned(q), turned(k), v), [q, k, v],
+        lambda: fastattn.attention(q, k, v), [q, k, v], asked(1.06, 1.1),
+    )  # fmt: skip
+
+
 def differential(sizes: Sizes) -> Kind:
     """8 heads of two softmaxes over values of 128 columns; plain: one of the softmaxes."""
     shapes = [(1, 2 * HEADS, sizes.seqlen, DIM)] * 2 + [(1, HEADS, sizes.seqlen, 2 * DIM), (HEADS,)]
@@ -259,8 +276,8 @@ def module_attention(sizes: Sizes) -> Kind:
 KINDS = {
     make.__name__: make
     for make in (
-        t5, toeplitz, swin, cosine, transformer_xl, shaw_keys, deberta, shaw_keys_and_values, differential, sigmoid,
-        top_k, entmax15, module_eval, module_train, module_attention,
+        t5, toeplitz, swin, rotary, cosine, transformer_xl, shaw_keys, deberta, shaw_keys_and_values, differential,
+        sigmoid, top_k, entmax15, module_eval, module_train, module_attention,
     )
 }  # fmt: skip
 """One more kind is one more function here."""
