@@ -7,7 +7,7 @@ import torch
 from . import dispatch, plans
 from .calls import current_backend, in_graph, note
 from .checks import check_flag, check_one_device, check_tensors, refuse_subclasses
-from .differentiable import Differentiable
+from .differentiable import train, train_plain
 from .dispatch import KernelError
 from .layouts import csr, jagged
 from .masks import flex
@@ -94,7 +94,7 @@ def attention(
     """
     if misplaced or unknown:
         raise misnamed("attention", misplaced, unknown)
-    is_traced, bound = _is_traced() or _num_modes(), None
+    is_traced, bound, run = _is_traced() or _num_modes(), None, train_plain
     if not is_traced:
         if backend is None:
             backend = current_backend()
@@ -102,6 +102,7 @@ def attention(
             given = causal, softmax_scale, softcap, dropout_p, skip_negligible, rotary_interleaved, return_lse, backend
             bound = recall(q, k, v, given)
     if bound is None:
+        run = train
         options = {
             "mask": mask, "causal": causal, "window_size": window_size, "softmax_scale": softmax_scale,
             "softcap": softcap, "alibi_slopes": alibi_slopes, "bias": bias, "sinks": sinks, "rotary": rotary,
@@ -122,7 +123,7 @@ def attention(
             if choice.train is None:
                 out, lse = choice.forward(problem, q, k, v, terms)
             else:
-                out, lse = Differentiable.apply(bound, q, k, v, *terms)
+                out, lse = run(bound, q, k, v)
             return (out, lse) if return_lse else out
         except KernelError as error:
             bound = plans.after_failure(bound, error)

@@ -1,61 +1,86 @@
 """Gradients of the compiled kernels; the reference is differentiable by itself and does not come here."""
 
+from functools import cache
+
 import torch
 
 from .calls import note
 from .dispatch import KernelError
 from .plans import Bound, after_failure, derivative_of
-from .torch_internals import is_in_old_vmap, is_transformed
+from .torch_internals import direct_apply, is_in_old_vmap, is_transformed
 from .transforms.works import gradients_again
 
 _new, _Tensor = tuple.__new__, torch.Tensor
 
 
 class Differentiable(torch.autograd.Function):
-    """(out, lse) of a call whose row has `train`, as apply(bound, q, k, v, *terms): each field of the terms is an
-    argument of its own, since autograd sees no tensors inside a tuple.
+    """out of a call whose row has `train`, or (out, lse) if it asks for lse, as apply(bound, q, k, v, *tensors): those
+    among the terms once more, since autograd sees no tensors inside a tuple. All else that a call has is in `bound`.
 
     Saves its inputs, out (in float32 where it has 16 bits), and two numbers a row; nothing n x n.
     """
 
     @staticmethod
-    def forward(ctx, bound, q, k, v, *_):
+    def forward(ctx, bound, q, k, v, *tensors):
         choice, problem, terms, backend = bound
         out, lse, saved = choice.train(problem, q, k, v, terms)
         ctx.set_materialize_grads(False)
-        ctx.num_saved = len(saved)
+        ctx.places = places = _places_of(terms) if tensors else ()
         # Tensors only as saved tensors: autograd checks their versions, and hooks may move them.
-        ctx.places = places = [place for place, x in enumerate(terms) if isinstance(x, _Tensor)]
-        ctx.bound = _new(Bound, (choice, problem, _replaced(terms, places, [None] * len(places)), backend))
-        ctx.save_for_backward(q, k, v, *saved, *[terms[place] for place in places])
-        return out, lse
+        if tensors:
+            bound = _new(Bound, (choice, problem, _replaced(terms, places, [None] * len(places)), backend))
+        ctx.bound = bound
+        ctx.save_for_backward(q, k, v, *saved, *tensors)
+        return out if lse is None else (out, lse)
 
     @staticmethod
-    def backward(ctx, dout, dlse):
-        q, k, v, *saved = ctx.saved_tensors
-        saved, tensors = saved[: ctx.num_saved], saved[ctx.num_saved :]
-        want_q, want_k, want_v, *wants = ctx.needs_input_grad[1:]
+    def backward(ctx, dout, dlse=None):
+        places = ctx.places
         if dout is None and dlse is None:
-            return (None,) * (4 + len(wants))
+            return (None,) * (4 + len(places))
+        q, k, v, *saved = ctx.saved_tensors
+        choice, problem, terms, backend = ctx.bound
+        _, want_q, want_k, want_v, *wants = ctx.needs_input_grad
+        if places:
+            saved, tensors = saved[: -len(places)], saved[-len(places) :]
+            terms = _replaced(terms, places, tensors)
         if dout is None:
             dout = q.new_zeros(()).expand(saved[0].shape)
-        choice, problem, terms, backend = ctx.bound
-        terms = _replaced(terms, ctx.places, tensors)
+        wants = _replaced(_none_wanted(type(terms)), places, wants)
         # Grad mode is on in here for create_graph=True alone: somebody will differentiate this gradient.
         if torch.is_grad_enabled() or is_transformed() or is_in_old_vmap(dout if dlse is None else dlse):
-            call = choice.row.backend, problem, (q, k, v), terms
+            call, wanted = (choice.row.backend, problem, (q, k, v), terms), (want_q, want_k, want_v, *wants)
             if problem.layout == "varlen":
-                return None, *_of_each(*call, dout, dlse, ctx.needs_input_grad[1:])
-            return None, *gradients_again(*call, saved, dout, dlse, ctx.needs_input_grad[1:])
+                dq, dk, dv, *grads = _of_each(*call, dout, dlse, wanted)
+            else:
+                dq, dk, dv, *grads = gradients_again(*call, saved, dout, dlse, wanted)
+            return None, dq, dk, dv, *[grads[place] for place in places]
         bound = derivative_of(problem, "backward", choice.row.backend, dlse is not None)
-        wanted = want_q, want_k, want_v, _new(type(terms), wants)
+        wanted = want_q, want_k, want_v, wants
         while True:
             note(bound)
             try:
                 dq, dk, dv, grads = bound.choice.forward(bound.problem, q, k, v, terms, saved, dout, dlse, wanted)
-                return None, dq, dk, dv, *grads
+                return None, dq, dk, dv, *[grads[place] for place in places]
             except KernelError as error:
                 bound = after_failure(bound._replace(backend=backend), error)
+
+
+_apply_plain = direct_apply(Differentiable)
+
+
+def train(bound: Bound, q, k, v) -> tuple:
+    """(out, lse or None) of a bound call whose row has `train`, as autograd sees it."""
+    terms = bound.terms
+    tensors = [terms[place] for place in _places_of(terms)]
+    found = Differentiable.apply(bound, q, k, v, *tensors)
+    return found if bound.problem.lse else (found, None)
+
+
+def train_plain(bound: Bound, q, k, v) -> tuple:
+    """The same of plain tensors, outside of torch.func and without tensors among the terms: what `recall` finds."""
+    found = _apply_plain(bound, q, k, v)
+    return found if bound.problem.lse else (found, None)
 
 
 def run(bound: Bound, q, k, v) -> tuple:
@@ -67,9 +92,20 @@ def run(bound: Bound, q, k, v) -> tuple:
         try:
             if choice.train is None:
                 return choice.forward(problem, q, k, v, terms)
-            return Differentiable.apply(bound, q, k, v, *terms)
+            return train(bound, q, k, v)
         except KernelError as error:
             bound = after_failure(bound, error)
+
+
+@cache
+def _none_wanted(kind: type) -> tuple:
+    """Terms of this kind, none of which wants a gradient."""
+    return kind._make([False] * len(kind._fields))
+
+
+def _places_of(terms: tuple) -> list[int]:
+    """Where tensors stand."""
+    return [place for place, x in enumerate(terms) if isinstance(x, _Tensor)]
 
 
 def _of_each(*call) -> list:

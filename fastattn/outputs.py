@@ -33,7 +33,7 @@ def empty_results(problem, q: torch.Tensor, for_backward: bool, out=None) -> tup
     lse_parts    [batch, num_heads, seqlen_q, 2], lse as the sum of two numbers; Triton's in units of log2
     """
     out, dtype = empty_out(problem, q) if out is None else out, compute_dtype(problem)
-    rows = out.shape[:3]
+    rows = problem.batch, problem.num_heads, problem.seqlen_q
     lse = q.new_empty(rows, dtype=dtype) if problem.lse else None
     if not for_backward:
         return out, lse, None, None

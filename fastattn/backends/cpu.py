@@ -144,8 +144,9 @@ def thresholds(scores: torch.Tensor, rule: int, top_k: int) -> torch.Tensor:
     return found
 
 
-def _empty_gradients(q, k, v, wanted) -> list[torch.Tensor | None]:
-    return [_empty_like(x) if want else None for x, want in zip((q, k, v), wanted, strict=False)]
+def _empty_gradients(q, k, v, wanted) -> tuple[torch.Tensor | None, ...]:
+    want_q, want_k, want_v, *_ = wanted  # no loop: tiny calls notice it
+    return _empty_like(q) if want_q else None, _empty_like(k) if want_k else None, _empty_like(v) if want_v else None
 
 
 def _sum_dtype(problem, term, x: torch.Tensor) -> torch.dtype:
