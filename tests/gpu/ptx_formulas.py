@@ -58,9 +58,9 @@ def flush(x: float) -> float:
     return math.copysign(0.0, x) if abs(x) < 2.0**-126 else x
 
 
-def ordered(a: float, b: float) -> list[float]:
+def ordered(*floats: float) -> list[float]:
     """Ascending, -0 before +0; a NaN gives way to a number."""
-    numbers = [x for x in (a, b) if not math.isnan(x)] or [NAN]
+    numbers = [x for x in floats if not math.isnan(x)] or [NAN]
     return sorted(numbers, key=lambda x: (x, math.copysign(1.0, x)))
 
 
@@ -132,6 +132,20 @@ def compared(name: str):
     return compare
 
 
+def of_both(function):
+    """Of two singles in 64 bits each."""
+
+    def of_pairs(*pairs: int) -> int:
+        low, high = (function(*[bits_float(x >> shift) for x in pairs]) for shift in (0, 32))
+        return float_bits(high) << 32 | float_bits(low)
+
+    return of_pairs
+
+
+def of_bfloat16(function):
+    return lambda a, b: function(bits_float(a << 16), bits_float(b << 16))
+
+
 INTEGER = ("s16", "u16", "s32", "u32", "s64", "u64")
 FORMULAS = {
     **{f"add.{t}": lambda a, b: a + b for t in INTEGER},
@@ -145,6 +159,8 @@ FORMULAS = {
     **{f"rem.{t}": lambda a, b: a - b * quotient(a, b) for t in INTEGER},
     **{f"min.{t}": min for t in INTEGER},
     **{f"max.{t}": max for t in INTEGER},
+    "min.relu.s32": lambda a, b: max(min(a, b), 0),
+    "max.relu.s32": lambda a, b: max(a, b, 0),
     **{f"neg.{t}": lambda a: -a for t in ("s16", "s32", "s64")},
     **{f"abs.{t}": abs for t in ("s16", "s32", "s64")},
     **{f"and.{t}": lambda a, b: a & b for t in ("b16", "b32", "b64", "pred")},
@@ -160,9 +176,11 @@ FORMULAS = {
     **{f"setp.{c}.{t}": COMPARED[c] for c in COMPARED for t in INTEGER},
     **{f"setp.{c}.{t}": COMPARED[c] for c in ("eq", "ne") for t in ("b16", "b32", "b64")},
     **{f"setp.{c}{u}.{t}": compared(c + u) for c in COMPARED for u in ("", "u") for t in ("f16", "f32")},
+    **{f"setp.{c}{u}.bf16": of_bfloat16(compared(c + u)) for c in COMPARED for u in ("", "u")},
     **{f"setp.{c}.f32": compared(c) for c in ("nan", "num")},
     **{f"selp.{t}": lambda a, b, c: a if c else b for t in ("b16", "b32", "b64", "f32")},
     **{f"mov.{t}": lambda a: a for t in ("b16", "u16", "b32", "u32", "b64", "pred")},
+    "cvta.param.u64": lambda a: a,
     # floats
     "add.f32": exactly(lambda a, b: a + b),
     "sub.f32": exactly(lambda a, b: a - b),
@@ -173,9 +191,16 @@ FORMULAS = {
     math.copysign(INF, a) * math.copysign(1, b),
     "min.f32": lambda a, b: ordered(a, b)[0],
     "max.f32": lambda a, b: ordered(a, b)[-1],
+    "add.f32x2": of_both(exactly(lambda a, b: a + b)),
+    "sub.f32x2": of_both(exactly(lambda a, b: a - b)),
+    "mul.f32x2": of_both(exactly(lambda a, b: a * b)),
+    "fma.rn.f32x2": of_both(exactly(lambda a, b, c: a * b + c)),
+    "min3.f32": lambda *abc: ordered(*abc)[0],
+    "max3.f32": lambda *abc: ordered(*abc)[-1],
     "neg.f32": lambda a: -a,
     "abs.f32": abs,
     "abs.f16": abs,
+    **{f"abs.{t}x2": lambda a: a & 0x7FFF7FFF for t in ("f16", "bf16")},
     # conversions
     **{f"cvt.{to}.{t}": lambda a: a for t in INTEGER for to in ("u16", "s32", "u32")},
     **{f"cvt.{to}.{t}": lambda a: a for t in ("s16", "u16", "s32", "u32") for to in ("s64", "u64")},

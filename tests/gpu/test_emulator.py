@@ -11,7 +11,7 @@ import torch
 
 from emulator import faults
 from emulator.opcodes import matrix, operation_of
-from emulator.programs import run
+from emulator.programs import Map, run
 from emulator.registers import TYPES
 from ptx_formulas import APPROXIMATE, FORMULAS, single
 
@@ -56,6 +56,9 @@ def numbers(values: np.ndarray, type: str) -> list:
 def in_bits(x, type: str) -> int:
     """What a register of that type would hold."""
     dtype = TYPES[type]
+    if type == "f32x2":
+        low, high = (in_bits(y, "f32") for y in np.array(x, np.uint64).reshape(1).view(np.float32).tolist())
+        return high << 32 | low
     if dtype.kind == "f":
         return 0 if math.isnan(x) else int(np.array(x, dtype).view(f"u{dtype.itemsize}"))
     return int(x) & (1 << 8 * dtype.itemsize) - 1
@@ -254,6 +257,44 @@ def test_loads_of_matrices(transposed):
             assert y[lane, i].tolist() == numbers[lane % 4 * 2 :][:2].tolist()
 
 
+@pytest.mark.parametrize("shape", ["", ".trans"])
+def test_stores_of_matrices(shape):
+    """Are what loads undo."""
+    body = (
+        ROWS_OF_16_BYTES
+        + """
+	ld.global.v4.b32 {%r3, %r4, %r5, %r6}, [%rd13];
+	shl.b32 %r7, %r0, 4;
+	stmatrix.sync.aligned.m8n8.x4SHAPE.shared.b16 [%r7], {%r3, %r4, %r5, %r6};
+	bar.sync 0;
+	ldmatrix.sync.aligned.m8n8.x4SHAPE.shared.b16 {%r3, %r4, %r5, %r6}, [%r7];
+	st.global.v4.b32 [%rd14], {%r3, %r4, %r5, %r6};
+""".replace("SHAPE", shape)
+    )
+    x = integers(128)
+    assert torch.equal(result_of(body, x=x, size=128), x)
+
+
+def test_comparison_of_halves():
+    body = (
+        LOAD
+        + """
+	setp.lt.bf16x2 %p1|%p2, %r3, 1065353216;
+	selp.b32 %r4, 1, 0, %p1;
+	selp.b32 %r5, 2, 0, %p2;
+	add.s32 %r4, %r4, %r5;
+"""
+    )
+    x = torch.randn(32, 2).bfloat16()  # compared with 1.0 in the upper half and 0.0 in the lower one
+    below = x < torch.tensor([0.0, 1.0])
+    found = result_of(body + STORE, x=x.view(torch.int32).view(32))
+    assert torch.equal(found, below[:, 0].int() + 2 * below[:, 1].int())
+
+
+def test_bytes_that_are_not_selected_need_no_value():
+    assert result_of(LOAD + "prmt.b32 %r4, %r3, %r9, 0x3210U;\n" + STORE).tolist() == integers(32).tolist()
+
+
 COPY = """
 	and.b32 %r5, %r0, 7;
 	setp.lt.u32 %p1, %r5, 4;
@@ -277,12 +318,70 @@ def test_asynchronous_copies():
     assert found.tolist() == [x[lane] if lane % 8 < 4 else 0 for lane in reversed(range(64))]
 
 
-# --- mistakes that must be caught -------------------------------------------------------------------------------------
-
-
 def edited(body: str, old: str, new: str = "") -> str:
     assert old in body
     return body.replace(old, new)
+
+
+BOX = """
+	mov.b32 %r5, k_param_0;
+	cvt.u64.u32 %rd5, %r5;
+	cvta.param.u64 %rd5, %rd5;
+	mov.b32 %r6, 4096;
+	setp.eq.s32 %p1, %r0, 0;
+	@%p1 mbarrier.init.shared::cta.b64 [%r6], 1;
+	bar.sync 0;
+	@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r6], 1024;
+	fence.proxy.async.shared::cta;
+	bar.sync 0;
+	elect.sync %r7|%p2, -1;
+	mov.b32 %r8, 0;
+	mov.b32 %r9, 3;
+	@%p2 cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%r8], [%rd5, {%r8, %r9}], [%r6];
+{
+	.reg .pred complete;
+	waitLoop:
+	mbarrier.try_wait.parity.shared::cta.b64 complete, [%r6], 0;
+	@!complete bra.uni waitLoop;
+}
+	shl.b32 %r7, %r0, 5;
+	ld.shared.v4.b32 {%r10, %r11, %r12, %r13}, [%r7];
+	ld.shared.v4.b32 {%r14, %r15, %r16, %r17}, [%r7+16];
+	mul.wide.u32 %rd13, %r0, 32;
+	add.s64 %rd14, %rd1, %rd13;
+	st.global.v4.b32 [%rd14], {%r10, %r11, %r12, %r13};
+	st.global.v4.b32 [%rd14+16], {%r14, %r15, %r16, %r17};
+	bar.sync 0;
+	@%p1 mbarrier.inval.shared::cta.b64 [%r6];
+"""
+
+
+def box_of(x: torch.Tensor, body: str = BOX, swizzle: int = 0) -> torch.Tensor:
+    """256 numbers from row 3 of x on, as they lie in shared memory."""
+    width, y = x.shape[1], torch.zeros(256, dtype=torch.int32)
+    text = kernel(body)
+    for line in ("\tld.param.b64 %rd0, [k_param_0];\n", "\tadd.s64 %rd11, %rd0, %rd10;\n"):
+        text = edited(text, line)
+    run(text, [Map(x, (width, 1), (256 // width, width), swizzle), y], (1, 1, 1), 1, 8192)
+    return y
+
+
+@pytest.mark.parametrize("swizzle, pieces", [(0, 8), (1, 2), (2, 4), (3, 8)])
+def test_a_box_of_a_tensor(swizzle, pieces):
+    """Beyond the last row are zeros. The manual's patterns of rows of 2, 4 or 8 pieces of 16 bytes: they change places
+    from 128 bytes to the next."""
+    rows = 64 // pieces
+    x = torch.arange((rows + 1) * pieces * 4, dtype=torch.int32).view(rows + 1, pieces * 4)
+    expected = torch.zeros(rows, pieces, 4, dtype=torch.int32)
+    expected[: rows - 2] = x[3:].view(rows - 2, pieces, 4)
+    found = box_of(x, swizzle=swizzle).view(rows, pieces, 4)
+    for row in range(rows):
+        for piece in range(pieces):
+            place = piece ^ (row * pieces // 8 % pieces if swizzle else 0)
+            assert torch.equal(found[row, place], expected[row, piece])
+
+
+# --- mistakes that must be caught -------------------------------------------------------------------------------------
 
 
 TWO_WARPS = LOAD + "st.shared.b32 [%r2], %r3;\nbar.sync 0;\nxor.b32 %r7, %r2, 252;\nld.shared.b32 %r4, [%r7];\n"
@@ -328,6 +427,21 @@ def test_mistake_is_caught(name):
     assert type(caught.value) is fault
     if name != "a copy that nobody waits for":
         assert "line " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "old, new, fault",
+    [
+        ("mbarrier.try_wait.parity.shared::cta.b64 complete, [%r6], 0;", "mov.pred complete, -1;", faults.NotWaited),
+        ("complete, [%r6], 0;", "complete, [%r6], 1;", faults.NotWaited),
+        ("_, [%r6], 1024;", "_, [%r6], 512;", faults.Deadlock),
+        ("@%p1 mbarrier.init.shared::cta.b64 [%r6], 1;", "", faults.Uninitialized),
+        ("mov.b32 %r8, 0;", "mov.b32 %r8, 128;", faults.OutOfBounds),  # with this swizzle
+    ],
+)
+def test_mistake_with_a_box_is_caught(old, new, fault):
+    with pytest.raises(fault):
+        box_of(torch.zeros(9, 32, dtype=torch.int32), edited(BOX, old, new), swizzle=3)
 
 
 @pytest.mark.parametrize("body", [TWO_WARPS, COPY])

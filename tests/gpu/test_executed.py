@@ -1,4 +1,4 @@
-"""The machine code (PTX for sm_80) that Triton compiles of the kernels, executed instruction by instruction in NumPy.
+"""The PTX that Triton compiles of the kernels for GPUs with mma.sync, executed instruction by instruction in NumPy.
 
 What no other process sees: layouts and swizzles of shared memory, barriers, asynchronous copies and their waits, how
 matrix instructions take their operands. tests/gpu/test_emulator.py checks the executor itself.
@@ -25,7 +25,7 @@ from emulator.opcodes import STEPS  # noqa: E402
 from fastattn import BlockMask, Mask, attention, last_call  # noqa: E402
 from ptx_formulas import APPROXIMATE, FORMULAS  # noqa: E402
 
-ARCH = 80
+OTHERS = (86, 89, 120)  # beside sm_80; from sm_90 on, k and v are loaded by tensor maps (TMA)
 CHECKED = FORMULAS.keys() | APPROXIMATE.keys()
 
 
@@ -91,11 +91,11 @@ BACKWARD = [
 ]  # fmt: skip
 
 
-def forward(case: Case, edit=lambda name, text: text, **options) -> list:
+def forward(case: Case, edit=lambda name, text: text, arch: int = 80, **options) -> list:
     """A call that is executed and compared with the reference in float64: its launches."""
     (q, k, v), kwargs = inputs(case)
     kwargs |= options
-    with executing(ARCH, edit) as launches:
+    with executing(arch, edit) as launches:
         actual = attention(q, k, v, **kwargs, return_lse=True, backend="triton")
         assert last_call().kernel.startswith("triton.")
     assert_accuracy(actual, q, k, v, **kwargs)
@@ -116,11 +116,12 @@ def assert_all_products_ran(launches) -> None:
 
 
 def assert_all_opcodes_are_checked(launches) -> None:
-    """In test_emulator.py, by formulas or in kernels of its own."""
+    """In test_emulator.py, by formulas or in kernels of its own, as those of `STEPS` and comparisons of halves are."""
+    apart = {*STEPS, "bra", "ret"} - {"mov", "setp"}
     for launch in launches:
         opcodes = {i.opcode for i in decode(launch.binary.text("ptx")).program.instructions}
-        unchecked = {opcode for opcode in opcodes if opcode.split(".")[0] not in {*STEPS, "bra", "ret"} - {"mov"}}
-        assert unchecked - CHECKED == set()
+        opcodes = {opcode for opcode in opcodes if not re.match(r"setp.*16x2", opcode)}
+        assert {opcode for opcode in opcodes if opcode.split(".")[0] not in apart} - CHECKED == set()
 
 
 @pytest.mark.parametrize("case", FORWARD, ids=str)
@@ -132,8 +133,9 @@ def test_forward(case):
     assert_all_opcodes_are_checked(launches)
 
 
+@pytest.mark.parametrize("arch", [80, *(pytest.param(arch, marks=pytest.mark.slow) for arch in OTHERS)])
 @pytest.mark.parametrize("case", BACKWARD, ids=str)
-def test_backward(case, monkeypatch):
+def test_backward(case, arch, monkeypatch):
     gradients = backward.gradients
 
     def ours(q, k, v, kwargs, dout, dlse=None, backend="triton", of_scores=False):
@@ -141,11 +143,20 @@ def test_backward(case, monkeypatch):
             return gradients(q, k, v, kwargs, dout, dlse, backend, of_scores)
 
     monkeypatch.setattr(backward, "gradients", ours)
-    with executing(ARCH) as launches:
+    with executing(arch) as launches:
         backward.assert_parity(case, of_scores=True)
     assert {"delta_kernel", "key_value_kernel", "query_kernel"} < {launch.binary.name for launch in launches}
     if case == CAUSAL_BACKWARD:
         assert_all_products_ran(launches)
+    assert_all_opcodes_are_checked(launches)
+
+
+@pytest.mark.parametrize("arch", [120, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (86, 89))])
+@pytest.mark.parametrize("case", [CAUSAL, *map(slow, (WINDOW, FLOAT32, DECODE, BLOCKS, EVERYTHING))], ids=str)
+def test_forward_on_other_architectures(case, arch):
+    launches = forward(case, arch=arch)
+    if case == CAUSAL:
+        assert ("cp.async.bulk.tensor" in launches[0].binary.text("ptx")) == (arch == 120)
     assert_all_opcodes_are_checked(launches)
 
 
@@ -159,7 +170,7 @@ def test_numbers_that_a_mask_hides():
     """Inf and NaN of a key reach the queries that see it and no other: a loop of its own."""
     (q, k, v), kwargs = inputs(CAUSAL)
     v[0, 0, 137, 5], v[0, 0, 300, 9] = float("inf"), float("nan")
-    with executing(ARCH):
+    with executing(80):
         actual = attention(q, k, v, **kwargs, return_lse=True, backend="triton")
     assert_accuracy(actual, q, k, v, **kwargs)
 
@@ -208,6 +219,25 @@ def test_fault_is_caught(name):
     edit, caught = FAULTS[name]
     with pytest.raises(caught):
         forward(CAUSAL, edit)
+
+
+FAULTS_OF_TENSOR_MAPS = {
+    "no wait": (edited(r"mbarrier\.try_wait.*;", "mov.pred complete, -1;"), faults.NotWaited),
+    "a wait for the phase before": (
+        edited(r"(try_wait\.parity\S+ complete, \[%r\d+\], )%r\d+", r"\g<1>1"), faults.NotWaited,
+    ),
+    "fewer bytes than come": (edited(r"(expect_tx\S+ _, \[%r\d+\], )\d+", r"\g<1>4096"), faults.Deadlock),
+    "a tile that is overwritten while it is read": (edited(r"bar\.sync\s+0;", ""), faults.Race),
+    "other rows": (edited(r"(bulk\.tensor.*\{%r\d+, )%r\d+,", r"\g<1>%r0,"), (AssertionError, faults.Fault)),
+    "a swizzle with another bit": (edited(r"(xor\.b32\s+%r\d+, %r\d+, )64;", r"\g<1>32;", 0), AssertionError),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS_OF_TENSOR_MAPS)
+def test_fault_of_tensor_maps_is_caught(name):
+    edit, caught = FAULTS_OF_TENSOR_MAPS[name]
+    with pytest.raises(caught):
+        forward(CAUSAL, edit, 120)
 
 
 @pytest.mark.slow

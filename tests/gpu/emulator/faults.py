@@ -29,5 +29,9 @@ class Race(Fault):
     """Two warps (or programs), one of them writing, that no barrier orders."""
 
 
+class Deadlock(Fault):
+    """A wait for what nobody will do."""
+
+
 class Diverged(Fault):
     """Some lanes of a warp, or warps of a program, do not take part in what all have to."""

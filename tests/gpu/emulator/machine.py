@@ -11,10 +11,12 @@ from typing import NamedTuple
 import numpy as np
 
 from .faults import Diverged, Fault, NotWaited
+from .mbarriers import Barriers, Descriptor
 from .opcodes import step_of
 from .parsing import Instruction, Program, parse
 from .registers import Registers, reader
 from .shared import Shared
+from .tensors import Tensors
 
 LEAVES = ("bra", "ret", "exit")
 
@@ -54,7 +56,7 @@ def decode(text: str) -> Code:
         if body[-1].opcode.split(".")[0] in LEAVES:
             *body, last = body
         blocks.append(Block(tuple(map(_step, body)), tuple(body), last, n + 1))
-    sizes = re.findall(r"\.shared(?:\.v\d)?\.b(8|16)\b", re.sub(r"ldmatrix.*", "", text))
+    sizes = re.findall(r"\.shared(?:\.v\d)?\.b(8|16)\b", re.sub(r"(ld|st)matrix.*", "", text))
     first = {name: number[start] for name, start in program.labels.items() if start in number}
     return Code(program, tuple(blocks), first, min([int(size) // 8 for size in sizes], default=4), set())
 
@@ -90,17 +92,29 @@ def _guard(instruction: Instruction):
     return lambda machine: ~read(machine) if negated else read(machine)
 
 
+class Values(NamedTuple):
+    """What a launch gives its kernel: the bits of each parameter by name; descriptors by address, and their addresses
+    by the name of the parameter."""
+
+    tensors: Tensors
+    parameters: dict[str, np.ndarray]
+    descriptors: dict[int, Descriptor]
+    addresses: dict[str, np.ndarray]
+
+
 class Machine:
-    """Runs `programs` (numbers in the grid) of `threads` lanes each, with the bits of each parameter by name.
+    """Runs `programs` (numbers in the grid) of `threads` lanes each.
 
     active: which lanes run now, None for all.
     """
 
-    def __init__(self, code: Code, parameters: dict, tensors, grid, programs: np.ndarray, threads: int, shared: int):
-        self.code, self.parameters, self.tensors = code, parameters, tensors
+    def __init__(self, code: Code, values: Values, grid, programs: np.ndarray, threads: int, shared: int):
+        self.code, self.tensors = code, values.tensors
+        self.parameters, self.descriptors = values.parameters, values.descriptors
         self.threads, self.lanes = threads, threads * len(programs)
         self.program_of_lane = np.repeat(programs, threads)
         self.shared = Shared(shared, len(programs), threads, code.unit)
+        self.barriers = Barriers(self.shared)
         x, y, _ = grid
         thread = np.tile(np.arange(threads), len(programs))
         number = self.program_of_lane
@@ -108,7 +122,7 @@ class Machine:
             "ctaid.x": number % x, "ctaid.y": number // x % y, "ctaid.z": number // (x * y),
             "nctaid.x": np.array(grid[0]), "nctaid.y": np.array(grid[1]), "nctaid.z": np.array(grid[2]),
             "tid.x": thread, "tid.y": np.array(0), "tid.z": np.array(0), "ntid.x": np.array(threads),
-            "laneid": thread % 32, "global_smem": np.array(0),
+            "laneid": thread % 32, "global_smem": np.array(0), **values.addresses,
         }  # fmt: skip
         self.registers = Registers(code.program.registers, self.lanes)
         self.active: np.ndarray | None = None
@@ -153,6 +167,7 @@ class Machine:
                 for target, chosen in self._leave(block, lanes):
                     if np.any(chosen):
                         waiting[target] = waiting[target] | chosen if target in waiting else chosen
+        self.barriers.check_end()
         if self.shared.is_pending():
             raise NotWaited("the kernel ends before an asynchronous copy that nobody waited for")
 

@@ -101,9 +101,17 @@ class Shared:
     # --- asynchronous copies -----------------------------------------------------------------------------------------
 
     def copy(self, lanes: np.ndarray, units: np.ndarray, data: np.ndarray) -> None:
+        self.reserve(lanes, units)
+        self.copies.append(Copies(lanes, units, data, self.groups[lanes]))
+
+    def reserve(self, lanes: np.ndarray, units: np.ndarray) -> None:
+        """For data that comes later: until then nobody may touch these units."""
         self._check_write(lanes, units, None)
         self.writers[units] = PENDING
-        self.copies.append(Copies(lanes, units, data, self.groups[lanes]))
+
+    def settle(self, units: np.ndarray, data: np.ndarray) -> None:
+        """The data that they were reserved for, before whatever comes next."""
+        self.data[units], self.writers[units] = data, 0
 
     def commit(self, lanes: np.ndarray) -> None:
         self.groups[lanes] += 1

@@ -4,13 +4,13 @@ a value of values, which have no other effect."""
 from ..faults import Unknown
 from ..parsing import Instruction
 from ..registers import reader, writer
-from . import arithmetic, bits, comparisons, control, conversions, matrix, memory, warps
+from . import arithmetic, bits, bulk, comparisons, control, conversions, matrix, memory, warps
 from .operation import Operation
 
 FAMILIES = arithmetic.FAMILIES | bits.FAMILIES | comparisons.FAMILIES | conversions.FAMILIES
 """name -> function(modifiers, as in "add.rn.f32" -> ("rn", "f32")) -> Operation"""
 
-STEPS = conversions.STEPS | memory.STEPS | warps.STEPS | matrix.STEPS | control.STEPS
+STEPS = comparisons.STEPS | conversions.STEPS | memory.STEPS | warps.STEPS | matrix.STEPS | bulk.STEPS | control.STEPS
 """name -> function(instruction, modifiers) -> function(machine), or None if it is none of them after all"""
 
 
@@ -25,6 +25,8 @@ def operation_of(opcode: str) -> Operation:
 def step_of(instruction: Instruction):
     name, *modifiers = instruction.opcode.split(".")
     try:
+        if instruction.opcode.startswith("cp.async.bulk"):
+            return bulk.copy(instruction, tuple(modifiers))
         step = STEPS[name](instruction, tuple(modifiers)) if name in STEPS else None
     except (KeyError, ValueError) as error:
         raise Unknown(instruction.opcode) from error
@@ -32,8 +34,13 @@ def step_of(instruction: Instruction):
 
 
 def _value_step(instruction: Instruction):
-    function, result, operands = operation_of(instruction.opcode)
     destination, *sources = instruction.operands
+    opcode = instruction.opcode
+    if opcode in ("max.f32", "min.f32") and len(sources) == 3:
+        opcode = opcode[:3] + "3.f32"  # a name of our own
+    if opcode == "prmt.b32":
+        sources = bits.without_unused(sources)
+    function, result, operands = operation_of(opcode)
     if len(sources) != len(operands):
         raise Unknown(str(instruction))
     readers = [reader(source, type) for source, type in zip(sources, operands, strict=True)]

@@ -16,13 +16,26 @@ def _flushing(function):
     return lambda *operands: flushed(function(*map(flushed, operands)))
 
 
+def _both(function):
+    """Of two float32 in 64 bits each."""
+
+    def of_pairs(*operands):
+        pairs = [np.ascontiguousarray(x)[..., None].view(np.float32) for x in operands]
+        return np.ascontiguousarray(function(*pairs)).view(np.uint64)[..., 0]
+
+    return of_pairs
+
+
 def _float(function, operands: int):
     """With .rn, which is the default, and .ftz."""
 
     def family(modifiers: tuple[str, ...]) -> Operation:
         *rest, type = modifiers
         found = only(rest, "rn", "ftz")
-        return same(_flushing(function) if "ftz" in found else function, one_of(type, FLOATS), operands)
+        function_of = _flushing(function) if "ftz" in found else function
+        if type == "f32x2":
+            return same(_both(function_of), type, operands)
+        return same(function_of, one_of(type, FLOATS), operands)
 
     return family
 
@@ -37,7 +50,7 @@ def _integer(function, operands: int):
 
 def _either(floats, integers, operands: int):
     of_floats, of_integers = _float(floats, operands), _integer(integers, operands)
-    return lambda modifiers: (of_floats if modifiers[-1] in FLOATS else of_integers)(modifiers)
+    return lambda modifiers: (of_floats if modifiers[-1] in (*FLOATS, "f32x2") else of_integers)(modifiers)
 
 
 def fused(a, b, c):
@@ -54,13 +67,25 @@ def larger(a, b):
     return np.where(a == b, (a.view("u4") & b.view("u4")).view("f4"), np.fmax(a, b))
 
 
+def _absolute(modifiers):
+    if modifiers in (("bf16x2",), ("f16x2",)):
+        return same(lambda x: x & np.uint32(0x7FFF7FFF), modifiers[0], 1)
+    return _either(np.abs, np.abs, 1)(modifiers)
+
+
 def _extreme(floats, integers):
-    of_integers = _integer(integers, 2)
-    return lambda modifiers: same(floats, "f32", 2) if modifiers == ("f32",) else of_integers(modifiers)
+    def family(modifiers):
+        if modifiers == ("f32",):
+            return same(floats, "f32", 2)
+        if modifiers == ("relu", "s32"):  # not below 0
+            return same(lambda a, b: np.maximum(integers(a, b), np.int32(0)), "s32", 2)
+        return _integer(integers, 2)(modifiers)
+
+    return family
 
 
 def _fma(modifiers):
-    one_of(modifiers[-1], ("f32",))
+    one_of(modifiers[-1], ("f32", "f32x2"))
     return _float(fused, 3)(modifiers)
 
 
@@ -135,8 +160,10 @@ FAMILIES = {
     "rem": _remainder,
     "min": _extreme(smaller, np.minimum),
     "max": _extreme(larger, np.maximum),
+    "min3": lambda modifiers: same(lambda a, b, c: smaller(smaller(a, b), c), one_of(*modifiers, ("f32",)), 3),
+    "max3": lambda modifiers: same(lambda a, b, c: larger(larger(a, b), c), one_of(*modifiers, ("f32",)), 3),
     "neg": _negated,
-    "abs": _either(np.abs, np.abs, 1),
+    "abs": _absolute,
     "ex2": _approximate(np.exp2),
     "lg2": _approximate(np.log2),
     "rcp": _approximate(np.reciprocal),

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from ..parsing import Immediate
+from ..registers import immediate
 from .operation import BITS, SIGNED, Operation, one_of, same
 
 
@@ -63,6 +65,15 @@ def _permute(modifiers):
         return result
 
     return same(permute, "b32", 3)
+
+
+def without_unused(sources: list) -> list:
+    """Those of prmt, with 0 for what a constant selector does not select: the compiler leaves it undefined."""
+    a, b, selector = sources
+    if not isinstance(selector, Immediate):
+        return sources
+    selected = {int(immediate(selector.text, "u32")) >> 4 * place & 7 for place in range(4)}
+    return [a if min(selected) < 4 else Immediate("0"), b if max(selected) >= 4 else Immediate("0"), selector]
 
 
 FAMILIES = {

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from ..registers import TYPES
+from ..registers import TYPES, reader, writer
+from .conversions import from_bfloat16
 from .operation import FLOATS, Operation, one_of
 
 _COMPARE = {
@@ -18,6 +19,9 @@ def unordered(a, b):
 def _compare(modifiers) -> Operation:
     """Of floats, a comparison is False where there is a NaN, or with a u behind its name True."""
     comparison, *_, type = modifiers
+    if type == "bf16":
+        function = _compare((*modifiers[:-1], "f32")).function
+        return Operation(lambda a, b: function(from_bfloat16(a), from_bfloat16(b)), "pred", (type, type))
     if len(modifiers) != 2:
         one_of("of setp", ())
     if type not in FLOATS:
@@ -37,4 +41,23 @@ def _select(modifiers) -> Operation:
     return Operation(lambda a, b, chosen: np.where(chosen, a, b), type, (type, type, "pred"))
 
 
+def _compare_both(instruction, modifiers):
+    """setp of two 16-bit floats in a register: a predicate for the lower half and one for the upper."""
+    comparison, type = modifiers
+    if not type.endswith("x2"):
+        return None
+    both, *sources = instruction.operands
+    dtype = TYPES[type.removesuffix("x2")]
+    function = _compare((comparison, type.removesuffix("x2"))).function
+    writers, readers = [writer(part) for part in both.parts], [reader(source, type) for source in sources]
+
+    def step(machine):
+        a, b = (np.array(machine.of_all(read(machine)))[:, None].view(dtype) for read in readers)
+        for half, write in enumerate(writers):
+            write(machine, function(np.array(a[:, half]), np.array(b[:, half])))
+
+    return step
+
+
+STEPS = {"setp": _compare_both}
 FAMILIES = {"setp": _compare, "selp": _select}

@@ -106,5 +106,10 @@ def _pack_or_unpack(instruction, modifiers):
     return None
 
 
-FAMILIES = {"cvt": _convert, "mov": _move}
+def _to_generic(modifiers) -> Operation:
+    """An address of a parameter: the same in both spaces here."""
+    return same(lambda x: x, one_of(modifiers, (("param", "u64"),))[1], 1)
+
+
+FAMILIES = {"cvt": _convert, "cvta": _to_generic, "mov": _move}
 STEPS = {"mov": _pack_or_unpack}

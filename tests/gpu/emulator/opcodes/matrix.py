@@ -10,6 +10,7 @@ from ..parsing import parts_of
 from ..registers import reader, writer
 from .conversions import from_bfloat16
 from .memory import address_of, lanes_and_addresses
+from .operation import one_of
 
 _TO_FLOAT = {
     "bf16": from_bfloat16,
@@ -80,14 +81,38 @@ def transposed(rows: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(numbers.swapaxes(-1, -2)).view(np.uint32)
 
 
+def _matrices_of(modifiers) -> tuple[int, bool]:
+    """(how many, whether transposed)"""
+    count, transpose = {"x1": 1, "x2": 2, "x4": 4}[modifiers[3]], "trans" in modifiers
+    one_of(modifiers, (("sync", "aligned", "m8n8", f"x{count}", *(("trans",) if transpose else ()), "shared", "b16"),))
+    return count, transpose
+
+
+def _store_matrices(instruction, modifiers):
+    """stmatrix: the inverse of ldmatrix."""
+    count, transpose = _matrices_of(modifiers)
+    address, sources = instruction.operands
+    readers, address = [reader(part, "b32") for part in parts_of(sources)], address_of(address, "u32")
+
+    def step(machine):
+        machine.require_whole_warps()
+        lanes, addresses = lanes_and_addresses(machine, address)
+        rows = np.stack([machine.of_active(read(machine)).reshape(-1, 8, 4) for read in readers], 1)
+        if transpose:
+            rows = transposed(rows)
+        points = lanes % 32 < 8 * count
+        lanes, addresses = lanes[points], addresses[points]
+        shared = machine.shared
+        data = np.ascontiguousarray(rows.reshape(-1, 4)).view(shared.dtype)
+        shared.store(lanes, shared.units_of(lanes, addresses, 16), data)
+
+    return step
+
+
 def _load_matrices(instruction, modifiers):
     """ldmatrix: a matrix for each register, whose eight rows of 16 bytes the next eight lanes point to; lane 4 r + c
     gets numbers 2 c and 2 c + 1 of row r."""
-    transpose = "trans" in modifiers
-    count = {"x1": 1, "x2": 2, "x4": 4}[modifiers[3]]
-    expected = ("sync", "aligned", "m8n8", f"x{count}", *(("trans",) if transpose else ()), "shared", "b16")
-    if modifiers != expected:
-        raise Unknown(instruction.opcode)
+    count, transpose = _matrices_of(modifiers)
     destinations, address = instruction.operands
     writers, address = [writer(part) for part in parts_of(destinations)], address_of(address, "u32")
 
@@ -109,4 +134,4 @@ def _load_matrices(instruction, modifiers):
     return step
 
 
-STEPS = {"mma": _multiply, "ldmatrix": _load_matrices}
+STEPS = {"mma": _multiply, "ldmatrix": _load_matrices, "stmatrix": _store_matrices}

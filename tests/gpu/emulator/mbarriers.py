@@ -1,0 +1,115 @@
+"""Barriers in shared memory (mbarrier) and the copies of tensors that they wait for."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .faults import Deadlock, NotWaited, OutOfBounds, Uninitialized, Unknown
+from .shared import Shared
+from .tensors import Tensors
+
+FIRST_DESCRIPTOR = 1 << 16
+"""Address of the first descriptor of a launch; the next ones follow at such distances."""
+
+
+PIECE = 16
+"""Bytes that stay together, whatever the swizzle."""
+
+
+class Descriptor(NamedTuple):
+    """A tensor map: where a tensor lies and how a box of it goes to shared memory. Dimensions from outer to inner.
+
+    swizzle: 0 none; 1, 2, 3: bits 4, 4 and 5, 4 to 6 of a place are flipped by the bits three above
+    """
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+    size: int
+    swizzle: int
+
+    def load(self, tensors: Tensors, first: list[int], program: int) -> np.ndarray:
+        """[pieces, 16] bytes of the box whose first element has these indices; zeros outside the tensor."""
+        indices = np.indices(self.box).reshape(len(self.box), -1) + np.array(first)[:, None]
+        shape = np.array(self.shape)[:, None]
+        inside = np.flatnonzero(((indices >= 0) & (indices < shape)).all(0))
+        data = np.zeros((indices.shape[1], self.size), np.uint8)
+        offsets = (indices[:, inside] * np.array(self.strides)[:, None]).sum(0) * self.size
+        addresses = (np.uint64(self.address) + offsets.astype(np.uint64)).astype(np.uint64)
+        data[inside] = tensors.load(addresses, self.size, np.full(len(inside), program))
+        return data.reshape(-1, PIECE)
+
+    def places(self, address: int) -> np.ndarray:
+        """Of the box's pieces in shared memory, from `address` on."""
+        linear = np.arange(address, address + np.prod(self.box) * self.size, PIECE)
+        bits = (0, 0x10, 0x30, 0x70)[self.swizzle]
+        if address % (128, 256, 512, 1024)[self.swizzle]:
+            raise OutOfBounds(f"a swizzled box begins at {address}, which is no multiple of its pattern")
+        return linear ^ (linear >> 3 & bits)
+
+
+class Barrier:
+    """One of a program: how many arrivals and bytes its phase still waits for, and copies that have not come yet."""
+
+    def __init__(self, count: int):
+        self.count = self.arrivals = count
+        self.bytes, self.phase = 0, 0
+        self.copies: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def advance(self) -> None:
+        if self.arrivals == 0 and self.bytes == 0:
+            self.arrivals, self.phase = self.count, self.phase + 1
+
+
+class Barriers:
+    """Of several programs, by program and address. A copy comes when somebody waits for it, not before."""
+
+    def __init__(self, shared: Shared):
+        self.shared = shared
+        self.barriers: dict[tuple[int, int], Barrier] = {}
+
+    def init(self, program: int, address: int, count: int) -> None:
+        self.barriers[program, address] = Barrier(count)
+
+    def invalidate(self, program: int, address: int) -> None:
+        self._check_done(self.at(program, address))
+        del self.barriers[program, address]
+
+    def at(self, program: int, address: int) -> Barrier:
+        if (program, address) not in self.barriers:
+            raise Uninitialized(f"there is no barrier at {address} of shared memory")
+        return self.barriers[program, address]
+
+    def expect(self, program: int, address: int, size: int) -> None:
+        barrier = self.at(program, address)
+        barrier.bytes += size
+        if not barrier.arrivals:
+            raise Unknown("more arrivals at a barrier than it counts")
+        barrier.arrivals -= 1
+        barrier.advance()
+
+    def copy(self, program: int, address: int, lane: int, units: np.ndarray, data: np.ndarray) -> None:
+        self.shared.reserve(np.full(len(units), lane), units)
+        self.at(program, address).copies.append((units, data))
+
+    def wait(self, program: int, address: int, parity: int) -> None:
+        """Until the phase of that parity is over."""
+        barrier = self.at(program, address)
+        if barrier.phase % 2 != parity:
+            return
+        for units, data in barrier.copies:
+            self.shared.settle(units, data)
+            barrier.bytes -= data.nbytes
+        barrier.copies = []
+        barrier.advance()
+        if barrier.phase % 2 == parity:
+            raise Deadlock(f"a wait for {barrier.arrivals} arrivals and {barrier.bytes} bytes that will not come")
+
+    def check_end(self) -> None:
+        for barrier in self.barriers.values():
+            self._check_done(barrier)
+
+    def _check_done(self, barrier: Barrier) -> None:
+        if barrier.copies:
+            raise NotWaited("a barrier ends before a copy to shared memory that nobody waited for")
