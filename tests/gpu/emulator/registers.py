@@ -54,6 +54,10 @@ class Registers:
         self.values: list = [None] * number
         self.written: list = [False] * number
 
+    def is_undefined(self, operand) -> bool:
+        """Whether no lane wrote it so far."""
+        return isinstance(operand, Register) and self.written[operand.number] is False
+
     def read(self, register: Register, active: np.ndarray | None) -> np.ndarray:
         """Its bits, which have to be there in the active lanes; None: in all."""
         number = register.number

@@ -99,7 +99,11 @@ def _pack_or_unpack(instruction, modifiers):
         readers, write = [reader(part, narrow) for part in source.parts], writer(destination)
 
         def pack(machine):
-            parts = [machine.of_all(read(machine)) for read in readers]
+            # a half that no instruction writes is one that the compiler does not need
+            parts = [
+                machine.of_all(np.zeros((), TYPES[narrow]) if machine.registers.is_undefined(part) else read(machine))
+                for part, read in zip(source.parts, readers, strict=True)
+            ]
             write(machine, np.stack(parts, 1).view(TYPES[type])[:, 0])
 
         return pack
