@@ -57,9 +57,6 @@ def _comparisons() -> tuple[Comparison, ...]:
         ]
     step, whole = Work(cases[1], "forward+backward"), Case(num_heads=8, seqlen_q=4096, head_dim=64)
     found += [Comparison("dropout", step._replace(case=cases[1]._replace(dropout_p=0.1)), 1, step, 1)]
-    for passes in ("forward", "forward+backward"):
-        plain = Work(cases[1], passes)
-        found += [Comparison("rotary", plain._replace(case=cases[1]._replace(rotary="half")), 1, plain, 1)]
     return (*found, Comparison("window", Work(whole._replace(window_size=(256, 0))), 1, Work(whole), 1))
 
 

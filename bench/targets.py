@@ -105,8 +105,6 @@ TARGETS = (
     _ratio("forward + backward, dropout 0.1, S=2048", 4.0, DROPOUT, "x SDPA with dropout"),
     _time("a step with a growing cache, over a repeated one", 1.02, "growing", FORWARD),
     _time("forward + backward, dropout 0.1, S=2048", 1.3, "dropout", DROPOUT),
-    _time("rotary in the kernel, S=2048", 1.06, "rotary", FORWARD),
-    _time("forward + backward, rotary in the kernel, S=2048", 1.1, "rotary", STEP),
     _ratio("backward, bias [1,H,S,S] with a gradient, S=1024", 3.0, DENSE_BIAS, "x SDPA with that attn_mask"),
     _threads("backward, B1 H1 S4096, two threads", 1.7, BACKWARD | ONE_HEAD),
     _ratio("backward, B8 H12 S128 D32 dense", 1.6, BACKWARD | MINILM),

@@ -72,7 +72,8 @@ def extended_precision(tensors, kwargs, dout) -> dict[str, torch.Tensor]:
 
 
 def assert_parity(tensors, kwargs):
-    """Each error is at most twice that of plain torch in the same dtype, against the reference in a wider one."""
+    """Each error is at most twice that of plain torch in the same dtype, against the reference in a wider one; those of
+    dq and dk at most eight times where rows of v are long: dP - delta cancels, and leaves the rounding of long sums."""
     dout = cotangents(tensors[0], tensors[2])[0].to(tensors[0].dtype).double()  # the same number for all three
     actual, same_dtype = (results(tensors, kwargs, backend, dout=dout) for backend in ("cpu", "reference"))
     if tensors[0].dtype == torch.float64:
@@ -85,7 +86,8 @@ def assert_parity(tensors, kwargs):
         assert (x.shape, x.dtype) == (y.shape, y.dtype), name
         dtype = str(x.dtype).removeprefix("torch.")
         slack, limit = TOLERANCE[dtype] if name in ("out", "lse") else (SLACK[dtype], INF)
-        error, bound = max_error(x, z), min(2.0 * max_error(y, z) + slack, limit)
+        times = 8.0 if name in ("dq", "dk") and tensors[2].shape[-1] > 512 else 2.0
+        error, bound = max_error(x, z), min(times * max_error(y, z) + slack, limit)
         assert error <= bound, f"{name}: error {error:.3g}, allowed {bound:.3g}"
 
 

@@ -17,7 +17,6 @@ class Case(NamedTuple):
     bias    None | "shared" ([1, 1, Sq, Sk]) | "per_head" ([1, H, Sq, Sk]) | "full" ([B, H, Sq, Sk]) |
             "key" ([B, 1, 1, Sk]) | "query" ([1, H, Sq, 1]); of distances, `fastattn.relative.toeplitz`:
             "distances" ([H, Sq + Sk - 1]) | "shared distances" ([1, ...]) | "distances of each" ([B, H, ...])
-    rotary  None | "half" | "interleaved": all columns turn by tables of float32
     learned_scale  None | "one" (a tensor with one number) | "per_head" ([num_heads])
     layout  memory order of q, k, v and out: "bhsd" | "bshd"
     """
@@ -41,7 +40,6 @@ class Case(NamedTuple):
     learned_scale: str | None = None
     dropout_p: float = 0.0
     layout: str = "bhsd"
-    rotary: str | None = None
 
     def __str__(self) -> str:
         default = Case()
@@ -49,17 +47,7 @@ class Case(NamedTuple):
         parts = [f"B{self.batch}H{self.num_heads}" + (f"/{self.num_heads_k}" if self.num_heads_k else "")]
         parts += [f"S{self.seqlen_q}" + (f"x{sk}" if sk != self.seqlen_q else "")]
         parts += [f"D{self.head_dim}" + (f"/{self.head_dim_v}" if self.head_dim_v else "")]
-        for field in (
-            "dtype",
-            "mask",
-            "bias",
-            "softcap",
-            "softmax_scale",
-            "learned_scale",
-            "dropout_p",
-            "layout",
-            "rotary",
-        ):
+        for field in ("dtype", "mask", "bias", "softcap", "softmax_scale", "learned_scale", "dropout_p", "layout"):
             if getattr(self, field) != getattr(default, field) or field == "dtype":
                 value = getattr(self, field)
                 parts.append(value if isinstance(value, str) and field in ("dtype", "layout") else f"{field}:{value}")
@@ -109,9 +97,6 @@ def inputs(case: Case, seed: int = 0) -> tuple[tuple[torch.Tensor, ...], dict]:
         kwargs["sinks"] = normal(h).to(torch.float32)
     if case.learned_scale:
         kwargs["softmax_scale"] = (normal(*([h] if case.learned_scale == "per_head" else [])) * 0.3).to(torch.float32)
-    if case.rotary is not None:
-        angles = torch.arange(sk)[:, None] * 10000.0 ** (-2 * torch.arange(case.head_dim // 2) / case.head_dim)
-        kwargs |= {"rotary": (angles.cos(), angles.sin()), "rotary_interleaved": case.rotary == "interleaved"}
     if case.dropout_p:
         kwargs |= {"dropout_p": case.dropout_p, "seed": seed}
     return qkv, kwargs

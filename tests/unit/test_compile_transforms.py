@@ -23,8 +23,8 @@ def capped(q, k, v):
     return attention(q, k, v, causal=True, softcap=3.0, alibi_slopes=SLOPES).square().sum()
 
 
-def along_edges(q, k, v):
-    return attention_csr(q, k, v, *LISTS).square().sum()
+def along_edges(q, k, v):  # in a graph out has another order in memory, and a sum of it other bits
+    return attention_csr(q, k, v, *LISTS).contiguous().square().sum()
 
 
 def gradient_of_sum(function):
