@@ -25,7 +25,7 @@ def header(argv: list[str], script: str = "run.py") -> dict:
     missing = fastattn.backends.cpu.unavailable()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python", f"bench/{script}", *argv]),
+        "command": " ".join(["python", f"bench/{script}", *map(_without_home, argv)]),
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "isa": None if missing else fastattn.backends.cpu.isa(),
@@ -322,6 +322,11 @@ def _ratio(value: float | None) -> str:
 
 def _kernel(row: Row) -> str:
     return f"{row.kernel}{f' ({row.isa})' if row.isa else ''}"
+
+
+def _without_home(argument: str) -> str:
+    """A report is published: an absolute path becomes its last part."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def _git_revision() -> str:

@@ -19,6 +19,7 @@ import decoding
 import dense_vs_sparse
 import oracle
 import peers
+import report
 import run
 import suites
 import targets
@@ -405,3 +406,8 @@ def test_wrong_edges_are_not_timed(monkeypatch):
     monkeypatch.setattr(fastattn, "attention_csr", lambda q, *args, **kwargs: right(2 * q, *args, **kwargs))
     row = suites.edges_row(64, 5, "forward", 0.0)
     assert "max error" in row.wrong and row.ours.ms is None
+
+
+def test_a_report_names_no_folder_of_the_machine(tmp_path):
+    command = report.header(["--quick", "--out", str(tmp_path / "found"), "out/bench"])["command"]
+    assert command == "python bench/run.py --quick --out found out/bench"
