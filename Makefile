@@ -75,7 +75,7 @@ TRITON_PY = PYTHONPATH=$(TRITON_PATH):$(VENV)/ttsem OMP_NUM_THREADS=1 OPENBLAS_N
 TRITON_PYTEST = $(TRITON_PY) -m pytest -q -p no:cacheprovider
 COMPILED := $(addprefix tests/gpu/test_,compiled.py launch.py stub_driver.py warmup.py)
 SANITIZED := tests/gpu/test_sanitized.py
-EXECUTED := tests/gpu/test_emulator.py tests/gpu/test_executed.py
+EXECUTED := $(addprefix tests/gpu/test_,emulator.py wgmma.py executed.py)
 NEITHER := tests/gpu/test_bench_gpu.py tests/gpu/test_device.py
 INTERPRETED := $(filter-out $(COMPILED) $(SANITIZED) $(EXECUTED) $(NEITHER),$(sort $(wildcard tests/gpu/test_*.py)))
 

@@ -14,6 +14,7 @@ from emulator.opcodes import matrix, operation_of
 from emulator.programs import Map, run
 from emulator.registers import TYPES
 from ptx_formulas import APPROXIMATE, FORMULAS, single
+from small_kernels import LOAD, STORE, edited, integers, kernel, launch, result_of
 
 EDGES = {
     "integers": (
@@ -148,37 +149,6 @@ def test_a_product_is_laid_out_as_documented(type):
 
 
 # --- small kernels ----------------------------------------------------------------------------------------------------
-
-
-def kernel(body: str, parameters: int = 2) -> str:
-    """A module: its parameters are pointers, of which %rd0 ... hold the values; %r0 is the thread, %r1 the program."""
-    names = [f"k_param_{n}" for n in range(parameters)]
-    loads = "\n".join(f"\tld.param.b64 %rd{n}, [{name}];" for n, name in enumerate(names))
-    return "\n".join((
-        ".extern .shared .align 16 .b8 global_smem[];", ".visible .entry k(",
-        ",\n".join(f"\t.param .u64 .ptr .global .align 1 {name}" for name in names), ")", "{",
-        "\t.reg .pred %p<9>;\n\t.reg .b16 %rs<9>;\n\t.reg .b32 %r<40>;\n\t.reg .b64 %rd<20>;",
-        loads, "\tmov.u32 %r0, %tid.x;\n\tmov.u32 %r1, %ctaid.x;\n\tmul.wide.u32 %rd10, %r0, 4;",
-        "\tadd.s64 %rd11, %rd0, %rd10;\n\tadd.s64 %rd12, %rd1, %rd10;\n\tshl.b32 %r2, %r0, 2;", body, "\tret;", "}",
-    ))  # fmt: skip
-
-
-def launch(body: str, x, y, programs: int = 1, warps: int = 1, shared: int = 1024) -> None:
-    run(kernel(body), [x, y], (programs, 1, 1), warps, shared)
-
-
-def integers(n: int) -> torch.Tensor:
-    return torch.arange(n, dtype=torch.int32) * 3 + 1
-
-
-def result_of(body: str, warps: int = 1, x=None, size: int | None = None) -> torch.Tensor:
-    x = integers(32 * warps) if x is None else x
-    y = torch.zeros(size or 32 * warps, dtype=torch.int32)
-    launch(body, x, y, warps=warps)
-    return y
-
-
-LOAD, STORE = "\tld.global.b32 %r3, [%rd11];\n", "\tst.global.b32 [%rd12], %r4;\n"
 
 
 @pytest.mark.parametrize(
@@ -316,11 +286,6 @@ def test_asynchronous_copies():
     x = integers(64)
     found = result_of(COPY + STORE, warps=2)
     assert found.tolist() == [x[lane] if lane % 8 < 4 else 0 for lane in reversed(range(64))]
-
-
-def edited(body: str, old: str, new: str = "") -> str:
-    assert old in body
-    return body.replace(old, new)
 
 
 BOX = """

@@ -1,4 +1,5 @@
-"""The PTX that Triton compiles of the kernels for GPUs with mma.sync, executed instruction by instruction in NumPy.
+"""The PTX that Triton compiles of the kernels for NVIDIA's GPUs up to sm_90, and sm_120, executed instruction by
+instruction in NumPy.
 
 What no other process sees: layouts and swizzles of shared memory, barriers, asynchronous copies and their waits, how
 matrix instructions take their operands. tests/gpu/test_emulator.py checks the executor itself.
@@ -17,16 +18,24 @@ import torch  # noqa: E402
 import backward  # noqa: E402
 import canaries  # noqa: E402
 from accuracy import assert_accuracy, plain  # noqa: E402
-from cases import Case, inputs  # noqa: E402
+from cases import inputs  # noqa: E402
 from emulator import faults  # noqa: E402
 from emulator.device import executing  # noqa: E402
-from emulator.machine import decode  # noqa: E402
-from emulator.opcodes import STEPS  # noqa: E402
-from fastattn import BlockMask, Mask, attention, last_call  # noqa: E402
-from ptx_formulas import APPROXIMATE, FORMULAS  # noqa: E402
+from executed import (  # noqa: E402
+    BLOCKS,
+    CAUSAL,
+    DECODE,
+    EVERYTHING,
+    FLOAT32,
+    WINDOW,
+    assert_all_opcodes_are_checked,
+    assert_all_products_ran,
+    edited,
+    forward,
+)
+from fastattn import BlockMask, Mask, attention  # noqa: E402
 
-OTHERS = (86, 89, 120)  # beside sm_80; from sm_90 on, k and v are loaded by tensor maps (TMA)
-CHECKED = FORMULAS.keys() | APPROXIMATE.keys()
+OTHERS = (86, 89, 120)  # beside sm_80 and sm_90; from sm_90 on, k and v are loaded by tensor maps (TMA)
 
 
 @pytest.fixture(autouse=True)
@@ -37,104 +46,65 @@ def empty_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
-def slow(case: Case):
-    return pytest.param(case, marks=pytest.mark.slow, id=str(case))
+def runs(cases, selected: dict[int, tuple], architectures: tuple[int, ...] = (80, 90)) -> list:
+    """(case, architecture) of all, slow but for those that are selected."""
+    return [
+        pytest.param(
+            case, arch, id=f"{case}-sm_{arch}", marks=() if case in selected.get(arch, ()) else pytest.mark.slow
+        )
+        for case in cases
+        for arch in architectures
+    ]
 
 
-# Several rounds of each loop: tiles of sm_80 are up to 128 x 128.
-CAUSAL = Case(num_heads=2, num_heads_k=1, seqlen_q=390, head_dim=64, dtype="bfloat16", causal=True)
-WINDOW = Case(num_heads=2, seqlen_q=530, seqlen_k=557, head_dim=40, dtype="float16", window_size=(400, 3))
-FLOAT32 = Case(num_heads=2, num_heads_k=1, seqlen_q=70, seqlen_k=130, head_dim=16)
-BLOCKS = Case(num_heads=2, seqlen_q=150, seqlen_k=170, head_dim=32, dtype="bfloat16", mask="shared_blocks")
-EVERYTHING = Case(
-    num_heads=2, num_heads_k=1, seqlen_q=100, seqlen_k=150, head_dim=64, dtype="bfloat16", softcap=5.0, alibi=True,
-    sinks=True, bias="per_head", mask="tensor_per_head", causal=True,
-)  # fmt: skip
-DECODE = Case(num_heads=4, num_heads_k=2, seqlen_q=1, seqlen_k=1500, head_dim=64, dtype="bfloat16")
 FORWARD = [
     CAUSAL,
     WINDOW,
     FLOAT32,
     DECODE,
-    *map(slow, (
-        CAUSAL._replace(causal=False, dtype="float16", seqlen_k=450),
-        CAUSAL._replace(causal=False, head_dim=128, seqlen_k=300),
-        CAUSAL._replace(head_dim=80, head_dim_v=40, layout="bshd"),
-        WINDOW._replace(dtype="bfloat16", head_dim=256, head_dim_v=192),
-        WINDOW._replace(dtype="float32"),
-        FLOAT32._replace(causal=True, head_dim=64),
-        BLOCKS,
-        BLOCKS._replace(mask="blocks", dtype="float16", head_dim=64, causal=True),
-        EVERYTHING,
-        EVERYTHING._replace(dtype="float32"),
-        DECODE._replace(num_heads_k=1, seqlen_q=3, head_dim=24, dtype="float16", mask="lengths", sinks=True),
-        DECODE._replace(dtype="float32", head_dim=128),
-    )),
-]  # fmt: skip
+    CAUSAL._replace(causal=False, dtype="float16", seqlen_k=450),
+    CAUSAL._replace(causal=False, head_dim=128, seqlen_k=300),
+    CAUSAL._replace(head_dim=80, head_dim_v=40, layout="bshd"),
+    WINDOW._replace(dtype="bfloat16", head_dim=256, head_dim_v=192),
+    WINDOW._replace(dtype="float32"),
+    FLOAT32._replace(causal=True, head_dim=64),
+    BLOCKS,
+    BLOCKS._replace(mask="blocks", dtype="float16", head_dim=64, causal=True),
+    EVERYTHING,
+    EVERYTHING._replace(dtype="float32"),
+    DECODE._replace(num_heads_k=1, seqlen_q=3, head_dim=24, dtype="float16", mask="lengths", sinks=True),
+    DECODE._replace(dtype="float32", head_dim=128),
+]
 CAUSAL_BACKWARD = CAUSAL._replace(seqlen_q=270)
 BACKWARD = [
     CAUSAL_BACKWARD,
     BLOCKS,
-    *map(slow, (
-        FLOAT32._replace(head_dim=32),
-        CAUSAL._replace(causal=False, dtype="float16", seqlen_q=130, seqlen_k=170),
-        CAUSAL._replace(head_dim=128, seqlen_q=200),
-        WINDOW,
-        WINDOW._replace(dtype="bfloat16", head_dim=256, seqlen_q=90, seqlen_k=130),
-        BLOCKS._replace(mask="blocks", dtype="float16", head_dim=64, causal=True),
-        CAUSAL._replace(dtype="float16", causal=False, mask="documents"),
-        CAUSAL._replace(causal=False, mask="intervals", seqlen_q=140),
-        CAUSAL._replace(dropout_p=0.5, learned_scale="per_head", seqlen_q=130),
-        EVERYTHING,
-        EVERYTHING._replace(dtype="float32"),
-    )),
-]  # fmt: skip
+    FLOAT32._replace(head_dim=32),
+    CAUSAL._replace(causal=False, dtype="float16", seqlen_q=130, seqlen_k=170),
+    CAUSAL._replace(head_dim=128, seqlen_q=200),
+    WINDOW,
+    WINDOW._replace(dtype="bfloat16", head_dim=256, seqlen_q=90, seqlen_k=130),
+    BLOCKS._replace(mask="blocks", dtype="float16", head_dim=64, causal=True),
+    CAUSAL._replace(dtype="float16", causal=False, mask="documents"),
+    CAUSAL._replace(causal=False, mask="intervals", seqlen_q=140),
+    CAUSAL._replace(dropout_p=0.5, learned_scale="per_head", seqlen_q=130),
+    EVERYTHING,
+    EVERYTHING._replace(dtype="float32"),
+]
 
 
-def forward(case: Case, edit=lambda name, text: text, arch: int = 80, **options) -> list:
-    """A call that is executed and compared with the reference in float64: its launches."""
-    (q, k, v), kwargs = inputs(case)
-    kwargs |= options
-    with executing(arch, edit) as launches:
-        actual = attention(q, k, v, **kwargs, return_lse=True, backend="triton")
-        assert last_call().kernel.startswith("triton.")
-    assert_accuracy(actual, q, k, v, **kwargs)
-    return launches
-
-
-def assert_all_products_ran(launches) -> None:
-    """No matrix instruction is left out; the kernels of float32 have none."""
-    for launch in launches:
-        code = decode(launch.binary.text("ptx"))
-        left_out = [
-            str(instruction)
-            for number, block in enumerate(code.blocks)
-            for instruction in block.instructions
-            if instruction.opcode.startswith("mma") and number not in code.visited
-        ]
-        assert left_out == []
-
-
-def assert_all_opcodes_are_checked(launches) -> None:
-    """In test_emulator.py, by formulas or in kernels of its own, as those of `STEPS` and comparisons of halves are."""
-    apart = {*STEPS, "bra", "ret"} - {"mov", "setp"}
-    for launch in launches:
-        opcodes = {i.opcode for i in decode(launch.binary.text("ptx")).program.instructions}
-        opcodes = {opcode for opcode in opcodes if not re.match(r"setp.*16x2", opcode)}
-        assert {opcode for opcode in opcodes if opcode.split(".")[0] not in apart} - CHECKED == set()
-
-
-@pytest.mark.parametrize("case", FORWARD, ids=str)
-def test_forward(case):
-    launches = forward(case)
+@pytest.mark.parametrize("case, arch", runs(FORWARD, {80: FORWARD[:4], 90: (CAUSAL, WINDOW, DECODE)}))
+def test_forward(case, arch):
+    launches = forward(case, arch=arch)
     assert len(launches) == (2 if case.seqlen_q <= 3 else 1)  # split keys, then `combine`
+    if arch == 90 and case in (CAUSAL, WINDOW):
+        assert "wgmma.mma_async" in launches[0].binary.text("ptx")
     if case in (CAUSAL, WINDOW, DECODE):
         assert_all_products_ran(launches)
     assert_all_opcodes_are_checked(launches)
 
 
-@pytest.mark.parametrize("arch", [80, *(pytest.param(arch, marks=pytest.mark.slow) for arch in OTHERS)])
-@pytest.mark.parametrize("case", BACKWARD, ids=str)
+@pytest.mark.parametrize("case, arch", runs(BACKWARD, {80: BACKWARD[:2], 90: BACKWARD[:1]}, (80, 90, *OTHERS)))
 def test_backward(case, arch, monkeypatch):
     gradients = backward.gradients
 
@@ -151,8 +121,9 @@ def test_backward(case, arch, monkeypatch):
     assert_all_opcodes_are_checked(launches)
 
 
-@pytest.mark.parametrize("arch", [120, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (86, 89))])
-@pytest.mark.parametrize("case", [CAUSAL, *map(slow, (WINDOW, FLOAT32, DECODE, BLOCKS, EVERYTHING))], ids=str)
+@pytest.mark.parametrize(
+    "case, arch", runs((CAUSAL, WINDOW, FLOAT32, DECODE, BLOCKS, EVERYTHING), {120: (CAUSAL,)}, OTHERS)
+)
 def test_forward_on_other_architectures(case, arch):
     launches = forward(case, arch=arch)
     if case == CAUSAL:
@@ -176,21 +147,6 @@ def test_numbers_that_a_mask_hides():
 
 
 # --- mistakes that must be caught ------------------------------------------------------------------------------------
-
-
-def edited(pattern: str, replacement: str, which: int | None = None):
-    """An edit of the forward kernel: all places of the pattern, or one of them."""
-
-    def edit(name: str, text: str) -> str:
-        found = list(re.finditer(pattern, text))
-        if name != "forward_kernel":
-            return text
-        assert found
-        for match in reversed(found if which is None else [found[which]]):
-            text = text[: match.start()] + match.expand(replacement) + text[match.end() :]
-        return text
-
-    return edit
 
 
 FAULTS = {
@@ -238,6 +194,47 @@ def test_fault_of_tensor_maps_is_caught(name):
     edit, caught = FAULTS_OF_TENSOR_MAPS[name]
     with pytest.raises(caught):
         forward(CAUSAL, edit, 120)
+
+
+DESCRIPTOR = 0x4000004000000000
+"""Of a factor in rows of 128 bytes with their swizzle; the next 8 rows lie 1024 bytes further."""
+
+
+def described(descriptor: int, which: int):
+    """Another descriptor of a factor; adding to it moves where the factor begins."""
+    return edited(rf"or\.b64(\s+%rd\d+, %rd\d+, ){DESCRIPTOR};", rf"add.s64\g<1>{descriptor};", which)
+
+
+FAULTS_OF_WARPGROUPS = {
+    "no wait": (edited(r"wgmma\.wait_group.*;", ""), faults.NotWaited),
+    "no wait at the end": (edited(r"wgmma\.wait_group.*;", "", 0), faults.NotWaited),
+    "no wait for the scores": (edited(r"(wgmma\.wait_group.*) 0;", r"\1 1;", 3), faults.NotWaited),
+    "no commit": (edited(r"wgmma\.commit_group.*;", "", 0), faults.NotWaited),
+    "no fence of the registers": (edited(r"wgmma\.fence.*;", "", -1), faults.Unfenced),
+    "no fence of shared memory": (edited(r"fence\.proxy.*;", ""), faults.Unfenced),
+    "no fence of what is written in a loop": (edited(r"fence\.proxy.*;", "", -1), faults.Unfenced),
+    "no barrier before the products": (edited(r"(fence\.proxy.*;\s+)bar\.sync\s+0;", r"\1", -1), faults.Race),
+    "no wait for a box": (edited(r"mbarrier\.try_wait.*;", "mov.pred complete, -1;"), faults.NotWaited),
+    "a tile that is overwritten while it is read": (edited(r"bar\.sync\s+0;", ""), faults.Race),
+    "a swizzle of other bits": (described(DESCRIPTOR ^ 3 << 62, 0), AssertionError),
+    "rows in other places": (described(DESCRIPTOR - (32 << 32), 0), AssertionError),
+    "a row further in q": (described(DESCRIPTOR + 8, 1), (faults.Fault, AssertionError)),
+    "a row further in k": (described(DESCRIPTOR + 8, 0), AssertionError),
+    "a row further in v": (
+        edited(r"(wgmma\.mma_async.*\}, )(%rd\d+)(, .*)", r"add.s64 \2, \2, 8;\n\1\2\3", 0),
+        (faults.Fault, AssertionError),
+    ),
+    "a part of the head's columns": (described(DESCRIPTOR + 2, 0), AssertionError),
+    "a factor that is not transposed": (edited(r"(mma_async.* 1, 1, )1;", r"\g<1>0;"), (faults.Fault, AssertionError)),
+    "sums that are not kept": (edited(r"(mma_async.*), %p\d+, 1, 1, 1;", r"\1, 0, 1, 1, 1;", -1), AssertionError),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS_OF_WARPGROUPS)
+def test_fault_of_warpgroups_is_caught(name):
+    edit, caught = FAULTS_OF_WARPGROUPS[name]
+    with pytest.raises(caught):
+        forward(CAUSAL, edit, 90)
 
 
 @pytest.mark.slow

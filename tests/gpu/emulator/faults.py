@@ -22,7 +22,11 @@ class Misaligned(Fault):
 
 
 class NotWaited(Fault):
-    """Shared memory is touched while an asynchronous copy to it is under way."""
+    """Shared memory or a register is touched while an asynchronous copy or product that needs it is under way."""
+
+
+class Unfenced(Fault):
+    """An asynchronous instruction takes what others wrote, with no fence between."""
 
 
 class Race(Fault):

@@ -17,6 +17,7 @@ from .parsing import Instruction, Program, parse
 from .registers import Registers, reader
 from .shared import Shared
 from .tensors import Tensors
+from .warpgroups import Warpgroups
 
 LEAVES = ("bra", "ret", "exit")
 
@@ -125,10 +126,16 @@ class Machine:
             "laneid": thread % 32, "global_smem": np.array(0), **values.addresses,
         }  # fmt: skip
         self.registers = Registers(code.program.registers, self.lanes)
+        self.warpgroups = Warpgroups(self.shared, self.registers)
         self.active: np.ndarray | None = None
 
     def symbol(self, name: str) -> np.ndarray:
         return self._symbols[name]
+
+    @property
+    def is_active(self) -> np.ndarray:
+        """Of each lane."""
+        return np.ones(self.lanes, bool) if self.active is None else self.active
 
     def active_lanes(self) -> np.ndarray:
         return np.arange(self.lanes) if self.active is None else np.flatnonzero(self.active)
@@ -142,17 +149,19 @@ class Machine:
         return np.broadcast_to(values, self.lanes)
 
     def require_whole_warps(self) -> None:
-        if self.active is not None:
-            warps = self.active.reshape(-1, 32)
-            if np.any(warps.any(1) != warps.all(1)):
-                raise Diverged("an instruction of a whole warp, of which some lanes are elsewhere")
+        self.whole(32, "warp")
+
+    def whole(self, lanes: int, name: str) -> np.ndarray:
+        """Numbers of the active groups of so many lanes, each of which has to be there as a whole."""
+        groups = self.is_active.reshape(-1, lanes)
+        if np.any(groups.any(1) != groups.all(1)):
+            raise Diverged(f"an instruction of a whole {name}, of which some lanes are elsewhere")
+        return np.flatnonzero(groups.any(1))
 
     def barrier(self) -> None:
-        active = np.ones(self.lanes, bool) if self.active is None else self.active
-        programs = active.reshape(-1, self.threads)
-        if np.any(programs.any(1) != programs.all(1)):
-            raise Diverged("a barrier of a whole program, of which some lanes are elsewhere")
-        self.shared.barrier(programs.any(1))
+        programs = np.zeros(len(self.shared.times), bool)
+        programs[self.whole(self.threads, "program")] = True
+        self.shared.barrier(programs)
 
     def run(self) -> None:
         waiting = {0: np.ones(self.lanes, bool)}
@@ -168,6 +177,7 @@ class Machine:
                     if np.any(chosen):
                         waiting[target] = waiting[target] | chosen if target in waiting else chosen
         self.barriers.check_end()
+        self.warpgroups.check_end()
         if self.shared.is_pending():
             raise NotWaited("the kernel ends before an asynchronous copy that nobody waited for")
 

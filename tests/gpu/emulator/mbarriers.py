@@ -90,7 +90,9 @@ class Barriers:
         barrier.advance()
 
     def copy(self, program: int, address: int, lane: int, units: np.ndarray, data: np.ndarray) -> None:
-        self.shared.reserve(np.full(len(units), lane), units)
+        lanes = np.full(len(units), lane)
+        self.shared.require_fence(lanes, units)
+        self.shared.reserve(lanes, units)
         self.at(program, address).copies.append((units, data))
 
     def wait(self, program: int, address: int, parity: int) -> None:

@@ -4,7 +4,7 @@ import struct
 
 import numpy as np
 
-from .faults import Uninitialized, Unknown
+from .faults import NotWaited, Uninitialized, Unknown
 from .parsing import SINK, Immediate, Register, Symbol
 
 TYPES = {
@@ -47,12 +47,18 @@ def kept_as(values: np.ndarray, type: str) -> np.ndarray:
 
 
 class Registers:
-    """Of `lanes` lanes. Each remembers in which lanes it was written: `written` is False, True, or which."""
+    """Of `lanes` lanes. Each remembers in which lanes it was written: `written` is False, True, or which.
+
+    busy      in which lanes an asynchronous product uses a register, by its number
+    touched   when something else used each last: `now` is a number that grows with each wgmma.fence
+    """
 
     def __init__(self, number: int, lanes: int):
         self.lanes = lanes
         self.values: list = [None] * number
         self.written: list = [False] * number
+        self.busy: dict[int, np.ndarray] = {}
+        self.now, self.touched = 1, [0] * number
 
     def is_undefined(self, operand) -> bool:
         """Whether no lane wrote it so far."""
@@ -60,6 +66,18 @@ class Registers:
 
     def read(self, register: Register, active: np.ndarray | None) -> np.ndarray:
         """Its bits, which have to be there in the active lanes; None: in all."""
+        self._touch(register, active)
+        return self.peek(register, active)
+
+    def _touch(self, register: Register, active: np.ndarray | None) -> None:
+        self.touched[register.number] = self.now
+        if register.number in self.busy:
+            busy = self.busy[register.number]
+            if np.any(busy if active is None else busy & active):
+                raise NotWaited(f"{register.name} is used while a product that uses it is under way")
+
+    def peek(self, register: Register, active: np.ndarray | None) -> np.ndarray:
+        """What `read` gives, for an asynchronous product."""
         number = register.number
         written = self.written[number]
         if written is not True:
@@ -70,6 +88,7 @@ class Registers:
 
     def write(self, register: Register, values: np.ndarray, active: np.ndarray | None) -> None:
         """In the active lanes; None: in all."""
+        self._touch(register, active)
         number, values = register.number, kept_as(values, register.type)
         if active is None:
             self.values[number] = values if values.ndim else np.full(self.lanes, values)
@@ -81,6 +100,17 @@ class Registers:
         if written is not True:
             written = active | written
             self.written[number] = True if written.all() else written
+
+    def deliver(self, register: Register, lanes: np.ndarray, bits: np.ndarray) -> None:
+        """The result of an asynchronous product, in lanes of these numbers."""
+        number = register.number
+        if self.written[number] is not True:
+            written = np.array(np.broadcast_to(self.written[number], self.lanes))
+            written[lanes] = True
+            self.written[number] = True if written.all() else written
+        before = self.values[number]
+        self.values[number] = values = np.zeros(self.lanes, bits.dtype) if before is None else before.copy()
+        values[lanes] = bits
 
 
 def reader(operand, type: str):

@@ -10,10 +10,14 @@ from typing import NamedTuple
 import numpy as np
 
 from .faults import Misaligned, NotWaited, OutOfBounds, Race, Uninitialized
+from .proxies import Proxies
 
 MARKS = 64
 """Of one time: a number for each warp, and the last one for several of them."""
 NEVER, PENDING = -1, -2
+"""Writers that are none."""
+UNDER_WAY = np.iinfo(np.int32).max
+"""A reader: an asynchronous product, until it is waited for."""
 
 
 class Copies(NamedTuple):
@@ -45,6 +49,7 @@ class Shared:
         self.times = np.ones(programs, np.int32)
         self.copies: list[Copies] = []
         self.groups = np.zeros(programs * threads, np.int32)
+        self.proxies = Proxies(units, programs, threads // 32)
         self._mark()
 
     def _mark(self) -> None:
@@ -54,6 +59,7 @@ class Shared:
     def barrier(self, programs: np.ndarray) -> None:
         """Programs, as a bool each, whose warps have met."""
         self.times = self.times + programs.astype(np.int32)
+        self.proxies.barrier(programs)
         self._mark()
 
     def units_of(self, lanes: np.ndarray, addresses: np.ndarray, size: int) -> np.ndarray:
@@ -72,7 +78,8 @@ class Shared:
             _explain_read(writers)
         readers = self.readers[units]
         several = since + np.int32(MARKS - 1)
-        self.readers[units] = marks = np.where((readers >= since) & (readers != mark), several, mark)
+        others = np.where(readers == UNDER_WAY, readers, several)
+        self.readers[units] = marks = np.where((readers >= since) & (readers != mark), others, mark)
         clash = self.readers[units] != marks  # warps that read it in this instruction
         if np.any(clash):
             self.readers[units[clash]] = np.broadcast_to(several, units.shape)[clash]
@@ -84,6 +91,7 @@ class Shared:
         mark = self.marks[lanes, None]
         self.data[units] = data
         self.writers[units] = mark
+        self.proxies.write(units)
         if np.any((self.data[units] != data) & (self.writers[units] != mark)):
             raise Race("two warps write different values to one place of shared memory")
 
@@ -92,6 +100,8 @@ class Shared:
         writers, readers = self.writers[units], self.readers[units]
         if np.any(writers == PENDING):
             raise NotWaited("a write to shared memory while an asynchronous copy to it is under way")
+        if np.any(readers == UNDER_WAY):
+            raise NotWaited("a write to shared memory that a product under way reads")
         if np.any((readers >= since) & (readers != mark)):
             raise Race("a write to shared memory that another warp read, with no barrier since")
         other = (writers >= since) & (writers != mark)
@@ -109,9 +119,15 @@ class Shared:
         self._check_write(lanes, units, None)
         self.writers[units] = PENDING
 
+    def require_fence(self, lanes: np.ndarray, units: np.ndarray) -> None:
+        """Before asynchronous accesses to [lanes, ...] units."""
+        readers = lanes[:, None] // 32
+        writers = np.maximum(self.writers[units], 0) % MARKS + readers // self.proxies.warps * self.proxies.warps
+        self.proxies.require(units, writers, np.broadcast_to(readers, units.shape))
+
     def settle(self, units: np.ndarray, data: np.ndarray) -> None:
         """The data that they were reserved for, before whatever comes next."""
-        self.data[units], self.writers[units] = data, 0
+        self.data[units], self.writers[units], self.proxies.written[units] = data, 0, 0
 
     def commit(self, lanes: np.ndarray) -> None:
         self.groups[lanes] += 1
@@ -128,12 +144,31 @@ class Shared:
                 left.append(copies.where(~done))
         self.copies = left
 
+    # --- asynchronous products ---------------------------------------------------------------------------------------
+
+    def load_for_product(self, lanes: np.ndarray, units: np.ndarray) -> np.ndarray:
+        """Of the first lanes of warpgroups: what their four warps have to see without a barrier between."""
+        writers = self.writers[units]
+        if np.any((writers < 0) | (writers >= self.since[lanes, None])):
+            _explain_read(writers)
+        for warp in range(4):
+            self.require_fence(lanes + 32 * warp, units)
+        return self.data[units]
+
+    def hold(self, units: np.ndarray) -> None:
+        """Nobody may write there until they are released."""
+        self.readers[units] = UNDER_WAY
+
+    def release(self, lanes: np.ndarray, units: np.ndarray) -> None:
+        self.readers[units] = self.since[lanes, None] + np.int32(MARKS - 1)
+
     def is_pending(self) -> bool:
         return any(len(copies.lanes) for copies in self.copies)
 
     def _deliver(self, copies: Copies) -> None:
         self.data[copies.units] = copies.data
         self.writers[copies.units] = self.marks[copies.lanes, None]
+        self.proxies.write(copies.units)
 
 
 def _explain_read(writers: np.ndarray) -> None:

@@ -4,13 +4,14 @@ a value of values, which have no other effect."""
 from ..faults import Unknown
 from ..parsing import Instruction
 from ..registers import reader, writer
-from . import arithmetic, bits, bulk, comparisons, control, conversions, matrix, memory, warps
+from . import arithmetic, bits, bulk, comparisons, control, conversions, matrix, memory, warps, wgmma
 from .operation import Operation
 
 FAMILIES = arithmetic.FAMILIES | bits.FAMILIES | comparisons.FAMILIES | conversions.FAMILIES
 """name -> function(modifiers, as in "add.rn.f32" -> ("rn", "f32")) -> Operation"""
 
-STEPS = comparisons.STEPS | conversions.STEPS | memory.STEPS | warps.STEPS | matrix.STEPS | bulk.STEPS | control.STEPS
+STEPS = comparisons.STEPS | conversions.STEPS | memory.STEPS | warps.STEPS | matrix.STEPS | wgmma.STEPS
+STEPS |= bulk.STEPS | control.STEPS
 """name -> function(instruction, modifiers) -> function(machine), or None if it is none of them after all"""
 
 

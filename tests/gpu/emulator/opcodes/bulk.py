@@ -24,9 +24,13 @@ def _elect(instruction, modifiers):
 
 
 def _fence(instruction, modifiers):
-    """Between ordinary accesses and those of copies: nothing waits here."""
+    """Between ordinary accesses and asynchronous ones, for warps all of which come here."""
     one_of(modifiers, (("proxy", "async", "shared::cta"),))
-    return lambda machine: None
+
+    def fence(machine):
+        machine.shared.proxies.fence(np.flatnonzero(machine.is_active.reshape(-1, 32).all(1)))
+
+    return fence
 
 
 def _barrier(instruction, modifiers):

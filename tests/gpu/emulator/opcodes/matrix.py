@@ -12,7 +12,7 @@ from .conversions import from_bfloat16
 from .memory import address_of, lanes_and_addresses
 from .operation import one_of
 
-_TO_FLOAT = {
+TO_FLOAT = {
     "bf16": from_bfloat16,
     "f16": lambda bits: bits.view(np.float16).astype(np.float32),
     "tf32": lambda bits: (bits & np.uint32(0xFFFFE000)).view(np.float32),  # the hardware reads no further
@@ -22,7 +22,7 @@ _TO_FLOAT = {
 def _pairs(registers: np.ndarray, type: str) -> np.ndarray:
     """[registers, lanes] -> [registers, warps, group, place, neighbours] of float32"""
     registers = np.ascontiguousarray(registers).reshape(len(registers), -1, 8, 4, 1)
-    return _TO_FLOAT[type](registers if type == "tf32" else registers.view(np.uint16))
+    return TO_FLOAT[type](registers if type == "tf32" else registers.view(np.uint16))
 
 
 def left_factor(registers: np.ndarray, type: str) -> np.ndarray:

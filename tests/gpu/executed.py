@@ -1,0 +1,73 @@
+"""Calls whose launches are executed (tests/gpu/emulator/) and compared with float64, and edits of what is executed."""
+
+import re
+
+from accuracy import assert_accuracy
+from cases import Case, inputs
+from emulator.device import executing
+from emulator.machine import decode
+from emulator.opcodes import STEPS
+from fastattn import attention, last_call
+from ptx_formulas import APPROXIMATE, FORMULAS
+
+CHECKED = FORMULAS.keys() | APPROXIMATE.keys()
+
+# Several rounds of each loop: tiles of sm_80 are up to 128 x 128.
+CAUSAL = Case(num_heads=2, num_heads_k=1, seqlen_q=390, head_dim=64, dtype="bfloat16", causal=True)
+WINDOW = Case(num_heads=2, seqlen_q=530, seqlen_k=557, head_dim=40, dtype="float16", window_size=(400, 3))
+FLOAT32 = Case(num_heads=2, num_heads_k=1, seqlen_q=70, seqlen_k=130, head_dim=16)
+BLOCKS = Case(num_heads=2, seqlen_q=150, seqlen_k=170, head_dim=32, dtype="bfloat16", mask="shared_blocks")
+EVERYTHING = Case(
+    num_heads=2, num_heads_k=1, seqlen_q=100, seqlen_k=150, head_dim=64, dtype="bfloat16", softcap=5.0, alibi=True,
+    sinks=True, bias="per_head", mask="tensor_per_head", causal=True,
+)  # fmt: skip
+DECODE = Case(num_heads=4, num_heads_k=2, seqlen_q=1, seqlen_k=1500, head_dim=64, dtype="bfloat16")
+
+
+def forward(case: Case, edit=lambda name, text: text, arch: int = 80, **options) -> list:
+    """A call that is executed and compared with the reference in float64: its launches."""
+    (q, k, v), kwargs = inputs(case)
+    kwargs |= options
+    with executing(arch, edit) as launches:
+        actual = attention(q, k, v, **kwargs, return_lse=True, backend="triton")
+        assert last_call().kernel.startswith("triton.")
+    assert_accuracy(actual, q, k, v, **kwargs)
+    return launches
+
+
+def assert_all_products_ran(launches) -> None:
+    """No matrix instruction is left out; the kernels of float32 have none."""
+    for launch in launches:
+        code = decode(launch.binary.text("ptx"))
+        left_out = [
+            str(instruction)
+            for number, block in enumerate(code.blocks)
+            for instruction in block.instructions
+            if instruction.opcode.startswith(("mma", "wgmma.mma")) and number not in code.visited
+        ]
+        assert left_out == []
+
+
+def assert_all_opcodes_are_checked(launches) -> None:
+    """In test_emulator.py by formulas, or there and in test_wgmma.py in kernels of their own, as those of `STEPS` and
+    comparisons of halves are."""
+    apart = {*STEPS, "bra", "ret"} - {"mov", "setp"}
+    for launch in launches:
+        opcodes = {i.opcode for i in decode(launch.binary.text("ptx")).program.instructions}
+        opcodes = {opcode for opcode in opcodes if not re.match(r"setp.*16x2", opcode)}
+        assert {opcode for opcode in opcodes if opcode.split(".")[0] not in apart} - CHECKED == set()
+
+
+def edited(pattern: str, replacement: str, which: int | None = None):
+    """An edit of the forward kernel: all places of the pattern, or one of them."""
+
+    def edit(name: str, text: str) -> str:
+        found = list(re.finditer(pattern, text))
+        if name != "forward_kernel":
+            return text
+        assert found
+        for match in reversed(found if which is None else [found[which]]):
+            text = text[: match.start()] + match.expand(replacement) + text[match.end() :]
+        return text
+
+    return edit
