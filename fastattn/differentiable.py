@@ -53,7 +53,7 @@ class Differentiable(torch.autograd.Function):
             if problem.layout == "varlen":
                 dq, dk, dv, *grads = _of_each(*call, dout, dlse, wanted)
             else:
-                dq, dk, dv, *grads = gradients_again(*call, saved, dout, dlse, wanted)
+                dq, dk, dv, *grads = gradients_again(*call, saved, dout, dlse, wanted, backend)
             return None, dq, dk, dv, *[grads[place] for place in places]
         bound = derivative_of(problem, "backward", choice.row.backend, dlse is not None)
         wanted = want_q, want_k, want_v, wants

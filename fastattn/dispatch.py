@@ -126,7 +126,7 @@ def _find_choices(problem: Problem, backend: str | None) -> tuple[Choice, ...]:
         train = _load(row.train) if row.train and problem.needs_grad else None
         forward = _load(row.entry)
         if problem.transformed and problem.direction == "forward" and problem.layout not in SEQUENCES:
-            forward, train = partial(_load(_TRANSFORMED), row.backend), None
+            forward, train = partial(_load(_TRANSFORMED), row.backend, backend), None
         choices.append(Choice(row, forward, train, lengths, is_fallback, isa_of(row)))
         if not lengths:
             break

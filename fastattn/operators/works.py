@@ -101,7 +101,7 @@ def kernel_of(layout):
         choice, problem, terms, backend = layout.bind(q, k, v, options, keeps)
         if kind == "Forward" or choice is None:
             note(Bound(choice, problem, terms, backend))
-        call = Call(problem._replace(needs_grad=False), choice.row.backend, terms, keeps)
+        call = Call(problem._replace(needs_grad=False), choice.row.backend, terms, keeps, asked=backend)
         given = {slot: x for slot, x in given.items() if base(slot) in (*_DENSE, *call.term_slots)}
         if kind == "Forward":
             todo = works.Forward(call)

@@ -40,6 +40,7 @@ class Call:
 
     problem  that of one sample, as the caller of `attention` sees it
     backend  that of the kernel which takes it
+    asked    the backend that its caller asked for by name, or None
     keeps    whether the forward pass keeps what the backward pass wants
     runs     the query rows that are looked at, as (start, end) of rows side by side; all, but for `fastattn.seeing`
     top_k    how many weights of a row are looked for
@@ -48,9 +49,10 @@ class Call:
 
     def __init__(
         self, problem, backend: str, terms: tuple, keeps: bool, runs: tuple | None = None, top_k: int = 0,
-        mixes_heads: bool = False,
+        mixes_heads: bool = False, asked: str | None = None,
     ):  # fmt: skip
         self.problem, self.backend, self.keeps, self.layout = problem, backend, keeps, problem.layout
+        self.asked = asked
         self.runs, self.top_k = ((0, problem.seqlen_q),) if runs is None else runs, top_k
         self.mixes_heads = mixes_heads
         self.term_slots = tuple(name for name in terms._fields if isinstance(getattr(terms, name), torch.Tensor))

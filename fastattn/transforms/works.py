@@ -14,7 +14,8 @@ import torch
 
 from .. import dispatch
 from ..calls import note
-from ..plans import Bound, derivative_of
+from ..dispatch import KernelError
+from ..plans import Bound, after_failure, derivative_of
 from ..scores.rotary import turn_back, turned_call
 from ..torch_internals import into_old_vmap, is_in_old_vmap, is_traced, may_want_gradients, out_of_old_vmap
 from .blocks import BlockFunction, derived, over_blocks, pushed
@@ -118,21 +119,24 @@ def _in_old_vmap(work: Work, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     return [into_old_vmap(x) for x in results]
 
 
-def attention(backend: str, problem, q, k, v, terms) -> tuple:
-    """(out, lse or None) by the kernel of `backend` that takes `problem`, with all derivatives under all transforms."""
+def attention(backend: str, asked: str | None, problem, q, k, v, terms) -> tuple:
+    """(out, lse or None) by the kernel of `backend` that takes `problem`, with all derivatives under all transforms.
+
+    asked: the backend that the caller asked for, or None. KernelError if the kernel cannot be prepared.
+    """
     tensors = {"q": q, "k": k, "v": v, **terms._asdict()}
     backend = "reference" if is_traced() else backend
     keeps = backend != "reference" and may_want_gradients([x for x in tensors.values() if isinstance(x, torch.Tensor)])
-    found = apply(Forward(Call(problem, backend, terms, keeps)), tensors)
+    found = apply(Forward(Call(problem, backend, terms, keeps, asked=asked)), tensors)
     return found["out"], found.get("lse")
 
 
-def gradients_again(backend: str, problem, qkv, terms, saved, dout, dlse, wanted) -> list:
+def gradients_again(backend: str, problem, qkv, terms, saved, dout, dlse, wanted, asked: str | None = None) -> list:
     """Gradients of q, k, v and each term (None where not wanted) of a call that ran untransformed, for somebody who
-    will differentiate them."""
+    will differentiate them. asked: the backend that the caller asked for, or None."""
     q, k, v = qkv
     problem, q, k, terms, angles = turned_call(problem, q, k, terms)
-    call = Call(problem, backend, terms, True)
+    call = Call(problem, backend, terms, True, asked=asked)
     tensors = {"q": q, "k": k, "v": v, **terms._asdict()}
     tensors |= {slot: x.detach() for slot, x in zip(("s.out", "s.parts"), saved, strict=True)}
     names = "q", "k", "v", *terms._fields
@@ -157,6 +161,9 @@ class Forward(Work):
 
     def run(self, tensors):
         out, lse, saved = run_forward(self.call, tensors, self.call.keeps)
+        if self.kept:
+            exact, parts = saved
+            saved = exact.to(parts.dtype), parts  # no result may be another one
         found = {"out": out, "lse": lse, **{self.kept[slot]: x for slot, x in zip(self.kept, saved, strict=True)}}
         return [found[out] for out in self.outs]
 
@@ -183,6 +190,16 @@ class Derivative(Work):
     def note(self):
         note(self.bound(self.call.problem))
 
+    def on_row(self, problem, run):
+        """run(row's choice, problem) on the first row that takes it, on the next one where one cannot be prepared."""
+        bound = self.bound(problem)
+        while True:
+            try:
+                return run(bound.choice, bound.problem)
+            except KernelError as error:
+                bound = after_failure(bound._replace(backend=self.call.asked), error)
+                note(bound)
+
 
 class Backward(Derivative):
     """Gradients of some inputs by the kernel that belongs to the one that ran."""
@@ -190,11 +207,7 @@ class Backward(Derivative):
     direction = "backward"
 
     def run(self, tensors):
-        call, problem = self.call, self.call.problem_of(tensors)
-        choice, problem, _, _ = self.bound(problem)
-        saved = [tensors[slot] for slot in ("s.out", "s.parts") if slot in tensors]
-        if not saved and choice.row.backend != "reference":
-            _, _, saved = run_forward(call, tensors, True)
+        call = self.call
         dout, dlse = tensors.get("d.out"), tensors.get("d.lse")
         if dout is None:
             dout = dlse.new_zeros((), dtype=tensors["q"].dtype).expand(*dlse.shape, tensors["v"].shape[3])
@@ -202,7 +215,14 @@ class Backward(Derivative):
             *[name in self.outs for name in "qkv"],
             call.of_terms({name: name in self.outs for name in call.fixed._fields}),
         )
-        *grads, of_terms = choice.forward(problem, *qkv(tensors), call.terms(tensors), saved, dout, dlse, wanted)
+
+        def gradients(choice, problem) -> tuple:
+            saved = [tensors[slot] for slot in ("s.out", "s.parts") if slot in tensors]
+            if not saved and choice.row.backend != "reference":
+                _, _, saved = run_forward(call, tensors, True)
+            return choice.forward(problem, *qkv(tensors), call.terms(tensors), saved, dout, dlse, wanted)
+
+        *grads, of_terms = self.on_row(call.problem_of(tensors), gradients)
         found = dict(zip(("q", "k", "v", *call.fixed._fields), (*grads, *of_terms), strict=True))
         return [found[name] for name in self.outs]
 

@@ -419,7 +419,8 @@ def broken_rows(monkeypatch, fresh_fallbacks):
 
 
 def train(problem, q, k, v, terms):
-    return *reference_backend.forward(problem, q, k, v, terms), ()
+    out, lse = reference_backend.forward(problem, q, k, v, terms)
+    return out, lse, (out, q.new_zeros(*q.shape[:3], 2))
 
 
 def test_a_kernel_that_cannot_be_prepared_is_passed_over_and_named(broken_rows):
@@ -445,6 +446,22 @@ def test_gradients_that_cannot_be_prepared_come_from_the_next_row(broken_rows):
         found = torch.autograd.grad(fastattn.attention(q, k, v, **kwargs).sum(), (q, k, v))
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert "half.prefill            refused: broken" in fastattn.explain(q, k, v, **kwargs)
+
+
+def test_transformed_gradients_that_cannot_be_prepared_come_from_the_next_row(broken_rows):
+    q, k, v = qkv()
+
+    def gradient(backend=None, **kwargs):
+        return torch.func.grad(lambda q: fastattn.attention(q, k, v, **kwargs, backend=backend).sum())(q)
+
+    expected = gradient("reference", softcap=3.0)
+    assert torch.equal(gradient(softcap=3.0), expected)
+    leaf = q.clone().requires_grad_()
+    out = fastattn.attention(leaf, k, v, softcap=2.0).sum()
+    (again,) = torch.autograd.grad(out, leaf, create_graph=True)  # somebody will differentiate it
+    assert torch.equal(again, gradient("reference", softcap=2.0))
+    with pytest.raises(UnsupportedError, match="no such instruction"):
+        gradient("half", softcap=4.0)
 
 
 def test_blocks_of_rows_go_on_with_the_next_kernel(broken_rows):
