@@ -57,6 +57,7 @@ def test_alibi_slopes(shape):
     assert_parity(case, qkv, kwargs | {"alibi_slopes": slopes}, of_scores=True)
 
 
+@pytest.mark.slow  # a handful is in test_isas.py
 @pytest.mark.parametrize("isa", supported_isas())
 def test_parity_on_each_isa(isa):
     run_tests_on(isa, __file__, "-k", "test_parity and not isa and (S150x400 or S5x2100 or S45x77 or S130)")
@@ -90,17 +91,22 @@ def test_gradcheck(kind):
     assert gradcheck(call, (q, k, v), fast_mode=False)
 
 
+SCORES = [
+    "alibi_slopes", "sinks", "softmax_scale", "scale per head",
+    *map(str, [(7, 7), (2, 4, 7, 7), (2, 1, 1, 7), (4, 7, 1), ()]),
+]  # fmt: skip
+BESIDE = ["causal", "softcap", "tensor", "dropout"]
+QUICK = {("dense", name) for name in SCORES} | {(BESIDE[i % 4], name) for i, name in enumerate(SCORES)}
+
+
 @pytest.mark.parametrize(
-    "name",
+    "kind, name",
     [
-        "alibi_slopes",
-        "sinks",
-        "softmax_scale",
-        "scale per head",
-        *map(str, [(7, 7), (2, 4, 7, 7), (2, 1, 1, 7), (4, 7, 1), ()]),
+        pytest.param(kind, name, marks=[] if (kind, name) in QUICK else [pytest.mark.slow])
+        for kind in ["dense", *BESIDE]
+        for name in SCORES
     ],
 )
-@pytest.mark.parametrize("kind", ["dense", "causal", "softcap", "tensor", "dropout"])
 def test_gradcheck_of_score_tensors(kind, name):
     q, k, v = (torch.randn(2, h, 7, d, dtype=torch.float64) for h, d in ((4, 5), (2, 5), (2, 3)))
     argument = "bias" if name[0] == "(" else "softmax_scale" if "scale" in name else name

@@ -94,6 +94,7 @@ def test_where_a_part_stands_is_checked():
     assert "dropout_start=True (supports False)" in dispatch.refuse(triton, problem)
 
 
+@pytest.mark.slow  # a handful is in test_isas.py
 @pytest.mark.parametrize("isa", supported_isas())
 def test_on_each_isa(isa):
     if isa != cpu.isa():

@@ -67,7 +67,11 @@ def test_biases_that_follow_from_queries_are_refused_by_name():
         learned.attention(q, k, v, bias=fastattn.relative.shaw(torch.randn(9, 5)), normalizer="sigmoid")
 
 
-@pytest.mark.parametrize("normalizer, top_k", KINDS)
+# Each normalizer with and without top_k in turn.
+@pytest.mark.parametrize(
+    "normalizer, top_k",
+    [pytest.param(*kind, marks=[] if i % 4 in (0, 3) else [pytest.mark.slow]) for i, kind in enumerate(KINDS)],
+)
 def test_derivatives_of_every_order(normalizer, top_k):
     case = Case(num_heads=2, num_heads_k=1, seqlen_q=3, seqlen_k=4, head_dim=2, dtype="float64", causal=True)
     q, k, v, kwargs = call(case._replace(bias="per_head", learned_scale="per_head"))

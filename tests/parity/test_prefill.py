@@ -63,21 +63,12 @@ def test_rows_of_other_calls_refuse():
         assert_refused(rows[number % len(rows)], case)
 
 
-@needs_cpu
-@pytest.mark.skipif("FASTATTN_CPU_ISA" in os.environ, reason="the suite runs on one ISA already")
-@pytest.mark.parametrize("isa", supported_isas())
-def test_every_isa(isa):
-    """Each in a process of its own: the choice is made once."""
-    if isa == cpu.isa():
-        return  # test_parity has run on it
-    run_tests_on(isa, "tests/parity/test_prefill.py", "-k", "test_parity and (cpu.prefill or cpu.decode or any)")
-
-
-@pytest.mark.slow
+@pytest.mark.slow  # a handful is in test_isas.py
 @needs_cpu
 @pytest.mark.skipif("FASTATTN_CPU_ISA" in os.environ, reason="the suite runs on one ISA already")
 @pytest.mark.parametrize("isa", supported_isas())
 def test_every_isa_in_every_respect(isa):
+    """Each in a process of its own: the choice is made once."""
     if isa == cpu.isa():
         return
     names = "prefill", "prefill_bits", "prefill_rules", "reference", "dropout_mask", "sdpa"

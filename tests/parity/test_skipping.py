@@ -113,6 +113,7 @@ def test_peaked_scores(name):
     assert not sees_tall_keys or (forward > 0 and backward > 0)
 
 
+@pytest.mark.slow  # a handful is in test_isas.py
 @pytest.mark.skipif("FASTATTN_CPU_ISA" in os.environ, reason="the suite runs on one ISA already")
 @pytest.mark.parametrize("isa", supported_isas())
 def test_every_isa(isa):
