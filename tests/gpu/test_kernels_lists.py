@@ -13,7 +13,7 @@ from fastattn import BlockMask, Mask  # noqa: E402
 from fastattn.backends import triton as gpu  # noqa: E402
 from on_device import DEVICE, assert_backward, on_device, to  # noqa: E402
 
-BLOCKS = Case(batch=2, num_heads=4, num_heads_k=2, seqlen_q=150, seqlen_k=170, head_dim=24, head_dim_v=40)
+BLOCKS = Case(batch=2, num_heads=2, num_heads_k=1, seqlen_q=80, seqlen_k=150, head_dim=24, head_dim_v=40)
 EVERYTHING = {
     "softcap": 5.0, "alibi": True, "sinks": True, "causal": True, "dropout_p": 0.2, "learned_scale": "per_head"
 }  # fmt: skip
@@ -53,7 +53,7 @@ def scramble(mask: BlockMask, generator) -> None:
 
 
 @pytest.mark.skipif(not process.INTERPRETED, reason="the strict interpreter sees where a kernel reads")
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [1, 2, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (0, 3))])
 @pytest.mark.parametrize("seqlen_q, seqlen_k", [(150, 170), (128, 128), (20, 12)])
 @pytest.mark.parametrize("mask", BLOCK_SIZES)
 def test_no_list_leads_out_of_bounds(mask, seqlen_q, seqlen_k, seed):
