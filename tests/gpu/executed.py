@@ -8,6 +8,7 @@ from emulator.device import executing
 from emulator.machine import decode
 from emulator.opcodes import STEPS
 from fastattn import attention, last_call
+from machine_code import used_between_products
 from ptx_formulas import APPROXIMATE, FORMULAS
 
 CHECKED = FORMULAS.keys() | APPROXIMATE.keys()
@@ -46,6 +47,12 @@ def assert_all_products_ran(launches) -> None:
             if instruction.opcode.startswith(("mma", "wgmma.mma")) and number not in code.visited
         ]
         assert left_out == []
+
+
+def assert_products_have_their_registers_alone(launches) -> None:
+    """Between a wgmma.fence and the product, in machine code: the executor does not look at copies there."""
+    for launch in launches:
+        assert used_between_products(launch.binary) == []
 
 
 def assert_all_opcodes_are_checked(launches) -> None:

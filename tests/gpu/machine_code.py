@@ -122,6 +122,34 @@ def _read_amd(binary: Binary):
     return registers, scratch, instructions, labels
 
 
+def used_between_products(binary: Binary) -> list[Instruction]:
+    """Of sm_90: what uses a register of a product (HGMMA) between the fence before it and the last one of its group."""
+    found, others, registers = [], None, set()
+    for instruction in _read_nvidia(binary)[2]:
+        if instruction.opcode == "WARPGROUP.ARRIVE":
+            others, registers = [], set()
+        elif instruction.kind == "HGMMA":
+            registers |= _registers_of_product(instruction)
+            if "gsb0" in instruction.operands:
+                found += [other for other in others if registers & _registers_of(other.operands)]
+                others = []
+        elif others is not None:
+            others.append(instruction)
+    return found
+
+
+def _registers_of_product(instruction: Instruction) -> set[int]:
+    """Those of the sums, and of the left factor if it lies there."""
+    columns = int(re.search(r"x(\d+)x", instruction.opcode)[1])
+    sums, left, *_ = (re.match(r"R(\d+)", operand.strip()) for operand in instruction.operands.split(","))
+    first = int(sums[1])
+    return {*range(first, first + columns // 2), *(range(int(left[1]), int(left[1]) + 4) if left else ())}
+
+
+def _registers_of(operands: str) -> set[int]:
+    return {int(number) for number in re.findall(r"\bR(\d+)", operands)}
+
+
 @lru_cache(maxsize=256)
 def _tool(name: str, option: str, path: Path) -> str:
     return subprocess.run([TOOLS / name, option, path], capture_output=True, text=True, check=True).stdout

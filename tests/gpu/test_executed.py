@@ -30,6 +30,7 @@ from executed import (  # noqa: E402
     WINDOW,
     assert_all_opcodes_are_checked,
     assert_all_products_ran,
+    assert_products_have_their_registers_alone,
     edited,
     forward,
 )
@@ -97,8 +98,9 @@ BACKWARD = [
 def test_forward(case, arch):
     launches = forward(case, arch=arch)
     assert len(launches) == (2 if case.seqlen_q <= 3 else 1)  # split keys, then `combine`
-    if arch == 90 and case in (CAUSAL, WINDOW):
-        assert "wgmma.mma_async" in launches[0].binary.text("ptx")
+    if arch == 90:
+        assert_products_have_their_registers_alone(launches)
+        assert case not in (CAUSAL, WINDOW) or "wgmma.mma_async" in launches[0].binary.text("ptx")
     if case in (CAUSAL, WINDOW, DECODE):
         assert_all_products_ran(launches)
     assert_all_opcodes_are_checked(launches)
@@ -116,6 +118,8 @@ def test_backward(case, arch, monkeypatch):
     with executing(arch) as launches:
         backward.assert_parity(case, of_scores=True)
     assert {"delta_kernel", "key_value_kernel", "query_kernel"} < {launch.binary.name for launch in launches}
+    if arch == 90:
+        assert_products_have_their_registers_alone(launches)
     if case == CAUSAL_BACKWARD:
         assert_all_products_ran(launches)
     assert_all_opcodes_are_checked(launches)

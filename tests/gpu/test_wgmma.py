@@ -281,6 +281,10 @@ MISTAKES = {
         faults.Unfenced, LOADED + LOAD_LEFT + ORDER + "\n\tmov.b32 %r21, 0;" + IN_REGISTERS + DONE,
     ),
     "sums that are used after the fence": (faults.Unfenced, MEMORY + COMMIT + WAIT + USE + ADD + DONE),
+    "a copy, after the fence, of what came after it": (
+        faults.Unfenced,
+        LOADED + LOAD_LEFT + ORDER + "\n\tadd.s32 %r5, %r21, 1;\n\tmov.b32 %r21, %r5;" + IN_REGISTERS + DONE,
+    ),
     "shared memory without a fence": (faults.Unfenced, BEGIN + BARRIER + ORDER + MULTIPLY + DONE),
     "shared memory that is fenced too early": (faults.Unfenced, FENCE + BEGIN + BARRIER + ORDER + MULTIPLY + DONE),
     "shared memory that is written again": (
@@ -315,7 +319,10 @@ def test_mistake_is_caught(name):
     assert type(caught.value) is fault
 
 
-@pytest.mark.parametrize("body", [MEMORY + DONE + BARRIER + STORE_SHARED, REGISTERS + DONE + USE])
+COPIED = LOADED + LOAD_LEFT + "\n\tmov.b32 %r5, %r21;" + ORDER + "\n\tmov.b32 %r21, %r5;" + IN_REGISTERS + DONE
+
+
+@pytest.mark.parametrize("body", [MEMORY + DONE + BARRIER + STORE_SHARED, REGISTERS + DONE + USE, COPIED])
 def test_without_the_mistake_nothing_is_raised(body):
     two_products(body)
 

@@ -101,6 +101,13 @@ class Registers:
             written = active | written
             self.written[number] = True if written.all() else written
 
+    def copy(self, to: Register, source: Register, active: np.ndarray | None) -> None:
+        """A mov: another name for what the source holds. LLVM puts some between a wgmma.fence and its product; ptxas
+        moves them before it (`machine_code.used_between_products`)."""
+        when = self.touched[source.number]
+        self.write(to, self.read(source, active), active)
+        self.touched[to.number] = self.touched[source.number] = when
+
     def deliver(self, register: Register, lanes: np.ndarray, bits: np.ndarray) -> None:
         """The result of an asynchronous product, in lanes of these numbers."""
         number = register.number

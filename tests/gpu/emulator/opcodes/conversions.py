@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..parsing import Vector
+from ..parsing import Register, Vector
 from ..registers import TYPES, reader, writer
 from .operation import FLOATS, INTEGERS, Operation, one_of, only, same
 
@@ -80,10 +80,12 @@ def _move(modifiers) -> Operation:
     return same(lambda x: x, type, 1)
 
 
-def _pack_or_unpack(instruction, modifiers):
-    """mov between a register and a vector of narrower ones, the lowest bits first."""
+def _move_registers(instruction, modifiers):
+    """mov between a register and a vector of narrower ones, the lowest bits first, or between two registers."""
     destination, source = instruction.operands
     (type,) = modifiers
+    if isinstance(destination, Register) and isinstance(source, Register) and destination.type == source.type == type:
+        return lambda machine: machine.registers.copy(destination, source, machine.active)
     if isinstance(destination, Vector):
         narrow = f"b{8 * TYPES[type].itemsize // len(destination.parts)}"
         read, writers = reader(source, type), [writer(part) for part in destination.parts]
@@ -116,4 +118,4 @@ def _to_generic(modifiers) -> Operation:
 
 
 FAMILIES = {"cvt": _convert, "cvta": _to_generic, "mov": _move}
-STEPS = {"mov": _pack_or_unpack}
+STEPS = {"mov": _move_registers}
