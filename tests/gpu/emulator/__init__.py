@@ -11,4 +11,5 @@ mbarriers   barriers in shared memory, and the boxes of tensors that they wait f
 warpgroups  products of four warps (wgmma), from their start to their wait
 proxies     which ordinary writes asynchronous instructions may see: those that a fence follows
 faults      what is raised where a GPU would go on
+amd         the same for AMD's assembly: tensors, shared memory and faults are those of here
 """

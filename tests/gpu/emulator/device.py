@@ -9,20 +9,22 @@ from fake_device import Launch
 from kernel_report import compiling_for
 
 from . import programs
+from .amd import programs as programs_of_amd
 
 
 @contextmanager
-def executing(arch: int, edit: Callable[[str, str], str] = lambda name, text: text) -> Iterator[list[Launch]]:
+def executing(arch: int | str, edit: Callable[[str, str], str] = lambda name, text: text) -> Iterator[list[Launch]]:
     """Inside, fastattn's Triton kernels take CPU tensors, compile for `arch` and are executed; yields the launches.
 
     edit(kernel's name, text) -> the text that is executed instead.
     """
+    stage, executor = ("amdgcn", programs_of_amd) if isinstance(arch, str) else ("ptx", programs)
 
     def run(launch: Launch) -> None:
-        metadata, text = launch.binary.metadata, edit(launch.binary.name, launch.binary.text("ptx"))
+        metadata, text = launch.binary.metadata, edit(launch.binary.name, launch.binary.text(stage))
         # behind these come pointers to memory that our kernels do not ask for
         values = list(_flat(launch.args, launch.signature, iter(metadata.get("tensordesc_meta") or ())))
-        programs.run(text, values, launch.grid, metadata["num_warps"], metadata["shared"])
+        executor.run(text, values, launch.grid, metadata["num_warps"], metadata["shared"])
 
     with compiling_for(arch, run) as launches:
         yield launches

@@ -34,9 +34,10 @@ class Copies(NamedTuple):
 
 
 class Shared:
-    """Of several programs of `threads` lanes each, `size` bytes each. `lanes` are numbers of lanes."""
+    """Of several programs of `threads` lanes each, `size` bytes each. `lanes` are numbers of lanes, `warp` of which run
+    as one."""
 
-    def __init__(self, size: int, programs: int, threads: int, unit: int):
+    def __init__(self, size: int, programs: int, threads: int, unit: int, warp: int = 32):
         self.size, self.unit, self.dtype = size, unit, np.dtype(f"u{unit}")
         stride = -(-size // 16) * 16
         units = programs * stride // unit
@@ -45,7 +46,7 @@ class Shared:
         self.readers = np.zeros(units, np.int32)
         self.first = np.repeat(np.arange(programs) * stride, threads)
         self.programs = np.repeat(np.arange(programs), threads)
-        self.warps = np.tile(np.arange(threads) // 32, programs).astype(np.int32)
+        self.warps = np.tile(np.arange(threads) // warp, programs).astype(np.int32)
         self.times = np.ones(programs, np.int32)
         self.copies: list[Copies] = []
         self.groups = np.zeros(programs * threads, np.int32)

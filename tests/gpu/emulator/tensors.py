@@ -5,8 +5,8 @@ import torch
 
 from .faults import Misaligned, OutOfBounds, Race
 
-DISTANCE = 1 << 44
-"""Of the addresses of two tensors: an access beyond one meets nothing."""
+DISTANCE = 1 << 42
+"""Of the addresses of two tensors: an access beyond one meets nothing. AMD's have 48 bits."""
 
 
 class Tensor:
