@@ -33,10 +33,12 @@ FORWARD = [row for row in ROWS if row.supports["direction"] == {"forward"}]
 
 def with_fewer_tiles(case: Case) -> Case:
     """The same kind of call with half the heads and still several tiles of keys: the interpreter's time is that of its
-    tiles."""
-    if case.num_heads != 4 or (case.seqlen_k or case.seqlen_q) < 150:
+    tiles. Short ones in [batch, seqlen, num_heads, head_dim] memory keep several key heads of several queries."""
+    seqlen_k = case.seqlen_q if case.seqlen_k is None else case.seqlen_k
+    if case.num_heads != 4 or (case.layout == "bshd" and seqlen_k < 150):
         return case
-    return case._replace(num_heads=2, num_heads_k=1, seqlen_k={400: 200, 2100: 700}.get(case.seqlen_k, case.seqlen_k))
+    heads = {"num_heads": 2, "num_heads_k": max((case.num_heads_k or 4) // 2, 1)}
+    return case._replace(**heads, seqlen_k={400: 200, 2100: 700}.get(seqlen_k, case.seqlen_k))
 
 
 def in_every_dtype(cases, first: int = 0, every: int = 1) -> list:
