@@ -6,7 +6,7 @@ import torch
 
 from .calls import note
 from .dispatch import KernelError
-from .plans import Bound, after_failure, derivative_of
+from .plans import Bound, after_failure, gradients_of
 from .torch_internals import direct_apply, is_in_old_vmap, is_transformed
 from .transforms.works import gradients_again
 
@@ -55,7 +55,7 @@ class Differentiable(torch.autograd.Function):
             else:
                 dq, dk, dv, *grads = gradients_again(*call, saved, dout, dlse, wanted, backend)
             return None, dq, dk, dv, *[grads[place] for place in places]
-        bound = derivative_of(problem, "backward", choice.row.backend, dlse is not None)
+        bound = gradients_of(problem, choice.row.backend, dlse is not None)
         wanted = want_q, want_k, want_v, wants
         while True:
             note(bound)

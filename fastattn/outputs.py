@@ -34,11 +34,16 @@ def empty_results(problem, q: torch.Tensor, for_backward: bool, out=None) -> tup
     """
     out, dtype = empty_out(problem, q) if out is None else out, compute_dtype(problem)
     rows = problem.batch, problem.num_heads, problem.seqlen_q
-    lse = q.new_empty(rows, dtype=dtype) if problem.lse else None
+    lse = _empty(q, dtype, *rows) if problem.lse else None
     if not for_backward:
         return out, lse, None, None
-    out_exact = None if out.dtype == dtype else q.new_empty(out.shape, dtype=dtype)
-    return out, lse, out_exact, q.new_empty((*rows, 2), dtype=dtype)
+    out_exact = None if out.dtype == dtype else _empty(q, dtype, *out.shape)
+    return out, lse, out_exact, _empty(q, dtype, *rows, 2)
+
+
+def _empty(q: torch.Tensor, dtype: torch.dtype, *sizes: int) -> torch.Tensor:
+    """q.new_empty; a dtype that is q's, and sizes in a tuple, would take a tiny call's time."""
+    return q.new_empty(*sizes) if q.dtype is dtype else q.new_empty(sizes, dtype=dtype)
 
 
 def is_rough(lse: torch.Tensor) -> torch.Tensor:
