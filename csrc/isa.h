@@ -33,6 +33,7 @@ constexpr Kernels make_kernels() {
   table.scratch_bytes = scratch_bytes<Real>;
   table.find_keys = find_keys;
   table.run_unit = run_unit<Real>;
+  table.lay_bias = lay_bias<Real>;
   table.combine = combine<Real>;
   table.decode_blocking = make_decode_blocking<Real>;
   table.decode_scratch_bytes = decode_scratch_bytes<Real>;

@@ -71,6 +71,8 @@ struct Kernels {
   void (*find_keys)(const Operands&, const Blocking&, Unit&);
   // Computes a unit into out and lse (num_splits == 1) or into its partial result.
   void (*run_unit)(const Operands&, const Blocking&, const Unit&, const Partial&, char* scratch);
+  // Fills Operands::laid_bias, of batch entry 0, for panels of `lanes` rows; scratch: (lanes + 1) * seqlen_k elements.
+  void (*lay_bias)(const Operands&, int lanes, char* to, char* scratch);
   // Combines the partial results of a row block's splits into out and lse; `first` is that of split 0.
   void (*combine)(const Operands&, const Blocking&, const Unit&, const Partial& first, char* scratch);
   // The same three of few query rows a key head (decode.h); find_keys and combine serve both.

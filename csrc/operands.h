@@ -87,7 +87,9 @@ struct Operands {
   Tensor alibi_slopes, sinks;  // [batch, num_heads, 1, 1]
   Tensor scales;               // the same, absent or instead of softmax_scale
   Tensor k_start, k_end;       // int32 [batch, num_heads, seqlen_q, 1]
-  Rotary rotary;               // of key j by position j, of query i by query_start + i
+  // bias and mask as panels read them, [num_heads][panels][seqlen_k][lanes] in the dtype of computing; null: not laid.
+  const char* laid_bias = nullptr;
+  Rotary rotary;  // of key j by position j, of query i by query_start + i
   BlockMask block_mask{};
   const BlockLists* blocks = nullptr;  // block_mask, by queries in a forward pass and by keys in a backward pass
   double softmax_scale, softcap;
@@ -109,6 +111,8 @@ struct Operands {
   // The factors of int8 rows are part of this call.
   void link_factors() { k.factors = k_factors ? &k_factors : nullptr, v.factors = v_factors ? &v_factors : nullptr; }
   bool must_end() const { return ended && ended(); }
+  // Whether no diagonal and no bounds of a row hide keys.
+  bool sees_all() const { return !k_start && !k_end && diagonal_lo <= 1 - seqlen_q && diagonal_hi >= seqlen_k - 1; }
   int64_t num_diagonals() const { return seqlen_q + seqlen_k > 0 ? seqlen_q + seqlen_k - 1 : 0; }
   // A tensor of diagonals as one of scores, whose entry (i, j) is the vector's entry i - j + seqlen_k - 1.
   Tensor along_diagonals(Tensor t) const {

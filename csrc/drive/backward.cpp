@@ -7,6 +7,7 @@
 
 #include "block_lists.h"
 #include "driver.h"
+#include "laid_bias.h"
 #include "parallel.h"
 #include "score_sums.h"
 #include "sequences.h"
@@ -118,7 +119,9 @@ void backward(Operands& p, const Gradients& wanted, int threads) {
   if (p.block_mask) p.blocks = &lists.emplace(p, true).lists;
   p.skipped_pairs = skipped_counter();
   p.ended = region_ended;
-  BackwardPass pass(p, wanted, instruction_set().kernels_for(p.q.dtype));
+  const Kernels& kernels = instruction_set().kernels_for(p.q.dtype);
+  const std::vector<char> laid = lay_bias(p, kernels, kernels.backward_blocking(p, wanted).lanes);
+  BackwardPass pass(p, wanted, kernels);
   const int64_t bytes = pass.batch_bytes();
   const int64_t at_once = bytes ? std::max<int64_t>(1, max_partial_bytes / bytes) : p.batch;
   for (int64_t first = 0; first < p.batch; first += at_once) {

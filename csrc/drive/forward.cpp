@@ -6,6 +6,7 @@
 
 #include "block_lists.h"
 #include "driver.h"
+#include "laid_bias.h"
 #include "parallel.h"
 #include "sequences.h"
 #include "units.h"
@@ -125,6 +126,9 @@ void forward(Operands& p, int threads) {
   if (p.block_mask) p.blocks = &lists.emplace(p, false).lists;
   const Kernels& kernels = instruction_set().kernels_for(p.q.dtype);
   const std::vector<double> tile_facts = take_tile_facts(p, kernels);
+  const Blocking b = kernels.blocking(p);
+  std::vector<char> laid;
+  if (b.heads_per_unit == 1) laid = lay_bias(p, kernels, b.lanes);
   ForwardPass pass(p, kernels, prefill_of(kernels), threads);
   run(pass, threads);
 }

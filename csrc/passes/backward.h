@@ -9,28 +9,12 @@
 // P^T and dS^T stand as [key][query of the block], so that one tile of them is lanes for dQ and scalars for dK and dV.
 #pragma once
 #include "backward_layout.h"
+#include "query_gradients.h"
+#include "rows/lines_ahead.h"
 #include "scores/dropout.h"
 #include "scores/skip.h"
 
 namespace fastattn::FASTATTN_ISA {
-
-// A panel's dq [head_dim][NR] to the tensor, and q . dq, of which the scale's gradient is the sum; rows: [NR][head_dim].
-template <class Real>
-void store_dq(const Operands& p, const Gradients& g, int64_t batch, int64_t head, int64_t query, int64_t count,
-              int64_t NR, const Real* dq, Real* rows) {
-  transpose(dq, NR, p.head_dim, NR, rows, p.head_dim);
-  const Real scale = (Real)scale_of(p, head);
-  for (int64_t r = 0; r < count; r++) {
-    Real* row = rows + r * p.head_dim;
-    if (p.rotary) turn_row<true>(p.rotary, batch, p.query_start + query + r, row, p.head_dim, row);
-    if (g.scale_sums)
-      g.scale_sums[(batch * p.num_heads + head) * p.seqlen_q + query + r] =
-          scale_gradient(p, batch, head, query + r, row);
-    if (!g.dq) continue;
-    for (int64_t d = 0; d < p.head_dim; d++) row[d] *= scale;
-    store_row(row, (Real)1, p.head_dim, g.dq, batch, head, query + r);
-  }
-}
 
 template <class Real, int NV>
 class KeyRange {
@@ -48,8 +32,10 @@ class KeyRange {
   ScoreGradients<Real, NV> score_gradients;
   int64_t head = 0;          // the query head of this turn
   int64_t lo = 0, keys = 0;  // the tile of this turn
+  TileRows<Real> k{}, v{};   // its rows
   Real key_norm = 0;         // its largest
   int64_t skipped_pairs = 0;
+  LinesAhead ahead;
 
  public:
   // careful: NaN or Inf must not leak from behind a mask.
@@ -66,7 +52,9 @@ class KeyRange {
         Dv(p.head_dim_v),
         k_lo(u.split * b.split_keys),
         k_hi(smaller(p.seqlen_k, k_lo + b.split_keys)),
-        score_gradients(p, g, u, b.num_splits, {k_lo, k_hi}, s.key_sum, s.diagonals, s.modifier.rows) {}
+        score_gradients(p, g, u, b.num_splits, {k_lo, k_hi}, s.key_sum, s.diagonals, s.modifier.rows) {
+    fetch_next_head();
+  }
 
   // partial: null, or the unit's dq of its first query head, those of the others `stride` bytes apart. False: there is
   // NaN or Inf in some gradient, maybe from behind a mask.
@@ -93,6 +81,20 @@ class KeyRange {
   }
 
  private:
+  // A short head leaves no time to wait for what the next one reads and writes.
+  void fetch_next_head() {
+    const bool one_visit = p.seqlen_k <= b.n_block && p.seqlen_q <= b.block_rows && p.group_size() == 1 && !p.blocks;
+    if (!one_visit || !exceeds_caches(p)) return;
+    const int64_t next = u.batch * p.num_heads + u.head_k + 1, batch = next / p.num_heads, of = next % p.num_heads;
+    if (batch >= p.batch) return;
+    for (const Tensor* t : {&p.q, &g.dq}) ahead.add(*t, batch, of, p.seqlen_q, D);
+    for (const Tensor* t : {&p.out, &g.dout}) ahead.add(*t, batch, of, p.seqlen_q, Dv);
+    for (const Tensor* t : {&p.k, &g.dk}) ahead.add(*t, batch, of, p.seqlen_k, D);
+    for (const Tensor* t : {&p.v, &g.dv}) ahead.add(*t, batch, of, p.seqlen_k, Dv);
+    const int64_t panels = column_panels(p.seqlen_q, NR), columns = column_panels(D, NR) + column_panels(Dv, NR);
+    ahead.spread(panels * (2 * tiles_of<R>(p.seqlen_k) + tiles_of<R>(D)) + columns * tiles_of<R>(p.seqlen_k));
+  }
+
   static void clear(Real* x, int64_t n) {
     for (int64_t i = 0; i < n; i += L) store(x + i, Vec<Real>{});
   }
@@ -127,31 +129,28 @@ class KeyRange {
   void prepare(int64_t query) {
     GradientPanel<Real>& panel = s.panels[query / NR];
     const int64_t rows = smaller<int64_t>(NR, p.seqlen_q - query);
-    prepare_panel(p, u.batch, head, query, rows, NR, panel, s.rows);
     const Real scale = (Real)scale_of(p, head), keep_factor = (Real)p.keep_factor;
+    prepare_panel(p, u.batch, head, query, rows, NR, panel, s.rows);
+    copy_rows(query_rows(p, u.batch, head, query, rows, s.rows, D), rows, D, scale, query, s.q_rows);
+    const TileRows<Real> dout = tile_rows(g.dout, u.batch, head, query, rows, Dv, s.rows, Dv);
+    copy_rows(dout, rows, Dv, keep_factor, query, s.dout_rows);
+    to_lanes(dout, rows, panel.dout);
     for (int64_t r = 0; r < NR; r++) {
-      Real* dout = s.rows + r * Dv;
-      if (r >= rows) {
-        for (int64_t d = 0; d < Dv; d++) dout[d] = 0;
-        panel.softmax.top[r] = 0;
-        panel.softmax.log_sum[r] = (Real)__builtin_inf();
-        continue;
-      }
-      load_query(p, u.batch, head, query + r, s.row);
-      for (int64_t d = 0; d < D; d++) s.row[d] *= scale;
-      copy_row(s.row, D, query + r, s.q_rows);
-      load_row(g.dout, u.batch, head, query + r, Dv, dout);
-      panel.softmax.top[r] = *(const Real*)at(p.lse_parts, u.batch, head, query + r, 0);
-      panel.softmax.log_sum[r] = *(const Real*)at(p.lse_parts, u.batch, head, query + r, 1);
-      for (int64_t d = 0; d < Dv; d++) s.row[d] = dout[d] * keep_factor;
-      copy_row(s.row, Dv, query + r, s.dout_rows);
+      panel.softmax.top[r] = r < rows ? *(const Real*)at(p.lse_parts, u.batch, head, query + r, 0) : 0;
+      panel.softmax.log_sum[r] =
+          r < rows ? *(const Real*)at(p.lse_parts, u.batch, head, query + r, 1) : (Real)__builtin_inf();
     }
-    transpose(s.rows, Dv, (int64_t)NR, Dv, panel.dout, (int64_t)NR);
     find_delta(panel, query, rows);
     if (p.drops())
       for (int64_t i = 0; i < Dv * NR; i++) panel.dout[i] *= keep_factor;
     if (skips) prepare_skipping(panel);
     if (score_gradients.wants_all_queries()) score_gradients.add_rows_alone(panel.softmax, query, rows);
+  }
+
+  // Rows of dout or out into lanes; those that are no rows are 0.
+  void to_lanes(TileRows<Real> x, int64_t rows, Real* lanes) const {
+    if (rows < NR) clear(lanes, Dv * NR);
+    transpose(x.data, x.stride, rows, Dv, lanes, (int64_t)NR);
   }
 
   // A row whose q or dout is not finite gets a norm that is not. Where softcap divides, q may be larger than in the panel.
@@ -171,14 +170,7 @@ class KeyRange {
 
   // In the order of the product dP = V dout^T: where a row sees one key and out is its value, dS is exactly 0.
   void find_delta(const GradientPanel<Real>& panel, int64_t query, int64_t rows) {
-    for (int64_t r = 0; r < NR; r++) {
-      Real* out = s.rows + r * Dv;
-      if (r < rows)
-        load_row(p.out, u.batch, head, query + r, Dv, out);
-      else
-        for (int64_t d = 0; d < Dv; d++) out[d] = 0;
-    }
-    transpose(s.rows, Dv, (int64_t)NR, Dv, s.out, (int64_t)NR);
+    to_lanes(tile_rows(p.out, u.batch, head, query, rows, Dv, s.rows, Dv), rows, s.out);
     for (int v = 0; v < NV; v++) {
       Vec<Real> sum{};
       for (int64_t i = v * L; i < Dv * NR; i += NR) sum += load(panel.dout + i) * load(s.out + i);
@@ -188,12 +180,21 @@ class KeyRange {
       for (int64_t r = 0; r < rows; r++) panel.softmax.delta[r] -= *(const Real*)at(g.dlse, u.batch, head, query + r);
   }
 
-  // `row` (padded, changed past its columns) to its place among the column panels of its block.
-  void copy_row(Real* row, int64_t columns, int64_t query, Real* copies) {
-    const int64_t panels = column_panels(columns, NR), block = query / b.block_rows, r = query % b.block_rows;
-    for (int64_t d = columns; d < panels * NR; d++) row[d] = 0;
-    Real* to = copies + (block * panels * b.block_rows + r) * NR;
-    for (int64_t c = 0; c < panels; c++) memcpy(to + c * b.block_rows * NR, row + c * NR, NR * sizeof(Real));
+  // Rows from `query` on, times a factor, to their place among the column panels of their block.
+  void copy_rows(TileRows<Real> x, int64_t rows, int64_t columns, Real factor, int64_t query, Real* copies) {
+    const int64_t panels = column_panels(columns, NR), block = query / b.block_rows, first = query % b.block_rows;
+    for (int64_t c = 0; c < panels; c++) {
+      const Real* from = x.data + c * NR;
+      Real* to = copies + ((block * panels + c) * b.block_rows + first) * NR;
+      const int64_t n = smaller<int64_t>(NR, columns - c * NR);
+      for (int64_t r = 0; r < rows; r++, from += x.stride, to += NR) {
+        if (n == NR) {
+          for (int i = 0; i < NR; i += L) store(to + i, load(from + i) * factor);
+        } else {
+          for (int64_t d = 0; d < NR; d++) to[d] = d < n ? from[d] * factor : 0;
+        }
+      }
+    }
   }
 
   void visit_tile() {
@@ -204,11 +205,9 @@ class KeyRange {
     }
     if (visits.lo == visits.hi) return;
     keys = smaller<int64_t>(b.n_block, k_hi - lo);
-    for (int64_t j = 0; j < keys; j++) {
-      load_key(p, u.batch, u.head_k, lo + j, s.k + j * s.k_stride);
-      load_row(p.v, u.batch, u.head_k, lo + j, Dv, s.v + j * s.v_stride);
-    }
-    if (skips) key_norm = largest_norm<Real>({s.k, s.k_stride}, keys, D);
+    k = key_rows(p, u.batch, u.head_k, lo, keys, s.k, s.k_stride, crowds(p.k));
+    v = tile_rows(p.v, u.batch, u.head_k, lo, keys, Dv, s.v, s.v_stride, crowds(p.v));
+    if (skips) key_norm = largest_norm(k, keys, D);
     modifier.load_tile(u.batch, head, 0, {lo, lo + keys});
     for (int64_t i = visits.lo; i < visits.hi && !p.must_end(); i++) {
       const Visit visit = p.blocks ? p.blocks->visits[i] : Visit{(int32_t)i, -1};
@@ -263,14 +262,16 @@ class KeyRange {
     clear_rows<Real, NV>(ds + end * stride, stride, keys - end);
     weights += skipped * stride, ds += skipped * stride;
 
-    const Real *k = s.k + skipped * s.k_stride, *v = s.v + skipped * s.v_stride;
+    const Real *first_k = k.data + skipped * k.stride, *first_v = v.data + skipped * v.stride;
     each_tile<R>(n, [&](int64_t j, auto tile) {
-      row_tile<false, Real, tile, NV>(k + j * s.k_stride, s.k_stride, panel.q, D, s.scores + j * NR);
+      row_tile<false, Real, tile, NV>(first_k + j * k.stride, k.stride, panel.q, D, s.scores + j * NR);
+      ahead();
     });
     Real* slope = p.softcap > 0.0 ? s.slope : nullptr;
     any_masked |= modifier.apply(panel, seen.lo, seen.hi, skipped, s.scores, slope);
     each_tile<R>(n, [&](int64_t j, auto tile) {
-      row_tile<false, Real, tile, NV>(v + j * s.v_stride, s.v_stride, panel.dout, Dv, s.dp + j * NR);
+      row_tile<false, Real, tile, NV>(first_v + j * v.stride, v.stride, panel.dout, Dv, s.dp + j * NR);
+      ahead();
     });
     if (p.drops()) {
       each_kept<Real, NV>(p, panel, seen.lo, n,
@@ -282,10 +283,11 @@ class KeyRange {
     score_gradients.add(panel, panel.sums, seen, ds, stride, slope);
     if (!g.needs_dq()) return;
     if (careful)
-      for (int64_t d = 0; d < D; d++) select_column<Real, NV>(k + d, s.k_stride, ds, stride, n, panel.dq + d * NR);
+      for (int64_t d = 0; d < D; d++) select_column<Real, NV>(first_k + d, k.stride, ds, stride, n, panel.dq + d * NR);
     else
       each_tile<R>(D, [&](int64_t d, auto tile) {
-        column_tile<Real, tile, NV>(k + d, s.k_stride, ds, stride, n, panel.dq + d * NR);
+        column_tile<Real, tile, NV>(first_k + d, k.stride, ds, stride, n, panel.dq + d * NR);
+        ahead();
       });
   }
 
@@ -304,6 +306,7 @@ class KeyRange {
           for (int r = 0; r < size; r++) select_row<Real, NV>(w + r * s.tile_stride, x, steps, to + (j + r) * NR);
         else
           row_tile<true, Real, size, NV>(w, s.tile_stride, x, steps, to + j * NR);
+        ahead();
       });
     }
   }
@@ -329,10 +332,15 @@ class KeyRange {
     if (!t) return;
     const int64_t panels = column_panels(columns, NR);
     if (any_masked && finite) finite = all_finite(gradient, round_up(k_hi - k_lo, b.n_block) * panels * NR);
+    const bool in_place = lies_as<Real>(t) && !turns && columns % NR == 0;
     for (int64_t key = k_lo; key < k_hi; key++) {
       const int64_t tile = (key - k_lo) / b.n_block, j = (key - k_lo) % b.n_block;
-      for (int64_t c = 0; c < panels; c++)
-        for (int64_t d = 0; d < NR; d++) s.row[c * NR + d] = gradient[((tile * panels + c) * b.n_block + j) * NR + d];
+      Real* row = in_place ? (Real*)at(t, u.batch, u.head_k, key) : s.row;
+      for (int64_t c = 0; c < panels; c++) {
+        const Real* from = gradient + ((tile * panels + c) * b.n_block + j) * NR;
+        for (int i = 0; i < NR; i += L) store(row + c * NR + i, load(from + i));
+      }
+      if (in_place) continue;
       if (turns) turn_row<true>(p.rotary, u.batch, key, s.row, columns, s.row);
       store_row(s.row, (Real)1, columns, t, u.batch, u.head_k, key);
     }
@@ -361,20 +369,6 @@ void run_key_unit(const Operands& p, const Gradients& g, const BackwardBlocking&
       else
         run_key_range<Real, max_vectors>(p, g, b, one, own, stride, memory);
     }
-}
-
-template <class Real>
-void combine_dq(const Operands& p, const Gradients& g, const BackwardBlocking& b, int64_t batch, int64_t head,
-                int64_t row, const char* partial, char* memory) {
-  const int64_t NR = b.lanes, n = p.head_dim * NR;
-  Real *sum = (Real*)memory, *rows = sum + n;
-  for (int64_t query = row; query < smaller(row + b.block_rows, p.seqlen_q); query += NR) {
-    const Real* part = (const Real*)partial + query * p.head_dim;
-    for (int64_t i = 0; i < n; i++) sum[i] = part[i];
-    for (int split = 1; split < b.num_splits; split++)
-      for (int64_t i = 0; i < n; i++) sum[i] += part[split * b.partial_size + i];
-    store_dq(p, g, batch, head, query, smaller(NR, p.seqlen_q - query), NR, sum, rows);
-  }
 }
 
 }  // namespace fastattn::FASTATTN_ISA

@@ -7,9 +7,10 @@
 //   loop 4      register tiles of MR columns: out^T += V^T P^T       (multiply)
 #pragma once
 #include "blocking.h"
+#include "finish.h"
+#include "rows/lines_ahead.h"
 #include "scores/dropout.h"
 #include "scores/modify.h"
-#include "scores/sinks.h"
 #include "scores/skip.h"
 #include "tile/products.h"
 
@@ -19,6 +20,7 @@ template <class Real>
 struct ForwardPanel : Panel<Real> {
   Real* out;  // [head_dim_v][NR]
   Running<Real> run;
+  bool fresh;  // out is not written yet, and means 0
   bool skips;  // the tile of this turn
 };
 
@@ -41,7 +43,7 @@ Scratch<Real> forward_layout(const Operands& p, const Blocking& b, char* memory)
   const int64_t NR = b.lanes, keys = b.n_block, panels = b.rows / b.lanes;
   s.panels = arena.take<ForwardPanel<Real>>(panels);
   for (int64_t i = 0; i < panels; i++) {
-    ForwardPanel<Real> panel{take_panel<Real>(arena, p.head_dim, NR), nullptr, {}, false};
+    ForwardPanel<Real> panel{take_panel<Real>(arena, p.head_dim, NR), nullptr, {}, true, false};
     panel.out = arena.take<Real>(p.head_dim_v * NR);
     panel.run = {arena.take<Real>(NR), arena.take<Real>(NR), arena.take<Real>(NR)};
     if (memory) s.panels[i] = panel;
@@ -76,11 +78,11 @@ inline void find_keys(const Operands& p, const Blocking& b, Unit& u) {
                 [&](const KeyTile& tile) { u.keys += tile.hi - tile.lo; });
 }
 
-// A panel before its first key: rows first ... first + rows - 1 of the unit, out [out_rows][NR] of 0. tmp: room for
-// [NR][head_dim], where the rows stay, scaled; key_row: for one.
+// A panel before its first key: rows first ... first + rows - 1 of the unit. tmp: room for [NR][head_dim]; key_row: for
+// one.
 template <class Real, int NV>
-void start_panel(const Operands& p, const Unit& u, int64_t first, int64_t rows, ForwardPanel<Real>& panel,
-                 int64_t out_rows, Real* tmp, Real* key_row) {
+void start_panel(const Operands& p, const Unit& u, int64_t first, int64_t rows, ForwardPanel<Real>& panel, Real* tmp,
+                 Real* key_row) {
   constexpr int NR = NV * VL<Real>;
   prepare_panel(p, u.batch, u.head, u.row + first, rows, NR, panel, tmp);
   for (int r = 0; r < NR; r++) panel.run.max[r] = (Real)-__builtin_inf();
@@ -90,26 +92,14 @@ void start_panel(const Operands& p, const Unit& u, int64_t first, int64_t rows, 
     panel.run.shift[r] = panel.run.max[r] == (Real)-__builtin_inf() ? 0 : panel.run.max[r];
     panel.run.sum[r] = 0;
   }
-  for (int64_t j = 0; j < out_rows * NR; j++) panel.out[j] = 0;
+  panel.fresh = true;
 }
 
-// Rows [rows][head_dim_v], not yet normalized, into out and lse.
+// Where something is to be added to out, or no key was seen.
 template <class Real>
-void finish_rows(const Operands& p, const Lanes& lanes, const Real* out, const Real* max, const Real* sum) {
-  for (int64_t r = 0; r < lanes.rows; r++) {
-    const QueryRow s = stacked_row(p, lanes.head, lanes.row + r);
-    const Normalizer n = normalizer(max[r], sum[r], sink_of(p, lanes.batch, s.head));
-    for (const Tensor* t : {&p.out, &p.out_exact})
-      if (*t)
-        store_row(out + r * p.head_dim_v, (Real)(n.factor * p.keep_factor), p.head_dim_v, *t, lanes.batch, s.head,
-                  s.query);
-    if (p.lse) *(Real*)at(p.lse, lanes.batch, s.head, s.query) = (Real)n.lse();
-    if (p.lse_parts) {
-      const Real top = (Real)n.top;  // which a sink's logit does not fit
-      *(Real*)at(p.lse_parts, lanes.batch, s.head, s.query, 0) = top;
-      *(Real*)at(p.lse_parts, lanes.batch, s.head, s.query, 1) = (Real)(n.log_total() + (n.top - top));
-    }
-  }
+void clear_if_fresh(ForwardPanel<Real>& panel, int64_t elements) {
+  for (int64_t j = 0; panel.fresh && j < elements; j++) panel.out[j] = 0;
+  panel.fresh = false;
 }
 
 // A panel's scores of one tile on their way to its output: they are weighed while the next panel's are computed.
@@ -127,7 +117,7 @@ constexpr int few_panels = 2;  // that do not hide how keys and values come
 
 template <class Real, int NV>
 class ForwardUnit {
-  static constexpr int NR = NV * VL<Real>;
+  static constexpr int NR = NV * VL<Real>, R = MR<NV>;
 
   struct LoadedTile {
     KeyTile keys;
@@ -147,6 +137,7 @@ class ForwardUnit {
   int tiles = 0, items = 0;
   int64_t skipped_pairs = 0;
   int64_t fetched = 0;
+  LinesAhead ahead;
   Pending<Real, NV> pending;
 
  public:
@@ -163,10 +154,11 @@ class ForwardUnit {
     copies_k = panels > few_panels && crowds(p.k), copies_v = panels > few_panels && crowds(p.v);
     for (int i = 0; i < panels; i++) {
       ForwardPanel<Real>& panel = s.panels[i];
-      start_panel<Real, NV>(p, u, i * NR, smaller<int64_t>(NR, rows - i * NR), panel, p.head_dim_v, s.rows, s.k);
+      start_panel<Real, NV>(p, u, i * NR, smaller<int64_t>(NR, rows - i * NR), panel, s.rows, s.k);
       skips = skips_in_head(p, panel.slopes[0]);
       if (skips) find_norms<Real, NV>(p, panel);
     }
+    fetch_next_head();
   }
 
   // NaN or Inf in v shows in out whatever its weight, 0 * NaN being NaN. False: behind some mask there may be one.
@@ -183,7 +175,7 @@ class ForwardUnit {
     accumulate();
     if (any_masked && !careful)
       for (int i = 0; i < panels; i++)
-        if (!all_finite(s.panels[i].out, p.head_dim_v * NR)) return false;
+        if (!s.panels[i].fresh && !all_finite(s.panels[i].out, p.head_dim_v * NR)) return false;
     return true;
   }
 
@@ -191,16 +183,19 @@ class ForwardUnit {
     const int64_t Dv = p.head_dim_v;
     if (skipped_pairs) __atomic_fetch_add(p.skipped_pairs, skipped_pairs, __ATOMIC_RELAXED);
     for (int i = 0; i < panels; i++) {
-      const ForwardPanel<Real>& panel = s.panels[i];
+      ForwardPanel<Real>& panel = s.panels[i];
+      const Running<Real>& run = panel.run;
+      clear_if_fresh(panel, Dv * NR);
+      if (b.num_splits == 1 && finish_lanes<Real, NR>(p, panel.lanes, panel.out, run.max, run.sum)) continue;
       transpose(panel.out, (int64_t)NR, Dv, (int64_t)NR, s.rows, Dv);
       if (b.num_splits == 1) {
-        finish_rows(p, panel.lanes, s.rows, panel.run.max, panel.run.sum);
+        finish_rows(p, panel.lanes, s.rows, run.max, run.sum);
         continue;
       }
       const int64_t row = (int64_t)i * NR, n = panel.lanes.rows * sizeof(Real);
       memcpy((Real*)partial.out + row * Dv, s.rows, n * Dv);
-      memcpy((Real*)partial.max + row, panel.run.max, n);
-      memcpy((Real*)partial.sum + row, panel.run.sum, n);
+      memcpy((Real*)partial.max + row, run.max, n);
+      memcpy((Real*)partial.sum + row, run.sum, n);
     }
   }
 
@@ -241,6 +236,22 @@ class ForwardUnit {
     fetched += at_once;
   }
 
+  // A short head leaves no time to wait for what the next one reads and writes.
+  void fetch_next_head() {
+    const bool one_visit = p.seqlen_k <= b.n_block && p.seqlen_q * b.heads_per_unit <= b.rows && !p.blocks;
+    if (!one_visit || !exceeds_caches(p)) return;
+    int64_t batch = u.batch, head = u.head + b.heads_per_unit;
+    if (head >= p.num_heads) batch++, head = 0;
+    if (batch >= p.batch) return;
+    ahead.add(p.k, batch, p.head_k(head), p.seqlen_k, p.head_dim);
+    ahead.add(p.v, batch, p.head_k(head), p.seqlen_k, p.head_dim_v);
+    for (int64_t i = 0; i < b.heads_per_unit; i++) {
+      ahead.add(p.q, batch, head + i, p.seqlen_q, p.head_dim);
+      ahead.add(p.out, batch, head + i, p.seqlen_q, p.head_dim_v);
+    }
+    ahead.spread(panels * (tiles_of<R>(p.seqlen_k) + tiles_of<R>(p.head_dim_v)));
+  }
+
   LoadedTile load_tile(const KeyTile& tile) {
     prefetch_next_queries();
     const int64_t head_k = p.head_k(u.head), keys = tile.hi - tile.lo;
@@ -270,11 +281,12 @@ class ForwardUnit {
     for (int r = 0; r < NR; r++) s.largest[r] = (Real)-__builtin_inf();
     pending.weigher.spread(keys, p.head_dim);
     scores_product<Real, NV>({tile.k.data + skipped * tile.k.stride, tile.k.stride}, keys, panel.q, p.head_dim, scores,
-                             s.largest, pending.weigher);
+                             s.largest, pending.weigher, ahead);
     accumulate();
 
     const bool masked = modifier.apply(panel, k0, k1, skipped, scores);
-    follow_max<Real, NV>(scores, keys, modifier.raises(), masked, s.largest, panel.run, panel.out, p.head_dim_v);
+    follow_max<Real, NV>(scores, keys, modifier.raises(), masked, s.largest, panel.run, panel.out,
+                         panel.fresh ? 0 : p.head_dim_v);
     for (int r = 0; r < NR; r++) s.tile_sum[r] = 0;
 
     pending.panel = &panel;
@@ -293,10 +305,13 @@ class ForwardUnit {
     ForwardPanel<Real>& panel = *pending.panel;
     for (int r = 0; r < NR; r++) panel.run.sum[r] += s.tile_sum[r];
     if (p.drops()) drop<Real, NV>(p, panel, pending.key, pending.keys, pending.scores);
-    if (pending.select)
+    if (pending.select) {
+      clear_if_fresh(panel, p.head_dim_v * NR);
       select_out<Real, NV>(pending.v, pending.scores, s.seen, pending.keys, p.head_dim_v, panel.out);
-    else
-      out_product<Real, NV>(pending.v, p.head_dim_v, pending.scores, pending.keys, panel.out);
+    } else {
+      out_product<Real, NV>(pending.v, p.head_dim_v, pending.scores, pending.keys, panel.fresh, panel.out, ahead);
+    }
+    panel.fresh = false;
     pending.panel = nullptr;
   }
 };

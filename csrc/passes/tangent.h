@@ -144,7 +144,8 @@ class TangentUnit {
     panels = (int)((rows + NR - 1) / NR);
     for (int i = 0; i < panels; i++) {
       TangentPanel<Real>& panel = s.panels[i];
-      start_panel<Real, NV>(p, u, i * NR, smaller<int64_t>(NR, rows - i * NR), panel, 2 * Dv + 1, s.rows, s.k);
+      start_panel<Real, NV>(p, u, i * NR, smaller<int64_t>(NR, rows - i * NR), panel, s.rows, s.k);
+      clear_if_fresh(panel, (2 * Dv + 1) * NR);
       for (int r = 0; r < NR; r++) panel.center[r] = 0;
       if (moves) pack_tangents(panel);
     }
@@ -303,7 +304,7 @@ class TangentUnit {
     if (select)
       select_out<Real, NV>(v, weights, s.seen, keys, Dv, out);
     else
-      out_product<Real, NV>(v, Dv, weights, keys, out);
+      out_product<Real, NV>(v, Dv, weights, keys, false, out);
   }
 
   // Row r of a panel, out and its tangent in s.rows and s.trows, not yet normalized.

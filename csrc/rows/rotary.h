@@ -72,6 +72,15 @@ FASTATTN_INLINE void load_key(const Operands& p, int64_t batch, int64_t head_k, 
   load_turned(p, p.k, batch, head_k, key, key, to);
 }
 
+// Rows of q, as `tile_rows`; copied where they turn.
+template <class Real>
+TileRows<Real> query_rows(const Operands& p, int64_t batch, int64_t head, int64_t query, int64_t count, Real* buffer,
+                          int64_t stride) {
+  if (!p.rotary) return tile_rows(p.q, batch, head, query, count, p.head_dim, buffer, stride);
+  for (int64_t r = 0; r < count; r++) load_query(p, batch, head, query + r, buffer + r * stride);
+  return {buffer, stride};
+}
+
 // Rows of k, as `tile_rows`; copied where they turn.
 template <class Real>
 TileRows<Real> key_rows(const Operands& p, int64_t batch, int64_t head_k, int64_t key, int64_t count, Real* buffer,

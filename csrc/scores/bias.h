@@ -86,6 +86,23 @@ void load_bias(const Operands& p, const Lanes& lanes, int64_t key, int64_t keys,
   transpose(rows, keys, (int64_t)NR, keys, bias, (int64_t)NR);
 }
 
+template <class Real>
+void lay_bias(const Operands& p, int lanes, char* to, char* scratch) {
+  Real* panel = (Real*)to;
+  for (int64_t head = 0; head < p.num_heads; head++)
+    for (int64_t row = 0; row < p.seqlen_q; row += lanes, panel += p.seqlen_k * lanes) {
+      const int64_t rows = smaller<int64_t>(lanes, p.seqlen_q - row);
+      load_bias(p, {0, head, row, rows, {}, {}}, 0, p.seqlen_k, lanes, (Real*)scratch, panel);
+    }
+}
+
+// The laid bias of the panel from `key` on.
+template <class Real>
+const Real* laid_bias(const Operands& p, const Lanes& lanes, int64_t key, int64_t NR) {
+  const int64_t panels = (p.seqlen_q + NR - 1) / NR, panel = lanes.head * panels + lanes.row / NR;
+  return (const Real*)p.laid_bias + (panel * p.seqlen_k + key) * NR;
+}
+
 // sums[key][vector] += rows at `stride`, [keys][NR].
 template <class Real, int NV>
 void add_key_sums(const Real* ds, int64_t stride, int64_t keys, Real* sums) {

@@ -32,25 +32,19 @@ Panel<Real> take_panel(Arena& arena, int64_t head_dim, int64_t NR) {
   return panel;
 }
 
-// Stacked rows first ... first + rows - 1 from `head` into the panel's lanes; tmp: [NR][head_dim].
+// What the lanes of the panel know of stacked rows first ... first + rows - 1 from `head`.
 template <class Real>
-void prepare_panel(const Operands& p, int64_t batch, int64_t head, int64_t first, int64_t rows, int NR,
-                   Panel<Real>& panel, Real* tmp) {
+void place_lanes(const Operands& p, int64_t batch, int64_t head, int64_t first, int64_t rows, int NR,
+                 Panel<Real>& panel) {
   Lanes& lanes = panel.lanes;
   lanes = {batch, head, first, rows, visited_range(p, batch, head, first, rows), {0, p.seqlen_k}};
-  const double unit = product_unit(p);
-  for (int64_t r = 0; r < NR; r++) {
-    Real* row = tmp + r * p.head_dim;
-    panel.slopes[r] = panel.positions[r] = 0;
-    panel.queries[r] = panel.heads[r] = 0;
-    panel.lo[r] = 0, panel.hi[r] = p.seqlen_k;
-    if (r >= rows) {
-      for (int64_t d = 0; d < p.head_dim; d++) row[d] = 0;
-      continue;
-    }
-    QueryRow s = stacked_row(p, head, first + r);
-    load_query(p, batch, s.head, s.query, row);
-    Range range = row_range(p, batch, s.head, s.query);
+  for (int64_t r = 0; r < NR; r++) panel.slopes[r] = panel.positions[r] = 0;
+  for (int64_t r = 0; r < NR; r++) panel.queries[r] = panel.heads[r] = 0;
+  for (int64_t r = 0; r < NR; r++) panel.lo[r] = 0, panel.hi[r] = p.seqlen_k;
+  if (p.sees_all() && !p.alibi_slopes && !p.drops()) return;
+  for (int64_t r = 0; r < rows; r++) {
+    const QueryRow s = stacked_row(p, head, first + r);
+    const Range range = row_range(p, batch, s.head, s.query);
     panel.lo[r] = range.lo, panel.hi[r] = range.hi;
     panel.queries[r] = s.query + p.dropout_start.query, panel.heads[r] = s.head + p.dropout_start.head;
     lanes.common = {larger(lanes.common.lo, range.lo), smaller(lanes.common.hi, range.hi)};
@@ -59,11 +53,30 @@ void prepare_panel(const Operands& p, int64_t batch, int64_t head, int64_t first
       panel.positions[r] = (Real)(s.query + p.query_start);
     }
   }
-  // all at once: row by row, the stores of load_row would still be on their way
+}
+
+// Those rows into the lanes of the panel; tmp: room for [NR][head_dim], where they stay, scaled, if ALiBi looks ahead.
+template <class Real>
+void prepare_panel(const Operands& p, int64_t batch, int64_t head, int64_t first, int64_t rows, int NR,
+                   Panel<Real>& panel, Real* tmp) {
+  place_lanes(p, batch, head, first, rows, NR, panel);
+  const double unit = product_unit(p);
+  const QueryRow top = stacked_row(p, head, first);
+  if (rows == NR && top.query + NR <= p.seqlen_q && lies_as<Real>(p.q) && !p.rotary && !p.alibi_slopes) {
+    const TileRows<Real> q = rows_in_place<Real>(p.q, batch, top.head, top.query);
+    const Times<Real> scaled{(Real)(scale_of(p, top.head) * unit)};
+    return transpose(q.data, q.stride, (int64_t)NR, p.head_dim, panel.q, (int64_t)NR, scaled);
+  }
+  for (int64_t r = 0; r < rows; r++) {
+    const QueryRow s = stacked_row(p, head, first + r);
+    load_query(p, batch, s.head, s.query, tmp + r * p.head_dim);
+  }
+  // all at once: row by row, the stores of load_query would still be on their way
   for (int64_t r = 0; r < rows; r++) {
     const Real scale = (Real)(scale_of(p, stacked_row(p, head, first + r).head) * unit);
     for (int64_t d = 0; d < p.head_dim; d++) tmp[r * p.head_dim + d] *= scale;
   }
+  for (int64_t i = rows * p.head_dim; i < NR * p.head_dim; i++) tmp[i] = 0;
   transpose(tmp, p.head_dim, (int64_t)NR, p.head_dim, panel.q, (int64_t)NR);
 }
 

@@ -119,7 +119,7 @@ struct Normalizer {
 
   // No key seen: a sum of infinity makes every weight 0 in the backward pass.
   double log_total() const { return total == 0.0 ? __builtin_inf() : __builtin_log2(total) * ln2; }
-  double lse() const { return total == 0.0 ? -__builtin_inf() : top + log_total(); }
+  double lse(double log_total) const { return total == 0.0 ? -__builtin_inf() : top + log_total; }
 };
 
 // sink: one more logit in the denominator; -inf: none.

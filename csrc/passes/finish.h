@@ -1,0 +1,49 @@
+// The end of a row of the forward pass: its output divided by the sum of its weights, its lse.
+#pragma once
+#include "rows/transpose.h"
+#include "scores/intervals.h"
+#include "scores/sinks.h"
+
+namespace fastattn::FASTATTN_ISA {
+
+// lse of stacked row `row` to where it is wanted; what its accumulated output is to be multiplied by.
+template <class Real>
+Real finish_softmax(const Operands& p, int64_t batch, const QueryRow& row, Real max, Real sum) {
+  const Normalizer n = normalizer(max, sum, sink_of(p, batch, row.head));
+  if (p.lse || p.lse_parts) {
+    const double log_total = n.log_total();
+    if (p.lse) *(Real*)at(p.lse, batch, row.head, row.query) = (Real)n.lse(log_total);
+    if (p.lse_parts) {
+      const Real top = (Real)n.top;  // which a sink's logit does not fit
+      *(Real*)at(p.lse_parts, batch, row.head, row.query, 0) = top;
+      *(Real*)at(p.lse_parts, batch, row.head, row.query, 1) = (Real)(log_total + (n.top - top));
+    }
+  }
+  return (Real)(n.factor * p.keep_factor);
+}
+
+// Rows [rows][head_dim_v], not yet normalized, into out and lse.
+template <class Real>
+void finish_rows(const Operands& p, const Lanes& lanes, const Real* out, const Real* max, const Real* sum) {
+  for (int64_t r = 0; r < lanes.rows; r++) {
+    const QueryRow s = stacked_row(p, lanes.head, lanes.row + r);
+    const Real factor = finish_softmax(p, lanes.batch, s, max[r], sum[r]);
+    for (const Tensor* t : {&p.out, &p.out_exact})
+      if (*t) store_row(out + r * p.head_dim_v, factor, p.head_dim_v, *t, lanes.batch, s.head, s.query);
+  }
+}
+
+// The same from lanes, out [head_dim_v][NR], where the rows lie side by side as Real; false: they do not.
+template <class Real, int NR>
+bool finish_lanes(const Operands& p, const Lanes& lanes, const Real* out, const Real* max, const Real* sum) {
+  const QueryRow first = stacked_row(p, lanes.head, lanes.row);
+  if (!lies_as<Real>(p.out) || p.out_exact || first.query + lanes.rows > p.seqlen_q) return false;
+  Real factors[NR];
+  for (int64_t r = 0; r < lanes.rows; r++)
+    factors[r] = finish_softmax(p, lanes.batch, {first.head, first.query + r}, max[r], sum[r]);
+  Real* to = (Real*)at(p.out, lanes.batch, first.head, first.query);
+  transpose(out, (int64_t)NR, p.head_dim_v, lanes.rows, to, p.out.stride[2], TimesEach<Real>{factors});
+  return true;
+}
+
+}  // namespace fastattn::FASTATTN_ISA
