@@ -290,7 +290,7 @@ struct Call {
   }
 
   fastattn::Tangents tangents() const {
-    return {tq.tensor(),     tk.tensor(),      tv.tensor(),   tbias.tensor(), talibi_slopes.tensor(),
+    return {tq.tensor(),     tk.tensor(),      tv.tensor(),   tbias.tensor(), {}, talibi_slopes.tensor(),
             tsinks.tensor(), tscales.tensor(), tout.tensor(), tlse.tensor()};
   }
 
