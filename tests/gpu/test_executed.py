@@ -36,6 +36,7 @@ from executed import (  # noqa: E402
 )
 from fastattn import BlockMask, Mask, attention  # noqa: E402
 
+SM_90_IS_SLOW = (80, pytest.param(90, marks=pytest.mark.slow))
 OTHERS = (86, 89, 120)  # beside sm_80 and sm_90; from sm_90 on, k and v are loaded by tensor maps (TMA)
 
 
@@ -135,17 +136,19 @@ def test_forward_on_other_architectures(case, arch):
     assert_all_opcodes_are_checked(launches)
 
 
-def test_full_blocks():
+@pytest.mark.parametrize("arch", SM_90_IS_SLOW)
+def test_full_blocks(arch):
     """Which the random masks of blocks do not have: a loop without masks."""
     mask = BlockMask.from_mask(Mask.causal(), seqlen_q=300, block_size=64)
-    assert_all_products_ran(forward(BLOCKS._replace(seqlen_q=300, seqlen_k=300, mask=None), mask=mask))
+    assert_all_products_ran(forward(BLOCKS._replace(seqlen_q=300, seqlen_k=300, mask=None), arch=arch, mask=mask))
 
 
-def test_numbers_that_a_mask_hides():
+@pytest.mark.parametrize("arch", SM_90_IS_SLOW)
+def test_numbers_that_a_mask_hides(arch):
     """Inf and NaN of a key reach the queries that see it and no other: a loop of its own."""
     (q, k, v), kwargs = inputs(CAUSAL)
     v[0, 0, 137, 5], v[0, 0, 300, 9] = float("inf"), float("nan")
-    with executing(80):
+    with executing(arch):
         actual = attention(q, k, v, **kwargs, return_lse=True, backend="triton")
     assert_accuracy(actual, q, k, v, **kwargs)
 
