@@ -60,7 +60,7 @@ def prepare(kind: str, patch: pytest.MonkeyPatch) -> tuple[Callable, Callable, C
         attention()
     (entry,) = entries
     made = results(entry[0], q, False)
-    patch.setattr(outputs, "empty_results", lambda *args: made)
+    patch.setattr(outputs, "empty_results", lambda *args, **options: made)
     parts = decode.empty_parts(entry[0], q, 64)
     patch.setattr(decode, "empty_parts", lambda *args: parts)
     prepared = []

@@ -36,6 +36,7 @@ class Choice(NamedTuple):
     """A row that accepts a kind of call: its functions, and what is known of it without the lengths.
 
     lengths      what is left to ask: (field, accepted values) for those of BY_LENGTHS that the row restricts
+    declines     what is asked after that, or None (`Row.declines`)
     is_fallback  it is the reference, after a faster kernel has refused
     isa          the instruction set of a CPU kernel, else None
     """
@@ -44,6 +45,7 @@ class Choice(NamedTuple):
     forward: Callable
     train: Callable | None
     lengths: tuple
+    declines: Callable | None
     is_fallback: bool
     isa: str | None
 
@@ -57,7 +59,7 @@ class Choice(NamedTuple):
         for field, accepted in self.lengths:  # all() of a generator takes twice as long
             if getattr(problem, field) not in accepted:
                 return False
-        return True
+        return self.declines is None or self.declines(problem) is None
 
 
 def select(problem: Problem, backend: str | None) -> Choice:
@@ -127,7 +129,8 @@ def _find_choices(problem: Problem, backend: str | None) -> tuple[Choice, ...]:
         forward = _load(row.entry)
         if problem.transformed and problem.direction == "forward" and problem.layout not in SEQUENCES:
             forward, train = partial(_load(_TRANSFORMED), row.backend, backend), None
-        choices.append(Choice(row, forward, train, lengths, is_fallback, isa_of(row)))
+        declines = _load(row.declines) if row.declines else None
+        choices.append(Choice(row, forward, train, lengths, declines, is_fallback, isa_of(row)))
         if not lengths:
             break
         is_passed_over = True
@@ -137,9 +140,11 @@ def _find_choices(problem: Problem, backend: str | None) -> tuple[Choice, ...]:
 def refuse(row: Row, problem: Problem) -> list[str]:
     """Why `row` does not accept `problem`; empty if it does."""
     missing = [x for x in (_missing(row), _failure(row, problem)) if x]
-    return missing + [
+    reasons = missing + [
         f"{field}={value!r} (supports {text_of(accepted)})" for field, value, accepted in _mismatches(row, problem)
     ]
+    declined = _load(row.declines)(problem) if row.declines and not reasons else None
+    return [declined] if declined else reasons
 
 
 def reason_for(row: Row, problem: Problem, backend: str | None) -> str:
@@ -272,4 +277,4 @@ def _nearest(problem: Problem, backend: str | None) -> str:
         f"{field}={min(accepted, key=lambda a: abs(a - value)) if isinstance(accepted, range) else text_of(accepted)}"
         for field, value, accepted in _mismatches(row, problem)
     ]
-    return f"{row.name} would accept it with {', '.join(changes)}"
+    return f"{row.name} would accept it with {', '.join(changes) or 'other lengths'}"

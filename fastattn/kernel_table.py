@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from .backends import cpu
-from .backends.triton import INTERPRETED
+from .backends.triton import FEW_QUERIES, INTERPRETED, MOST_QUERIES
 from .problem import FLOATS, MASK_KINDS
 
 
@@ -21,6 +21,7 @@ class Row(NamedTuple):
                terms, "d.out", "d.lse".
                Of a row of statistics: kernel(problem, q, k, terms, lse or None, names) -> those, by name
     available  a function that returns None, or why the kernel cannot run on this machine; None: always
+    declines   a function of a Problem that the row supports -> None, or why a later row is better for its lengths
     supports   Problem field or property -> plain container of accepted values; one that is missing accepts anything
     train      as `entry`, but -> (out, lse or None, saved), for a call whose gradient will be asked of `backward`;
                None: autograd goes through `entry` by itself
@@ -33,6 +34,7 @@ class Row(NamedTuple):
     supports: dict
     train: str | None = None
     backward: str | None = None
+    declines: str | None = None
 
     @property
     def backend(self) -> str:
@@ -64,7 +66,8 @@ _TRITON = {
     **_DENSE,
 }
 _TRITON_DECODE = {
-    **_TRITON, **_FORWARD, "seqlen_q": range(0, 17), "mask": set(MASK_KINDS) - {"block"}, "needs_grad": {False},
+    **_TRITON, **_FORWARD, "seqlen_q": range(0, MOST_QUERIES + 1), "mask": set(MASK_KINDS) - {"block"},
+    "needs_grad": {False},
 }  # fmt: skip
 
 
@@ -89,7 +92,7 @@ _TRITON_ALL = {  # in one call: distances and random numbers count from a sequen
     **_TRITON_EACH, "layout": {"varlen"}, "alibi": {False}, "rotary": {False}, "dropout": {False},
     "transformed": {False},
 }  # fmt: skip
-_TRITON_CACHE = {**_TRITON_ALL, "layout": {"cache"}, "seqlen_q": _TRITON_DECODE["seqlen_q"]}
+_TRITON_CACHE = {**_TRITON_ALL, "layout": {"cache"}, "seqlen_q": range(0, FEW_QUERIES + 1)}
 _DERIVATIVES, _OF_CPU = ("tangent", "second"), "fastattn.backends.cpu"
 _TURNED = {"rotary": {False}}  # q and k are, where rotary embedding turns them
 _CPU_OTHERS = {"tangent": _TURNED, "statistics": {}}
@@ -103,7 +106,13 @@ KERNELS = (
         Row(f"cpu.{x}", f"{_OF_CPU}:{x}", f"{_OF_CPU}:unavailable", {**_CPU, "direction": {x}, **limits})
         for x, limits in _CPU_OTHERS.items()
     ),
-    Row("triton.decode", "fastattn.backends.triton:decode", "fastattn.backends.triton:unavailable", _TRITON_DECODE),
+    Row(
+        "triton.decode",
+        "fastattn.backends.triton:decode",
+        "fastattn.backends.triton:unavailable",
+        _TRITON_DECODE,
+        declines="fastattn.backends.triton:declines",
+    ),
     *_rows_of("triton", "prefill", "backward", _TRITON),
     *_rows_of("cpu", "csr", "csr_backward", _CPU_CSR),
     *_rows_of("cpu", "varlen", "varlen_backward", {**_CPU_VARLEN, "transformed": {False}}),

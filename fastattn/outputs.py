@@ -1,8 +1,12 @@
 """The tensors that a call returns, allocated the same way for every backend."""
 
 import math
+import os
 
 import torch
+
+ROUNDED_DELTA = os.environ.get("FASTATTN_ROUNDED_DELTA") == "1"
+"""Whether delta of the backward pass of Triton is made of out as it was rounded to 16 bits, and there is no other."""
 
 LARGEST_LSE = 2.0**14
 """Beyond it, the rounding of a float32 lse would be a factor of 1.001 and more in the weights."""
@@ -25,11 +29,13 @@ def empty_out(problem, q: torch.Tensor) -> torch.Tensor:
     return q.new_empty((b, h, s, d))
 
 
-def empty_results(problem, q: torch.Tensor, for_backward: bool, out=None) -> tuple[torch.Tensor | None, ...]:
+def empty_results(
+    problem, q: torch.Tensor, for_backward: bool, out=None, exact: bool = True
+) -> tuple[torch.Tensor | None, ...]:
     """(out, lse, out_exact, lse_parts) for a kernel to fill; None where not needed. out: where there is one already.
 
     out_exact    out in the compute dtype, contiguous, where out is rounded to 16 bits: delta of the backward pass would
-                 be off by what rounding takes
+                 be off by what rounding takes (exact=False: let it be)
     lse_parts    [batch, num_heads, seqlen_q, 2], lse as the sum of two numbers; Triton's in units of log2
     """
     out, dtype = empty_out(problem, q) if out is None else out, compute_dtype(problem)
@@ -37,7 +43,7 @@ def empty_results(problem, q: torch.Tensor, for_backward: bool, out=None) -> tup
     lse = _empty(q, dtype, *rows) if problem.lse else None
     if not for_backward:
         return out, lse, None, None
-    out_exact = None if out.dtype == dtype else _empty(q, dtype, *out.shape)
+    out_exact = None if out.dtype == dtype or not exact else _empty(q, dtype, *out.shape)
     return out, lse, out_exact, _empty(q, dtype, *rows, 2)
 
 

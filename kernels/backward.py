@@ -82,8 +82,9 @@ class BackwardPass:
         if self.lists:
             self.transposed = block_lists.lists_of(terms.block_mask.transpose())
         self.launches = launch.launches_of((
-            "backward", wanted, dout.stride(), out.stride(), launch.alignment(out, dout), launch.facts_of(dlse),
-            self.lists and (self.lists.key, self.transposed.key), *launch.call_key(problem, q, k, v, terms),
+            "backward", wanted, out.dtype, dout.stride(), out.stride(), launch.alignment(out, dout),
+            launch.facts_of(dlse), self.lists and (self.lists.key, self.transposed.key),
+            *launch.call_key(problem, q, k, v, terms),
         ))  # fmt: skip
         if "block_m" not in self.launches:
             self.launches["block_m"] = self._block_m()

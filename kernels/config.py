@@ -22,6 +22,7 @@ class Config(NamedTuple):
     """Tile sizes and compiler options of one kernel.
 
     reload  where registers do not hold the factors of the scores: load both in each step, few columns at a time
+    kpack   how many loads of a factor of a product the threads of CDNA make one: 1 or 2
     """
 
     BLOCK_M: int
@@ -30,15 +31,19 @@ class Config(NamedTuple):
     num_stages: int
     waves_per_eu: int = 0
     reload: bool = False
+    kpack: int = 1
 
     def options(self, device: Device) -> dict:
         """Launch options of Triton."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
         if self.waves_per_eu and device.arch.startswith("gfx"):
             options["waves_per_eu"] = self.waves_per_eu
+        if self.kpack != 1 and device.arch in WITH_KPACK:
+            options["kpack"] = self.kpack
         return options
 
 
+WITH_KPACK = ("gfx90a", "gfx942")
 _AMD = ("gfx90a", "gfx942", "gfx950", "gfx11", "gfx12")
 _OLDEST_ON_AMD = (3, 9)
 
@@ -85,8 +90,8 @@ def split_head_dim(head_dim: int, dtype: str = "bfloat16") -> tuple[int, int]:
 #   heavy     a bias, a bool mask, ALiBi, softcap or dropout, which take registers
 #   float32   multiplied without tensor cores
 # "masked" and "learned" serve the architectures that they name; others take the next best. A row is (largest
-# of head_dim and head_dim_v, config), ascending; the last one serves any. Chosen by compiling: tiles whose loops do not
-# spill, and of several those with the best static tensor-core bound (docs/triton.md).
+# of head_dim and head_dim_v, config), ascending; the last one serves any. Chosen by compiling: tiles whose main loop
+# does not spill, and of several those with the best static bound (docs/triton.md says what was tried).
 _PREFILL = {
     "plain": {
         "sm_80": [
@@ -170,8 +175,8 @@ _KEY_VALUE = {
     "plain": {
         "sm_80": [(64, Config(64, 64, 4, 2)), (128, Config(32, 64, 4, 2)), (256, Config(32, 32, 8, 1))],
         "sm_86": [(64, Config(32, 64, 4, 2)), (128, Config(32, 32, 4, 2)), (256, Config(32, 32, 8, 1))],
-        "sm_90": [(64, Config(64, 64, 4, 2)), (128, Config(32, 64, 4, 2)), (256, Config(32, 32, 8, 1))],
-        "sm_100": [(64, Config(64, 64, 4, 2)), (128, Config(32, 64, 4, 2)), (256, Config(32, 32, 8, 1))],
+        "sm_90": [(64, Config(64, 64, 4, 2)), (128, Config(64, 128, 8, 2)), (256, Config(32, 32, 8, 1))],
+        "sm_100": [(64, Config(64, 64, 4, 2)), (128, Config(64, 128, 8, 3)), (256, Config(32, 32, 8, 1))],
         "sm_120": [(64, Config(32, 64, 4, 2)), (128, Config(32, 32, 4, 2)), (256, Config(32, 32, 8, 1))],
         "gfx90a": [(128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
         "gfx942": [(128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
@@ -198,6 +203,7 @@ _KEY_VALUE = {
             (64, Config(64, 32, 4, 2)), (96, Config(16, 32, 4, 2)), (128, Config(32, 32, 4, 2)),
             (256, Config(32, 32, 8, 1)),
         ],
+        "sm_90": [(64, Config(64, 64, 4, 2)), (128, Config(32, 64, 4, 2)), (256, Config(32, 32, 8, 1))],
         "sm_100": [(128, Config(32, 64, 4, 2)), (256, Config(32, 32, 8, 1))],
         "sm_120": [
             (64, Config(64, 32, 4, 2)), (96, Config(16, 32, 4, 2)), (128, Config(32, 32, 4, 2)),
@@ -230,7 +236,7 @@ _QUERY = {
             (256, Config(32, 32, 8, 1)),
         ],
         "sm_90": [(128, Config(64, 64, 4, 2)), (256, Config(128, 32, 8, 1))],
-        "sm_100": [(64, Config(64, 64, 4, 2)), (128, Config(64, 32, 4, 2)), (256, Config(32, 32, 8, 1))],
+        "sm_100": [(64, Config(64, 64, 4, 2)), (128, Config(128, 64, 8, 3)), (256, Config(32, 32, 8, 1))],
         "gfx90a": [(128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
         "gfx942": [(128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],
         "gfx950": [(128, Config(32, 32, 4, 1)), (256, Config(16, 16, 4, 1))],

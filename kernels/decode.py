@@ -256,10 +256,26 @@ def row_blocks(problem, tiles) -> int:
 
 
 def split_keys(problem, device) -> tuple[int, int]:
-    """(keys in a split, number of splits): two programs a multiprocessor for one sequence, of 256 keys at least."""
+    """(keys in a split, number of splits): two programs a multiprocessor for one sequence, of 256 keys at least.
+
+    Keys and values of a split are at least twice of what it writes, whose numbers have 32 bits.
+    """
     tiles = tuning.tiles("decode", problem, device)
     programs = row_blocks(problem, tiles) * problem.num_heads_k
     wanted = max(1, 2 * device.num_sms // programs)
-    keys = max(256, triton.cdiv(problem.seqlen_k, wanted))
+    keys = max(256, 2 * problem.group_size * problem.seqlen_q, triton.cdiv(problem.seqlen_k, wanted))
     keys = triton.cdiv(keys, tiles.BLOCK_N) * tiles.BLOCK_N
     return keys, max(1, triton.cdiv(problem.seqlen_k, keys))
+
+
+def declines(problem, device) -> str | None:
+    """None if these few queries of long keys have twice as many programs with split keys as in `prefill`, whose
+    programs would leave half of the multiprocessors idle; else why not. A batch changes no bits of a sequence."""
+    programs = triton.cdiv(problem.seqlen_q, tuning.tiles("prefill", problem, device).BLOCK_M) * problem.num_heads
+    if 2 * programs > device.num_sms:
+        return f"seqlen_q={problem.seqlen_q} ({programs} programs of prefill for {device.num_sms} multiprocessors)"
+    _, num_splits = split_keys(problem, device)
+    split = num_splits * row_blocks(problem, tuning.tiles("decode", problem, device)) * problem.num_heads_k
+    if num_splits == 1 or split < 2 * programs:
+        return f"seqlen_k={problem.seqlen_k} (split, {split} programs; in prefill, {programs})"
+    return None

@@ -119,7 +119,8 @@ def forward_for_backward(problem, q, k, v, terms):
 
 def _forward(problem, q, k, v, terms, for_backward: bool):
     """(out, lse or None, out in float32, lse_parts), the last two for a backward pass."""
-    out, lse, out_exact, lse_parts = outputs.empty_results(problem, q, for_backward)
+    exact = not outputs.ROUNDED_DELTA
+    out, lse, out_exact, lse_parts = outputs.empty_results(problem, q, for_backward, exact=exact)
     if out.numel():
         of_mask = lists.lists_of(terms.block_mask)
         extras = (terms.k_start, terms.k_end, terms.mask, terms.bias, terms.alibi_slopes, terms.softmax_scale)

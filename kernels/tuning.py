@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from functools import cache, lru_cache
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -108,13 +109,12 @@ def candidates(kernel: str, problem, device: Device) -> Iterator[Config]:
     yield first
     block_ms = (64, 128) if kernel in ("prefill", "query") else (first.BLOCK_M,)
     block_ns = (32, 64, 128) if kernel != "decode" else (first.BLOCK_N,)
-    for block_m in block_ms:
-        for block_n in block_ns:
-            for num_warps in (4, 8):
-                for num_stages in (1, 2, 3, 4):
-                    candidate = Config(block_m, block_n, num_warps, num_stages, first.waves_per_eu)
-                    if candidate != first and config.shared_memory(candidate, problem) <= device.smem:
-                        yield candidate
+    warps = (4, 8) if kernel != "decode" else (2, 4, 8)
+    for block_m, block_n, num_warps, num_stages in product(block_ms, block_ns, warps, (1, 2, 3, 4)):
+        tiles = Config(block_m, block_n, num_warps, num_stages, first.waves_per_eu)
+        for candidate in (tiles, tiles._replace(kpack=2)) if device.arch in config.WITH_KPACK else (tiles,):
+            if candidate != first and config.shared_memory(candidate, problem) <= device.smem:
+                yield candidate
 
 
 @cache

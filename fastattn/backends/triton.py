@@ -18,6 +18,8 @@ CHECK = os.environ.get("FASTATTN_CHECK") == "1"
 """Whether a call checks what its block mask holds, on the host, which waits for the device. Without it, kernels clamp
 every index that they read, so that none leaves its tensor; a mask that was changed since it was made gives nonsense."""
 
+FEW_QUERIES, MOST_QUERIES = 16, 256
+"""Of how many queries a call always has split keys, and of how many where prefill would leave multiprocessors idle."""
 
 OLDEST = (3, 7)
 
@@ -46,6 +48,14 @@ def _kernel(name: str) -> ModuleType:
 
 postponed: dict[tuple, list] = {}
 """(kernel, problem) -> compiled code that was first launched where nothing could be looked at (`selfcheck`)."""
+
+
+def declines(problem) -> str | None:
+    """None if `decode` serves a call of at most MOST_QUERIES better than `prefill` on the current device, else why."""
+    if problem.seqlen_q <= FEW_QUERIES:
+        return None
+    launch = _kernel("launch")
+    return _kernel("decode").declines(problem, launch.device_facts(-1 if INTERPRETED else launch.current_device()))
 
 
 def decode(problem, q, k, v, terms, *cache):

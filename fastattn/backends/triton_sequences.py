@@ -20,7 +20,9 @@ def varlen(problem, q, k, v, terms):
     """Forward pass of packed sequences."""
     if terms.block_table is not None:
         return each.triton(problem, q, k, v, terms)
-    return triton.prefill(*_dense(problem, q, k, v, terms))
+    dense, *call = _dense(problem, q, k, v, terms)
+    is_few = dense.seqlen_q <= triton.MOST_QUERIES and triton.declines(dense) is None
+    return (triton.decode if is_few else triton.prefill)(dense, *call)
 
 
 def varlen_for_backward(problem, q, k, v, terms):

@@ -182,7 +182,7 @@ def _train(layout: Layout) -> Callable:
         options = layout.named(values, options)
         out, lse, saved = _run_to_train(layout, q, k, v, layout.bind(q, k, v, options, True))
         lse = lse if options.get("return_lse") else None
-        exact = q.new_empty(0, dtype=_real(q)) if saved[0].dtype == q.dtype else saved[0].contiguous()
+        exact = q.new_empty(0, dtype=_real(q)) if q.dtype == _real(q) else saved[0].to(_real(q)).contiguous()
         lse = q.new_empty(0, dtype=_real(q)) if lse is None else lse
         return _rows_first(out), lse, exact, saved[1]
 

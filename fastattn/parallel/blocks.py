@@ -124,7 +124,7 @@ def forward(whole: Whole, i: int, run: int, q, k, v) -> Partial:
         return of_lse(out.to(lse.dtype), lse)
     note(Bound(choice, problem, terms, whole.backend), q, k)
     _, _, (out, parts) = choice.train(problem, q, k, v, terms)
-    return of_kernel(out, parts, choice.row.backend)
+    return of_kernel(out.to(parts.dtype), parts, choice.row.backend)
 
 
 def backward(whole: Whole, i: int, run: int, qkv, of_all: Partial, dout, dlse, wanted) -> tuple:

@@ -74,14 +74,15 @@ MORE = (  # other rows of tables that most architectures have in common
     Spec("block_sparse backward everything", blocks=True, everything=True, backward=True),
     *(Spec("backward everything", head_dim, "float32", everything=True, backward=True) for head_dim in (64, 128, 256)),
 )
+SPLIT = (Spec("split keys causal", seqlen_q=64, causal=True),)
 FEW = tuple(spec for spec in SPECS if str(spec) in ("prefill D128 bfloat16", "backward D128 bfloat16"))
 ARCHS = {
-    80: SPECS + MORE,
-    90: SPECS + MORE,
+    80: SPECS + MORE + SPLIT,
+    90: SPECS + MORE + SPLIT,
     "gfx942": SPECS + MORE,
     "gfx1100": SPECS + MORE,
     86: SPECS + MORE,
-    100: SPECS + MORE,
+    100: SPECS + MORE + SPLIT,
     120: SPECS + MORE,
     "gfx90a": SPECS,
     "gfx950": SPECS,
@@ -169,7 +170,7 @@ def attend(spec: Spec) -> None:
     if spec.learned_scale:
         kwargs["softmax_scale"] = empty(h, dtype=torch.float32)
     if spec.blocks:
-        kwargs["mask"] = without_device(BlockMask.from_mask(Mask.causal(), seqlen_q=s))
+        kwargs["mask"] = without_device(BlockMask.from_mask(Mask.causal(), seqlen_q=spec.seqlen_q, seqlen_k=s))
     if spec.everything:
         kwargs |= {
             "bias": empty(1, h, spec.seqlen_q, s), "alibi_slopes": empty(h, dtype=torch.float32),

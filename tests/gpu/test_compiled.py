@@ -88,10 +88,25 @@ def differences(found: dict[str, dict], golden: dict[str, dict]) -> list[str]:
     return sorted(lines)
 
 
+LARGE_TILES = {  # whose loops with masks may spill a little: the static bound of the ones without is that much better
+    90: {"backward D128 bfloat16"},
+    100: {
+        f"{name} D128 bfloat16" for name in ("backward", "backward causal", "backward window", "block_sparse backward")
+    },
+}
+FEW_SPILLS = 32
+
+
+def assert_no_spills(name: str, kernel: dict, is_large: bool) -> None:
+    """In no loop; with a large tile, few in those with masks."""
+    first, *others = [loop["spills"] for loop in kernel["loops"]] or [0]
+    assert first == 0 and max(others, default=0) <= (FEW_SPILLS if is_large else 0), name
+
+
 @pytest.mark.parametrize("arch, spec", params(CASES))
 def test_nothing_spills_in_a_loop(kernels, arch, spec):
-    spilled = {name: loop for name, kernel in kernels.items() for loop in kernel["loops"] if loop["spills"]}
-    assert spilled == {}
+    for name, kernel in kernels.items():
+        assert_no_spills(name, kernel, name == "key_value_kernel" and spec in LARGE_TILES.get(arch, ()))
 
 
 ALONE = (
@@ -107,8 +122,9 @@ def test_nothing_spills_beside_one_modifier(kind, arch):
     """A spec has none or all of them."""
     with compiling_for(arch) as launches:
         launching.call(**launching.variants(256, 256)[kind], head_dim=128, backward=True)
-    loops = [loop for launch in launches for loop in describe(launch.binary)["loops"]]
-    assert loops and [loop for loop in loops if loop["spills"]] == []
+    assert launches
+    for name, kernel in [(launch.binary.name, describe(launch.binary)) for launch in launches]:
+        assert_no_spills(name, kernel, name == "key_value_kernel" and arch in LARGE_TILES)
 
 
 @pytest.mark.parametrize("arch, spec", params(CASES))

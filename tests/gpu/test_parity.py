@@ -16,8 +16,8 @@ import canaries  # noqa: E402
 import fastattn  # noqa: E402
 import isas  # noqa: E402
 from cases import CASES, Case, inputs  # noqa: E402
-from fastattn import UnsupportedError, dispatch  # noqa: E402
-from fastattn.kernels import config, launch, tuning  # noqa: E402
+from fastattn import UnsupportedError, dispatch, outputs  # noqa: E402
+from fastattn.kernels import config, launch, prefill, tuning  # noqa: E402
 from fastattn.scores.dropout import dropout_mask  # noqa: E402
 from on_device import DEVICE, assert_backward, assert_forward, on_device  # noqa: E402
 
@@ -214,3 +214,20 @@ def test_fault_is_caught(fault, violation, dtype):
     (q, k, v), kwargs = inputs(CANARY._replace(dtype=dtype, causal=False))
     with canaries.planted(fault), pytest.raises(getattr(strict_interpreter, violation)):
         fastattn.attention(q, k, v, **kwargs, backend="triton")
+
+
+def test_delta_of_the_rounded_out(monkeypatch):
+    """FASTATTN_ROUNDED_DELTA=1: no out in float32, and gradients by the rule all the same where values have no mean."""
+    monkeypatch.setattr(outputs, "ROUNDED_DELTA", True)
+    case = Case(num_heads=2, seqlen_q=70, seqlen_k=130, head_dim=32, dtype="bfloat16")
+    assert_backward(case)
+    (q, k, v), _ = on_device(case)
+    bound = fastattn.api.bind(q, k, v)
+    _, _, saved = prefill.forward_for_backward(bound.problem, q, k, v, bound.terms)
+    assert [x.dtype for x in saved] == [torch.bfloat16, torch.float32]
+
+    def loss(q):
+        return fastattn.attention(q, k, v, backend="triton").float().square().sum()
+
+    (expected,) = torch.autograd.grad(loss(q.requires_grad_()), q)
+    assert torch.equal(torch.func.grad(loss)(q.detach()), expected)

@@ -189,6 +189,21 @@ def test_candidates_fit(device):
             assert all(config.shared_memory(tiles, problem) <= small.smem for tiles in others)
 
 
+def test_candidates_of_one_architecture(device):
+    """kpack on CDNA, two warps for decoding; the compiler is told of them there alone."""
+    problem = problem_of(128)
+
+    def of(kernel, arch, smem=227 * 1024):
+        return list(tuning.candidates(kernel, problem, config.Device(arch, smem, 100)))
+
+    assert {tiles.kpack for tiles in of("query", "gfx942", 64 * 1024)} == {1, 2}
+    assert {tiles.kpack for tiles in of("query", "gfx950", 160 * 1024)} == {1}
+    assert {tiles.num_warps for tiles in of("decode", "sm_80")} == {2, 4, 8}
+    two = config.Config(64, 64, 4, 1, kpack=2)
+    assert two.options(config.Device("gfx942", 0, 1))["kpack"] == 2
+    assert "kpack" not in two.options(config.Device("gfx950", 0, 1)) | two.options(config.Device("sm_90", 0, 1))
+
+
 def test_tiles_that_compute_something_else_or_nothing_are_not_chosen(device):
     """However fast they are."""
     result, seconds = torch.zeros(8), {}

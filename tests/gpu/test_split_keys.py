@@ -1,0 +1,108 @@
+"""Few queries against many keys: when keys are split, and what comes out, beside the reference in float64."""
+
+import process
+
+process.require_runnable()
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import fastattn  # noqa: E402
+from cases import Case  # noqa: E402
+from fastattn import dispatch  # noqa: E402
+from fastattn.kernels import config, decode, launch  # noqa: E402
+from fastattn.problem import Problem  # noqa: E402
+from on_device import DEVICE, assert_forward, on_device  # noqa: E402
+
+if process.INTERPRETED:
+    from strict_interpreter import harden
+
+    harden()
+
+(ROW,) = [row for row in dispatch.KERNELS if row.name == "triton.decode"]
+H100 = config.Device("sm_90", 227 * 1024, 132)
+CHUNK = Problem("cuda", "bfloat16", 1, 32, 100_000, 32, 8, 128, 128)
+
+
+@pytest.fixture(autouse=True)
+def a_small_device(monkeypatch):
+    """As many multiprocessors as the interpreter says, so that a GPU splits these, too."""
+    device_facts = launch.device_facts
+    monkeypatch.setattr(launch, "device_facts", lambda index: device_facts(index)._replace(num_sms=8))
+    launch.forget()
+    yield
+    launch.forget()
+
+
+@pytest.mark.parametrize("changed, prefill", [
+    ({}, False),
+    ({"seqlen_q": 16}, False),
+    ({"seqlen_q": 256}, False),  # 64 programs of 128 queries, of 132
+    ({"num_heads": 64, "seqlen_q": 256}, True),  # 128
+    ({"num_heads": 128, "seqlen_q": 17}, True),
+    ({"seqlen_k": 500}, True),  # too few for more than two splits
+    ({"seqlen_q": 256, "num_heads": 4, "num_heads_k": 2, "seqlen_k": 256}, True),  # one split, of smaller tiles
+    ({"batch": 1000}, False),  # the bits of one sequence are those of any batch
+])  # fmt: skip
+def test_prefill_where_it_keeps_multiprocessors_busy(changed, prefill):
+    problem = CHUNK._replace(**changed)
+    if problem.seqlen_q > 16:
+        assert (decode.declines(problem, H100) is not None) == prefill
+    _, num_splits = decode.split_keys(problem, H100)
+    assert prefill or num_splits > 1
+
+
+def test_explain_and_last_call_say_which():
+    """Of 8 multiprocessors, 2 heads of 64 queries keep 2 busy, and 8 heads all."""
+    (q, k, v), _ = on_device(Case(num_heads=8, seqlen_q=40, seqlen_k=600, head_dim=16))
+    fastattn.attention(q[:, :2], k[:, :2], v[:, :2], backend="triton")
+    assert fastattn.last_call().kernel == "triton.decode"
+    text = fastattn.explain(q, k, v, backend="triton")
+    assert "refused: seqlen_q=40 (8 programs of prefill for 8 multiprocessors)" in text
+    text = fastattn.explain(q[:, :2], k[:, :2, :200], v[:, :2, :200], backend="triton")
+    assert "refused: seqlen_k=200 (split, 2 programs; in prefill, 2)" in text
+
+
+CHUNKS = Case(num_heads=2, num_heads_k=1, seqlen_q=40, seqlen_k=601, head_dim=32)
+CASES = [
+    CHUNKS._replace(causal=True, dtype="bfloat16"),
+    CHUNKS._replace(window_size=(300, 3), dtype="float16", head_dim_v=24),
+    CHUNKS._replace(num_heads=1, seqlen_q=129, seqlen_k=1100, causal=True, sinks=True),
+    CHUNKS._replace(num_heads=4, num_heads_k=2, mask="intervals", bias="per_head"),
+    CHUNKS._replace(batch=2, mask="tensor_per_head", softcap=5.0, seqlen_q=18, seqlen_k=800),
+    CHUNKS._replace(seqlen_q=20, seqlen_k=800, dropout_p=0.2, alibi=True, dtype="float16"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_parity(case):
+    assert_forward(ROW, case)
+
+
+@pytest.mark.parametrize("seqlen_q", [3, 40])
+def test_nan_of_a_key_that_one_query_sees(seqlen_q):
+    """The last one: no other query has it in any split."""
+    (q, k, v), _ = on_device(CHUNKS._replace(seqlen_q=seqlen_q))
+    k[:, :, -1], v[:, :, -1] = float("nan"), float("inf")
+    out = fastattn.attention(q, k, v, causal=True, backend="triton")
+    assert fastattn.last_call().kernel == "triton.decode" and out[:, :, :-1].isfinite().all()
+    expected = fastattn.attention(q, k, v, causal=True, backend="reference")
+    torch.testing.assert_close(out, expected, equal_nan=True)
+
+
+def test_a_batch_changes_no_bits():
+    (q, k, v), _ = on_device(CHUNKS._replace(batch=2))
+    both = fastattn.attention(q, k, v, causal=True, backend="triton")
+    alone = fastattn.attention(*(x[1:] for x in (q, k, v)), causal=True, backend="triton")
+    assert torch.equal(alone, both[1:])
+
+
+def test_packed_sequences():
+    """Few queries in all: one sequence in several, each against keys of its own."""
+    (q, k, v), _ = on_device(CHUNKS._replace(seqlen_q=20, seqlen_k=700))
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    lengths = torch.tensor([0, 3, 20], dtype=torch.int32), torch.tensor([0, 400, 700], dtype=torch.int32)
+    call = fastattn.attention_varlen, (q, k, v, *(x.to(DEVICE) for x in lengths)), {"causal": True}
+    out = call[0](*call[1], **call[2], backend="triton")
+    expected = call[0](*call[1], **call[2], backend="reference")
+    torch.testing.assert_close(out, expected)
