@@ -45,6 +45,11 @@ ISA_FLAGS = {
     "aarch64": {"scalar": [], "neon": []},
 }
 """Machine -> ISA -> flags: the only place with a -m flag. csrc/isa_<name>.cpp is compiled with the flags of its row."""
+EMULATED_FLAGS = [
+    *ISA_FLAGS["x86_64"]["avx2"],
+    "-O1",
+    "-Wno-psabi",
+]  # of csrc/isa_emulated.cpp, which is for tests alone
 REALS = "float", "double"  # once for each, so that two compilers at once have units of like size
 NO_SIMD = {"scalar": []}  # any other machine
 
@@ -72,12 +77,14 @@ def machine() -> str:
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
 
 
-def isa_flags(target: str) -> dict[str, list[str]]:
-    """ISA -> flags of csrc/isa_<name>.cpp, for the ISAs of one machine."""
+def isa_flags(target: str, isas: list[str] = ISAS) -> dict[str, list[str]]:
+    """ISA -> flags of csrc/isa_<name>.cpp, for the ISAs of one machine: all but `emulated`, or those that are named."""
     flags_of = ISA_FLAGS.get(target, NO_SIMD)
-    if unknown := set(ISAS) - set(flags_of):
-        sys.exit(f"FASTATTN_ISAS={','.join(ISAS)!r}: {target} has {', '.join(flags_of)} and not {', '.join(unknown)}")
-    return {isa: [*KERNEL_FLAGS, *flags] for isa, flags in flags_of.items() if isa in ISAS or not ISAS}
+    if "emulated" in isas and target == "x86_64":
+        flags_of = flags_of | {"emulated": EMULATED_FLAGS}
+    if unknown := set(isas) - set(flags_of):
+        sys.exit(f"FASTATTN_ISAS={','.join(isas)!r}: {target} has {', '.join(flags_of)} and not {', '.join(unknown)}")
+    return {isa: [*KERNEL_FLAGS, *flags] for isa, flags in flags_of.items() if isa in isas or not isas}
 
 
 def libraries(target: str, headers: list[str]) -> list[tuple[str, dict]]:

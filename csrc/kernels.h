@@ -119,6 +119,8 @@ struct Kernels {
 struct InstructionSet {
   const char* name;
   const Kernels *of_float, *of_double;
+  // Its name where products are of pairs of bfloat16; null: none are.
+  const char* with_pairs = nullptr;
 
   const Kernels& kernels_for(DType dtype) const { return dtype == DType::float64 ? *of_double : *of_float; }
 };

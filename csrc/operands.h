@@ -91,6 +91,8 @@ struct Operands {
   const char* laid_bias = nullptr;
   Rotary rotary;  // of key j by position j, of query i by query_start + i
   BlockMask block_mask{};
+  // Products are of pairs of bfloat16, to which weights are rounded: forward and backward.
+  bool in_pairs = false;
   const BlockLists* blocks = nullptr;  // block_mask, by queries in a forward pass and by keys in a backward pass
   double softmax_scale, softcap;
   int64_t diagonal_lo, diagonal_hi;  // a query sees keys with lo <= key - query <= hi
@@ -110,6 +112,8 @@ struct Operands {
   int64_t head_k(int64_t head) const { return num_heads == num_heads_k ? head : head / group_size(); }
   // The factors of int8 rows are part of this call.
   void link_factors() { k.factors = k_factors ? &k_factors : nullptr, v.factors = v_factors ? &v_factors : nullptr; }
+  // Whether rows are bfloat16 as they lie in memory, so that products of pairs may read them.
+  bool has_pairs() const { return q.dtype == DType::bfloat16 && k.dtype == q.dtype && v.dtype == q.dtype && !rotary; }
   bool must_end() const { return ended && ended(); }
   // Whether no diagonal and no bounds of a row hide keys.
   bool sees_all() const { return !k_start && !k_end && diagonal_lo <= 1 - seqlen_q && diagonal_hi >= seqlen_k - 1; }

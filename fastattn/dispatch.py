@@ -130,7 +130,7 @@ def _find_choices(problem: Problem, backend: str | None) -> tuple[Choice, ...]:
         if problem.transformed and problem.direction == "forward" and problem.layout not in SEQUENCES:
             forward, train = partial(_load(_TRANSFORMED), row.backend, backend), None
         declines = _load(row.declines) if row.declines else None
-        choices.append(Choice(row, forward, train, lengths, declines, is_fallback, isa_of(row)))
+        choices.append(Choice(row, forward, train, lengths, declines, is_fallback, isa_of(row, problem)))
         if not lengths:
             break
         is_passed_over = True
@@ -193,8 +193,10 @@ def explain(problem: Problem, backend: str | None) -> str:
             reasons = refuse(row, of_direction)
             if backend is not None and row.backend != backend:
                 reasons.append(f"backend={backend!r} was asked for")
-            runs = f"runs on {isa_of(row)}" if isa_of(row) else "runs"
-            runs += ", on one thread: torch has loaded no OpenMP runtime" if isa_of(row) and not cpu.openmp() else ""
+            isa = isa_of(row, of_direction)
+            runs = f"runs on {isa}" if isa else "runs"
+            runs += ", products in float32" if isa and cpu.forgoes_pairs(row.name, of_direction) else ""
+            runs += ", on one thread: torch has loaded no OpenMP runtime" if isa and not cpu.openmp() else ""
             verdict = "refused: " + ", ".join(reasons) if reasons else "accepted (not reached)" if chosen else runs
             chosen = chosen or not reasons
             lines.append(f"  {row.name:<24}{verdict}")
@@ -218,9 +220,10 @@ def rows_of(backend: str | None, layout: str) -> list[Row]:
     return [row for row in rows if layout in row.supports.get("layout", (layout,))] or rows
 
 
-def isa_of(row: Row) -> str | None:
-    """The instruction set that a row's kernel runs on; RuntimeError if FASTATTN_CPU_ISA names one it cannot run on."""
-    return None if row.backend != "cpu" or _missing(row) else cpu.isa()
+def isa_of(row: Row, problem: Problem) -> str | None:
+    """The instruction set that a row's kernel computes `problem` on, None if it is not compiled for the CPU;
+    RuntimeError if FASTATTN_CPU_ISA names one that cannot run here."""
+    return None if row.backend != "cpu" or _missing(row) else cpu.isa_of(row.name, problem)
 
 
 def forget() -> None:

@@ -119,6 +119,7 @@ void backward(Operands& p, const Gradients& wanted, int threads) {
   if (p.block_mask) p.blocks = &lists.emplace(p, true).lists;
   p.skipped_pairs = skipped_counter();
   p.ended = region_ended;
+  p.in_pairs = multiplies_pairs(p);
   const Kernels& kernels = instruction_set().kernels_for(p.q.dtype);
   const std::vector<char> laid = lay_bias(p, kernels, kernels.backward_blocking(p, wanted).lanes);
   BackwardPass pass(p, wanted, kernels);
@@ -144,6 +145,7 @@ void backward(Operands& whole, const Gradients& wanted, const Sequences& s, int 
     Wave wave;
     for (int64_t bytes = 0; i < s.count && (passes.empty() || bytes < max_partial_bytes); i++) {
       calls.push_back(placed.operands(i));
+      calls.back().in_pairs = multiplies_pairs(whole);
       BackwardPass& pass = passes.emplace_back(calls.back(), placed.gradients(wanted, i), kernels);
       wave.add(pass, 0, 1);
       bytes += pass.batch_bytes();

@@ -15,6 +15,9 @@ std::vector<std::string> built_names();  // of all that this build has, best fir
 
 inline int64_t element_bytes(const Operands& p) { return p.q.dtype == DType::float64 ? 8 : 4; }  // when computing
 
+// Whether the forward and backward kernels multiply pairs of bfloat16, not float: by the call's kind, never by its values.
+inline bool multiplies_pairs(const Operands& p) { return instruction_set().with_pairs && p.has_pairs(); }
+
 // Completes `p` by what is found on the way: lists of blocks, norms of tiles.
 void forward(Operands& p, int threads);
 

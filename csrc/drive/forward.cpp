@@ -124,6 +124,7 @@ void forward(Operands& p, int threads) {
   if (!p.batch || !p.num_heads || !p.seqlen_q) return;
   std::optional<OwnedLists> lists;
   if (p.block_mask) p.blocks = &lists.emplace(p, false).lists;
+  p.in_pairs = multiplies_pairs(p);
   const Kernels& kernels = instruction_set().kernels_for(p.q.dtype);
   const std::vector<double> tile_facts = take_tile_facts(p, kernels);
   const Blocking b = kernels.blocking(p);
@@ -156,6 +157,7 @@ void forward(Operands& whole, const Sequences& s, int threads) {
   passes.reserve(calls.size());
   for (Operands& p : calls) {
     p.link_factors();
+    p.in_pairs = !s.is_cache && multiplies_pairs(p);
     const bool few = !p.lse_parts && p.seqlen_q * p.group_size() <= few_rows;
     if (!few) tile_facts.push_back(take_tile_facts(p, kernels));
     passes.emplace_back(p, kernels, few ? decode_of(kernels) : prefill_of(kernels), threads);

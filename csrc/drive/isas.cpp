@@ -18,21 +18,26 @@
 namespace fastattn {
 
 // inline: what is not used need not exist
-#define FASTATTN_DECLARE(isa)                                                                      \
-  namespace isa {                                                                                  \
-  extern const Kernels kernels_of_float, kernels_of_double;                                        \
-  inline constexpr InstructionSet instruction_set = {#isa, &kernels_of_float, &kernels_of_double}; \
+#define FASTATTN_DECLARE(isa)                                                                               \
+  namespace isa {                                                                                           \
+  extern const Kernels kernels_of_float, kernels_of_double;                                                 \
+  inline constexpr InstructionSet instruction_set = {#isa, &kernels_of_float, &kernels_of_double};          \
+  inline constexpr InstructionSet with_pairs = {#isa, &kernels_of_float, &kernels_of_double, #isa "_bf16"}; \
   }
 FASTATTN_DECLARE(scalar)
 FASTATTN_DECLARE(avx2)
 FASTATTN_DECLARE(avx512)
 FASTATTN_DECLARE(neon)
+FASTATTN_DECLARE(emulated)
 
 namespace {
 
 struct Candidate {
   const InstructionSet* isa;
   bool supported;
+  bool pays = true;  // else it runs only if it is asked for
+
+  std::string name() const { return isa->with_pairs ? isa->with_pairs : isa->name; }
 };
 
 #if defined(FASTATTN_HAVE_AVX2) || defined(FASTATTN_HAVE_AVX512)
@@ -47,10 +52,13 @@ bool has_f16c() {
 std::vector<Candidate> built_isas() {
   std::vector<Candidate> list;
 #if defined(FASTATTN_HAVE_AVX512)
-  list.push_back({&avx512::instruction_set, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                                __builtin_cpu_supports("avx512dq") &&
-                                                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") &&
-                                                has_f16c()});
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                          __builtin_cpu_supports("fma") && has_f16c();
+  // Intel's cores take a product of pairs apart: it is slower there than multiply-adds of float.
+  list.push_back(
+      {&avx512::with_pairs, has_avx512 && __builtin_cpu_supports("avx512bf16"), (bool)__builtin_cpu_is("amd")});
+  list.push_back({&avx512::instruction_set, has_avx512});
 #endif
 #if defined(FASTATTN_HAVE_AVX2)
   list.push_back(
@@ -66,19 +74,23 @@ std::vector<Candidate> built_isas() {
   list.push_back({&scalar::instruction_set, true});
 #endif
 #endif
+#if defined(FASTATTN_HAVE_EMULATED)
+  list.push_back({&emulated::with_pairs, true, false});
+  list.push_back({&emulated::instruction_set, true, false});
+#endif
   return list;
 }
 
 const InstructionSet& best_isa() {
   const char* wanted = std::getenv("FASTATTN_CPU_ISA");
   std::string built;
-  for (const auto& [isa, supported] : built_isas()) {
-    if (wanted && *wanted ? std::string(wanted) == isa->name : supported) {
-      if (supported) return *isa;
+  for (const Candidate& x : built_isas()) {
+    if (wanted && *wanted ? wanted == x.name() : x.supported && x.pays) {
+      if (x.supported) return *x.isa;
       throw std::runtime_error("FASTATTN_CPU_ISA=" + std::string(wanted) +
                                ": this CPU does not have it; unset FASTATTN_CPU_ISA for the best one it has");
     }
-    built += (built.empty() ? "" : ", ") + std::string(isa->name);
+    built += (built.empty() ? "" : ", ") + x.name();
   }
   throw std::runtime_error(wanted && *wanted ? "FASTATTN_CPU_ISA=" + std::string(wanted) +
                                                    " is not built into this package; built are " + built
@@ -95,7 +107,7 @@ const int64_t l1_bytes = 0;
 
 std::vector<std::string> built_names() {
   std::vector<std::string> names;
-  for (const Candidate& candidate : built_isas()) names.push_back(candidate.isa->name);
+  for (const Candidate& candidate : built_isas()) names.push_back(candidate.name());
   return names;
 }
 

@@ -8,15 +8,15 @@
 //
 // P^T and dS^T stand as [key][query of the block], so that one tile of them is lanes for dQ and scalars for dK and dV.
 #pragma once
-#include "backward_layout.h"
+#include "backward_pairs.h"
 #include "query_gradients.h"
 #include "rows/lines_ahead.h"
-#include "scores/dropout.h"
 #include "scores/skip.h"
 
 namespace fastattn::FASTATTN_ISA {
 
-template <class Real, int NV>
+// pairs: products are of pairs of bfloat16; pairs of keys start at even keys, pairs of queries at even rows of a block.
+template <class Real, int NV, bool pairs = false>
 class KeyRange {
   static constexpr int L = VL<Real>, NR = NV * L, R = MR<NV>;
 
@@ -34,6 +34,11 @@ class KeyRange {
   int64_t lo = 0, keys = 0;  // the tile of this turn
   TileRows<Real> k{}, v{};   // its rows
   Real key_norm = 0;         // its largest
+  struct Nothing {
+    template <class... Args>
+    Nothing(Args&&...) {}
+  };
+  std::conditional_t<pairs, PairRange<NV>, Nothing> in_pairs;
   int64_t skipped_pairs = 0;
   LinesAhead ahead;
 
@@ -52,7 +57,8 @@ class KeyRange {
         Dv(p.head_dim_v),
         k_lo(u.split * b.split_keys),
         k_hi(smaller(p.seqlen_k, k_lo + b.split_keys)),
-        score_gradients(p, g, u, b.num_splits, {k_lo, k_hi}, s.key_sum, s.diagonals, s.modifier.rows) {
+        score_gradients(p, g, u, b.num_splits, {k_lo, k_hi}, s.key_sum, s.diagonals, s.modifier.rows),
+        in_pairs(p, g, b, u, s, modifier, score_gradients) {
     fetch_next_head();
   }
 
@@ -131,9 +137,9 @@ class KeyRange {
     const int64_t rows = smaller<int64_t>(NR, p.seqlen_q - query);
     const Real scale = (Real)scale_of(p, head), keep_factor = (Real)p.keep_factor;
     prepare_panel(p, u.batch, head, query, rows, NR, panel, s.rows);
-    copy_rows(query_rows(p, u.batch, head, query, rows, s.rows, D), rows, D, scale, query, s.q_rows);
+    if (!pairs) copy_rows(query_rows(p, u.batch, head, query, rows, s.rows, D), rows, D, scale, query, s.q_rows);
     const TileRows<Real> dout = tile_rows(g.dout, u.batch, head, query, rows, Dv, s.rows, Dv);
-    copy_rows(dout, rows, Dv, keep_factor, query, s.dout_rows);
+    if (!pairs) copy_rows(dout, rows, Dv, keep_factor, query, s.dout_rows);
     to_lanes(dout, rows, panel.dout);
     for (int64_t r = 0; r < NR; r++) {
       panel.softmax.top[r] = r < rows ? *(const Real*)at(p.lse_parts, u.batch, head, query + r, 0) : 0;
@@ -145,6 +151,7 @@ class KeyRange {
       for (int64_t i = 0; i < Dv * NR; i++) panel.dout[i] *= keep_factor;
     if (skips) prepare_skipping(panel);
     if (score_gradients.wants_all_queries()) score_gradients.add_rows_alone(panel.softmax, query, rows);
+    if constexpr (pairs) in_pairs.pack(panel);
   }
 
   // Rows of dout or out into lanes; those that are no rows are 0.
@@ -173,7 +180,10 @@ class KeyRange {
     to_lanes(tile_rows(p.out, u.batch, head, query, rows, Dv, s.rows, Dv), rows, s.out);
     for (int v = 0; v < NV; v++) {
       Vec<Real> sum{};
-      for (int64_t i = v * L; i < Dv * NR; i += NR) sum += load(panel.dout + i) * load(s.out + i);
+      for (int64_t d = 0; d < Dv; d++) {
+        const int64_t i = (pairs && (d ^ 1) < Dv ? d ^ 1 : d) * NR + v * L;  // the second of a pair first
+        sum += load(panel.dout + i) * load(s.out + i);
+      }
       store(panel.softmax.delta + v * L, sum);
     }
     if (g.dlse)
@@ -205,8 +215,11 @@ class KeyRange {
     }
     if (visits.lo == visits.hi) return;
     keys = smaller<int64_t>(b.n_block, k_hi - lo);
-    k = key_rows(p, u.batch, u.head_k, lo, keys, s.k, s.k_stride, crowds(p.k));
-    v = tile_rows(p.v, u.batch, u.head_k, lo, keys, Dv, s.v, s.v_stride, crowds(p.v));
+    if constexpr (pairs) in_pairs.load_tile(head, lo, keys);
+    if (!pairs || skips) {
+      k = key_rows(p, u.batch, u.head_k, lo, keys, s.k, s.k_stride, crowds(p.k));
+      v = tile_rows(p.v, u.batch, u.head_k, lo, keys, Dv, s.v, s.v_stride, crowds(p.v));
+    }
     if (skips) key_norm = largest_norm(k, keys, D);
     modifier.load_tile(u.batch, head, 0, {lo, lo + keys});
     for (int64_t i = visits.lo; i < visits.hi && !p.must_end(); i++) {
@@ -217,21 +230,27 @@ class KeyRange {
   }
 
   void visit_block(int64_t query) {
-    const int64_t rows = smaller<int64_t>(b.block_rows, p.seqlen_q - query), panels = (rows + NR - 1) / NR;
+    const int64_t rows = smaller<int64_t>(b.block_rows, p.seqlen_q - query), count = (rows + NR - 1) / NR;
     GradientPanel<Real>* panel = s.panels + query / NR;
     bool any = false;
-    for (int64_t i = 0; i < panels; i++) {
-      panel[i].seen = modifier.seen_by(panel[i].lanes, lo, lo + keys);
+    for (int64_t i = 0; i < count; i++) {
+      Range& seen = panel[i].seen = modifier.seen_by(panel[i].lanes, lo, lo + keys);
+      if (pairs && seen.hi) seen = {seen.lo / 2 * 2, smaller(round_up(seen.hi, 2), lo + keys)};
       any |= panel[i].seen.hi != 0;
       any_masked |= panel[i].seen.hi - panel[i].seen.lo < keys;
     }
     if (!any) return;
     prepare_block(query);
-    if (skips && !any_counts(panel, panels)) return;
-    for (int64_t i = 0; i < panels; i++) visit_panel(panel[i], i * NR);
+    if (skips && !any_counts(panel, count)) return;
     const int64_t block = query / b.block_rows, tile = (lo - k_lo) / b.n_block;
-    if (g.dv) add_to_keys(panel, panels, rows, s.p, s.dout_rows, Dv, block, tile, s.dv);
-    if (g.dk) add_to_keys(panel, panels, rows, s.ds, s.q_rows, D, block, tile, s.dk);
+    if constexpr (pairs) {
+      for (int64_t i = 0; i < count; i++) any_masked |= in_pairs.visit_panel(panel[i], i * NR);
+      in_pairs.add_to_keys(panel, count, rows, block, tile);
+    } else {
+      for (int64_t i = 0; i < count; i++) visit_panel(panel[i], i * NR);
+      if (g.dv) add_to_keys(panel, count, rows, s.p, s.dout_rows, Dv, block, tile, s.dv);
+      if (g.dk) add_to_keys(panel, count, rows, s.ds, s.q_rows, D, block, tile, s.dk);
+    }
   }
 
   // Takes what a panel gets only zeros from out of what it sees; whether anything is left. What may be masked only goes
@@ -311,15 +330,6 @@ class KeyRange {
     }
   }
 
-  // From the first to the last panel that sees one of the keys from ... to - 1.
-  static Range panels_that_see(const GradientPanel<Real>* panel, int64_t panels, int64_t from, int64_t to) {
-    auto sees = [&](int64_t i) { return panel[i].seen.lo < to && from < panel[i].seen.hi; };
-    int64_t first = 0, last = panels;
-    while (first < last && !sees(first)) first++;
-    while (first < last && !sees(last - 1)) last--;
-    return {first, last};
-  }
-
   void finish_dq(bool stores) {
     for (int64_t query = 0; query < p.seqlen_q; query += NR) {
       const GradientPanel<Real>& panel = s.panels[query / NR];
@@ -350,7 +360,10 @@ class KeyRange {
 template <class Real, int NV>
 void run_key_range(const Operands& p, const Gradients& g, const BackwardBlocking& b, const KeyUnit& u, char* partial,
                    int64_t stride, char* memory) {
-  if (KeyRange<Real, NV>(p, g, b, u, memory, false).run(partial, stride)) return;
+  constexpr bool may_pair = has_pairs && sizeof(Real) == 4;
+  if (may_pair && p.in_pairs ? KeyRange<Real, NV, may_pair>(p, g, b, u, memory, false).run(partial, stride)
+                             : KeyRange<Real, NV>(p, g, b, u, memory, false).run(partial, stride))
+    return;
   Gradients again = g;  // what has been added to dbias stays: it is the same in both
   if (again.dense_bias()) again.dbias = Tensor{};
   KeyRange<Real, NV>(p, again, b, u, memory, true).run(partial, stride);  // rare, and keeps the check out of the loop

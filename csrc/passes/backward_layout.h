@@ -1,6 +1,7 @@
 // How the backward pass cuts a shape into units and blocks, and the memory of one thread for a unit.
 #pragma once
 #include "blocking.h"
+#include "rows/pair_rows.h"
 #include "scores/gradients.h"
 #include "scores/modify.h"
 
@@ -18,10 +19,11 @@ BackwardBlocking make_backward_blocking(const Operands& p, const Gradients& g) {
   b.block_rows = p.blocks ? (int)p.blocks->block_q
                           : (int)smaller(round_up(block_queries * 4 / sizeof(Real), b.lanes),
                                          round_up(larger<int64_t>(p.seqlen_q, 1), b.lanes));
+  static_assert(MR<1> % 2 == 0 && MR<max_vectors> % 2 == 0, "a tile holds whole pairs of keys");
   const int64_t tile_rows = b.lanes == VL<Real> ? MR<1> : MR<max_vectors>;
   b.n_block = (int)smaller(key_block * 4 / (int64_t)sizeof(Real) / tile_rows * tile_rows,
                            round_up(larger<int64_t>(p.seqlen_k, 1), tile_rows));
-  if (p.blocks) b.n_block = (int)tile_of_block(p.blocks->block_k, key_block * 4 / sizeof(Real));
+  if (p.blocks) b.n_block = (int)tile_of_block(p.blocks->block_k, key_block * 4 / sizeof(Real), p.in_pairs);
   const int64_t units = g.dense_bias() && !g.dbias.stride[1] ? 1 : p.num_heads_k;
   int64_t splits = units && units < backward_few_units ? backward_few_units / units : 1;
   splits = larger<int64_t>(1, smaller(splits, p.seqlen_k / min_unit_keys));
@@ -42,6 +44,24 @@ struct GradientPanel : Panel<Real> {
   Real* reference;  // [NR], of skip.h
 };
 
+// From the first to the last panel that sees one of the keys from ... to - 1.
+template <class Real>
+Range panels_that_see(const GradientPanel<Real>* panel, int64_t panels, int64_t from, int64_t to) {
+  auto sees = [&](int64_t i) { return panel[i].seen.lo < to && from < panel[i].seen.hi; };
+  int64_t first = 0, last = panels;
+  while (first < last && !sees(first)) first++;
+  while (first < last && !sees(last - 1)) last--;
+  return {first, last};
+}
+
+// What products of pairs of bfloat16 want beside. Panels, row copies, P and dS are pairs where those of Real would be.
+struct PairScratch {
+  Pair *k, *v;                                              // [n_block][stride], rows that do not lie as pairs
+  Pair* k_pairs;                                            // [n_block / 2][k_pairs_stride], of keys
+  Pair* ds_pairs;                                           // [n_block / 2][NR], of keys
+  int64_t k_stride, v_stride, k_pairs_stride, tile_stride;  // that of P and dS
+};
+
 // The memory of one thread while it computes a unit.
 template <class Real>
 struct BackwardScratch {
@@ -59,6 +79,7 @@ struct BackwardScratch {
   Real* rows;  // [NR][widest head dim], rows on their way to or from lanes
   Real* row;   // one, padded
   int64_t k_stride, v_stride, tile_stride, bytes;
+  PairScratch pairs;
 };
 
 template <class Real>
@@ -94,6 +115,14 @@ BackwardScratch<Real> backward_layout(const Operands& p, const BackwardBlocking&
   s.modifier = take_modifier<Real>(arena, keys, NR);
   s.out = arena.take<Real>(Dv * NR);
   s.rows = arena.take<Real>(NR * widest), s.row = arena.take<Real>(round_up(widest, NR));
+  if (p.in_pairs) {
+    PairScratch& x = s.pairs;
+    x.k_stride = round_up(pairs_in(D), 16) + 16, x.v_stride = round_up(pairs_in(Dv), 16) + 16;
+    x.k_pairs_stride = round_up(D, 16) + 16, x.tile_stride = round_up(b.block_rows / 2, 16) + 16;
+    x.k = arena.take<Pair>(keys * x.k_stride), x.v = arena.take<Pair>(keys * x.v_stride);
+    x.k_pairs = arena.take<Pair>(pairs_in(keys) * x.k_pairs_stride);
+    x.ds_pairs = arena.take<Pair>(pairs_in(keys) * NR);
+  }
   s.bytes = arena.used;
   return s;
 }

@@ -18,10 +18,10 @@ FASTATTN_INLINE int panel_lanes(int64_t rows, const BlockLists* blocks) {
   return blocks && blocks->block_q % (vectors * VL<Real>) ? VL<Real> : vectors * VL<Real>;
 }
 
-// Keys of a tile: the largest equal part of a block of block_k keys that does not exceed `largest`.
-FASTATTN_INLINE int64_t tile_of_block(int64_t block_k, int64_t largest) {
+// Keys of a tile: the largest equal part of a block of block_k keys that does not exceed `largest`; even for pairs.
+FASTATTN_INLINE int64_t tile_of_block(int64_t block_k, int64_t largest, bool pairs) {
   int64_t parts = (block_k + largest - 1) / largest;
-  while (block_k % parts) parts++;
+  while (block_k % (pairs ? 2 * parts : parts)) parts++;
   return block_k / parts;
 }
 
@@ -39,7 +39,7 @@ Blocking make_blocking(const Operands& p) {
   b.n_block = key_block * 4 / sizeof(Real);
   if (p.blocks) {
     b.rows = (int)p.blocks->block_q;
-    b.n_block = (int)tile_of_block(p.blocks->block_k, b.n_block);
+    b.n_block = (int)tile_of_block(p.blocks->block_k, b.n_block, p.in_pairs);
     b.num_splits = 1, b.split_keys = round_up(larger<int64_t>(p.seqlen_k, 1), b.n_block);
     return b;
   }

@@ -287,7 +287,7 @@ class DecodeUnit {
 
     Real largest;
     find_row_max(scores, n, &largest);
-    if (largest > row.max + (Real)headroom) {
+    if (largest > row.max + (Real)headroom<false>) {
       const Real factor = exp(splat(row.max - largest))[0];
       row.max = row.shift = largest;
       store(s.sums + r * L, load(s.sums + r * L) * factor);

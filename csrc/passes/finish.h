@@ -1,5 +1,7 @@
-// The end of a row of the forward pass: its output divided by the sum of its weights, its lse.
+// The end of a row of the forward pass: its output divided by the sum of its weights, its lse; where
+// its keys are split, from the results of the splits.
 #pragma once
+#include "kernels.h"
 #include "rows/transpose.h"
 #include "scores/intervals.h"
 #include "scores/sinks.h"
@@ -44,6 +46,30 @@ bool finish_lanes(const Operands& p, const Lanes& lanes, const Real* out, const 
   Real* to = (Real*)at(p.out, lanes.batch, first.head, first.query);
   transpose(out, (int64_t)NR, p.head_dim_v, lanes.rows, to, p.out.stride[2], TimesEach<Real>{factors});
   return true;
+}
+
+// Partial results of a row block, split after split: out [splits][rows][Dv], max and sum [splits][rows].
+template <class Real>
+void combine(const Operands& p, const Blocking& b, const Unit& u, const Partial& first, char* memory) {
+  const int64_t Dv = p.head_dim_v, rows = smaller<int64_t>(b.rows, b.heads_per_unit * p.seqlen_q - u.row);
+  const Real lowest = (Real)-__builtin_inf();
+  Real* row = (Real*)memory;
+  for (int64_t r = 0; r < rows; r++) {
+    const Real *out = (const Real*)first.out + r * Dv, *max = (const Real*)first.max + r;
+    const Real* sum = (const Real*)first.sum + r;
+    Real top = lowest, total = 0;
+    for (int s = 0; s < b.num_splits; s++) top = larger(top, max[s * b.rows]);
+    for (int64_t d = 0; d < Dv; d++) row[d] = 0;
+    for (int s = 0; s < b.num_splits; s++) {
+      if (sum[s * b.rows] == 0) continue;  // no key seen
+      const Real own = max[s * b.rows] == lowest ? 0 : max[s * b.rows], reference = top == lowest ? 0 : top;
+      const Real weight = (Real)__builtin_exp2(((double)own - reference) * log2e);
+      total += sum[s * b.rows] * weight;
+      for (int64_t d = 0; d < Dv; d++) row[d] += out[s * b.rows * Dv + d] * weight;
+    }
+    const Lanes one{u.batch, u.head, u.row + r, 1, {}, {}};
+    finish_rows(p, one, row, &top, &total);
+  }
 }
 
 }  // namespace fastattn::FASTATTN_ISA

@@ -11,6 +11,7 @@
 #include "rows/lines_ahead.h"
 #include "scores/dropout.h"
 #include "scores/modify.h"
+#include "scores/pair_panel.h"
 #include "scores/skip.h"
 #include "tile/products.h"
 
@@ -103,25 +104,28 @@ void clear_if_fresh(ForwardPanel<Real>& panel, int64_t elements) {
 }
 
 // A panel's scores of one tile on their way to its output: they are weighed while the next panel's are computed.
-template <class Real, int NV>
+template <class Real, class Element, class Weights>
 struct Pending {
   ForwardPanel<Real>* panel = nullptr;
-  Weigher<Real, NV> weigher{};
-  Real* scores = nullptr;
+  Weights weigher{};
+  Element* weights = nullptr;
   int64_t key = 0, keys = 0;
-  TileRows<Real> v{};
-  bool select = false;  // some key is masked and v may not be finite
+  TileRows<Element> v{};
+  bool select = false;  // v may not be finite, and its weights tell too little
 };
 
 constexpr int few_panels = 2;  // that do not hide how keys and values come
 
-template <class Real, int NV>
+// pairs: products are of pairs of bfloat16. Pairs of keys start at even keys, whatever a row or its neighbours see.
+template <class Real, int NV, bool pairs = false>
 class ForwardUnit {
   static constexpr int NR = NV * VL<Real>, R = MR<NV>;
+  using Element = std::conditional_t<pairs, Pair, Real>;
+  using Weights = std::conditional_t<pairs, PairWeigher<NV>, Weigher<Real, NV>>;
 
   struct LoadedTile {
     KeyTile keys;
-    TileRows<Real> k, v;
+    TileRows<Element> k, v;  // v of pairs: of keys
   };
 
   const Operands& p;
@@ -138,7 +142,7 @@ class ForwardUnit {
   int64_t skipped_pairs = 0;
   int64_t fetched = 0;
   LinesAhead ahead;
-  Pending<Real, NV> pending;
+  Pending<Real, Element, Weights> pending;
 
  public:
   // careful: NaN or Inf in v must not leak from behind a mask.
@@ -157,6 +161,7 @@ class ForwardUnit {
       start_panel<Real, NV>(p, u, i * NR, smaller<int64_t>(NR, rows - i * NR), panel, s.rows, s.k);
       skips = skips_in_head(p, panel.slopes[0]);
       if (skips) find_norms<Real, NV>(p, panel);
+      if constexpr (pairs) start_pairs<NV>(p, panel, s.rows);
     }
     fetch_next_head();
   }
@@ -164,7 +169,8 @@ class ForwardUnit {
   // NaN or Inf in v shows in out whatever its weight, 0 * NaN being NaN. False: behind some mask there may be one.
   bool run() {
     const int64_t list = p.blocks ? p.blocks->index(u.batch, u.head, u.row / b.rows) : 0;
-    each_key_tile(p.blocks, list, u.k_lo, u.k_hi, b.n_block, [&](const KeyTile& keys) {
+    const int64_t k_lo = pairs ? u.k_lo / 2 * 2 : u.k_lo;
+    each_key_tile(p.blocks, list, k_lo, u.k_hi, b.n_block, [&](const KeyTile& keys) {
       if (skips && !counts(keys)) return;
       const LoadedTile tile = load_tile(keys);
       const int first = items;
@@ -257,6 +263,19 @@ class ForwardUnit {
     const int64_t head_k = p.head_k(u.head), keys = tile.hi - tile.lo;
     modifier.load_tile(u.batch, u.head, u.row, tile);
     Real* v_copies = s.v[tiles % 2];
+    if constexpr (pairs) {
+      interleave_rows(p.v, u.batch, head_k, tile.lo, keys, 0, p.head_dim_v, (Pair*)v_copies, s.v_stride);
+      if (careful) drop_unfinite((Pair*)v_copies, s.v_stride, pairs_in(keys), p.head_dim_v);
+      return {tile,
+              pair_rows(p.k, u.batch, head_k, tile.lo, keys, p.head_dim, (Pair*)s.k, s.k_stride / 2, copies_k),
+              {(const Pair*)v_copies, s.v_stride}};
+    } else {
+      return load_reals(tile, head_k, v_copies);
+    }
+  }
+
+  LoadedTile load_reals(const KeyTile& tile, int64_t head_k, Real* v_copies) {
+    const int64_t keys = tile.hi - tile.lo;
     const LoadedTile loaded{
         tile, key_rows(p, u.batch, head_k, tile.lo, keys, s.k, s.k_stride, copies_k),
         tile_rows(p.v, u.batch, head_k, tile.lo, keys, p.head_dim_v, v_copies, s.v_stride, copies_v)};
@@ -274,27 +293,33 @@ class ForwardUnit {
 
   // One panel against one tile: its scores now, its output when the next panel's scores are computed.
   void visit(ForwardPanel<Real>& panel, const LoadedTile& tile) {
-    const auto [k0, k1] = modifier.seen_by(panel.lanes, tile.keys.lo, tile.keys.hi);
-    const int64_t keys = k1 - k0, skipped = k0 - tile.keys.lo;
-    if (!keys) return;
+    auto [k0, k1] = modifier.seen_by(panel.lanes, tile.keys.lo, tile.keys.hi);
+    if (k0 == k1) return;
+    if constexpr (pairs) k0 = k0 / 2 * 2, k1 = smaller(round_up(k1, 2), tile.keys.hi);
+    const int64_t keys = k1 - k0, skipped = k0 - tile.keys.lo, steps = pairs ? pairs_in(p.head_dim) : p.head_dim;
     Real* scores = s.scores[items++ % 2];
     for (int r = 0; r < NR; r++) s.largest[r] = (Real)-__builtin_inf();
-    pending.weigher.spread(keys, p.head_dim);
-    scores_product<Real, NV>({tile.k.data + skipped * tile.k.stride, tile.k.stride}, keys, panel.q, p.head_dim, scores,
-                             s.largest, pending.weigher, ahead);
+    pending.weigher.spread(keys, steps);
+    scores_product<Real, NV>({tile.k.data + skipped * tile.k.stride, tile.k.stride}, keys, (const Element*)panel.q,
+                             steps, scores, s.largest, pending.weigher, ahead);
     accumulate();
 
     const bool masked = modifier.apply(panel, k0, k1, skipped, scores);
-    follow_max<Real, NV>(scores, keys, modifier.raises(), masked, s.largest, panel.run, panel.out,
-                         panel.fresh ? 0 : p.head_dim_v);
+    follow_max<Real, NV, pairs>(scores, keys, modifier.raises(), masked, s.largest, panel.run, panel.out,
+                                panel.fresh ? 0 : p.head_dim_v);
     for (int r = 0; r < NR; r++) s.tile_sum[r] = 0;
 
     pending.panel = &panel;
-    pending.weigher = {scores, scores + keys * NR, panel.run.shift, s.tile_sum, 0, 0};
-    pending.scores = scores;
+    if constexpr (pairs) {
+      for (int r = 0; keys % 2 && r < NR; r++) scores[keys * NR + r] = (Real)-__builtin_inf();
+      pending.weigher = {scores, scores + round_up(keys, 2) * NR, (Pair*)scores, panel.run.shift, s.tile_sum, 0, 0};
+    } else {
+      pending.weigher = {scores, scores + keys * NR, panel.run.shift, s.tile_sum, 0, 0};
+    }
+    pending.weights = (Element*)scores;
     pending.key = k0, pending.keys = keys;
-    pending.v = {tile.v.data + skipped * tile.v.stride, tile.v.stride};
-    pending.select = masked && careful;
+    pending.v = {tile.v.data + (pairs ? skipped / 2 : skipped) * tile.v.stride, tile.v.stride};
+    pending.select = careful && (masked || pairs);
     if (pending.select) memcpy(s.seen, scores, keys * NR * sizeof(Real));
     any_masked |= masked;
   }
@@ -304,25 +329,41 @@ class ForwardUnit {
     pending.weigher.finish();
     ForwardPanel<Real>& panel = *pending.panel;
     for (int r = 0; r < NR; r++) panel.run.sum[r] += s.tile_sum[r];
-    if (p.drops()) drop<Real, NV>(p, panel, pending.key, pending.keys, pending.scores);
-    if (pending.select) {
-      clear_if_fresh(panel, p.head_dim_v * NR);
-      select_out<Real, NV>(pending.v, pending.scores, s.seen, pending.keys, p.head_dim_v, panel.out);
+    if constexpr (pairs) {
+      if (p.drops()) drop<NV>(p, panel, pending.key, pending.keys, pending.weights);
+      out_product<Real, NV>(pending.v, p.head_dim_v, (const Pair*)pending.weights, pairs_in(pending.keys), panel.fresh,
+                            panel.out, ahead);
+      if (pending.select)
+        add_unfinite<NV>(p, panel.lanes, {pending.key, pending.key + pending.keys}, pending.weights, s.seen, panel.out);
     } else {
-      out_product<Real, NV>(pending.v, p.head_dim_v, pending.scores, pending.keys, panel.fresh, panel.out, ahead);
+      if (p.drops()) drop<Real, NV>(p, panel, pending.key, pending.keys, pending.weights);
+      if (pending.select) {
+        clear_if_fresh(panel, p.head_dim_v * NR);
+        select_out<Real, NV>(pending.v, pending.weights, s.seen, pending.keys, p.head_dim_v, panel.out);
+      } else {
+        out_product<Real, NV>(pending.v, p.head_dim_v, (const Real*)pending.weights, pending.keys, panel.fresh,
+                              panel.out, ahead);
+      }
     }
     panel.fresh = false;
     pending.panel = nullptr;
   }
 };
 
-template <class Real, int NV>
-void run_unit_lanes(const Operands& p, const Blocking& b, const Unit& u, const Partial& partial, char* memory) {
-  ForwardUnit<Real, NV> unit(p, b, u, memory, false);
+template <class Real, int NV, bool pairs>
+void run_unit_of(const Operands& p, const Blocking& b, const Unit& u, const Partial& partial, char* memory) {
+  ForwardUnit<Real, NV, pairs> unit(p, b, u, memory, false);
   if (unit.run()) return unit.finish(partial);
-  ForwardUnit<Real, NV> again(p, b, u, memory, true);  // rare, and keeps the check out of the loop
+  ForwardUnit<Real, NV, pairs> again(p, b, u, memory, true);  // rare, and keeps the check out of the loop
   again.run();
   again.finish(partial);
+}
+
+template <class Real, int NV>
+void run_unit_lanes(const Operands& p, const Blocking& b, const Unit& u, const Partial& partial, char* memory) {
+  if constexpr (has_pairs && sizeof(Real) == 4)
+    if (p.in_pairs) return run_unit_of<Real, NV, true>(p, b, u, partial, memory);
+  run_unit_of<Real, NV, false>(p, b, u, partial, memory);
 }
 
 template <class Real>
@@ -331,30 +372,6 @@ void run_unit(const Operands& p, const Blocking& b, const Unit& u, const Partial
     run_unit_lanes<Real, 1>(p, b, u, partial, memory);
   else
     run_unit_lanes<Real, max_vectors>(p, b, u, partial, memory);
-}
-
-// Partial results of a row block, split after split: out [splits][rows][Dv], max and sum [splits][rows].
-template <class Real>
-void combine(const Operands& p, const Blocking& b, const Unit& u, const Partial& first, char* memory) {
-  const int64_t Dv = p.head_dim_v, rows = smaller<int64_t>(b.rows, b.heads_per_unit * p.seqlen_q - u.row);
-  const Real lowest = (Real)-__builtin_inf();
-  Real* row = (Real*)memory;
-  for (int64_t r = 0; r < rows; r++) {
-    const Real *out = (const Real*)first.out + r * Dv, *max = (const Real*)first.max + r;
-    const Real* sum = (const Real*)first.sum + r;
-    Real top = lowest, total = 0;
-    for (int s = 0; s < b.num_splits; s++) top = larger(top, max[s * b.rows]);
-    for (int64_t d = 0; d < Dv; d++) row[d] = 0;
-    for (int s = 0; s < b.num_splits; s++) {
-      if (sum[s * b.rows] == 0) continue;  // no key seen
-      const Real own = max[s * b.rows] == lowest ? 0 : max[s * b.rows], reference = top == lowest ? 0 : top;
-      const Real weight = (Real)__builtin_exp2(((double)own - reference) * log2e);
-      total += sum[s * b.rows] * weight;
-      for (int64_t d = 0; d < Dv; d++) row[d] += out[s * b.rows * Dv + d] * weight;
-    }
-    const Lanes one{u.batch, u.head, u.row + r, 1, {}, {}};
-    finish_rows(p, one, row, &top, &total);
-  }
 }
 
 }  // namespace fastattn::FASTATTN_ISA

@@ -219,6 +219,13 @@ PYBIND11_MODULE(_C, m) {
       "How often each kernel has run in this process, by the name of its function here.");
   m.def("built_isas", fastattn::built_names, "The instruction sets that this build has kernels for, best first.");
   m.def("isa", [] { return fastattn::instruction_set().name; }, "The instruction set that the kernels run on.");
+  m.def(
+      "pair_isa",
+      [] {
+        const char* name = fastattn::instruction_set().with_pairs;
+        return std::string(name ? name : "");
+      },
+      "The same where products are of pairs of bfloat16; empty if none are.");
   m.def("openmp", fastattn::openmp_library,
         "The file of the OpenMP runtime that calls run on, torch's; empty if there is none, and calls run on one "
         "thread.");

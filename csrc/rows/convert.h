@@ -78,7 +78,7 @@ FASTATTN_INLINE VecOf<float>::bits widen(const Narrow* x) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(Narrow) == 1)
     return (VecOf<float>::bits)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)x));
-#elif defined(__AVX2__)
+#elif defined(FASTATTN_AVX2)
   if constexpr (sizeof(Narrow) == 1)
     return (VecOf<float>::bits)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)x));
 #endif
@@ -91,7 +91,7 @@ FASTATTN_INLINE Vec<float> load_vector(const uint16_t* x, DType dtype) {
   if (dtype == DType::bfloat16) return (Vec<float>)(widen(x) << 16);
 #if defined(__AVX512F__)
   return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)x));
-#elif defined(__F16C__)
+#elif defined(FASTATTN_AVX2)
   return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)x));
 #else
   Vec<float> v;

@@ -13,9 +13,9 @@ typedef uint64_t Words __attribute__((vector_size(FASTATTN_WIDTH)));
 FASTATTN_INLINE Words multiply_words(Words a, uint32_t b) {
 #if defined(__AVX512F__)
   return (Words)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
-#elif defined(__AVX2__)
+#elif defined(FASTATTN_AVX2)
   return (Words)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
-#elif defined(__x86_64__)
+#elif defined(__x86_64__) && FASTATTN_WIDTH == 16
   return (Words)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
 #else
   return (a & 0xffffffff) * b;
@@ -67,6 +67,16 @@ void drop(const Operands& p, const Panel<Real>& panel, int64_t key, int64_t keys
   each_kept<Real, NV>(p, panel, key, keys, [&](int64_t j, int v, auto kept) {
     Real* w = weights + (j * NV + v) * VL<Real>;
     store(w, kept ? load(w) : Vec<Real>{});
+  });
+}
+
+// The same of weights that are pairs of keys, [keys / 2][NR].
+template <int NV>
+void drop(const Operands& p, const Panel<float>& panel, int64_t key, int64_t keys, Pair* weights) {
+  each_kept<float, NV>(p, panel, key, keys, [&](int64_t j, int v, auto kept) {
+    Pair* w = weights + (j / 2 * NV + v) * PL;
+    const Pairs other = Pairs{} + (j % 2 ? 0xffffu : 0xffff0000u);
+    store_pairs(w, load_pairs(w) & ((Pairs)kept | other));
   });
 }
 

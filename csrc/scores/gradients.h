@@ -53,6 +53,9 @@ class ScoreGradients {
   // Whether every query is asked for its sums, also one that sees no key of the unit.
   bool wants_all_queries() const { return u.split == 0 && (g.query_sums || g.sink_sums); }
 
+  // Whether `add` reads dS for sums of its own.
+  bool wants_scores() const { return g.slope_sums || g.key_sums || g.diagonal_sums || g.dense_bias(); }
+
   // What follows from a row alone. The row's dS sum to dlse + delta * weight of the sink, which is exact.
   void add_rows_alone(const Softmax<Real>& softmax, int64_t query, int64_t count) {
     const double sink = sink_of(p, u.batch, head);

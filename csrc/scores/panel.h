@@ -23,7 +23,7 @@ struct Panel {
 template <class Real>
 Panel<Real> take_panel(Arena& arena, int64_t head_dim, int64_t NR) {
   Panel<Real> panel{};
-  panel.q = arena.take<Real>(head_dim * NR);
+  panel.q = arena.take<Real>(larger<int64_t>(head_dim, 2) * NR);  // or pairs and a row of factors
   panel.slopes = arena.take<Real>(NR), panel.positions = arena.take<Real>(NR);
   panel.norms = arena.take<Real>(NR);
   panel.lo = arena.take<int64_t>(NR), panel.hi = arena.take<int64_t>(NR);

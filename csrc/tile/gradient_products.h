@@ -15,10 +15,10 @@ __attribute__((noinline)) void row_tile(const Real* a, int64_t a_row, const Real
     store_tile(tile, c, all);
 }
 
-// C += A B: the rows of A beside each other, its steps at a_step. dQ.
-template <class Real, int R, int NV>
-__attribute__((noinline)) void column_tile(const Real* a, int64_t a_step, const Real* b, int64_t b_step, int64_t steps,
-                                           Real* c) {
+// C += A B: the rows of A beside each other, its steps at a_step. dQ. Of Real or of pairs (Element).
+template <class Real, int R, int NV, class Element>
+__attribute__((noinline)) void column_tile(const Element* a, int64_t a_step, const Element* b, int64_t b_step,
+                                           int64_t steps, Real* c) {
   auto tile = multiply<Real, R, NV>(a, 1, a_step, b, b_step, steps, [] {});
   add_tile(tile, c, std::make_integer_sequence<int, R * NV>{});
 }

@@ -5,7 +5,7 @@
 #pragma once
 #include <utility>
 
-#include "simd.h"
+#include "pairs.h"
 
 namespace fastattn::FASTATTN_ISA {
 
@@ -36,6 +36,22 @@ FASTATTN_INLINE void multiply_step(Tile<Real, R, NV>& tile, const Real* a, int64
   ((tile.c[I] += a[(I / NV) * a_row] * bv[I % NV]), ...);
 }
 
+// The same of pairs: each step adds two products to every element.
+template <int R, int NV, int... I, int... J>
+FASTATTN_INLINE void multiply_step(Tile<float, R, NV>& tile, const Pair* a, int64_t a_row, const Pair* b,
+                                   std::integer_sequence<int, I...>, std::integer_sequence<int, J...>) {
+  const Pairs bv[NV] = {load_pairs(b + J * PL)...};
+  if constexpr (NV == 1) {
+    (add_products(tile.c[I], a[I * a_row], bv[0]), ...);
+  } else {
+    auto add_element = [&](auto i, const Pairs& av) { add_products(tile.c[i], av, bv[i % NV]); };
+    Pairs av;  // of the row, for all of its vectors
+    ((I % NV == 0 ? (void)(av = broadcast(a[I / NV * a_row])) : (void)0,
+      add_element(std::integral_constant<int, I>{}, av)),
+     ...);
+  }
+}
+
 // An empty instruction that wants each accumulator in a register, or GCC 12 moves them about between the steps.
 template <class Real, int R, int NV, int... I>
 FASTATTN_INLINE void pin(Tile<Real, R, NV>& tile, std::integer_sequence<int, I...>) {
@@ -46,9 +62,10 @@ constexpr int multiply_unroll = 4;  // steps between two visits of the work asid
 
 // a_row, a_step: strides of A over r and t; b_step: elements between the rows of B. Every few steps `aside` may do a
 // little of some other work (see softmax.h): its additions and latencies hide behind the multiply-adds.
-template <class Real, int R, int NV, class Aside>
-FASTATTN_INLINE Tile<Real, R, NV> multiply(const Real* a, int64_t a_row, int64_t a_step, const Real* b, int64_t b_step,
-                                           int64_t steps, Aside&& aside) {
+// Element: Real, or Pair, whose rows and steps count in pairs.
+template <class Real, int R, int NV, class Element, class Aside>
+FASTATTN_INLINE Tile<Real, R, NV> multiply(const Element* a, int64_t a_row, int64_t a_step, const Element* b,
+                                           int64_t b_step, int64_t steps, Aside&& aside) {
   constexpr std::make_integer_sequence<int, R * NV> all;
   constexpr std::make_integer_sequence<int, NV> vectors;
   constexpr int unroll = multiply_unroll;

@@ -1,28 +1,30 @@
-// The two products of the forward pass on the register tile.
+// The two products of the forward pass on the register tile: of Real, or of pairs of bfloat16 (Element).
 #pragma once
-#include "softmax.h"
+#include "pair_products.h"
 
 namespace fastattn::FASTATTN_ISA {
 
-template <class Real, int R, int NV>
-__attribute__((noinline)) void scores_tile(const Real* k, int64_t k_stride, const Real* q, int64_t head_dim, Real* s,
-                                           Real* largest, Weigher<Real, NV>& before) {
+// Behind q of pairs, [steps][NR], stands a row of what the lanes' scores are to be multiplied by.
+template <class Real, int R, int NV, class Element, class Weights>
+__attribute__((noinline)) void scores_tile(const Element* k, int64_t k_stride, const Element* q, int64_t steps, Real* s,
+                                           Real* largest, Weights& before) {
   constexpr int L = VL<Real>;
-  Weigher<Real, NV> aside = before;
-  auto tile = multiply<Real, R, NV>(k, k_stride, 1, q, NV * L, head_dim, aside);
-  before.scores = aside.scores;
-  before.lane = aside.lane;
+  Weights aside = before;
+  auto tile = multiply<Real, R, NV>(k, k_stride, 1, q, NV * L, steps, aside);
+  before.go_on_from(aside);
+  if constexpr (std::is_same_v<Element, Pair>)
+    scale_tile(tile, (const float*)(q + steps * NV * L), std::make_integer_sequence<int, R * NV>{});
   store_tile(tile, s, std::make_integer_sequence<int, R * NV>{});
   max_tile(tile, largest, std::make_integer_sequence<int, NV>{});
 }
 
 // out += V^T P^T for R columns, or = where out is fresh. The tile starts from zero: shorter sums are more accurate than
 // one long one.
-template <class Real, int R, int NV>
-__attribute__((noinline)) void out_tile(const Real* v, int64_t v_stride, const Real* p, int64_t keys, bool fresh,
+template <class Real, int R, int NV, class Element>
+__attribute__((noinline)) void out_tile(const Element* v, int64_t v_stride, const Element* p, int64_t steps, bool fresh,
                                         Real* out) {
   constexpr int L = VL<Real>;
-  auto tile = multiply<Real, R, NV>(v, 1, v_stride, p, NV * L, keys, [] {});
+  auto tile = multiply<Real, R, NV>(v, 1, v_stride, p, NV * L, steps, [] {});
   constexpr std::make_integer_sequence<int, R * NV> all;
   if (fresh)
     store_tile(tile, out, all);
@@ -48,17 +50,18 @@ struct NothingAhead {
 };
 
 // scores [keys][NR] = K Q^T, and their maxima; `before` is worked off on the way, and `ahead` is called after each tile.
-template <class Real, int NV, class Ahead = NothingAhead, int R = MR<NV>>
-void scores_product(TileRows<Real> k, int64_t keys, const Real* q, int64_t head_dim, Real* scores, Real* largest,
-                    Weigher<Real, NV>& before, Ahead&& ahead = {}) {
+// steps: elements of a row.
+template <class Real, int NV, int R = MR<NV>, class Element, class Weights, class Ahead = NothingAhead>
+void scores_product(TileRows<Element> k, int64_t keys, const Element* q, int64_t steps, Real* scores, Real* largest,
+                    Weights& before, Ahead&& ahead = {}) {
   constexpr int NR = NV * VL<Real>;
   while (keys) {
     const int64_t rows = tile_rows_of<R>(keys);
     if (rows == R) {
-      scores_tile<Real, R, NV>(k.data, k.stride, q, head_dim, scores, largest, before);
+      scores_tile<Real, R, NV>(k.data, k.stride, q, steps, scores, largest, before);
       ahead();
     } else if constexpr (R > 1) {
-      scores_product<Real, NV, Ahead&, R - 1>({k.data, k.stride}, rows, q, head_dim, scores, largest, before, ahead);
+      scores_product<Real, NV, R - 1>(k, rows, q, steps, scores, largest, before, ahead);
     }
     k.data += rows * k.stride;
     scores += rows * NR;
@@ -66,18 +69,18 @@ void scores_product(TileRows<Real> k, int64_t keys, const Real* q, int64_t head_
   }
 }
 
-// out [columns][NR] += V^T P^T, or = where it is fresh.
-template <class Real, int NV, class Ahead = NothingAhead, int R = MR<NV>>
-void out_product(TileRows<Real> v, int64_t columns, const Real* p, int64_t keys, bool fresh, Real* out,
+// out [columns][NR] += V^T P^T, or = where it is fresh. steps: rows of v and p.
+template <class Real, int NV, int R = MR<NV>, class Element, class Ahead = NothingAhead>
+void out_product(TileRows<Element> v, int64_t columns, const Element* p, int64_t steps, bool fresh, Real* out,
                  Ahead&& ahead = {}) {
   constexpr int NR = NV * VL<Real>;
   while (columns) {
     const int64_t rows = tile_rows_of<R>(columns);
     if (rows == R) {
-      out_tile<Real, R, NV>(v.data, v.stride, p, keys, fresh, out);
+      out_tile<Real, R, NV>(v.data, v.stride, p, steps, fresh, out);
       ahead();
     } else if constexpr (R > 1) {
-      out_product<Real, NV, Ahead&, R - 1>(v, rows, p, keys, fresh, out, ahead);
+      out_product<Real, NV, R - 1>(v, rows, p, steps, fresh, out, ahead);
     }
     v.data += rows;
     out += rows * NR;

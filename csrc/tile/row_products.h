@@ -54,7 +54,7 @@ struct Int8Rows {  // without the factor of the row
   FASTATTN_INLINE Vec<float> vector(Raw x) {
 #if defined(__AVX512F__)
     return (Vec<float>)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)x));
-#elif defined(__AVX2__)
+#elif defined(FASTATTN_AVX2)
     const __m128i half = V == 0 ? (__m128i)x : _mm_unpackhi_epi64((__m128i)x, (__m128i)x);
     return (Vec<float>)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(half));
 #else

@@ -10,6 +10,11 @@
 
 #include "glibc.h"
 
+// The instructions of 256 bits, for vectors of as many: those of isa_emulated.cpp are wider than any register.
+#if defined(__AVX2__) && FASTATTN_WIDTH == 32
+#define FASTATTN_AVX2
+#endif
+
 #define FASTATTN_INLINE static inline __attribute__((always_inline))
 
 namespace fastattn::FASTATTN_ISA {
@@ -70,7 +75,7 @@ template <class V>
 FASTATTN_INLINE V vmax(V a, V b) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(a[0]) == 4) return (V)_mm512_max_ps((__m512)a, (__m512)b);
-#elif defined(__AVX2__)
+#elif defined(FASTATTN_AVX2)
   if constexpr (sizeof(a[0]) == 4) return (V)_mm256_max_ps((__m256)a, (__m256)b);
 #endif
   return a > b ? a : b;  // which GCC 12 turns into compare and blend where an operand is constant
@@ -96,7 +101,9 @@ bool all_finite(const Real* x, int64_t n) {
 // Makes the compiler hold v in a vector register at this point; no instruction.
 template <class V>
 FASTATTN_INLINE void keep(V& v) {
-#if defined(__x86_64__)
+#if defined(FASTATTN_EMULATED)
+  (void)v;
+#elif defined(__x86_64__)
   asm volatile("" : "+v"(v));
 #elif defined(__aarch64__)
   asm volatile("" : "+w"(v));

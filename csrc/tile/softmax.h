@@ -7,7 +7,9 @@
 
 namespace fastattn::FASTATTN_ISA {
 
-constexpr float headroom = (float)(8 * ln2);  // weights stay below 2^8, far from overflow
+// Weights stay below 2^8, far from overflow; where they are rounded to bfloat16, the largest is 1, which is exact.
+template <bool rounds>
+constexpr float headroom = rounds ? 0.0f : (float)(8 * ln2);
 
 // The running softmax of a panel's rows, one lane each; all [NR].
 template <class Real>
@@ -31,23 +33,23 @@ void find_max(const Real* scores, int64_t keys, Real* largest) {
 }
 
 // Whether some lane's maximum has grown enough to move its reference point; false for an upper bound is final.
-template <class Real, int NV>
+template <class Real, int NV, bool rounds>
 bool outgrown(const Real* largest, const Real* max) {
   constexpr int L = VL<Real>;
-  auto grown = load(largest) > load(max) + (Real)headroom;
-  for (int v = 1; v < NV; v++) grown |= load(largest + v * L) > load(max + v * L) + (Real)headroom;
+  auto grown = load(largest) > load(max) + (Real)headroom<rounds>;
+  for (int v = 1; v < NV; v++) grown |= load(largest + v * L) > load(max + v * L) + (Real)headroom<rounds>;
   return any<Real>(grown);
 }
 
 // Moves max to the tile's largest score in the lanes where it has grown, and rescales sum and out [out_rows][NR] there.
 // Each lane decides for itself, so a row's bits do not depend on its neighbours.
-template <class Real, int NV>
+template <class Real, int NV, bool rounds>
 void update_max(const Real* largest, Running<Real> run, Real* out, int64_t out_rows) {
   constexpr int L = VL<Real>, NR = NV * L;
   using V = Vec<Real>;
   for (int v = 0; v < NV; v++) {
     const V tile = load(largest + v * L), old = load(run.max + v * L);
-    const auto grown = tile > old + (Real)headroom;
+    const auto grown = tile > old + (Real)headroom<rounds>;
     if (!any<Real>(grown)) continue;
     const V now = grown ? tile : old;
     store(run.max + v * L, now);
@@ -60,12 +62,12 @@ void update_max(const Real* largest, Running<Real> run, Real* out, int64_t out_r
 
 // The step of the online softmax before a tile's weights. largest: an upper bound of its scores, or, where they have been
 // modified since it was taken (moved: they may have risen; masked), what is found again.
-template <class Real, int NV>
+template <class Real, int NV, bool rounds = false>
 void follow_max(const Real* scores, int64_t keys, bool moved, bool masked, Real* largest, Running<Real> run, Real* out,
                 int64_t out_rows) {
-  if (!moved && !outgrown<Real, NV>(largest, run.max)) return;
+  if (!moved && !outgrown<Real, NV, rounds>(largest, run.max)) return;
   if (moved || masked) find_max<Real, NV>(scores, keys, largest);
-  update_max<Real, NV>(largest, run, out, out_rows);
+  update_max<Real, NV, rounds>(largest, run, out, out_rows);
 }
 
 // scores -> weights exp(scores - shift) in place, and their sums over the keys of the tile.
@@ -86,6 +88,7 @@ struct Weigher {
     const int64_t visits = larger<int64_t>(1, (keys + MR<NV> - 1) / MR<NV> * (head_dim / multiply_unroll));
     per_visit = (int)((end - scores + visits * VL<Real> - 1) / (visits * VL<Real>));
   }
+  void go_on_from(const Weigher& other) { scores = other.scores, lane = other.lane; }
   __attribute__((always_inline)) inline void vector() {
     const Vec<Real> p = exp(load(scores) - load(shift + lane));
     store(scores, p);

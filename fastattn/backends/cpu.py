@@ -18,6 +18,7 @@ except ImportError as error:  # a wheel built without a compiler, or for another
 FEW_ROWS = getattr(_C, "few_rows", 12)
 """The most query rows a key head that `decode` takes; more fill the lanes of `prefill`."""
 
+_MULTIPLY_PAIRS = {"cpu.prefill", "cpu.backward", "cpu.varlen", "cpu.varlen_backward"}
 _NO_GRADIENTS = Terms._make([None] * len(Terms._fields))
 _empty_like, _get_num_threads = torch.empty_like, torch.get_num_threads
 
@@ -53,6 +54,21 @@ if _C is not None:
 def isa() -> str:
     """The instruction set that the kernels run on: avx512, avx2, neon or scalar (FASTATTN_CPU_ISA narrows it)."""
     return _C.isa()
+
+
+def isa_of(kernel: str, problem) -> str:
+    """That of one call: named "<isa>_bf16" where its products are of pairs of bfloat16, and weights rounded to it."""
+    return (_multiplies_pairs(kernel, problem) and _C.pair_isa()) or isa()
+
+
+def forgoes_pairs(kernel: str, problem) -> bool:
+    """Whether a call on bfloat16 has its products in float32 although this CPU multiplies pairs of bfloat16."""
+    return problem.dtype == "bfloat16" and bool(_C.pair_isa()) and not _multiplies_pairs(kernel, problem)
+
+
+def _multiplies_pairs(kernel: str, problem) -> bool:
+    """As `multiplies_pairs` in csrc/drive/driver.h."""
+    return kernel in _MULTIPLY_PAIRS and problem.dtype == "bfloat16" and not problem.rotary
 
 
 def openmp() -> str | None:

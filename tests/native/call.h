@@ -251,8 +251,8 @@ struct Call {
            (!k_end || j < k_end.get(b, h, i, 0));
   }
   std::vector<const Array*> inputs() const {
-    return {&q, &k, &v, &mask, &bias, &alibi_slopes, &sinks, &scales, &k_start, &k_end, &dout, &dlse,
-            &tq, &tk, &tv, &tbias, &talibi_slopes, &tsinks, &tscales};
+    return {&q,    &k,    &v,  &mask, &bias, &alibi_slopes, &sinks,         &scales, &k_start, &k_end,
+            &dout, &dlse, &tq, &tk,   &tv,   &tbias,        &talibi_slopes, &tsinks, &tscales};
   }
   std::vector<Array*> tangent_outputs() { return {&tout, &tlse}; }
   std::vector<Array*> outputs() { return {&out, &out_exact, &lse, &lse_parts}; }

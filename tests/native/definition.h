@@ -54,8 +54,7 @@ class Definition {
 
  public:
   Sums out{c.out}, lse{c.lse}, dq{c.dq}, dk{c.dk}, dv{c.dv};
-  Sums tout{c.tout}, tlse{c.tlse}, dbias{c.dbias}, dalibi_slopes{c.dalibi_slopes}, dsinks{c.dsinks},
-      dscales{c.dscales};
+  Sums tout{c.tout}, tlse{c.tlse}, dbias{c.dbias}, dalibi_slopes{c.dalibi_slopes}, dsinks{c.dsinks}, dscales{c.dscales};
 
   explicit Definition(const Call& call) : c(call) {
     for (int64_t b = 0; b < B; b++)

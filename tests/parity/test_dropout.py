@@ -11,7 +11,7 @@ from fastattn.backends import cpu
 from fastattn.scores.dropout import DropoutStart, dropout_mask_at
 from fastattn.terms import Terms
 from forward import DTYPES
-from isas import run_tests_on, supported_isas
+from isas import run_tests_on, running_isa, supported_isas
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="the CPU kernels are not built")
 SEED = (7 << 40) + (1 << 31) + 3  # more than 32 bits, and a low word that is negative as an int32
@@ -97,7 +97,7 @@ def test_where_a_part_stands_is_checked():
 @pytest.mark.slow  # a handful is in test_isas.py
 @pytest.mark.parametrize("isa", supported_isas())
 def test_on_each_isa(isa):
-    if isa != cpu.isa():
+    if isa != running_isa():
         run_tests_on(isa, __file__, "-k", "mask")
 
 

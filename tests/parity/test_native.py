@@ -17,11 +17,19 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-o
 CROSS = "aarch64-linux-gnu-g++"
 PANELS = {"": [], "wide": ["-DFASTATTN_WIDE_L1=0"], "narrow": ["-DFASTATTN_WIDE_L1=INT64_MAX"]}
 """avx512 takes panels of two vectors where the L1 is large, else of one: flags for either, whatever this CPU has."""
-KERNELS = [x for isa in supported_isas() for x in (["avx512 wide", "avx512 narrow"] if isa == "avx512" else [isa])]
+PANELS |= {"of two vectors": ["-DFASTATTN_NV=2", "-DFASTATTN_MR=10"]}  # of emulated
+BF16 = "_bf16"  # of an instruction set's name where products are of pairs of bfloat16
+KERNELS = [
+    f"{isa}{panels}"
+    for isa in supported_isas()
+    for panels in ((" wide", " narrow") if isa.startswith("avx512") else ("",))
+]
+KERNELS += ["emulated_bf16", "emulated_bf16 of two vectors"] if MACHINE == "x86_64" else []
 
 
 def build(folder: Path, cxx: str, machine: str, isas: list[str], *flags: str) -> tuple[Path, dict[str, list[Path]]]:
     """(native/parity.cpp linked with the kernels of `isas`; ISA -> those kernels' objects)"""
+    isas = [isa.removesuffix(BF16) for isa in isas]
     objects = {isa: compile_kernels(folder, cxx, isa, *flags, machine=machine) for isa in isas}
     host_only = ROOT.glob("csrc/drive/*.cpp")
     sources = [*sorted(ROOT.glob("tests/native/*.cpp")), *sorted(host_only)]

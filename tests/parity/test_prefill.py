@@ -20,7 +20,7 @@ from forward import (
     exactly_these,
     run,
 )
-from isas import needs_cpu, only, run_tests_on, supported_isas
+from isas import needs_cpu, only, run_tests_on, running_isa, supported_isas
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # test_threads.py is about more
 
@@ -44,7 +44,8 @@ def test_parity(case, row):
         actual = run(q, k, v, row.backend, **kwargs)
     assert fastattn.last_call().kernel == row.name
     if row.backend == "cpu":
-        assert fastattn.last_call().isa == (os.environ.get("FASTATTN_CPU_ISA") or cpu.isa())
+        assert fastattn.last_call().isa == cpu.isa_of(row.name, fastattn.last_call().problem)
+        assert running_isa() == os.environ.get("FASTATTN_CPU_ISA", running_isa())
     assert_parity(actual, q, k, v, **kwargs)
 
 
@@ -69,7 +70,7 @@ def test_rows_of_other_calls_refuse():
 @pytest.mark.parametrize("isa", supported_isas())
 def test_every_isa_in_every_respect(isa):
     """Each in a process of its own: the choice is made once."""
-    if isa == cpu.isa():
+    if isa == running_isa():
         return
     names = "prefill", "prefill_bits", "prefill_rules", "reference", "dropout_mask", "sdpa"
     files = [f"tests/parity/test_{name}.py" for name in names]

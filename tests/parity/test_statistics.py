@@ -8,10 +8,9 @@ import torch
 import fastattn
 from cases import CASES, Case
 from fastattn import Mask, attention_stats
-from fastattn.backends import cpu
 from fastattn.seeing.stats import FUSED, STATISTICS
 from forward import INF, NAN, SHAPES, assert_same_bits
-from isas import needs_cpu, run_tests_on, supported_isas
+from isas import needs_cpu, run_tests_on, running_isa, supported_isas
 from seeing import call, dense_statistics, dense_weights
 
 pytestmark = needs_cpu
@@ -48,7 +47,7 @@ def test_parity(case):
 @pytest.mark.skipif("FASTATTN_CPU_ISA" in os.environ, reason="the suite runs on one ISA already")
 @pytest.mark.parametrize("isa", supported_isas())
 def test_every_isa(isa):
-    if isa != cpu.isa():
+    if isa != running_isa():
         run_tests_on(isa, "tests/parity/test_statistics.py", "-k", "parity or behind or bits")
 
 

@@ -14,7 +14,7 @@ from fastattn import Mask, UnsupportedError, dispatch
 from fastattn.backends import cpu
 from forward import DTYPES, INF, NAN, SHAPES, assert_same_bits, dtypes, exactly_these, max_error, shapes
 from guarded import reset_peak, status
-from isas import needs_cpu, run_tests_on, supported_isas
+from isas import needs_cpu, run_tests_on, running_isa, supported_isas
 from tangents import (
     NO_TANGENTS,
     assert_parity,
@@ -47,7 +47,7 @@ def test_parity(case):
 @pytest.mark.parametrize("isa", supported_isas())
 def test_every_isa(isa):
     """Each in a process of its own: the choice is made once."""
-    if isa != cpu.isa():
+    if isa != running_isa():
         run_tests_on(isa, "tests/parity/test_tangent.py", "-k", "parity or poison or sees")
 
 

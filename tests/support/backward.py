@@ -10,6 +10,7 @@ from fastattn.relative import RelativeBias, toeplitz
 from fastattn.scores import Place
 from fastattn.scores.alibi import alibi_bias
 from fastattn.scores.relative import spread
+from forward import ROUNDS_WEIGHTS
 
 INF, NAN = math.inf, math.nan
 
@@ -93,7 +94,10 @@ def assert_parity(case, qkv=None, kwargs=None, **options):
         floor = sizes_of_slope_sums(*doubles) * 2**-24 / size if name == "alibi_slopes" else 0.0
         errors, reference_errors = ((z.double() - expected).abs() / size for z in (x, y))
         largest, reference_error = (e.amax() if e.numel() else 0.0 for e in (errors - floor, reference_errors))
-        allowed = 2.0 * reference_error + SLACK[str(x.dtype).removeprefix("torch.")]
+        slack = SLACK[str(x.dtype).removeprefix("torch.")]
+        if ROUNDS_WEIGHTS and q.dtype == torch.bfloat16 and x.dtype == torch.float32:
+            slack = 4.0 * SLACK["bfloat16"]  # a sum over rows, each of whose deltas comes from rounded weights
+        allowed = 2.0 * reference_error + slack
         assert largest <= allowed, f"d{name}: error {largest:.3g}, allowed {allowed:.3g}"
 
 

@@ -48,7 +48,7 @@ def compiler() -> str:
 
 def compile_kernels(folder: Path, cxx: str, isa: str, *flags, machine: str | None = None) -> list[Path]:
     """The objects of csrc/isa_<isa>.cpp with the flags of setup.py for `machine` (this one), one for each real type."""
-    flags = [*setup.isa_flags(machine or setup.machine())[isa], "-I", ROOT / "csrc", *flags]
+    flags = [*setup.isa_flags(machine or setup.machine(), [isa])[isa], "-I", ROOT / "csrc", *flags]
     objects = {real: folder / f"{isa}_{real}.o" for real in setup.REALS}
 
     def build(real):

@@ -32,14 +32,20 @@ def only(row: dispatch.Row):
         plans.forget()
 
 
+def running_isa() -> str:
+    """What this process runs on, as FASTATTN_CPU_ISA would name it."""
+    return cpu._C.pair_isa() or cpu.isa()
+
+
 def supported_isas() -> list[str]:
-    """What this CPU can run, best first, by the kernel's word and not by ours."""
+    """What this CPU can run and does by itself, best first, by the kernel's word and not by ours."""
     if platform.machine() == "aarch64":
         return ["neon", "scalar"]
     flags = set()
     if Path("/proc/cpuinfo").exists():
         flags = set(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split())
-    wanted = {"avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}, "avx2": {"avx2", "fma", "f16c"}}
+    wanted = {"avx512_bf16": {"avx512f", "avx512_bf16", "sse4a"}}  # the last: of AMD's alone
+    wanted |= {"avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}, "avx2": {"avx2", "fma", "f16c"}}
     return [isa for isa, needed in wanted.items() if needed <= flags] + ["scalar"]
 
 

@@ -1,0 +1,111 @@
+"""Products of pairs of bfloat16 (AVX512_BF16): the operation in C++ against what the instruction was seen to give, the
+parity tests on it, the instruction itself in the compiled code, and what a call tells."""
+
+import re
+import shutil
+import sys
+
+import pytest
+import torch
+
+import fastattn
+from building import ROOT, compiler, output, setup, tool
+from cases import Case, inputs
+from fastattn import dispatch, plans
+from fastattn.backends import cpu
+from isas import needs_cpu
+
+X86 = setup.machine() == "x86_64"
+
+
+def test_numbers(tmp_path):
+    program = tmp_path / "pairs"
+    flags = ["-O1", "-std=c++17", "-Wall", "-Wextra", "-Wno-psabi", "-I", ROOT / "csrc"]
+    output(compiler(), ROOT / "tests/native/pairs/pairs.cpp", "-o", program, *flags)
+    assert output(program) == ""
+
+
+@pytest.mark.skipif(not X86, reason="an instruction of x86")
+def test_instructions(tmp_path):
+    """A register tile is the instruction with its pair from memory, and nothing that goes to the stack."""
+    tool("objdump")
+    source, compiled = tmp_path / "tile.cpp", tmp_path / "tile.o"
+    text = (ROOT / "csrc/isa_avx512.cpp").read_text().replace('#include "isa.h"', '#include "tile/pair_gradients.h"')
+    source.write_text(
+        f"{text}\nnamespace fastattn::avx512 {{\n"
+        "template void out_tile<float, MR<1>, 1, Pair>(const Pair*, int64_t, const Pair*, int64_t, float*);\n"
+        "template void out_tile<float, MR<2>, 2, Pair>(const Pair*, int64_t, const Pair*, int64_t, float*);\n}\n"
+    )
+    flags = [*setup.isa_flags("x86_64", ["avx512"])["avx512"], "-I", ROOT / "csrc"]
+    output(compiler(), source, "-c", "-o", compiled, *flags)
+    narrow, wide = re.split(r"\n\n(?=[0-9a-f]+ <.*out_tile)", output("objdump", "-dC", "--no-show-raw-insn", compiled))[
+        -2:
+    ]
+    assert len(re.findall(r"vdpbf16ps .*\(%r\w+\)\{1to16\},%zmm", narrow)) == 8 * 8  # 4 steps at once, 1, and 3 behind
+    assert len(re.findall(r"vdpbf16ps %zmm", wide)) >= 5 * 20
+    for code in (narrow, wide):
+        assert not re.search(r"zmm.*\(%r[sb]p\)|\(%r[sb]p\),%zmm", code)
+
+
+@needs_cpu
+def test_what_a_call_tells(monkeypatch):
+    """As on a CPU that has the instruction: those that do not use it say so."""
+    monkeypatch.setattr(cpu._C, "pair_isa", lambda: "any_bf16")
+    plans.forget()
+    try:
+        told = {
+            "bfloat16": (Case(seqlen_q=20, dtype="bfloat16"), "any_bf16"),
+            "float16": (Case(seqlen_q=20, dtype="float16"), cpu.isa()),
+            "few rows": (Case(seqlen_q=2, dtype="bfloat16"), cpu.isa()),
+        }
+        for name, (case, isa) in told.items():
+            (q, k, v), kwargs = inputs(case)
+            fastattn.attention(q, k, v, **kwargs)
+            assert fastattn.last_call().isa == isa, name
+            text = fastattn.explain(q, k, v, **kwargs)
+            assert f"runs on {isa}" in text and ("products in float32" in text) == (name == "few rows")
+        problem = fastattn.last_call().problem._replace(seqlen_q=20, needs_grad=True)
+        text = dispatch.explain(problem, "cpu")
+        assert text.count("runs on any_bf16") == 2  # forward and backward
+        assert "any_bf16" not in dispatch.explain(problem._replace(rotary=True), "cpu")
+    finally:
+        monkeypatch.undo()
+        plans.forget()
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """A copy of the package whose extension has the kernels of tests alone."""
+    folder = tmp_path_factory.mktemp("emulated")
+    ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    for name in ("csrc", "fastattn", "kernels", "tests"):
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignore)
+    for path in (ROOT / "setup.py", ROOT / "pyproject.toml", *ROOT.glob("*.md")):
+        shutil.copy(path, folder)
+    build = {"FASTATTN_BUILD_EXT": "1", "FASTATTN_ISAS": "emulated"}
+    output(sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", cwd=folder, **build)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not X86, reason="its flags are of x86")
+@pytest.mark.parametrize("files", ["prefill prefill_bits prefill_rules", "backward backward_autograd", "block_mask",
+                                   "varlen dropout skipping sdpa"])  # fmt: skip
+def test_parity_in_pairs(emulated, files):
+    """Every test of bfloat16, and all others of the same files."""
+    tests = [f"tests/parity/test_{name}.py" for name in files.split()]
+    output(
+        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", "not every_isa"),
+        cwd=emulated,
+        PYTHONPATH=str(emulated),
+        FASTATTN_CPU_ISA="emulated_bf16",
+    )
+
+
+@needs_cpu
+@pytest.mark.skipif(not (cpu._C and cpu._C.pair_isa()), reason="this process does not multiply pairs")
+def test_products_are_of_pairs():
+    """Weights are rounded: else results were equal to those of the same numbers in float32."""
+    q, k, v = (torch.randn(1, 2, 64, 32).bfloat16() for _ in range(3))
+    exact = fastattn.attention(q.float(), k.float(), v.float(), backend="cpu").bfloat16()
+    assert not torch.equal(fastattn.attention(q, k, v, backend="cpu"), exact)
