@@ -33,8 +33,8 @@ def test_instructions(tmp_path):
     text = (ROOT / "csrc/isa_avx512.cpp").read_text().replace('#include "isa.h"', '#include "tile/pair_gradients.h"')
     source.write_text(
         f"{text}\nnamespace fastattn::avx512 {{\n"
-        "template void out_tile<float, MR<1>, 1, Pair>(const Pair*, int64_t, const Pair*, int64_t, float*);\n"
-        "template void out_tile<float, MR<2>, 2, Pair>(const Pair*, int64_t, const Pair*, int64_t, float*);\n}\n"
+        "template void out_tile<float, MR<1>, 1, Pair>(const Pair*, int64_t, const Pair*, int64_t, bool, float*);\n"
+        "template void out_tile<float, MR<2>, 2, Pair>(const Pair*, int64_t, const Pair*, int64_t, bool, float*);\n}\n"
     )
     flags = [*setup.isa_flags("x86_64", ["avx512"])["avx512"], "-I", ROOT / "csrc"]
     output(compiler(), source, "-c", "-o", compiled, *flags)
