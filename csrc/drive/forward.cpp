@@ -157,7 +157,7 @@ void forward(Operands& whole, const Sequences& s, int threads) {
   passes.reserve(calls.size());
   for (Operands& p : calls) {
     p.link_factors();
-    p.in_pairs = !s.is_cache && multiplies_pairs(p);
+    p.in_pairs = multiplies_pairs(p);
     const bool few = !p.lse_parts && p.seqlen_q * p.group_size() <= few_rows;
     if (!few) tile_facts.push_back(take_tile_facts(p, kernels));
     passes.emplace_back(p, kernels, few ? decode_of(kernels) : prefill_of(kernels), threads);

@@ -18,7 +18,7 @@ except ImportError as error:  # a wheel built without a compiler, or for another
 FEW_ROWS = getattr(_C, "few_rows", 12)
 """The most query rows a key head that `decode` takes; more fill the lanes of `prefill`."""
 
-_MULTIPLY_PAIRS = {"cpu.prefill", "cpu.backward", "cpu.varlen", "cpu.varlen_backward"}
+_MULTIPLY_PAIRS = {"cpu.prefill", "cpu.backward", "cpu.varlen", "cpu.varlen_backward", "cpu.cache"}
 _NO_GRADIENTS = Terms._make([None] * len(Terms._fields))
 _empty_like, _get_num_threads = torch.empty_like, torch.get_num_threads
 

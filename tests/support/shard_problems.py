@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from backward import SLACK, cotangents, gradients, score_tensors, sizes_of_slope_sums, to_double
+from backward import cotangents, gradients, score_tensors, sizes_of_slope_sums, slack_of, to_double
 from cases import Case, inputs
 from fastattn import BlockMask, Mask, parallel
 from fastattn.parallel.block_masks import local_rows
@@ -134,7 +134,7 @@ def assert_as_in_one_place(team: Team, problem: Sharded, **options) -> list[dict
         if name == "softmax_scale":  # one number of many terms: the reference may be lucky, where one process is not
             alone = gradients(q, k, v, kwargs, dout.to(q.dtype), dlse, "cpu", of_scores=True)[name]
             reference_error = max(reference_error, ((alone.double() - expected).abs() / size).amax())
-        allowed = 2.0 * reference_error + SLACK[str(x.dtype).removeprefix("torch.")]
+        allowed = 2.0 * reference_error + slack_of(x, q)
         assert largest <= allowed, f"d{name}: error {largest:.3g}, allowed {allowed:.3g} ({problem})"
     return parts
 
