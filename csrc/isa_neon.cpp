@@ -1,4 +1,5 @@
 #define FASTATTN_ISA neon
+#define FASTATTN_PAIRS  // where the CPU has BF16
 #define FASTATTN_WIDTH 16
 // 32 registers.
 #define FASTATTN_NV 2

@@ -2,6 +2,8 @@
 #include <unistd.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 #include <algorithm>
@@ -48,6 +50,18 @@ bool has_f16c() {
 }
 #endif
 
+#if defined(FASTATTN_HAVE_NEON)
+// Arm's FEAT_BF16, which is all of BFDOT, BFMMLA and BFCVT.
+bool has_bf16() {
+#if defined(__linux__)
+  constexpr unsigned long hwcap2_bf16 = 1 << 14;
+  return getauxval(AT_HWCAP2) & hwcap2_bf16;
+#else
+  return false;
+#endif
+}
+#endif
+
 // Those that were built for this kind of machine, best first. The compiler's builtins check cpuid and, for the vector state, XGETBV.
 std::vector<Candidate> built_isas() {
   std::vector<Candidate> list;
@@ -65,6 +79,7 @@ std::vector<Candidate> built_isas() {
       {&avx2::instruction_set, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()});
 #endif
 #if defined(FASTATTN_HAVE_NEON)
+  list.push_back({&neon::with_pairs, has_bf16()});
   list.push_back({&neon::instruction_set, true});
 #endif
 #if defined(FASTATTN_HAVE_SCALAR)

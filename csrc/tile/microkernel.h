@@ -44,8 +44,8 @@ FASTATTN_INLINE void multiply_step(Tile<float, R, NV>& tile, const Pair* a, int6
   if constexpr (NV == 1) {
     (add_products(tile.c[I], a[I * a_row], bv[0]), ...);
   } else {
-    auto add_element = [&](auto i, const Pairs& av) { add_products(tile.c[i], av, bv[i % NV]); };
-    Pairs av;  // of the row, for all of its vectors
+    auto add_element = [&](auto i, const auto& av) { add_products(tile.c[i], av, bv[i % NV]); };
+    decltype(broadcast(*a)) av;  // of the row, for all of its vectors
     ((I % NV == 0 ? (void)(av = broadcast(a[I / NV * a_row])) : (void)0,
       add_element(std::integral_constant<int, I>{}, av)),
      ...);
@@ -106,3 +106,7 @@ FASTATTN_INLINE void max_tile(const Tile<Real, R, NV>& tile, Real* largest, std:
 }
 
 }  // namespace fastattn::FASTATTN_ISA
+
+#if defined(FASTATTN_BF16)
+#include "pair_blocks.h"
+#endif

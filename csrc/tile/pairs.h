@@ -3,6 +3,8 @@
 //
 //   vdpbf16ps   two fused multiply-adds, the high half first, each rounded to nearest even; subnormal numbers, also sums,
 //               are 0 whatever MXCSR says. `emulated` does the same in C++, but for products that overflow.
+//   bfdot       both products, their sum, and its sum with the accumulator, each rounded to odd; subnormal numbers are 0
+//               and NaN is always the same. What bfcvtn rounds, to nearest even, keeps its subnormal numbers.
 #pragma once
 #include "simd.h"
 
@@ -62,6 +64,40 @@ FASTATTN_INLINE Pairs pairs_of(Rounded r) {
   alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   return (Pairs)_mm512_permutexvar_epi16(_mm512_load_si512(order), r.halves);
+}
+
+#elif defined(__aarch64__) && FASTATTN_WIDTH == 16
+
+// BFDOT by element takes its pair for all lanes out of one lane. The directive instead of a flag: the rest of the
+// translation unit is for every CPU.
+#define FASTATTN_BF16 ".arch_extension bf16\n\t"
+
+struct InLaneZero {
+  float word;
+};
+FASTATTN_INLINE InLaneZero broadcast(const Pair& a) {
+  InLaneZero one;
+  memcpy(&one, &a, sizeof one);
+  return one;
+}
+FASTATTN_INLINE void add_products(Vec<float>& sum, InLaneZero a, Pairs b) {
+  asm(FASTATTN_BF16 "bfdot %0.4s, %1.8h, %2.2h[0]" : "+w"(sum) : "w"(b), "w"(a.word));
+}
+FASTATTN_INLINE void add_products(Vec<float>& sum, const Pair& a, Pairs b) { add_products(sum, broadcast(a), b); }
+
+typedef uint16_t Rounded __attribute__((vector_size(16)));  // the lanes of the first, then those of the second
+FASTATTN_INLINE Rounded round_two(Vec<float> first, Vec<float> second) {
+  Rounded r;
+  asm(FASTATTN_BF16 "bfcvtn %0.4h, %1.4s" : "=w"(r) : "w"(first));
+  asm(FASTATTN_BF16 "bfcvtn2 %0.8h, %1.4s" : "+w"(r) : "w"(second));
+  return r;
+}
+FASTATTN_INLINE void store_rows(Rounded r, uint16_t* first, uint16_t* second) {
+  memcpy(first, &r, 8);
+  memcpy(second, (const char*)&r + 8, 8);
+}
+FASTATTN_INLINE Pairs pairs_of(Rounded r) {
+  return (Pairs)vzip1q_u16((uint16x8_t)r, vextq_u16((uint16x8_t)r, (uint16x8_t)r, 4));
 }
 
 #else

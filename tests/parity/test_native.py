@@ -3,13 +3,12 @@
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from building import ROOT, compile_kernels, compiler, output, setup, tool
+from building import ROOT, compile_kernels, compiler, output, run, setup, tool
 from isas import supported_isas
 
 MACHINE = setup.machine()
@@ -42,7 +41,7 @@ def build(folder: Path, cxx: str, machine: str, isas: list[str], *flags: str) ->
 
 def assert_all_pass(isa: str, *command) -> None:
     text = output(*command, FASTATTN_CPU_ISA=isa)
-    assert text.startswith(isa) and re.search(r"^[1-9]\d{2,} passed, 0 failed$", text, re.M), text
+    assert text.startswith(f"{isa}\n") and re.search(r"^[1-9]\d{2,} passed, 0 failed$", text, re.M), text
 
 
 @pytest.mark.slow
@@ -58,18 +57,20 @@ def as_shipped(tmp_path_factory) -> Path:
     return build(tmp_path_factory.mktemp("as_shipped"), compiler(), MACHINE, list(setup.isa_flags(MACHINE)))[0]
 
 
+def assert_chooses(isa: str, lacking: str, program: Path, *emulator) -> None:
+    """A CPU without `lacking` runs on `isa`: no other instruction is met, and the choice looks at the CPU."""
+    text = output(*emulator, program, 30, FASTATTN_CPU_ISA="")
+    assert text.startswith(f"{isa}\n") and text.endswith(" 0 failed\n"), text
+    result = run(*emulator, program, FASTATTN_CPU_ISA=lacking)
+    assert result.returncode == 2 and f"FASTATTN_CPU_ISA={lacking}: this CPU does not have it" in result.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("cpu, isa, lacking", [("Nehalem", "scalar", "avx2"), ("Haswell", "avx2", "avx512")])
 def test_emulated_older_x86(as_shipped, cpu, isa, lacking):
-    """Nothing outside of an ISA's kernels was compiled for it, and the choice looks at the CPU."""
     if MACHINE != "x86_64":
         pytest.skip("the kernels of x86")
-    emulator = [tool("qemu-x86_64", "qemu-x86_64-static"), "-cpu", cpu]
-    text = output(*emulator, as_shipped, 30, FASTATTN_CPU_ISA="")
-    assert text.startswith(isa) and text.endswith(" 0 failed\n"), text
-    environment = {**os.environ, "FASTATTN_CPU_ISA": lacking}
-    result = subprocess.run([*emulator, as_shipped], env=environment, capture_output=True, text=True)
-    assert result.returncode == 2 and f"FASTATTN_CPU_ISA={lacking}: this CPU does not have it" in result.stdout
+    assert_chooses(isa, lacking, as_shipped, tool("qemu-x86_64", "qemu-x86_64-static"), "-cpu", cpu)
 
 
 @pytest.fixture(scope="module")
@@ -80,15 +81,21 @@ def aarch64(tmp_path_factory) -> tuple[Path, dict[str, list[Path]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", ["neon", "scalar"])
+@pytest.mark.parametrize("isa", ["neon_bf16", "neon", "scalar"])
 def test_emulated_aarch64(aarch64, isa):
-    assert_all_pass(isa, tool("qemu-aarch64", "qemu-aarch64-static"), aarch64[0], 100)
+    assert_all_pass(isa, tool("qemu-aarch64", "qemu-aarch64-static"), "-cpu", "max", aarch64[0], 100)
+
+
+@pytest.mark.slow
+def test_emulated_older_aarch64(aarch64):
+    assert_chooses("neon", "neon_bf16", aarch64[0], tool("qemu-aarch64", "qemu-aarch64-static"), "-cpu", "cortex-a57")
 
 
 @pytest.mark.slow
 def test_neon_multiply_adds(aarch64):
     code = output(tool("aarch64-linux-gnu-objdump"), "-d", *aarch64[1]["neon"])
     assert len(re.findall(r"fmla\tv\d+\.4s", code)) > 300 and len(re.findall(r"fmla\tv\d+\.2d", code)) > 100
+    assert len(re.findall(r"bfmmla\tv\d+\.4s", code)) > 300
 
 
 @pytest.mark.slow

@@ -25,6 +25,16 @@ def test_numbers(tmp_path):
     assert output(program) == ""
 
 
+@pytest.mark.slow
+def test_numbers_of_arm(tmp_path):
+    """BFDOT, BFMMLA and BFCVTN under emulation, alone and in register tiles: bit for bit the architecture's."""
+    program = tmp_path / "neon"
+    flags = [*setup.isa_flags("aarch64", ["neon"])["neon"], "-static", "-Wall", "-Wextra", "-I", ROOT / "csrc"]
+    output(tool("aarch64-linux-gnu-g++"), ROOT / "tests/native/pairs/neon.cpp", "-o", program, *flags)
+    text = output(tool("qemu-aarch64", "qemu-aarch64-static"), "-cpu", "max", program)
+    assert re.fullmatch(r"[1-9]\d{5,} comparisons, 0 failed\n", text), text
+
+
 @pytest.mark.skipif(not X86, reason="an instruction of x86")
 def test_instructions(tmp_path):
     """A register tile is the instruction with its pair from memory, and nothing that goes to the stack."""

@@ -39,11 +39,12 @@ def running_isa() -> str:
 
 def supported_isas() -> list[str]:
     """What this CPU can run and does by itself, best first, by the kernel's word and not by ours."""
-    if platform.machine() == "aarch64":
-        return ["neon", "scalar"]
-    flags = set()
+    on_arm, flags = platform.machine() == "aarch64", set()
     if Path("/proc/cpuinfo").exists():
-        flags = set(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split())
+        heading = "Features" if on_arm else "flags"
+        flags = set(Path("/proc/cpuinfo").read_text().partition(heading)[2].partition("\n")[0].split())
+    if on_arm:
+        return [*(["neon_bf16"] if "bf16" in flags else []), "neon", "scalar"]
     wanted = {"avx512_bf16": {"avx512f", "avx512_bf16", "sse4a"}}  # the last: of AMD's alone
     wanted |= {"avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}, "avx2": {"avx2", "fma", "f16c"}}
     return [isa for isa, needed in wanted.items() if needed <= flags] + ["scalar"]
