@@ -12,6 +12,9 @@ DENSE = PLAIN | {"batch": 1, "threads": 1, "seqlen_q": LONG}
 D64, D128 = DENSE | {"head_dim": 64}, DENSE | {"head_dim": 128}
 CAUSAL = PLAIN | {"batch": 1, "threads": 1, "head_dim": 64, "causal": True}
 MINILM = PLAIN | {"threads": 1, "batch": 8, "num_heads": 12, "seqlen_q": 128, "head_dim": 32}
+SWIN, LISTS, TEXTS, TOKENS = (
+    {"batch": batch, "seqlen_q": s} for batch, s in ((256, 49), (256, 50), (32, 32), (32, 64))
+)
 HALF = DENSE | {"dtype": {"bfloat16", "float16"}}
 BFLOAT16 = D64 | {"dtype": "bfloat16"}
 WINDOW = {"threads": 1, "seqlen_q": 4096, "window_size": {(256, 0)}}
@@ -85,6 +88,14 @@ TARGETS = (
     _ratio("D=64, causal, S=1024", 2.0, FORWARD | CAUSAL | {"seqlen_q": 1024}),
     _ratio("D=64, causal, S=2048", 1.7, FORWARD | CAUSAL | {"seqlen_q": 2048}),
     _ratio("B8 H12 S128 D32 dense", 1.6, FORWARD | MINILM),
+    _share("windows of S=49 with a bias", 0.55, FORWARD | SWIN),
+    _ratio("windows of S=49 with a bias", 2.0, FORWARD | SWIN),
+    _share("S=50 causal", 0.45, FORWARD | LISTS),
+    _ratio("S=50 causal", 2.5, FORWARD | LISTS),
+    _share("B32 H12 S32 D64", 0.65, FORWARD | TEXTS),
+    _share("B32 H12 S64 D32", 0.70, FORWARD | TOKENS),
+    _share("B8 H12 S128 D32 dense", 0.80, FORWARD | MINILM),
+    _share("B8 H12 S128 D32 causal", 0.70, FORWARD | MINILM | {"causal": True}),
     _threads("two threads, S>=1024", 1.9, FORWARD | {"seqlen_q": LONG}),
     _rate("16-bit, S>=1024", "of our own float32 rate", 0.9, "16-bit", FORWARD | HALF),
     Target("16-bit, S>=1024", "x the error of SDPA", 1.0, "grid", FORWARD | HALF, "error vs sdpa", at_most=True),
@@ -108,6 +119,11 @@ TARGETS = (
     _ratio("backward, bias [1,H,S,S] with a gradient, S=1024", 3.0, DENSE_BIAS, "x SDPA with that attn_mask"),
     _threads("backward, B1 H1 S4096, two threads", 1.7, BACKWARD | ONE_HEAD),
     _ratio("backward, B8 H12 S128 D32 dense", 1.6, BACKWARD | MINILM),
+    _share("backward, B32 H12 S32 D64", 0.60, BACKWARD | TEXTS),
+    _share("backward, B32 H12 S64 D32", 0.60, BACKWARD | TOKENS),
+    _share("backward, B8 H12 S128 D32 dense", 0.70, BACKWARD | MINILM),
+    _share("backward, B8 H12 S128 D32 causal", 0.60, BACKWARD | MINILM | {"causal": True}),
+    Target("tiny forward + backward", "x the speed of SDPA's", 1.0, "overhead", STEP, "vs sdpa"),
     *(_decode(f"32/32 x 2048 x 128, {dtype}", bound, OWN_KEYS | {"dtype": dtype}) for dtype, bound in OWN_SHARES),
     *(_decode(f"32/8 x 4096 x 128, {dtype}", bound, GROUPED | {"dtype": dtype}) for dtype, bound in GROUPED_SHARES),
     *(

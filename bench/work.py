@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from cases import GRID, Case, inputs, visited_pairs
+from cases import GRID, SHORT, Case, inputs, visited_pairs
 from sparsity import block_mask
 
 
@@ -95,6 +95,7 @@ def _training() -> tuple[Work, ...]:
     cases += [case._replace(causal=True) for case in cases]
     cases += [case._replace(dtype="bfloat16") for case in long]
     cases += [long[0]._replace(bias="per_head")]
+    cases += SHORT
     whole = Work(long[1], "forward+backward")
     return (*(Work(case, "backward") for case in cases), whole, whole._replace(case=long[1]._replace(dropout_p=0.1)))
 

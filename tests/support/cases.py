@@ -215,6 +215,15 @@ CASES = _parity_cases()
 """What every kernel is compared with the reference on."""
 
 
+SHORT = (
+    Case(batch=256, num_heads=4, seqlen_q=49, head_dim=32, bias="per_head"),
+    Case(batch=256, num_heads=2, seqlen_q=50, head_dim=32, causal=True),
+    Case(batch=32, num_heads=12, seqlen_q=32, head_dim=64),
+    Case(batch=32, num_heads=12, seqlen_q=64, head_dim=32),
+)
+"""Windows of an image (Swin), lists of a recommender, batches of short texts."""
+
+
 def _bench_grid() -> tuple[Case, ...]:
     long = [Case(num_heads=8, seqlen_q=s, head_dim=64) for s in (512, 1024, 2048)]
     wide = [Case(num_heads=8, seqlen_q=1024, head_dim=128), Case(num_heads=4, seqlen_q=2048, head_dim=128)]
@@ -225,7 +234,7 @@ def _bench_grid() -> tuple[Case, ...]:
     grid += [Case(num_heads=8, seqlen_q=4096, head_dim=64, window_size=(256, 0))]
     grid += [long[2]._replace(bias="shared"), long[2]._replace(mask="tensor")]
     grid += [Case(num_heads=4, seqlen_q=16, seqlen_k=4096, head_dim=64)]
-    return tuple(grid)
+    return (*grid, *SHORT)
 
 
 GRID = _bench_grid()
