@@ -55,7 +55,8 @@ def declines(problem) -> str | None:
     if problem.seqlen_q <= FEW_QUERIES:
         return None
     launch = _kernel("launch")
-    return _kernel("decode").declines(problem, launch.device_facts(-1 if INTERPRETED else launch.current_device()))
+    device = launch.device_facts(-1 if launch.interpreted() else launch.current_device())
+    return _kernel("decode").declines(problem, device)
 
 
 def decode(problem, q, k, v, terms, *cache):
