@@ -6,6 +6,7 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 
+import backward
 from fastattn import reference
 from forward import TOLERANCE, max_error, run
 
@@ -61,3 +62,15 @@ def assert_accuracy(actual: tuple[torch.Tensor, torch.Tensor], q, k, v, **kwargs
         slack, _ = TOLERANCE[str(x.dtype).removeprefix("torch.")]
         error, bound = max_error(x, z), 2.0 * max_error(y, z) + slack
         assert error <= bound, f"{name}: error {error:.3g}, allowed {bound:.3g}"
+
+
+def assert_gradients(case, monkeypatch) -> None:
+    """Gradients of a call on Triton's kernels, each against the reference's in float64 and in `plain` torch."""
+    gradients = backward.gradients
+
+    def ours(q, k, v, kwargs, dout, dlse=None, backend="triton", of_scores=False):
+        with plain(q.dtype) if backend == "reference" else nullcontext():
+            return gradients(q, k, v, kwargs, dout, dlse, backend, of_scores)
+
+    monkeypatch.setattr(backward, "gradients", ours)
+    backward.assert_parity(case, of_scores=True)

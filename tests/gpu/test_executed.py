@@ -6,7 +6,6 @@ matrix instructions take their operands. tests/gpu/test_emulator.py checks the e
 """
 
 import re
-from contextlib import nullcontext
 
 import process
 
@@ -15,9 +14,8 @@ process.require(interpreted=False)
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-import backward  # noqa: E402
 import canaries  # noqa: E402
-from accuracy import assert_accuracy, plain  # noqa: E402
+from accuracy import assert_accuracy, assert_gradients  # noqa: E402
 from cases import inputs  # noqa: E402
 from emulator import faults  # noqa: E402
 from emulator.device import executing  # noqa: E402
@@ -110,15 +108,8 @@ def test_forward(case, arch):
 
 @pytest.mark.parametrize("case, arch", runs(BACKWARD, {80: BACKWARD[:2], 90: BACKWARD[:1]}, (80, 90, *OTHERS)))
 def test_backward(case, arch, monkeypatch):
-    gradients = backward.gradients
-
-    def ours(q, k, v, kwargs, dout, dlse=None, backend="triton", of_scores=False):
-        with plain(q.dtype) if backend == "reference" else nullcontext():
-            return gradients(q, k, v, kwargs, dout, dlse, backend, of_scores)
-
-    monkeypatch.setattr(backward, "gradients", ours)
     with executing(arch) as launches:
-        backward.assert_parity(case, of_scores=True)
+        assert_gradients(case, monkeypatch)
     assert {"delta_kernel", "key_value_kernel", "query_kernel"} < {launch.binary.name for launch in launches}
     if arch == 90:
         assert_products_have_their_registers_alone(launches)

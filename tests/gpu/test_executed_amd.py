@@ -5,7 +5,6 @@ tests/gpu/test_emulator_amd.py and test_amd_opcodes.py check the executor itself
 """
 
 import re
-from contextlib import nullcontext
 
 import process
 
@@ -14,9 +13,8 @@ process.require(interpreted=False)
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-import backward  # noqa: E402
 import canaries  # noqa: E402
-from accuracy import plain  # noqa: E402
+from accuracy import assert_gradients  # noqa: E402
 from amd_samples import samples  # noqa: E402
 from emulator import faults  # noqa: E402
 from emulator.amd.machine import decode  # noqa: E402
@@ -122,15 +120,8 @@ def test_forward(case, arch):
 
 @pytest.mark.parametrize("case, arch", runs(BACKWARD, {"gfx1100": (BLOCKS,)}))
 def test_backward(case, arch, monkeypatch):
-    gradients = backward.gradients
-
-    def ours(q, k, v, kwargs, dout, dlse=None, backend="triton", of_scores=False):
-        with plain(q.dtype) if backend == "reference" else nullcontext():
-            return gradients(q, k, v, kwargs, dout, dlse, backend, of_scores)
-
-    monkeypatch.setattr(backward, "gradients", ours)
     with executing(arch) as launches:
-        backward.assert_parity(case, of_scores=True)
+        assert_gradients(case, monkeypatch)
     assert {"delta_kernel", "key_value_kernel", "query_kernel"} < {launch.binary.name for launch in launches}
     assert_all_opcodes_are_checked(launches, arch)
 

@@ -4,8 +4,6 @@ Other than the interpreter it sees what the frontend of the compiler does (types
 the whole launch at once. The tensors are on the CPU; tiles are those of sm_90.
 """
 
-from contextlib import nullcontext
-
 import process
 
 process.require(interpreted=False)
@@ -19,9 +17,8 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from ttsem import ops  # noqa: E402
 
-import backward  # noqa: E402
 import canaries  # noqa: E402
-from accuracy import assert_accuracy, plain  # noqa: E402
+from accuracy import assert_accuracy, assert_gradients  # noqa: E402
 from cases import Case, inputs  # noqa: E402
 from fastattn import (  # noqa: E402
     Mask,
@@ -90,14 +87,7 @@ def test_forward(case, session):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_backward_pass(case, session, monkeypatch):
-    gradients = backward.gradients
-
-    def ours(q, k, v, kwargs, dout, dlse=None, backend="triton", of_scores=False):
-        with plain(q.dtype) if backend == "reference" else nullcontext():
-            return gradients(q, k, v, kwargs, dout, dlse, backend, of_scores)
-
-    monkeypatch.setattr(backward, "gradients", ours)
-    backward.assert_parity(case, of_scores=True)
+    assert_gradients(case, monkeypatch)
     assert session.launches >= 3 and session.races_unchecked == 0
 
 

@@ -16,6 +16,7 @@ from .opcodes import step_of
 from .parsing import Instruction, Program, parse
 from .registers import Registers, reader
 from .shared import Shared
+from .steps import run_blocks
 from .tensors import Tensors
 from .warpgroups import Warpgroups
 
@@ -164,33 +165,16 @@ class Machine:
         self.shared.barrier(programs)
 
     def run(self) -> None:
-        waiting = {0: np.ones(self.lanes, bool)}
-        with np.errstate(all="ignore"):
-            while waiting:
-                number = min(waiting)
-                lanes = waiting.pop(number)
-                self.active = None if lanes.all() else lanes
-                block = self.code.blocks[number]
-                self.code.visited.add(number)
-                self._run(block)
-                for target, chosen in self._leave(block, lanes):
-                    if np.any(chosen):
-                        waiting[target] = waiting[target] | chosen if target in waiting else chosen
+        run_blocks(self, np.ones(self.lanes, bool), self._choose)
         self.barriers.check_end()
         self.warpgroups.check_end()
         if self.shared.is_pending():
             raise NotWaited("the kernel ends before an asynchronous copy that nobody waited for")
 
-    def _run(self, block: Block) -> None:
-        done = 0
-        try:
-            for step in block.steps:
-                step(self)
-                done += 1
-        except Fault as fault:
-            raise type(fault)(f"{fault}\n  {block.instructions[done]}") from None
+    def _choose(self, lanes: np.ndarray) -> None:
+        self.active = None if lanes.all() else lanes
 
-    def _leave(self, block: Block, lanes: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    def leave(self, block: Block, lanes: np.ndarray) -> list[tuple[int, np.ndarray]]:
         """Where the lanes go after a block."""
         last = block.last
         if last is None:

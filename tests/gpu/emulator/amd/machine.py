@@ -11,6 +11,7 @@ import numpy as np
 
 from ..faults import Diverged, Fault
 from ..shared import Shared
+from ..steps import run_blocks
 from ..tensors import Tensors
 from .counters import Counters
 from .opcodes import BRANCHES, smallest_access, step_of
@@ -102,30 +103,13 @@ class Machine:
         self.shared.barrier(programs.any(1))
 
     def run(self) -> None:
-        waiting = {0: np.ones(self.registers.shape[0], bool)}
-        with np.errstate(all="ignore"):
-            while waiting:
-                number = min(waiting)
-                waves = waiting.pop(number)
-                self.registers.run_waves(None if waves.all() else waves)
-                self.counters.waves = self.registers.waves
-                block = self.code.blocks[number]
-                self.code.visited.add(number)
-                self._run(block)
-                for target, chosen in self._leave(block, waves):
-                    if np.any(chosen):
-                        waiting[target] = waiting[target] | chosen if target in waiting else chosen
+        run_blocks(self, np.ones(self.registers.shape[0], bool), self._choose)
 
-    def _run(self, block: Block) -> None:
-        done = 0
-        try:
-            for step in block.steps:
-                step(self)
-                done += 1
-        except Fault as fault:
-            raise type(fault)(f"{fault}\n  {block.instructions[done]}") from None
+    def _choose(self, waves: np.ndarray) -> None:
+        self.registers.run_waves(None if waves.all() else waves)
+        self.counters.waves = self.registers.waves
 
-    def _leave(self, block: Block, waves: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    def leave(self, block: Block, waves: np.ndarray) -> list[tuple[int, np.ndarray]]:
         """Where the waves go after a block."""
         last = block.last
         if last is None:

@@ -1,0 +1,32 @@
+"""How threads that part come together again: of the blocks that some of them wait for, the first of the text is next."""
+
+import numpy as np
+
+from .faults import Fault
+
+
+def run_blocks(machine, everyone: np.ndarray, choose) -> None:
+    """Runs `machine.code` from its first block on. choose(those): bool, who runs the block that follows;
+    `machine.leave(block, those)` says which of them go where."""
+    waiting = {0: everyone}
+    with np.errstate(all="ignore"):
+        while waiting:
+            number = min(waiting)
+            those = waiting.pop(number)
+            choose(those)
+            block = machine.code.blocks[number]
+            machine.code.visited.add(number)
+            _run(machine, block)
+            for target, chosen in machine.leave(block, those):
+                if np.any(chosen):
+                    waiting[target] = waiting[target] | chosen if target in waiting else chosen
+
+
+def _run(machine, block) -> None:
+    done = 0
+    try:
+        for step in block.steps:
+            step(machine)
+            done += 1
+    except Fault as fault:
+        raise type(fault)(f"{fault}\n  {block.instructions[done]}") from None
