@@ -1,4 +1,4 @@
-"""How threads that part come together again: of the blocks that some of them wait for, the first of the text is next."""
+"""How threads that part come together again: of the blocks that some of them wait for, the first in the text runs."""
 
 import numpy as np
 
