@@ -8,7 +8,7 @@ import re
 from emulator.amd.opcodes import comparisons, mixed, vector
 
 OF_GFX11 = re.compile(r"_nc_|(and|or|mov)_b16$|xor3|minmax|maxmin")
-OF_GFX9 = re.compile(r"v_(add|sub|subrev)_u32$|lshl_add_u64|accvgpr|v_mov_b64|pack_b32")
+OF_GFX9 = re.compile(r"v_(add|sub|subrev)_u32$|v_add_u16|lshl_add_u64|accvgpr|v_mov_b64|pack_b32")
 COMPARED = ("lt", "eq", "le", "gt", "ge")
 SELECTED = {
     "v_pk_add_f32": "op_sel:[0,1] op_sel_hi:[1,0] neg_lo:[0,1] neg_hi:[1,0]",
@@ -92,7 +92,8 @@ def _scalars(is_gfx11: bool) -> list[str]:
     found += ["s_cmp_lg_u64 s[2:3], s[4:5]", "s_bitcmp0_b32 s2, s4", "s_bitcmp1_b32 s2, s4"]
     found += ["s_cmpk_gt_u32 s2, 0x7e", "s_cmpk_lt_u32 s2, 0x8001", "s_cmpk_lt_i32 s2, 0x8001"]
     size, made, read = ("b32", "s30", "s2") if is_gfx11 else ("b64", "s[30:31]", "s[2:3]")
-    found += [f"s_{name}_saveexec_{size} {made}, {read}" for name in ("and", "or")]
+    combined = ("and", "or") if is_gfx11 else ("and", "or", "andn2")
+    found += [f"s_{name}_saveexec_{size} {made}, {read}" for name in combined]
     return found + [f"s_lshl{n}_add_u32 s30, s2, s4" for n in (1, 2, 3, 4)]
 
 
@@ -111,7 +112,7 @@ def _memory(is_gfx11: bool) -> list[str]:
     if is_gfx11:
         found += [f"global_load_{name} v20, v[2:3], off" for name in ("d16_u8", "d16_hi_u8")]
         found += [f"ds_load_{name} v20, v1 offset:8" for name in ("u8_d16", "u8_d16_hi", "u16_d16", "u16_d16_hi")]
-        found += ["ds_store_b16_d16_hi v1, v4 offset:8"]
+    found += [f"ds_{'store' if is_gfx11 else 'write'}_b16_d16_hi v1, v4 offset:8"]
     load, store, two, far = ("load", "store", "_2addr", "_stride64") if is_gfx11 else ("read", "write", "2", "st64")
     wide = {"b32": 1, "b64": 2, "b128": 4}
     found += [f"ds_{load}_{name} {at(20, n)}, v1 offset:16" for name, n in (wide | {"u8": 1, "u16": 1}).items()]

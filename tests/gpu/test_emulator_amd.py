@@ -11,6 +11,7 @@ import torch
 from amd_bench import Bench
 from emulator import faults
 from emulator.amd.opcodes.matrix import Shape, mfma, wmma
+from emulator.amd.parsing import VCC
 from emulator.amd.programs import run
 
 ARCHS = ("gfx1100", "gfx942")
@@ -57,6 +58,8 @@ def test_parts_of_registers():
     assert np.array_equal(bench.vector(20), (x >> 16) & (y >> 16 & 0xFF))
     bench.run("v_or_b32_sdwa v20, v1, v3 dst_sel:WORD_1 dst_unused:UNUSED_PAD src0_sel:BYTE_0 src1_sel:DWORD")
     assert np.array_equal(bench.vector(20), ((x & 0xFF | y) & 0xFFFF) << 16)
+    bench.run("v_cndmask_b32_sdwa v20, v1, v3, vcc dst_sel:DWORD dst_unused:UNUSED_PAD src0_sel:DWORD src1_sel:WORD_1")
+    assert np.array_equal(bench.vector(20), np.where(bench.registers.mask(VCC)[0], y >> 16, x))
     bench.run("v_cmp_gt_u16_sdwa s[30:31], v1, v3 src0_sel:WORD_1 src1_sel:DWORD")
     lanes = np.flatnonzero(x >> 16 > (y & 0xFFFF)).tolist()
     assert bench.scalar(30, 2) == sum(1 << lane for lane in lanes)

@@ -117,6 +117,15 @@ OPERATIONS = {
 }  # fmt: skip
 """name -> (function(operands) -> (result, condition or None), type of the result, types of the operands)"""
 
+SAVED = {
+    f"s_{name}_saveexec_b{bits}": function
+    for name, function in (
+        ("and", np.bitwise_and), ("or", np.bitwise_or), ("andn2", lambda value, executed: value & ~executed),
+    )
+    for bits in (32, 64)
+}  # fmt: skip
+"""What is combined with EXEC."""
+
 COMPARISONS = {
     "eq": np.equal, "lg": np.not_equal, "gt": np.greater, "ge": np.greater_equal, "lt": np.less, "le": np.less_equal,
 }  # fmt: skip
@@ -143,8 +152,8 @@ def step(instruction, lanes):
         return _select(operands, "u" + name[-2:])
     if name in ("s_addc_u32", "s_subb_u32"):
         return _with_carry(operands, is_sum=name == "s_addc_u32")
-    if name in ("s_and_saveexec_b32", "s_or_saveexec_b32", "s_and_saveexec_b64", "s_or_saveexec_b64"):
-        return _save(operands, np.bitwise_and if "and" in name else np.bitwise_or, "u" + name[-2:])
+    if name in SAVED:
+        return _save(operands, SAVED[name], "u" + name[-2:])
     return None
 
 

@@ -5,7 +5,7 @@ import numpy as np
 from ...opcodes.arithmetic import fused, larger, smaller
 from ...opcodes.operation import Operation, same
 from ..parsing import VCC, Register
-from ..registers import mask_reader, reader, writer
+from ..registers import mask_reader, reader
 from . import lanes as between_lanes
 from . import parts
 from .bits import reversed_bits, shift_of
@@ -177,6 +177,7 @@ OPERATIONS = {
     "v_bfe_i32": same(_field, "i32", 3),
     "v_perm_b32": same(_permuted, "u32", 3),
     "v_med3_i32": same(_between, "i32", 3),
+    "v_add_u16": same(np.add, "u16", 2),
     "v_and_b16": same(np.bitwise_and, "u16", 2),
     "v_or_b16": same(np.bitwise_or, "u16", 2),
     "v_mov_b16": same(np.copy, "u16", 1),
@@ -238,14 +239,15 @@ def _assignment(instruction, lanes):
 
 
 def _choice(name, destination, sources, modifiers):
+    type = "f" + name[-2:]  # so that signs can be changed
+    *sources, mask = sources if len(sources) == 3 else (*sources, Register("s", VCC))
+    readers = [reader(source, type) for source in sources]
+    (no, yes), write = parts.of_registers(readers, sources, (type, type), destination, type, modifiers)
     if modifiers:
         raise KeyError(f"modifiers {modifiers}")
-    type = "f" + name[-2:]  # so that signs can be changed
-    no, yes, *mask = sources
-    no, yes = reader(no, type), reader(yes, type)
-    mask = mask_reader(mask[0] if mask else Register("s", VCC))
+    mask = mask_reader(mask)
 
     def choose(registers):
         return np.where(mask(registers), yes(registers), no(registers))
 
-    return choose, writer(destination)
+    return choose, write
