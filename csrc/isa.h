@@ -34,6 +34,7 @@ constexpr Kernels make_kernels() {
   table.find_keys = find_keys;
   table.run_unit = run_unit<Real>;
   table.lay_bias = lay_bias<Real>;
+  table.add_laid_bias = add_laid_bias<Real>;
   table.combine = combine<Real>;
   table.decode_blocking = make_decode_blocking<Real>;
   table.decode_scratch_bytes = decode_scratch_bytes<Real>;

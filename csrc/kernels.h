@@ -73,6 +73,8 @@ struct Kernels {
   void (*run_unit)(const Operands&, const Blocking&, const Unit&, const Partial&, char* scratch);
   // Fills Operands::laid_bias, of batch entry 0, for panels of `lanes` rows; scratch: (lanes + 1) * seqlen_k elements.
   void (*lay_bias)(const Operands&, int lanes, char* to, char* scratch);
+  // Adds Gradients::laid_bias to dbias; scratch: lanes * seqlen_k elements.
+  void (*add_laid_bias)(const Operands&, const Gradients&, int lanes, char* scratch);
   // Combines the partial results of a row block's splits into out and lse; `first` is that of split 0.
   void (*combine)(const Operands&, const Blocking&, const Unit&, const Partial& first, char* scratch);
   // The same three of few query rows a key head (decode.h); find_keys and combine serve both.

@@ -138,6 +138,7 @@ struct Gradients {
   Tensor dbias, drelative, dalibi_slopes, dsinks, dscales;
   // What the units leave for those sums, null if not wanted: each writes its own places, so that no two threads meet.
   double *key_sums = nullptr, *query_sums = nullptr;  // of a dbias without queries or keys: SumsOver::keys or queries
+  char* laid_bias = nullptr;  // of a short dbias that the batch shares: its sums in lanes, as Operands::laid_bias lies
   double *slope_sums = nullptr, *sink_sums = nullptr, *scale_sums = nullptr, *diagonal_sums = nullptr;  // tensor_terms
 
   bool dense_bias() const { return dbias && dbias.stride[2] && dbias.stride[3]; }

@@ -33,6 +33,7 @@ class BackwardPass {
   const BackwardBlocking b;
   const int64_t scratch_bytes, head_bytes;
   const ScoreSums sums;
+  const std::vector<char> laid_gradient;
 
   BackwardPass(const Operands& p, const Gradients& wanted, const Kernels& kernels)
       : p(p),
@@ -41,7 +42,8 @@ class BackwardPass {
         b(kernels.backward_blocking(p, wanted)),
         scratch_bytes(kernels.backward_scratch_bytes(p, b)),
         head_bytes(b.num_splits * b.partial_size * element_bytes(p)),
-        sums(p, g, b.num_splits) {}
+        sums(p, g, b.num_splits),
+        laid_gradient(lay_gradient(p, g, b.lanes)) {}
   BackwardPass(const BackwardPass&) = delete;
 
   int64_t batch_bytes() const { return b.num_splits > 1 ? p.num_heads * head_bytes : 0; }
@@ -59,6 +61,10 @@ class BackwardPass {
     if (b.num_splits > 1)
       place = partial(unit.batch, unit.head_k * p.group_size()) + unit.split * (head_bytes / b.num_splits);
     kernels.run_key_unit(p, g, b, unit, place, head_bytes, thread_scratch(scratch_bytes));
+  }
+  void add_sums() {
+    sums.add_to_gradients();
+    if (g.laid_bias) kernels.add_laid_bias(p, g, b.lanes, thread_scratch(scratch_bytes));
   }
   void combine(int64_t index) {
     const int64_t blocks = query_blocks(), head = index / blocks % p.num_heads;
@@ -130,7 +136,7 @@ void backward(Operands& p, const Gradients& wanted, int threads) {
     wave.add(pass, first, std::min(first + at_once, p.batch));
     wave.run(threads);
   }
-  pass.sums.add_to_gradients();
+  pass.add_sums();
 }
 
 void backward(Operands& whole, const Gradients& wanted, const Sequences& s, int threads) {
@@ -151,7 +157,7 @@ void backward(Operands& whole, const Gradients& wanted, const Sequences& s, int 
       bytes += pass.batch_bytes();
     }
     wave.run(threads);
-    for (const BackwardPass& pass : passes) pass.sums.add_to_gradients();
+    for (BackwardPass& pass : passes) pass.add_sums();
   }
 }
 

@@ -91,7 +91,9 @@ class KeyRange {
   void fetch_next_head() {
     const bool one_visit = p.seqlen_k <= b.n_block && p.seqlen_q <= b.block_rows && p.group_size() == 1 && !p.blocks;
     if (!one_visit || !exceeds_caches(p)) return;
-    const int64_t next = u.batch * p.num_heads + u.head_k + 1, batch = next / p.num_heads, of = next % p.num_heads;
+    const bool same_head = u.batches > 1 && u.heads_k == 1;  // of the next batch entry
+    const int64_t next = u.batch * p.num_heads + u.head_k + (same_head ? p.num_heads : 1);
+    const int64_t batch = next / p.num_heads, of = next % p.num_heads;
     if (batch >= p.batch) return;
     for (const Tensor* t : {&p.q, &g.dq}) ahead.add(*t, batch, of, p.seqlen_q, D);
     for (const Tensor* t : {&p.out, &g.dout}) ahead.add(*t, batch, of, p.seqlen_q, Dv);
@@ -375,12 +377,12 @@ void run_key_unit(const Operands& p, const Gradients& g, const BackwardBlocking&
   const int64_t group_size = p.group_size();
   for (int32_t batch = 0; batch < u.batches; batch++)
     for (int32_t head_k = 0; head_k < u.heads_k; head_k++) {
-      const KeyUnit one{u.batch + batch, u.head_k + head_k, u.split, 1, 1};
+      const KeyUnit rest{u.batch + batch, u.head_k + head_k, u.split, u.batches - batch, u.heads_k};
       char* own = partial ? partial + (batch * p.num_heads + head_k * group_size) * stride : nullptr;
       if (b.lanes == VL<Real>)
-        run_key_range<Real, 1>(p, g, b, one, own, stride, memory);
+        run_key_range<Real, 1>(p, g, b, rest, own, stride, memory);
       else
-        run_key_range<Real, max_vectors>(p, g, b, one, own, stride, memory);
+        run_key_range<Real, max_vectors>(p, g, b, rest, own, stride, memory);
     }
 }
 

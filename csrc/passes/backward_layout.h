@@ -21,8 +21,7 @@ BackwardBlocking make_backward_blocking(const Operands& p, const Gradients& g) {
                                          round_up(larger<int64_t>(p.seqlen_q, 1), b.lanes));
   static_assert(MR<1> % 2 == 0 && MR<max_vectors> % 2 == 0, "a tile holds whole pairs of keys");
   const int64_t tile_rows = b.lanes == VL<Real> ? MR<1> : MR<max_vectors>;
-  b.n_block = (int)smaller(key_block * 4 / (int64_t)sizeof(Real) / tile_rows * tile_rows,
-                           round_up(larger<int64_t>(p.seqlen_k, 1), tile_rows));
+  b.n_block = (int)smaller(tile_keys<Real>(b.lanes), round_up(larger<int64_t>(p.seqlen_k, 1), tile_rows));
   if (p.blocks) b.n_block = (int)tile_of_block(p.blocks->block_k, key_block * 4 / sizeof(Real), p.in_pairs);
   const int64_t units = g.dense_bias() && !g.dbias.stride[1] ? 1 : p.num_heads_k;
   int64_t splits = units && units < backward_few_units ? backward_few_units / units : 1;

@@ -5,6 +5,8 @@
 
 namespace fastattn::FASTATTN_ISA {
 
+constexpr int64_t unit_rows = 128, key_block = 128, few_units = 32, min_split_keys = 512;
+
 // Wide panels want an L1 that holds their scores beside the tile's operands. Narrow ones cost twice the loads, which
 // a CPU with one multiply-add a cycle has to spare.
 FASTATTN_INLINE int panel_vectors(int64_t rows, int64_t lanes) {
@@ -18,14 +20,18 @@ FASTATTN_INLINE int panel_lanes(int64_t rows, const BlockLists* blocks) {
   return blocks && blocks->block_q % (vectors * VL<Real>) ? VL<Real> : vectors * VL<Real>;
 }
 
-// Keys of a tile: the largest equal part of a block of block_k keys that does not exceed `largest`; even for pairs.
+// Keys of a tile: whole register tiles of a panel of `lanes`.
+template <class Real>
+FASTATTN_INLINE int64_t tile_keys(int64_t lanes) {
+  return round_up(key_block * 4 / sizeof(Real), lanes == VL<Real> ? MR<1> : MR<max_vectors>);
+}
+
+// The same in a list of blocks: the largest equal part of block_k keys that does not exceed `largest`; even for pairs.
 FASTATTN_INLINE int64_t tile_of_block(int64_t block_k, int64_t largest, bool pairs) {
   int64_t parts = (block_k + largest - 1) / largest;
   while (block_k % (pairs ? 2 * parts : parts)) parts++;
   return block_k / parts;
 }
-
-constexpr int64_t unit_rows = 128, key_block = 128, few_units = 32, min_split_keys = 512;
 
 template <class Real>
 Blocking make_blocking(const Operands& p) {
@@ -36,7 +42,7 @@ Blocking make_blocking(const Operands& p) {
   b.lanes = panel_lanes<Real>(stacked, p.blocks);
   const int64_t rows = p.head_dim + p.head_dim_v > 512 ? unit_rows / 2 : unit_rows;  // the panels should stay in L2
   b.rows = (int)smaller(round_up(rows, b.lanes), round_up(larger<int64_t>(stacked, 1), b.lanes));
-  b.n_block = key_block * 4 / sizeof(Real);
+  b.n_block = (int)tile_keys<Real>(b.lanes);
   if (p.blocks) {
     b.rows = (int)p.blocks->block_q;
     b.n_block = (int)tile_of_block(p.blocks->block_k, b.n_block, p.in_pairs);

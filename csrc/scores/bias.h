@@ -96,11 +96,10 @@ void lay_bias(const Operands& p, int lanes, char* to, char* scratch) {
     }
 }
 
-// The laid bias of the panel from `key` on.
-template <class Real>
-const Real* laid_bias(const Operands& p, const Lanes& lanes, int64_t key, int64_t NR) {
-  const int64_t panels = (p.seqlen_q + NR - 1) / NR, panel = lanes.head * panels + lanes.row / NR;
-  return (const Real*)p.laid_bias + (panel * p.seqlen_k + key) * NR;
+// Where the lanes of a panel stand for `key` in a laid bias, and in the sums of its gradient.
+FASTATTN_INLINE int64_t laid_place(const Operands& p, int64_t head, int64_t row, int64_t key, int64_t NR) {
+  const int64_t panels = (p.seqlen_q + NR - 1) / NR;
+  return ((head * panels + row / NR) * p.seqlen_k + key) * NR;
 }
 
 // sums[key][vector] += rows at `stride`, [keys][NR].
@@ -114,20 +113,18 @@ void add_key_sums(const Real* ds, int64_t stride, int64_t keys, Real* sums) {
   }
 }
 
-// sums[key][lane] += rows at `stride`, [keys][NR]. The sums of panels one NR apart stand NR keys apart, so that a place
-// is a diagonal.
+// sums[key][lane] += rows at `stride`, [keys][NR].
 template <class Real, int NV>
-void add_diagonal_sums(const Real* ds, int64_t stride, int64_t keys, Real* sums) {
+void add_lane_sums(const Real* ds, int64_t stride, int64_t keys, Real* sums) {
   constexpr int L = VL<Real>, NR = NV * L;
   for (int64_t j = 0; j < keys; j++)
     for (int i = 0; i < NR; i += L) store(sums + j * NR + i, load(sums + j * NR + i) + load(ds + j * stride + i));
 }
 
-// dbias [query][key] += dS of a panel, rows of keys at `stride`; rows: [NR][keys].
-template <class Real, int NV>
-void add_dense_bias(const Tensor& dbias, const Lanes& lanes, int64_t head, const Real* ds, int64_t stride, Range seen,
-                    Real* rows) {
-  constexpr int64_t NR = NV * VL<Real>;
+// dbias [query][key] += dS of the lanes, rows of keys at `stride`; rows: [NR][keys].
+template <class Real>
+void add_dense_bias(const Tensor& dbias, const Lanes& lanes, int64_t NR, int64_t head, const Real* ds, int64_t stride,
+                    Range seen, Real* rows) {
   const int64_t n = seen.hi - seen.lo;
   transpose(ds, stride, n, NR, rows, n);
   for (int64_t r = 0; r < lanes.rows; r++) {
@@ -135,6 +132,17 @@ void add_dense_bias(const Tensor& dbias, const Lanes& lanes, int64_t head, const
     const Real* row = rows + r * n;
     for (int64_t j = 0; j < n; j++) to[j] += row[j];
   }
+}
+
+template <class Real>
+void add_laid_bias(const Operands& p, const Gradients& g, int lanes, char* scratch) {
+  const int64_t heads = g.dbias.stride[1] ? p.num_heads : 1;
+  for (int64_t head = 0; head < heads; head++)
+    for (int64_t row = 0; row < p.seqlen_q; row += lanes) {
+      const Lanes of_panel{0, head, row, smaller<int64_t>(lanes, p.seqlen_q - row), {}, {}};
+      const Real* sums = (const Real*)g.laid_bias + laid_place(p, head, row, 0, lanes);
+      add_dense_bias(g.dbias, of_panel, lanes, head, sums, (int64_t)lanes, {0, p.seqlen_k}, (Real*)scratch);
+    }
 }
 
 }  // namespace fastattn::FASTATTN_ISA

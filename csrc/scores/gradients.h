@@ -76,10 +76,10 @@ class ScoreGradients {
     const int64_t n = seen.hi - seen.lo;
     if (g.slope_sums) add_slope_sums<Real, NV>(ds, stride, n, panel.positions, seen.lo, sums.slope);
     if (g.key_sums) add_key_sums<Real, NV>(ds, stride, n, key_sum + (seen.lo - k_lo) * L);
+    // The sums of panels one NR apart stand NR keys apart, so that a place is a diagonal.
     if (g.diagonal_sums)
-      add_diagonal_sums<Real, NV>(ds, stride, n,
-                                  diagonal_sum + (first_diagonal(panel.lanes.row) + seen.lo - k_lo) * NR);
-    if (g.dense_bias()) add_dense_bias<Real, NV>(g.dbias, panel.lanes, head, ds, stride, seen, rows);
+      add_lane_sums<Real, NV>(ds, stride, n, diagonal_sum + (first_diagonal(panel.lanes.row) + seen.lo - k_lo) * NR);
+    if (g.dense_bias()) add_dense(panel.lanes, seen, ds, stride);
     if (slope) scale_rows<Real, NV>(ds, stride, slope, n);
   }
 
@@ -101,6 +101,12 @@ class ScoreGradients {
   }
 
  private:
+  void add_dense(const Lanes& lanes, Range seen, const Real* ds, int64_t stride) {
+    if (!g.laid_bias) return add_dense_bias(g.dbias, lanes, NR, head, ds, stride, seen, rows);
+    Real* sums = (Real*)g.laid_bias + laid_place(p, g.dbias.stride[1] ? head : 0, lanes.row, seen.lo, NR);
+    add_lane_sums<Real, NV>(ds, stride, seen.hi - seen.lo, sums);
+  }
+
   void finish_diagonals(double* to) const {
     const int64_t last = p.num_diagonals(), places = first_diagonal(0) + k_hi - k_lo;
     for (int64_t i = 0; i < last; i++) to[i] = 0;

@@ -80,7 +80,8 @@ class Modifier {
     if (has_key_bias) {
       masked |= add_key_bias<Real, NV>(scores, keys, s.key_bias + skipped);
     } else if (p.laid_bias) {
-      masked |= add_bias<Real, NV>(scores, keys, laid_bias<Real>(p, panel.lanes, k0, NR), NR);
+      masked |= add_bias<Real, NV>(
+          scores, keys, (const Real*)p.laid_bias + laid_place(p, panel.lanes.head, panel.lanes.row, k0, NR), NR);
     } else if (has_bias) {
       if (const Real* bias = bias_in_lanes<Real>(p, panel.lanes, k0, NR)) {
         masked |= add_bias<Real, NV>(scores, keys, bias, p.bias.stride[3]);

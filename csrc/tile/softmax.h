@@ -103,14 +103,15 @@ struct Weigher {
   void finish() {
     constexpr int L = VL<Real>;
     while (lane) vector();
-    Vec<Real> total[NV];
-    for (int v = 0; v < NV; v++) total[v] = load(sum + v * L);
-    for (; scores < end; scores += NV * L)
+    Vec<Real> total[NV], shifts[NV];
+    for (int v = 0; v < NV; v++) total[v] = load(sum + v * L), shifts[v] = load(shift + v * L);
+    for (Real* row = scores; row < end; row += NV * L)  // a local pointer: the stores could change a member
       for (int v = 0; v < NV; v++) {
-        const Vec<Real> p = exp(load(scores + v * L) - load(shift + v * L));
-        store(scores + v * L, p);
+        const Vec<Real> p = exp(load(row + v * L) - shifts[v]);
+        store(row + v * L, p);
         total[v] += p;
       }
+    scores = end;
     for (int v = 0; v < NV; v++) store(sum + v * L, total[v]);
   }
 };

@@ -76,3 +76,19 @@ def test_keys_that_are_no_rows_of_memory_in_a_row():
         beside = gradients(q, k.contiguous(), k.contiguous(), {}, dout)
         for name in ("q", "k", "v"):
             assert_same_bits(apart[name], beside[name])
+
+
+@needs_cpu
+def test_nan_behind_a_mask_adds_nothing_to_the_gradient_of_a_shared_bias():
+    """A head with NaN in some gradient is computed again; what it has added to dbias by then stands."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(5, 2, 20, 16) for _ in range(3))
+    mask = torch.rand(1, 2, 20, 20) > 0.3
+    mask[..., 7] = False
+    kwargs = {"bias": torch.randn(1, 2, 20, 20), "mask": mask}
+    dout, _ = cotangents(q, v)
+    expected = gradients(q, k, v, kwargs, dout, of_scores=True)
+    k[2, 1, 7] = v[3, 0, 7] = torch.nan
+    found = gradients(q, k, v, kwargs, dout, of_scores=True)
+    for name in ("q", "bias"):
+        assert_same_bits(found[name], expected[name])
