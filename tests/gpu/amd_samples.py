@@ -7,7 +7,7 @@ import re
 
 from emulator.amd.opcodes import comparisons, mixed, vector
 
-OF_GFX11 = re.compile(r"_nc_|(and|or|mov)_b16$|xor3|minmax|maxmin")
+OF_GFX11 = re.compile(r"_nc_|(and|or|mov)_b16$|cvt_u32_u16|xor3|minmax|maxmin")
 OF_GFX9 = re.compile(r"v_(add|sub|subrev)_u32$|v_add_u16|lshl_add_u64|accvgpr|v_mov_b64|pack_b32")
 COMPARED = ("lt", "eq", "le", "gt", "ge")
 SELECTED = {

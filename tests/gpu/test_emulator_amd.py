@@ -278,3 +278,20 @@ global_store_b32 v1, v4, s[2:3]
             launched(body)
     else:
         assert torch.all(launched(body) == 0)
+
+
+@pytest.mark.parametrize("offset, is_caught", [(4, False), (2, True)])
+def test_a_load_of_several_words_is_aligned_to_one(offset, is_caught):
+    body = f"""
+s_load_b64 s[2:3], s[0:1], 0x0
+s_waitcnt lgkmcnt(0)
+v_mov_b32_e32 v2, s2
+v_mov_b32_e32 v3, s3
+global_load_b128 v[4:7], v[2:3], off offset:{offset}
+s_waitcnt vmcnt(0)
+"""
+    if is_caught:
+        with pytest.raises(faults.Misaligned):
+            launched(body)
+    else:
+        launched(body)

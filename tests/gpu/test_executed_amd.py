@@ -16,6 +16,7 @@ import torch  # noqa: E402
 import canaries  # noqa: E402
 from accuracy import assert_gradients  # noqa: E402
 from amd_samples import samples  # noqa: E402
+from cases import Case  # noqa: E402
 from emulator import faults  # noqa: E402
 from emulator.amd.machine import decode  # noqa: E402
 from emulator.amd.opcodes import BRANCHES  # noqa: E402
@@ -79,6 +80,16 @@ BACKWARD = [
     WINDOW._replace(dtype="bfloat16", head_dim=256, seqlen_q=90, seqlen_k=130),
     BLOCKS._replace(mask="blocks", dtype="float16", head_dim=64, causal=True),
 ]
+# Each dtype with each of two bounds, the last tiles not full.
+ODD = [
+    Case(num_heads=2, num_heads_k=1, seqlen_q=77, seqlen_k=151, head_dim=64, dtype=dtype, **bounds)
+    for dtype in ("bfloat16", "float16", "float32")
+    for bounds in ({"causal": True}, {"window_size": (100, 3)})
+]
+ODD_BLOCKS = [case._replace(mask="blocks") for case in ODD]
+ODD_DECODING = [case._replace(num_heads=4, num_heads_k=2, seqlen_q=3, seqlen_k=1501) for case in ODD]
+FORWARD += ODD + ODD_BLOCKS + ODD_DECODING
+BACKWARD += ODD + ODD_BLOCKS
 
 
 def is_product(opcode: str) -> bool:
@@ -108,7 +119,9 @@ def assert_all_opcodes_are_checked(launches, arch: str) -> None:
         assert {i.opcode for i in instructions if not is_product(i.opcode)} - checked == set()
 
 
-@pytest.mark.parametrize("case, arch", runs(FORWARD, {"gfx1100": (CAUSAL, WINDOW, FLOAT32, DECODE)}))
+@pytest.mark.parametrize(
+    "case, arch", runs(FORWARD, {"gfx1100": (CAUSAL, WINDOW, FLOAT32, DECODE), "gfx942": (CAUSAL, DECODE)})
+)
 def test_forward(case, arch):
     launches = forward(case, arch=arch)
     assert len(launches) == (2 if case.seqlen_q <= 3 else 1)  # split keys, then `combine`
@@ -118,7 +131,7 @@ def test_forward(case, arch):
     assert_all_opcodes_are_checked(launches, arch)
 
 
-@pytest.mark.parametrize("case, arch", runs(BACKWARD, {"gfx1100": (BLOCKS,)}))
+@pytest.mark.parametrize("case, arch", runs(BACKWARD, {"gfx1100": (BLOCKS,), "gfx942": (BLOCKS,)}))
 def test_backward(case, arch, monkeypatch):
     with executing(arch) as launches:
         assert_gradients(case, monkeypatch)

@@ -27,10 +27,14 @@ class Tensor:
 
 
 class Tensors:
-    """What pointers point to. Arrays `addresses` and `programs` are of the lanes that take part."""
+    """What pointers point to. Arrays `addresses` and `programs` are of the lanes that take part.
 
-    def __init__(self):
+    alignment: an access of more bytes has to be at a multiple of this, one of fewer at a multiple of its own size.
+    """
+
+    def __init__(self, alignment: int = 16):
         self.tensors: list[Tensor] = []
+        self.alignment = alignment
 
     def add(self, name: str, x: torch.Tensor) -> int:
         """Its address."""
@@ -64,8 +68,9 @@ class Tensors:
 
     def _places(self, addresses: np.ndarray, size: int):
         """For each tensor that is met: (tensor, which of the lanes, [those lanes, size] places in its bytes)."""
-        if np.any(addresses % np.uint64(size)):
-            raise Misaligned(f"an access of {size} bytes at an address that is no multiple of it")
+        alignment = min(size, self.alignment)
+        if np.any(addresses % np.uint64(alignment)):
+            raise Misaligned(f"an access of {size} bytes at an address that is no multiple of {alignment}")
         # an access a little before a tensor belongs to it, so that the message names it
         numbers = ((addresses + np.uint64(DISTANCE // 2)) // np.uint64(DISTANCE)).astype(np.int64)
         for number in np.unique(numbers):

@@ -12,6 +12,9 @@ from .machine import Machine, decode
 MOST_LANES = 8192
 """That run at once: what their registers take should stay in the cache."""
 
+ALIGNMENT = 4
+"""Bytes that an access of more has to be aligned to: LLVM makes one of loads of 32 bits that lie side by side."""
+
 
 def run(text: str, values: list, grid: tuple[int, int, int], waves: int, shared: int) -> None:
     """Run the kernel of an assembly text; raises `faults.Fault`.
@@ -20,7 +23,7 @@ def run(text: str, values: list, grid: tuple[int, int, int], waves: int, shared:
     waves   of each program
     shared  bytes of LDS of each program
     """
-    code, tensors = decode(text), Tensors()
+    code, tensors = decode(text), Tensors(ALIGNMENT)
     if grid[1] != 1 or grid[2] != 1:
         raise Unknown("a grid of more than one dimension")
     arguments = code.program.arguments

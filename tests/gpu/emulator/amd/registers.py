@@ -136,7 +136,8 @@ class Registers:
     def write_mask(self, number: int, lanes: np.ndarray) -> None:
         if number == NULL:
             return
-        bits = np.packbits(np.broadcast_to(lanes, self.shape), axis=1, bitorder="little").view(np.uint32)
+        bits = np.packbits(np.broadcast_to(lanes, self.shape), axis=1, bitorder="little")
+        bits = np.ascontiguousarray(bits).view(np.uint32)  # they lie as `lanes` do, maybe by columns
         for i in range(self.lanes // 32):
             self.write_scalar(number + i, bits[:, i : i + 1])
         if self.waves is None:

@@ -137,6 +137,7 @@ OPERATIONS = {
     "v_rcp_iflag_f32": same(np.reciprocal, "f32", 1),
     "v_cvt_f32_u32": _of(lambda x: x.astype(np.float32), "f32", "u32"),
     "v_cvt_f32_i32": _of(lambda x: x.astype(np.float32), "f32", "i32"),
+    "v_cvt_u32_u16": _of(lambda x: x.astype(np.uint32), "u32", "u16"),
     "v_cvt_u32_f32": _of(_to_unsigned, "u32", "f32"),
     "v_cvt_i32_f32": _of(_to_signed, "i32", "f32"),
     "v_cvt_f16_f32": _of(lambda x: x.astype(np.float16), "f16", "f32"),
