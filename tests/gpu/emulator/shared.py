@@ -87,14 +87,14 @@ class Shared:
         return self.data[units]
 
     def store(self, lanes: np.ndarray, units: np.ndarray, data: np.ndarray) -> None:
-        """[lanes, units] of this memory's dtype. Where lanes of one warp differ, one of them wins, as on a GPU."""
+        """[lanes, units] of this memory's dtype. Of lanes that differ one would win on a GPU: it is open which."""
         self._check_write(lanes, units, data)
         mark = self.marks[lanes, None]
         self.data[units] = data
         self.writers[units] = mark
         self.proxies.write(units)
-        if np.any((self.data[units] != data) & (self.writers[units] != mark)):
-            raise Race("two warps write different values to one place of shared memory")
+        if np.any(self.data[units] != data):
+            raise Race("two lanes write different values to one place of shared memory")
 
     def _check_write(self, lanes: np.ndarray, units: np.ndarray, data: np.ndarray | None) -> None:
         since, mark = self.since[lanes, None], self.marks[lanes, None]
