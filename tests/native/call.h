@@ -216,7 +216,8 @@ struct Philox {
   }
 };
 
-// What a call has beside q, k and v. POISON: NaN and Inf where nobody may look; STRIDES: any order and gaps in memory.
+// What a call has beside q, k and v. POISON: NaN and Inf where nobody may look; STRIDES: any order and gaps in memory;
+// SHARED: one mask and bias for the whole batch.
 enum : unsigned {
   MASK = 1,
   BIAS = 2,
@@ -229,8 +230,9 @@ enum : unsigned {
   DLSE = 256,
   POISON = 512,
   STRIDES = 1024,
+  SHARED = 2048,
 };
-constexpr unsigned everything = 2 * STRIDES - 1;
+constexpr unsigned everything = 2 * STRIDES - 1;  // but SHARED
 
 struct Call {
   DType dtype = DType::float32;
@@ -341,6 +343,7 @@ class CallMaker {
   }
 
  private:
+  int64_t mask_batch() const { return has & SHARED ? 1 : B; }
   int broadcasts_inputs() const { return has & STRIDES && !(has & POISON) ? 10 : 0; }
   // broadcast: percent of the dimensions
   Array tensor(DType dtype, int64_t b, int64_t h, int64_t r, int64_t col, int broadcast = 0) {
@@ -364,7 +367,7 @@ class CallMaker {
     c.v = tensor(c.dtype, B, Hk, Sk, c.head_dim_v, broadcasts_inputs());
     fill(c.q), fill(c.k), fill(c.v);
     if (has & BIAS) {
-      c.bias = tensor(any_float(), B, H, Sq, Sk, 30);
+      c.bias = tensor(any_float(), mask_batch(), H, Sq, Sk, 30);
       c.bias.fill([&] { return random.chance(10) ? -infinity : random.value(); });
     }
     if (has & ALIBI) {
@@ -381,7 +384,8 @@ class CallMaker {
   }
 
   void make_mask() {
-    if (has & MASK) c.mask = tensor(DType::boolean, B, H, Sq, Sk, 30), c.mask.fill([&] { return random.chance(75); });
+    if (has & MASK) c.mask = tensor(DType::boolean, mask_batch(), H, Sq, Sk, 30);
+    if (has & MASK) c.mask.fill([&] { return random.chance(75); });
     if (!(has & INTERVALS)) return;
     // constant over some rows, so that neighbouring panels see keys far apart
     const int64_t run = random.pick<int64_t>({1, 7, 16, 64});

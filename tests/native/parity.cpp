@@ -220,6 +220,7 @@ void check_random(uint64_t seed) {
   unsigned has = 0;
   for (unsigned extra = MASK; extra < POISON; extra *= 2) has |= random.chance(25) ? extra : 0;
   for (unsigned extra : {POISON, STRIDES}) has |= random.chance(50) ? extra : 0;
+  if (random.chance(15)) c.batch = random.between(4, 6), has |= SHARED;
   CallMaker(c, has, random).make();
   check(c, "random", seed);
 }
@@ -265,6 +266,12 @@ void check_chosen() {
       run("mask and bias", 2, 4, 2, 40, 150, 16, 16, MASK | BIAS | more, true);
       run("intervals", 2, 4, 2, 140, 700, 16, 16, INTERVALS | more, false);
       run("everything", 2, 4, 2, 60, 170, 16, 20, (everything & ~STRIDES) | more, true);
+      for (unsigned terms : {(unsigned)MASK, (unsigned)BIAS, everything & ~STRIDES}) {
+        run("shared, one row", 4, 2, 2, 1, 50, 16, 12, terms | SHARED | more, false);
+        run("shared, narrow", 4, 2, 2, 17, 50, 20, 12, terms | SHARED | more, false);
+        run("shared, a group", 5, 4, 2, 49, 128, 16, 16, terms | SHARED | more, true);
+        run("shared, longest to be laid", 4, 2, 1, 128, 128, 8, 16, terms | SHARED | more, true);
+      }
     }
     // partial results of dq of more than 64 MiB: a few batches at a time
     if (dtype == DType::float32) run("waves", 5, 8, 8, 600, 4200, 128, 8, BIAS, true, 9);
