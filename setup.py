@@ -45,11 +45,9 @@ ISA_FLAGS = {
     "aarch64": {"scalar": [], "neon": []},
 }
 """Machine -> ISA -> flags: the only place with a -m flag. csrc/isa_<name>.cpp is compiled with the flags of its row."""
-EMULATED_FLAGS = [
-    *ISA_FLAGS["x86_64"]["avx2"],
-    "-O1",
-    "-Wno-psabi",
-]  # of csrc/isa_emulated.cpp, which is for tests alone
+EMULATED_FLAGS = [*ISA_FLAGS["x86_64"]["avx2"], "-O1", "-Wno-psabi"]
+OTHER_ISAS = {"amx": ISA_FLAGS["x86_64"]["avx512"], "emulated": EMULATED_FLAGS, "emulated_amx": EMULATED_FLAGS}
+"""x86_64's that are built only if FASTATTN_ISAS names them: `amx` has run on no machine, the emulated are for tests."""
 REALS = "float", "double"  # once for each, so that two compilers at once have units of like size
 NO_SIMD = {"scalar": []}  # any other machine
 
@@ -78,10 +76,10 @@ def machine() -> str:
 
 
 def isa_flags(target: str, isas: list[str] = ISAS) -> dict[str, list[str]]:
-    """ISA -> flags of csrc/isa_<name>.cpp, for the ISAs of one machine: all but `emulated`, or those that are named."""
+    """ISA -> flags of csrc/isa_<name>.cpp, for the ISAs of one machine: its row, or those that are named."""
     flags_of = ISA_FLAGS.get(target, NO_SIMD)
-    if "emulated" in isas and target == "x86_64":
-        flags_of = flags_of | {"emulated": EMULATED_FLAGS}
+    if target == "x86_64":
+        flags_of = flags_of | {isa: flags for isa, flags in OTHER_ISAS.items() if isa in isas}
     if unknown := set(isas) - set(flags_of):
         sys.exit(f"FASTATTN_ISAS={','.join(isas)!r}: {target} has {', '.join(flags_of)} and not {', '.join(unknown)}")
     return {isa: [*KERNEL_FLAGS, *flags] for isa, flags in flags_of.items() if isa in isas or not isas}

@@ -2,6 +2,11 @@
 #include <unistd.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(FASTATTN_HAVE_AMX)
+#include <sys/syscall.h>
+
+#include <cerrno>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
@@ -10,6 +15,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -30,23 +36,54 @@ FASTATTN_DECLARE(scalar)
 FASTATTN_DECLARE(avx2)
 FASTATTN_DECLARE(avx512)
 FASTATTN_DECLARE(neon)
+FASTATTN_DECLARE(amx)
 FASTATTN_DECLARE(emulated)
+FASTATTN_DECLARE(emulated_amx)
 
 namespace {
 
 struct Candidate {
   const InstructionSet* isa;
   bool supported;
-  bool pays = true;  // else it runs only if it is asked for
+  bool pays = true;         // else it runs only if it is asked for
+  void (*ask)() = nullptr;  // the system, before it runs
 
   std::string name() const { return isa->with_pairs ? isa->with_pairs : isa->name; }
 };
 
-#if defined(FASTATTN_HAVE_AVX2) || defined(FASTATTN_HAVE_AVX512)
+#if defined(FASTATTN_HAVE_AVX2) || defined(FASTATTN_HAVE_AVX512) || defined(FASTATTN_HAVE_AMX)
 // Clang 14's __builtin_cpu_supports does not know it; its registers are AVX's.
 bool has_f16c() {
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && ecx & bit_F16C;
+}
+#endif
+
+#if defined(FASTATTN_HAVE_AVX512) || defined(FASTATTN_HAVE_AMX)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") &&
+         has_f16c();
+}
+#endif
+
+#if defined(FASTATTN_HAVE_AMX)
+// What the kernels of amx multiply in tiles and round with. Whether the system keeps tiles, it says when it is asked.
+bool has_amx() {
+  constexpr unsigned amx_bf16 = 1 << 22, amx_tile = 1 << 24;
+  unsigned eax, ebx, ecx, edx;
+  return has_avx512() && __builtin_cpu_supports("avx512bf16") && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) &&
+         edx & amx_bf16 && edx & amx_tile;
+}
+
+// A process of Linux (5.16 and later) has to ask for the memory in which its threads' tiles are kept.
+void ask_for_tiles() {
+  constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM
+  if (!syscall(SYS_arch_prctl, request, tile_data)) return;
+  throw std::runtime_error("FASTATTN_CPU_ISA=amx_bf16: the system keeps no tiles for this process (arch_prctl: " +
+                           std::string(std::strerror(errno)) +
+                           "): it must be Linux 5.16 or later and every "
+                           "sigaltstack large enough; unset FASTATTN_CPU_ISA for the best one that runs");
 }
 #endif
 
@@ -66,13 +103,10 @@ bool has_bf16() {
 std::vector<Candidate> built_isas() {
   std::vector<Candidate> list;
 #if defined(FASTATTN_HAVE_AVX512)
-  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                          __builtin_cpu_supports("fma") && has_f16c();
   // Intel's cores take a product of pairs apart: it is slower there than multiply-adds of float.
   list.push_back(
-      {&avx512::with_pairs, has_avx512 && __builtin_cpu_supports("avx512bf16"), (bool)__builtin_cpu_is("amd")});
-  list.push_back({&avx512::instruction_set, has_avx512});
+      {&avx512::with_pairs, has_avx512() && __builtin_cpu_supports("avx512bf16"), (bool)__builtin_cpu_is("amd")});
+  list.push_back({&avx512::instruction_set, has_avx512()});
 #endif
 #if defined(FASTATTN_HAVE_AVX2)
   list.push_back(
@@ -89,6 +123,12 @@ std::vector<Candidate> built_isas() {
   list.push_back({&scalar::instruction_set, true});
 #endif
 #endif
+#if defined(FASTATTN_HAVE_AMX)
+  list.push_back({&amx::with_pairs, has_amx(), false, ask_for_tiles});
+#endif
+#if defined(FASTATTN_HAVE_EMULATED_AMX)
+  list.push_back({&emulated_amx::with_pairs, true, false});
+#endif
 #if defined(FASTATTN_HAVE_EMULATED)
   list.push_back({&emulated::with_pairs, true, false});
   list.push_back({&emulated::instruction_set, true, false});
@@ -101,6 +141,7 @@ const InstructionSet& best_isa() {
   std::string built;
   for (const Candidate& x : built_isas()) {
     if (wanted && *wanted ? wanted == x.name() : x.supported && x.pays) {
+      if (x.supported && x.ask) x.ask();
       if (x.supported) return *x.isa;
       throw std::runtime_error("FASTATTN_CPU_ISA=" + std::string(wanted) +
                                ": this CPU does not have it; unset FASTATTN_CPU_ISA for the best one it has");

@@ -237,7 +237,7 @@ class KeyRange {
     bool any = false;
     for (int64_t i = 0; i < count; i++) {
       Range& seen = panel[i].seen = modifier.seen_by(panel[i].lanes, lo, lo + keys);
-      if (pairs && seen.hi) seen = {seen.lo / 2 * 2, smaller(round_up(seen.hi, 2), lo + keys)};
+      if (pairs && seen.hi) seen = {start_of_pairs(seen.lo, lo), smaller(end_of_pairs(seen.hi, lo), lo + keys)};
       any |= panel[i].seen.hi != 0;
       any_masked |= panel[i].seen.hi - panel[i].seen.lo < keys;
     }

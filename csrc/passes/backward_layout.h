@@ -119,7 +119,7 @@ BackwardScratch<Real> backward_layout(const Operands& p, const BackwardBlocking&
     x.k_stride = round_up(pairs_in(D), 16) + 16, x.v_stride = round_up(pairs_in(Dv), 16) + 16;
     x.k_pairs_stride = round_up(D, 16) + 16, x.tile_stride = round_up(b.block_rows / 2, 16) + 16;
     x.k = arena.take<Pair>(keys * x.k_stride), x.v = arena.take<Pair>(keys * x.v_stride);
-    x.k_pairs = arena.take<Pair>(pairs_in(keys) * x.k_pairs_stride);
+    x.k_pairs = arena.take<Pair>(packed(pairs_in(keys)) * x.k_pairs_stride);
     x.ds_pairs = arena.take<Pair>(pairs_in(keys) * NR);
   }
   s.bytes = arena.used;

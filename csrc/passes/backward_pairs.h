@@ -9,7 +9,7 @@
 namespace fastattn::FASTATTN_ISA {
 
 template <int NV>
-class PairRange {
+class PairRange : TilesInUse {
   static constexpr int NR = NV * PL, R = MR<NV>;
   const Operands& p;
   const Gradients& g;
@@ -31,7 +31,7 @@ class PairRange {
     head = query_head, lo = first, keys = count;
     k = pair_rows(p.k, u.batch, u.head_k, lo, keys, p.head_dim, x.k, x.k_stride, crowds(p.k));
     v = pair_rows(p.v, u.batch, u.head_k, lo, keys, p.head_dim_v, x.v, x.v_stride, crowds(p.v));
-    interleave_rows(p.k, u.batch, u.head_k, lo, keys, 0, p.head_dim, x.k_pairs, x.k_pairs_stride);
+    pack_columns(p.k, u.batch, u.head_k, lo, keys, p.head_dim, x.k_pairs, x.k_pairs_stride);
   }
 
   // The panel's rows of q and dout, in the places of those of Real.
@@ -108,7 +108,8 @@ class PairRange {
       float* to = gradient + (tile * column + c) * b.n_block * NR;
       each_tile<R>(keys, [&](int64_t j, auto size) {
         const Range seeing = panels_that_see(panel, count, lo + j, lo + j + size);
-        const int64_t first = seeing.lo * NR / 2, steps = pairs_in(smaller(seeing.hi * NR, rows)) - first;
+        const int64_t first = start_of_pairs(seeing.lo * NR, 0) / 2,
+                      steps = pairs_in(smaller(seeing.hi * NR, rows)) - first;
         const Pair* w = (const Pair*)weights + j * stride + first;
         pair_tile<true, size, NV>(w, stride, from + first * NR, steps, factor, to + j * NR, nothing);
       });

@@ -169,7 +169,7 @@ class ForwardUnit {
   // NaN or Inf in v shows in out whatever its weight, 0 * NaN being NaN. False: behind some mask there may be one.
   bool run() {
     const int64_t list = p.blocks ? p.blocks->index(u.batch, u.head, u.row / b.rows) : 0;
-    const int64_t k_lo = pairs ? u.k_lo / 2 * 2 : u.k_lo;
+    const int64_t k_lo = pairs ? start_of_pairs(u.k_lo, u.k_lo / b.n_block * b.n_block) : u.k_lo;
     each_key_tile(p.blocks, list, k_lo, u.k_hi, b.n_block, [&](const KeyTile& keys) {
       if (skips && !counts(keys)) return;
       const LoadedTile tile = load_tile(keys);
@@ -264,8 +264,8 @@ class ForwardUnit {
     modifier.load_tile(u.batch, u.head, u.row, tile);
     Real* v_copies = s.v[tiles % 2];
     if constexpr (pairs) {
-      interleave_rows(p.v, u.batch, head_k, tile.lo, keys, 0, p.head_dim_v, (Pair*)v_copies, s.v_stride);
-      if (careful) drop_unfinite((Pair*)v_copies, s.v_stride, pairs_in(keys), p.head_dim_v);
+      pack_columns(p.v, u.batch, head_k, tile.lo, keys, p.head_dim_v, (Pair*)v_copies, s.v_stride);
+      if (careful) drop_unfinite((Pair*)v_copies, s.v_stride, packed(pairs_in(keys)), packed(p.head_dim_v));
       return {tile,
               pair_rows(p.k, u.batch, head_k, tile.lo, keys, p.head_dim, (Pair*)s.k, s.k_stride / 2, copies_k),
               {(const Pair*)v_copies, s.v_stride}};
@@ -295,7 +295,10 @@ class ForwardUnit {
   void visit(ForwardPanel<Real>& panel, const LoadedTile& tile) {
     auto [k0, k1] = modifier.seen_by(panel.lanes, tile.keys.lo, tile.keys.hi);
     if (k0 == k1) return;
-    if constexpr (pairs) k0 = k0 / 2 * 2, k1 = smaller(round_up(k1, 2), tile.keys.hi);
+    if constexpr (pairs) {
+      k0 = start_of_pairs(k0, tile.keys.lo);
+      k1 = smaller(end_of_pairs(k1, tile.keys.lo), tile.keys.hi);
+    }
     const int64_t keys = k1 - k0, skipped = k0 - tile.keys.lo, steps = pairs ? pairs_in(p.head_dim) : p.head_dim;
     Real* scores = s.scores[items++ % 2];
     for (int r = 0; r < NR; r++) s.largest[r] = (Real)-__builtin_inf();
@@ -362,7 +365,10 @@ void run_unit_of(const Operands& p, const Blocking& b, const Unit& u, const Part
 template <class Real, int NV>
 void run_unit_lanes(const Operands& p, const Blocking& b, const Unit& u, const Partial& partial, char* memory) {
   if constexpr (has_pairs && sizeof(Real) == 4)
-    if (p.in_pairs) return run_unit_of<Real, NV, true>(p, b, u, partial, memory);
+    if (p.in_pairs) {
+      [[maybe_unused]] const TilesInUse tiles{};
+      return run_unit_of<Real, NV, true>(p, b, u, partial, memory);
+    }
   run_unit_of<Real, NV, false>(p, b, u, partial, memory);
 }
 

@@ -7,6 +7,8 @@
 namespace fastattn::FASTATTN_ISA {
 
 FASTATTN_INLINE int64_t pairs_in(int64_t columns) { return (columns + 1) / 2; }
+// Rows or columns that `pack_columns` fills.
+FASTATTN_INLINE int64_t packed(int64_t n) { return round_up(n, pair_steps); }
 
 // Rows row ... row + count - 1 copied to `to`, `stride` pairs apart; the last pair of an odd row ends with 0.
 FASTATTN_INLINE void copy_pair_rows(const Tensor& t, int64_t batch, int64_t head, int64_t row, int64_t count,
@@ -38,6 +40,20 @@ inline void interleave_rows(const Tensor& t, int64_t batch, int64_t head, int64_
       for (; d + PL <= columns; d += PL) store_pairs(to + d, (Pairs)(widen(low + d) | widen(high + d) << 16));
     for (; d < columns; d++) to[d] = {low[d * step], whole ? high[d * step] : (uint16_t)0};
   }
+}
+
+// Rows row ... row + count - 1 as pairs of rows that are columns of a product: [pairs][stride]. For tile registers each
+// block of 16 x 16 is turned, [column][pair], with zeros where there is no row; no block is left out of the last pairs.
+inline void pack_columns(const Tensor& t, int64_t batch, int64_t head, int64_t row, int64_t count, int64_t columns,
+                         Pair* to, int64_t stride) {
+  if constexpr (!has_tiles) return interleave_rows(t, batch, head, row, count, 0, columns, to, stride);
+  constexpr int64_t n = pair_steps;
+  for (int64_t j = 0; j < count; j += 2 * n)
+    for (int64_t d = 0; d < columns; d += n) {
+      Pair block[n * n] = {};
+      interleave_rows(t, batch, head, row + j, smaller(2 * n, count - j), d, smaller(n, columns - d), block, n);
+      transpose((const float*)block, n, n, n, (float*)(to + j / 2 * stride + d), stride);
+    }
 }
 
 // rows [NR][pairs] to lanes [pairs][NR].

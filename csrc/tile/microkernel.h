@@ -109,4 +109,6 @@ FASTATTN_INLINE void max_tile(const Tile<Real, R, NV>& tile, Real* largest, std:
 
 #if defined(FASTATTN_BF16)
 #include "pair_blocks.h"
+#elif defined(FASTATTN_TILES)
+#include "pair_tiles.h"
 #endif

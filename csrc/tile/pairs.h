@@ -16,6 +16,24 @@ constexpr bool has_pairs = true;
 constexpr bool has_pairs = false;
 #endif
 
+// Pairs that one instruction adds up: of tile registers (pair_tiles.h) a whole row.
+#if defined(FASTATTN_TILES)
+constexpr int64_t pair_steps = 16;
+#else
+constexpr int64_t pair_steps = 1;
+struct TilesInUse {};
+#endif
+constexpr bool has_tiles = pair_steps > 1;
+
+// Sums over keys are of whole instructions, counted from a tile's first key, for bits that depend on no neighbour: where
+// the one with `key` starts, and where the one before `key` ends. first: even.
+FASTATTN_INLINE int64_t start_of_pairs(int64_t key, int64_t first) {
+  return has_tiles ? first + (key - first) / (2 * pair_steps) * (2 * pair_steps) : key / 2 * 2;
+}
+FASTATTN_INLINE int64_t end_of_pairs(int64_t key, int64_t first) {
+  return has_tiles ? first + round_up(key - first, 2 * pair_steps) : round_up(key, 2);
+}
+
 // Two bfloat16 that are neighbours in a sum. Rows of bfloat16 are rows of pairs where they lie.
 struct Pair {
   uint16_t low, high;

@@ -37,9 +37,10 @@ template <int R>
 FASTATTN_INLINE int64_t tiles_of(int64_t rows) {
   return (rows + R - 1) / R;
 }
-// The next of `left` rows for them, all of like size: a sliver would idle the pipes.
+// The next of `left` rows for them, all of like size: a sliver would idle the pipes. Tile registers want whole ones.
 template <int R>
 FASTATTN_INLINE int64_t tile_rows_of(int64_t left) {
+  if constexpr (has_tiles) return smaller<int64_t>(left, R);
   const int64_t tiles = tiles_of<R>(left);
   return (left + tiles - 1) / tiles;
 }

@@ -82,6 +82,9 @@ def look(facts: dict) -> list[Finding]:
     if facts["threads"] > cores:
         text = f"{facts['threads']} threads share {cores:g} cores"
         found.append(Finding(False, text, f"torch.set_num_threads({max(int(cores), 1)}), or OMP_NUM_THREADS"))
+    if facts["isa"] == "amx":
+        text = "FASTATTN_CPU_ISA=amx_bf16 runs kernels that no machine had run when they were written"
+        found.append(Finding(False, text, "compare results with FASTATTN_CPU_ISA unset, and tell us"))
     if (isa := os.environ.get("FASTATTN_CPU_ISA")) and facts["isa"] == isa:
         found.append(Finding(False, f"FASTATTN_CPU_ISA={isa} narrows the kernels", "unset it for the best"))
     for name in sorted(x for x in os.environ if x.startswith("FASTATTN_") and x not in KNOWN):

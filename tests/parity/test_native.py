@@ -23,7 +23,7 @@ KERNELS = [
     for isa in supported_isas()
     for panels in ((" wide", " narrow") if isa.startswith("avx512") else ("",))
 ]
-KERNELS += ["emulated_bf16", "emulated_bf16 of two vectors"] if MACHINE == "x86_64" else []
+KERNELS += ["emulated_bf16", "emulated_bf16 of two vectors", "emulated_amx_bf16"] if MACHINE == "x86_64" else []
 
 
 def build(folder: Path, cxx: str, machine: str, isas: list[str], *flags: str) -> tuple[Path, dict[str, list[Path]]]:

@@ -18,10 +18,11 @@ from isas import needs_cpu
 X86 = setup.machine() == "x86_64"
 
 
-def test_numbers(tmp_path):
-    program = tmp_path / "pairs"
+@pytest.mark.parametrize("source", ["pairs", pytest.param("tiles", marks=pytest.mark.slow)])
+def test_numbers(tmp_path, source):
+    program = tmp_path / source
     flags = ["-O1", "-std=c++17", "-Wall", "-Wextra", "-Wno-psabi", "-I", ROOT / "csrc"]
-    output(compiler(), ROOT / "tests/native/pairs/pairs.cpp", "-o", program, *flags)
+    output(compiler(), ROOT / f"tests/native/pairs/{source}.cpp", "-o", program, *flags)
     assert output(program) == ""
 
 
@@ -57,6 +58,30 @@ def test_instructions(tmp_path):
         assert not re.search(r"zmm.*\(%r[sb]p\)|\(%r[sb]p\),%zmm", code)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not X86, reason="instructions of x86")
+def test_tile_instructions(tmp_path):
+    """What can be seen of AMX without a machine: a product loads registers in its loop, and stores its sums once."""
+    tool("objdump")
+    source, compiled = tmp_path / "tile.cpp", tmp_path / "tile.o"
+    text = (ROOT / "csrc/isa_amx.cpp").read_text().replace('#include "isa.h"', '#include "tile/pair_gradients.h"')
+    source.write_text(
+        f"{text}\nnamespace fastattn::amx {{\nvoid configure() {{ TilesInUse tiles; }}\n"
+        "template void out_tile<float, 16, 1, Pair>(const Pair*, int64_t, const Pair*, int64_t, bool, float*);\n"
+        "template void pair_tile<true, 16, 1>(const Pair*, int64_t, const Pair*, int64_t, float, float*, NoAside&);\n"
+        "}\n"
+    )
+    output(compiler(), source, "-c", "-o", compiled, *setup.isa_flags("x86_64", ["amx"])["amx"], "-I", ROOT / "csrc")
+    code = output("objdump", "-dC", "--no-show-raw-insn", compiled)
+    configure, columns, rows = re.split(r"\n\n[0-9a-f]+ <", code)[1:]
+    assert re.findall(r"\t(\w*tile\w*)", configure) == ["ldtilecfg", "tilerelease"]
+    for function in (columns, rows):
+        first, *others = re.findall(r"\t(\w+) .*%tmm", function)
+        assert first == "tilezero" and others.count("tdpbf16ps") == others.count("tilestored") == 1
+        assert set(others) == {"tileloadd", "tdpbf16ps", "tilestored"}
+        assert re.search(r"tdpbf16ps %tmm2,%tmm1,%tmm0", function)  # sums += a b
+
+
 @needs_cpu
 def test_what_a_call_tells(monkeypatch):
     """As on a CPU that has the instruction: those that do not use it say so."""
@@ -83,18 +108,18 @@ def test_what_a_call_tells(monkeypatch):
         plans.forget()
 
 
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    """A copy of the package whose extension has the kernels of tests alone."""
-    folder = tmp_path_factory.mktemp("emulated")
+@pytest.fixture(scope="module", params=["emulated", "emulated_amx"])
+def emulated(request, tmp_path_factory):
+    """A copy of the package whose extension has kernels of tests alone, and their name."""
+    folder = tmp_path_factory.mktemp(request.param)
     ignore = shutil.ignore_patterns("*.so", "__pycache__")
     for name in ("csrc", "fastattn", "kernels", "tests"):
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignore)
     for path in (ROOT / "setup.py", ROOT / "pyproject.toml", *ROOT.glob("*.md")):
         shutil.copy(path, folder)
-    build = {"FASTATTN_BUILD_EXT": "1", "FASTATTN_ISAS": "emulated"}
+    build = {"FASTATTN_BUILD_EXT": "1", "FASTATTN_ISAS": request.param}
     output(sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", cwd=folder, **build)
-    return folder
+    return folder, f"{request.param}_bf16"
 
 
 @pytest.mark.slow
@@ -103,12 +128,13 @@ def emulated(tmp_path_factory):
                                    "varlen dropout skipping sdpa"])  # fmt: skip
 def test_parity_in_pairs(emulated, files):
     """Every test of bfloat16, and all others of the same files."""
+    folder, isa = emulated
     tests = [f"tests/parity/test_{name}.py" for name in files.split()]
     output(
         *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", "not every_isa"),
-        cwd=emulated,
-        PYTHONPATH=str(emulated),
-        FASTATTN_CPU_ISA="emulated_bf16",
+        cwd=folder,
+        PYTHONPATH=str(folder),
+        FASTATTN_CPU_ISA=isa,
     )
 
 

@@ -5,11 +5,10 @@
 #define FASTATTN_NV 2
 #define FASTATTN_MR 8
 #define FASTATTN_MR_NARROW 12
-#include <sys/mman.h>
-
 #include <cstdio>
 
 #include "arm.h"
+#include "numbers.h"
 #include "tile/microkernel.h"
 
 using namespace fastattn::neon;
@@ -75,16 +74,11 @@ static void check_operations(int64_t round) {
 }
 
 // n pairs behind which nothing may be read.
-struct Guarded {
-  static constexpr int64_t bytes = 1 << 16;  // a page of any CPU
-  char* memory = (char*)mmap(nullptr, 2 * bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  Guarded() { mprotect(memory + bytes, bytes, PROT_NONE); }
-  Pair* fill(int64_t n) {
-    Pair* first = (Pair*)(memory + bytes) - n;
-    for (int64_t i = 0; i < n; i++) first[i] = pair();
-    return first;
-  }
-};
+static Pair* filled(Guarded& memory, int64_t n) {
+  Pair* first = memory.last<Pair>(n);
+  for (int64_t i = 0; i < n; i++) first[i] = pair();
+  return first;
+}
 
 // A register tile, with the rows of A apart or side by side: every element is a chain of dot products in order.
 template <int R, int NV>
@@ -92,7 +86,7 @@ static void check_tile(int64_t steps, bool columns) {
   constexpr int NR = NV * PL;
   const int64_t a_row = columns ? 1 : steps, a_step = columns ? R : 1;
   static Guarded of_a, of_b;
-  const Pair *a = of_a.fill(R * steps), *b = of_b.fill(steps * NR);
+  const Pair *a = filled(of_a, R * steps), *b = filled(of_b, steps * NR);
   float c[R * NR];
   const auto tile = columns ? multiply<float, R, NV>(a, 1, a_step, b, NR, steps, [] {})
                             : multiply<float, R, NV>(a, a_row, 1, b, NR, steps, [] {});

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdio>
 
+#include "numbers.h"
 #include "tile/pair_gradients.h"
 
 using namespace fastattn::emulated;
@@ -23,18 +24,6 @@ void same(const char* what, float found, float expected) {
   if (found == expected || (found != found && expected != expected)) return;
   wrong++;
   std::printf("%s: %a, expected %a\n", what, found, expected);
-}
-
-uint16_t half(float x) {  // of a number that bfloat16 holds
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  return (uint16_t)(bits >> 16);
-}
-float whole(uint16_t x) {
-  const uint32_t bits = (uint32_t)x << 16;
-  float y;
-  memcpy(&y, &bits, 4);
-  return y;
 }
 
 // sum + low products + high products, in all lanes.
