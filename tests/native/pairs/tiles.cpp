@@ -74,7 +74,8 @@ void check_tile(int64_t steps) {
   static Guarded of_a, of_b;
   const int64_t stride = steps + 3;
   Pair *a = of_a.last<Pair>(R * stride - 3), *b = of_b.last<Pair>(steps * n);
-  for (int64_t i = 0; i < R * stride - 3; i++) a[i] = i % stride < steps ? Pair{number(), number()} : Pair{0x7fc0, 0x7fc0};
+  for (int64_t i = 0; i < R * stride - 3; i++)
+    a[i] = i % stride < steps ? Pair{number(), number()} : Pair{0x7fc0, 0x7fc0};
   for (int64_t i = 0; i < steps * n; i++) b[i] = {number(), number()};
 
   static uint16_t rows[2 * most_steps][n];  // of V
