@@ -29,7 +29,10 @@ BRANCHES = {
     "s_cbranch_execnz": _any(EXEC),
     "s_endpgm": None,
 }
-NOTHING = ("s_delay_alu", "s_clause", "s_nop", "s_sendmsg", "s_waitcnt_depctr", "buffer_gl0_inv", "s_setprio")
+NOTHING = (
+    "s_delay_alu", "s_clause", "s_nop", "s_sendmsg", "s_waitcnt_depctr", "buffer_gl0_inv", "s_setprio",
+    "s_set_inst_prefetch_distance",
+)  # fmt: skip
 """They order or hint what happens in order here anyway, or take registers back at the end."""
 _COUNTERS = {"vmcnt": ("vector",), "lgkmcnt": ("local", "scalar"), "vscnt": ("stores",), "expcnt": ()}
 
