@@ -2,11 +2,5 @@
 // (tile/pair_tiles.h). FASTATTN_ISAS=emulated_amx builds it, no wheel has it, and it runs only if it is asked for.
 #define FASTATTN_ISA emulated_amx
 #define FASTATTN_EMULATED
-#define FASTATTN_PAIRS
-#define FASTATTN_TILES
-#define FASTATTN_WIDTH 64
-#define FASTATTN_NV 1
-#define FASTATTN_MR 16
-#define FASTATTN_MR_NARROW 16
-#define FASTATTN_WIDE_L1 0
+#include "amx_panels.h"
 #include "isa.h"

@@ -15,7 +15,7 @@ from fastattn import dispatch, plans
 from fastattn.backends import cpu
 from isas import needs_cpu
 
-X86 = setup.machine() == "x86_64"
+of_x86 = pytest.mark.skipif(setup.machine() != "x86_64", reason="instructions and flags of x86")
 
 
 @pytest.mark.parametrize("source", ["pairs", pytest.param("tiles", marks=pytest.mark.slow)])
@@ -36,44 +36,42 @@ def test_numbers_of_arm(tmp_path):
     assert re.fullmatch(r"[1-9]\d{5,} comparisons, 0 failed\n", text), text
 
 
-@pytest.mark.skipif(not X86, reason="an instruction of x86")
+def disassembled(tmp_path, isa: str, text: str) -> list[str]:
+    """The functions that `text` instantiates in the namespace of csrc/isa_<isa>.cpp, compiled as in the package."""
+    source, compiled = tmp_path / "tile.cpp", tmp_path / "tile.o"
+    unit = (ROOT / f"csrc/isa_{isa}.cpp").read_text().replace('#include "isa.h"', '#include "tile/pair_gradients.h"')
+    source.write_text(f"{unit}\nnamespace fastattn::{isa} {{\n{text}}}\n")
+    output(compiler(), source, "-c", "-o", compiled, *setup.isa_flags("x86_64", [isa])[isa], "-I", ROOT / "csrc")
+    code = output(tool("objdump"), "-dC", "--no-show-raw-insn", compiled)
+    return re.split(r"\n\n(?=[0-9a-f]+ <)", code)[1:]
+
+
+@of_x86
 def test_instructions(tmp_path):
     """A register tile is the instruction with its pair from memory, and nothing that goes to the stack."""
-    tool("objdump")
-    source, compiled = tmp_path / "tile.cpp", tmp_path / "tile.o"
-    text = (ROOT / "csrc/isa_avx512.cpp").read_text().replace('#include "isa.h"', '#include "tile/pair_gradients.h"')
-    source.write_text(
-        f"{text}\nnamespace fastattn::avx512 {{\n"
+    *_, narrow, wide = disassembled(
+        tmp_path,
+        "avx512",
         "template void out_tile<float, MR<1>, 1, Pair>(const Pair*, int64_t, const Pair*, int64_t, bool, float*);\n"
-        "template void out_tile<float, MR<2>, 2, Pair>(const Pair*, int64_t, const Pair*, int64_t, bool, float*);\n}\n"
+        "template void out_tile<float, MR<2>, 2, Pair>(const Pair*, int64_t, const Pair*, int64_t, bool, float*);\n",
     )
-    flags = [*setup.isa_flags("x86_64", ["avx512"])["avx512"], "-I", ROOT / "csrc"]
-    output(compiler(), source, "-c", "-o", compiled, *flags)
-    narrow, wide = re.split(r"\n\n(?=[0-9a-f]+ <.*out_tile)", output("objdump", "-dC", "--no-show-raw-insn", compiled))[
-        -2:
-    ]
     assert len(re.findall(r"vdpbf16ps .*\(%r\w+\)\{1to16\},%zmm", narrow)) == 8 * 8  # 4 steps at once, 1, and 3 behind
     assert len(re.findall(r"vdpbf16ps %zmm", wide)) >= 5 * 20
-    for code in (narrow, wide):
-        assert not re.search(r"zmm.*\(%r[sb]p\)|\(%r[sb]p\),%zmm", code)
+    for function in (narrow, wide):
+        assert not re.search(r"zmm.*\(%r[sb]p\)|\(%r[sb]p\),%zmm", function)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not X86, reason="instructions of x86")
+@of_x86
 def test_tile_instructions(tmp_path):
     """What can be seen of AMX without a machine: a product loads registers in its loop, and stores its sums once."""
-    tool("objdump")
-    source, compiled = tmp_path / "tile.cpp", tmp_path / "tile.o"
-    text = (ROOT / "csrc/isa_amx.cpp").read_text().replace('#include "isa.h"', '#include "tile/pair_gradients.h"')
-    source.write_text(
-        f"{text}\nnamespace fastattn::amx {{\nvoid configure() {{ TilesInUse tiles; }}\n"
+    configure, columns, rows = disassembled(
+        tmp_path,
+        "amx",
+        "void configure() { TilesInUse tiles; }\n"
         "template void out_tile<float, 16, 1, Pair>(const Pair*, int64_t, const Pair*, int64_t, bool, float*);\n"
-        "template void pair_tile<true, 16, 1>(const Pair*, int64_t, const Pair*, int64_t, float, float*, NoAside&);\n"
-        "}\n"
+        "template void pair_tile<true, 16, 1>(const Pair*, int64_t, const Pair*, int64_t, float, float*, NoAside&);\n",
     )
-    output(compiler(), source, "-c", "-o", compiled, *setup.isa_flags("x86_64", ["amx"])["amx"], "-I", ROOT / "csrc")
-    code = output("objdump", "-dC", "--no-show-raw-insn", compiled)
-    configure, columns, rows = re.split(r"\n\n[0-9a-f]+ <", code)[1:]
     assert re.findall(r"\t(\w*tile\w*)", configure) == ["ldtilecfg", "tilerelease"]
     for function in (columns, rows):
         first, *others = re.findall(r"\t(\w+) .*%tmm", function)
@@ -123,7 +121,7 @@ def emulated(request, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not X86, reason="its flags are of x86")
+@of_x86
 @pytest.mark.parametrize("files", ["prefill prefill_bits prefill_rules", "backward backward_autograd", "block_mask",
                                    "varlen dropout skipping sdpa"])  # fmt: skip
 def test_parity_in_pairs(emulated, files):

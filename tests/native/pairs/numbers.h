@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 
 // bfloat16 as float, and of a number that it holds.
@@ -16,6 +17,13 @@ inline float whole(uint16_t x) {
   float y;
   memcpy(&y, &bits, 4);
   return y;
+}
+
+// Counts what is not as expected, NaN or the number, and prints the first of it.
+inline int wrong = 0;
+inline void same(const char* what, float found, float expected) {
+  if (found == expected || (found != found && expected != expected)) return;
+  if (wrong++ < 10) std::printf("%s: %a, expected %a\n", what, found, expected);
 }
 
 // Memory behind which nothing may be read.

@@ -18,14 +18,6 @@ using namespace fastattn::emulated;
 
 namespace {
 
-int wrong = 0;
-
-void same(const char* what, float found, float expected) {
-  if (found == expected || (found != found && expected != expected)) return;
-  wrong++;
-  std::printf("%s: %a, expected %a\n", what, found, expected);
-}
-
 // sum + low products + high products, in all lanes.
 float product(float sum, float a_low, float b_low, float a_high, float b_high) {
   Vec<float> c = splat(sum);

@@ -2,16 +2,9 @@
 // tiles of every size, bit for bit, whose operands end where nothing may be read or with what must not be. Prints what is wrong.
 #define FASTATTN_ISA emulated_amx
 #define FASTATTN_EMULATED
-#define FASTATTN_PAIRS
-#define FASTATTN_TILES
-#define FASTATTN_WIDTH 64
-#define FASTATTN_NV 1
-#define FASTATTN_MR 16
-#define FASTATTN_MR_NARROW 16
-#define FASTATTN_WIDE_L1 0
 #include <cmath>
-#include <cstdio>
 
+#include "amx_panels.h"
 #include "numbers.h"
 #include "rows/pair_rows.h"
 #include "tile/microkernel.h"
@@ -22,12 +15,6 @@ using namespace fastattn::emulated_amx;
 namespace {
 
 constexpr int64_t n = pair_steps, most_steps = 3 * n + 5;
-int wrong = 0;
-
-void same(const char* what, float found, float expected) {
-  if (found == expected || (found != found && expected != expected)) return;
-  if (wrong++ < 10) std::printf("%s: %a, expected %a\n", what, found, expected);
-}
 
 // Numbers of eight bits whose sums are rounded.
 uint16_t number() {
