@@ -92,8 +92,7 @@ def _scalars(is_gfx11: bool) -> list[str]:
     found += ["s_cmp_lg_u64 s[2:3], s[4:5]", "s_bitcmp0_b32 s2, s4", "s_bitcmp1_b32 s2, s4"]
     found += ["s_cmpk_gt_u32 s2, 0x7e", "s_cmpk_lt_u32 s2, 0x8001", "s_cmpk_lt_i32 s2, 0x8001"]
     size, made, read = ("b32", "s30", "s2") if is_gfx11 else ("b64", "s[30:31]", "s[2:3]")
-    combined = ("and", "or") if is_gfx11 else ("and", "or", "andn2")
-    found += [f"s_{name}_saveexec_{size} {made}, {read}" for name in combined]
+    found += [f"{name}_saveexec_{size} {made}, {read}" for name in ("s_and", "s_or", and_not)]
     return found + [f"s_lshl{n}_add_u32 s30, s2, s4" for n in (1, 2, 3, 4)]
 
 

@@ -232,12 +232,35 @@ s_cmp_eq_u32 s6, 0
 s_cbranch_scc1 .LBB0_1
 s_barrier
 .LBB0_1:
+"""), faults.Race,
+    ),
+    "a barrier that a wave ends before": (
+        changed("s_barrier\n", """v_readfirstlane_b32 s6, v0
+s_cmp_eq_u32 s6, 0
+s_cbranch_scc0 .LBB0_1
+s_endpgm
+.LBB0_1:
+s_barrier
 """), faults.Diverged,
     ),
     "an instruction that is not known": (changed("s_barrier\n", "s_barrier\nv_sin_f32_e32 v9, v2\n"), faults.Unknown),
     "a modifier that is not known": (changed("v_add_nc_u32_e32 v3, s4, v0", "v_add_nc_u32_e64 v3, s4, v0 clamp"),
                                      faults.Unknown),
 }  # fmt: skip
+
+
+def test_waves_come_to_a_barrier_from_behind():
+    detour = """v_readfirstlane_b32 s6, v0
+s_cmp_eq_u32 s6, 0
+s_cbranch_scc0 .LBB0_2
+.LBB0_1:
+s_barrier
+s_branch .LBB0_3
+.LBB0_2:
+s_branch .LBB0_1
+.LBB0_3:
+"""
+    assert torch.equal(launched(changed("s_barrier\n", detour)), launched(REVERSED))
 
 
 @pytest.mark.parametrize("name", MISTAKES)

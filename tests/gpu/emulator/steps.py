@@ -5,13 +5,15 @@ import numpy as np
 from .faults import Fault
 
 
-def run_blocks(machine, everyone: np.ndarray, choose) -> None:
+def run_blocks(machine, everyone: np.ndarray, choose, waits=lambda block, those: False) -> None:
     """Runs `machine.code` from its first block on. choose(those): bool, who runs the block that follows;
-    `machine.leave(block, those)` says which of them go where."""
+    `machine.leave(block, those)` says which of them go where. waits(block, those): whether others have to come to a
+    block first; where all wait, one of them runs all the same, and says what is wrong."""
     waiting = {0: everyone}
     with np.errstate(all="ignore"):
         while waiting:
-            number = min(waiting)
+            ready = (n for n, those in waiting.items() if not waits(machine.code.blocks[n], those))
+            number = min(ready, default=min(waiting))
             those = waiting.pop(number)
             choose(those)
             block = machine.code.blocks[number]

@@ -20,7 +20,8 @@ from .registers import Registers
 
 
 class Block(NamedTuple):
-    """Instructions between branches, and the one that ends it, or None; next: the number of the block that follows."""
+    """Instructions between branches and barriers, which come first, and the branch that ends it, or None; next: the
+    number of the block that follows."""
 
     steps: tuple
     instructions: tuple[Instruction, ...]
@@ -47,6 +48,7 @@ def decode(text: str) -> Code:
     instructions = program.instructions
     starts = {0, *(program.labels[i.operands[0].name] for i in instructions if "branch" in i.opcode)}
     starts |= {n + 1 for n, i in enumerate(instructions) if i.opcode in BRANCHES}
+    starts |= {n for n, i in enumerate(instructions) if i.opcode == "s_barrier"}
     starts = sorted(starts - {len(instructions)})
     number = {start: n for n, start in enumerate(starts)}
     blocks = []
@@ -78,7 +80,8 @@ class Machine:
         self.registers = Registers(count, code.lanes, self.counters)
         self.waves_of_program = waves
         self.program_of_lane = np.repeat(programs, waves * code.lanes)
-        self.shared = Shared(shared, len(programs), waves * code.lanes, code.unit, code.lanes)
+        # lanes round the sums of a row that several of them hold as each has it, before one of them is stored
+        self.shared = Shared(shared, len(programs), waves * code.lanes, code.unit, code.lanes, lanes_agree=False)
         self.scratch = np.zeros((settings["private_segment_fixed_size"], count * code.lanes), np.uint8)
         self.is_scratch_written = np.zeros(self.scratch.shape, bool)
         for place in range(2):
@@ -96,14 +99,22 @@ class Machine:
         """All waves of a program have to be here, and done with LDS."""
         waves = self.registers.waves
         running = np.ones(self.registers.shape[0], bool) if waves is None else waves
-        programs = running.reshape(-1, self.waves_of_program)
-        if np.any(programs.any(1) != programs.all(1)):
+        if self._are_apart(running):
             raise Diverged("a barrier of a whole program, of which some waves are elsewhere")
         self.counters.check_barrier()
-        self.shared.barrier(programs.any(1))
+        self.shared.barrier(running.reshape(-1, self.waves_of_program).any(1))
+
+    def _are_apart(self, waves: np.ndarray) -> bool:
+        """Whether these are some of a program's waves, but not all."""
+        programs = waves.reshape(-1, self.waves_of_program)
+        return np.any(programs.any(1) != programs.all(1))
+
+    def _waits(self, block: Block, waves: np.ndarray) -> bool:
+        starts = block.instructions or (block.last,)
+        return starts[0].opcode == "s_barrier" and self._are_apart(waves)
 
     def run(self) -> None:
-        run_blocks(self, np.ones(self.registers.shape[0], bool), self._choose)
+        run_blocks(self, np.ones(self.registers.shape[0], bool), self._choose, self._waits)
 
     def _choose(self, waves: np.ndarray) -> None:
         self.registers.run_waves(None if waves.all() else waves)

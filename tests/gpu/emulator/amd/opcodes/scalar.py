@@ -120,7 +120,8 @@ OPERATIONS = {
 SAVED = {
     f"s_{name}_saveexec_b{bits}": function
     for name, function in (
-        ("and", np.bitwise_and), ("or", np.bitwise_or), ("andn2", lambda value, executed: value & ~executed),
+        ("and", np.bitwise_and), ("or", np.bitwise_or),
+        *((name, lambda value, executed: value & ~executed) for name in ("andn2", "and_not1")),  # gfx942, gfx1100
     )
     for bits in (32, 64)
 }  # fmt: skip
