@@ -106,9 +106,9 @@ A Longformer, and a vision transformer on a large image, with sparse attention:
 
 
 def first_call() -> fastattn.calls.Call:
-    """The record of a tiny attention call: which kernel this machine gets."""
+    """The record of a small attention call, of the kind that is timed below: which kernel this machine gets."""
     with torch.no_grad():
-        fastattn.attention(*(torch.randn(1, 1, 8, 16) for _ in range(3)))
+        fastattn.attention(*(torch.randn(1, 1, 64, 16) for _ in range(3)))
     return fastattn.last_call()
 
 

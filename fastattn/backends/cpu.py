@@ -56,6 +56,18 @@ def isa() -> str:
     return _C.isa()
 
 
+def unusable() -> str | None:
+    """None if a call runs on them, else why not: they are missing, or FASTATTN_CPU_ISA asks for what this CPU or this
+    build lacks, which every call raises."""
+    if missing := unavailable():
+        return missing
+    try:
+        isa()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
 def isa_of(kernel: str, problem) -> str:
     """That of one call: named "<isa>_bf16" where its products are of pairs of bfloat16, and weights rounded to it."""
     return (_multiplies_pairs(kernel, problem) and _C.pair_isa()) or isa()

@@ -17,7 +17,8 @@ from .timing import Contender, rounds
 
 KNOWN = {
     "FASTATTN_AUTOTUNE", "FASTATTN_BACKEND", "FASTATTN_BUILD_EXT", "FASTATTN_CHECK", "FASTATTN_CPU_ISA",
-    "FASTATTN_DIST", "FASTATTN_FALLBACK", "FASTATTN_ISAS", "FASTATTN_TUNED",
+    "FASTATTN_DIST", "FASTATTN_FALLBACK", "FASTATTN_ISAS", "FASTATTN_ROUNDED_DELTA", "FASTATTN_SELFCHECK",
+    "FASTATTN_TUNED",
 }  # fmt: skip
 """Variables that the package, its build and its tests read."""
 
@@ -71,6 +72,8 @@ def look(facts: dict) -> list[Finding]:
     if missing := cpu.unavailable():
         compiler = "" if shutil.which("g++") or shutil.which("clang++") else " (no C++ compiler is on the path)"
         found.append(Finding(True, missing + compiler, "pip install --force-reinstall --no-cache-dir fastattn"))
+    elif refusal := cpu.unusable():
+        found.append(Finding(True, refusal, "every call raises this"))
     elif not facts["openmp"]:
         found.append(
             Finding(True, "torch has loaded no OpenMP runtime: calls run on one thread", "install torch from a wheel")
@@ -98,12 +101,14 @@ def look(facts: dict) -> list[Finding]:
 
 def _backends() -> dict[str, str]:
     """Each kernel with its verdict on a plain call."""
-    problem = bind(*torch.zeros(3, 1, 2, 64, 32).unbind()).problem
+    problem = bind(*torch.zeros(3, 1, 2, 64, 32).unbind(), backend="reference").problem
     gpu = problem._replace(device="cuda", dtype="bfloat16")
-    rows = {}
+    rows, unusable = {}, cpu.unusable()
     for row in dispatch.rows_of(None, "dense"):
         if row.supports.get("direction") == {"forward"}:
             reasons = dispatch.refuse(row, gpu if row.backend == "triton" else problem)
+            if row.backend == "cpu" and unusable:
+                reasons = [unusable]
             rows[row.name] = (
                 ", ".join(x for x in reasons if "rows_per_key_head" not in x and "seqlen" not in x) or "ready"
             )
@@ -118,7 +123,7 @@ def _sdpa() -> str:
 
 def _parity() -> float | None:
     """Largest error of a causal call and its gradients against float64."""
-    if cpu.unavailable():
+    if cpu.unusable():
         return None
     generator = torch.Generator().manual_seed(0)
     exact = [torch.randn(1, 4, 300, 64, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(3)]
@@ -131,7 +136,7 @@ def _parity() -> float | None:
 
 def _speed() -> float | None:
     """How many times as long torch's SDPA takes for a short causal call."""
-    if cpu.unavailable():
+    if cpu.unusable():
         return None
     q, k, v = torch.randn(3, 1, 8, 512, 64).unbind()
     threads = torch.get_num_threads()

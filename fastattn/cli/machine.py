@@ -42,7 +42,7 @@ def facts() -> dict:
         "threads": torch.get_num_threads(),
         "openmp": openmp_name(),
         "fastattn": version_of("fastattn"),
-        "isa": None if cpu.unavailable() else cpu.isa(),
+        "isa": None if cpu.unusable() else cpu.isa(),
         "environment": {name: value for name, value in sorted(os.environ.items()) if ENVIRONMENT.match(name)},
     }
 

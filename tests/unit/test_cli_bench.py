@@ -2,14 +2,18 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 import fastattn
-from fastattn import cli
+from fastattn import cli, plans
 from fastattn.backends import cpu
 from fastattn.cli import bench, compare, doctor, limits, machine, ratios, regimes, trace
+
+ROOT = Path(fastattn.__file__).parents[1]
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason="the CPU kernels are not built")
 
@@ -244,6 +248,28 @@ def test_doctor_without_kernels(monkeypatch, capsys):
     monkeypatch.setattr(cpu, "_import_error", ImportError("no such file"), raising=False)
     assert cli.main(["doctor"]) == 1
     assert "PROBLEM: the compiled CPU kernels are missing" in capsys.readouterr().out
+
+
+def test_doctor_where_no_kernel_runs(monkeypatch, capsys):
+    """FASTATTN_CPU_ISA names what this CPU lacks: the one command that tells what to do does not end in a traceback."""
+
+    def refuse():
+        raise RuntimeError("FASTATTN_CPU_ISA=any: this CPU does not have it")
+
+    monkeypatch.setattr(cpu, "isa", refuse)
+    plans.forget()
+    try:
+        assert cli.main(["doctor"]) == 1
+    finally:
+        plans.forget()
+    text = capsys.readouterr().out
+    assert "PROBLEM: FASTATTN_CPU_ISA=any: this CPU" in text and "cpu.prefill: FASTATTN_CPU_ISA=any: this CPU" in text
+    assert re.search(r"^isa +unknown$", text, re.M) and re.search(r"^instruction_sets_built .*scalar$", text, re.M)
+
+
+def test_doctor_knows_the_variables_of_the_docs():
+    pages = (ROOT / "docs/guide.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text()
+    assert doctor.KNOWN == set(re.findall(r"^\| `(FASTATTN_\w+)`", pages, re.M))
 
 
 def test_explain_says_that_there_is_no_openmp(monkeypatch):
