@@ -7,15 +7,15 @@ import torch
 from .calls import note
 from .dispatch import KernelError
 from .plans import Bound, after_failure, gradients_of
-from .torch_internals import direct_apply, is_in_old_vmap, is_transformed
+from .torch_internals import direct_apply, is_in_old_vmap, is_transformed, shorten_backward
 from .transforms.works import gradients_again
 
 _new, _Tensor = tuple.__new__, torch.Tensor
 
 
 class Differentiable(torch.autograd.Function):
-    """out of a call whose row has `train`, or (out, lse) if it asks for lse, as apply(bound, q, k, v, *tensors): those
-    among the terms once more, since autograd sees no tensors inside a tuple. All else that a call has is in `bound`.
+    """(out, lse or None) of a call whose row has `train`, as apply(bound, q, k, v, *tensors): those among the terms once
+    more, since autograd sees no tensors inside a tuple. All else that a call has is in `bound`.
 
     Saves its inputs, out (in float32 where it has 16 bits), and two numbers a row; nothing n x n.
     """
@@ -24,29 +24,29 @@ class Differentiable(torch.autograd.Function):
     def forward(ctx, bound, q, k, v, *tensors):
         choice, problem, terms, backend = bound
         out, lse, saved = choice.train(problem, q, k, v, terms)
-        ctx.set_materialize_grads(False)
+        ctx.materialize_grads = False  # as set_materialize_grads and save_for_backward do it, without their frames
         ctx.places = places = _places_of(terms) if tensors else ()
         # Tensors only as saved tensors: autograd checks their versions, and hooks may move them.
         if tensors:
             bound = _new(Bound, (choice, problem, _replaced(terms, places, [None] * len(places)), backend))
         ctx.bound = bound
-        ctx.save_for_backward(q, k, v, *saved, *tensors)
-        return out if lse is None else (out, lse)
+        ctx.to_save = q, k, v, *saved, *tensors
+        return out, lse
 
     @staticmethod
-    def backward(ctx, dout, dlse=None):
+    def backward(ctx, dout, dlse):
         places = ctx.places
         if dout is None and dlse is None:
             return (None,) * (4 + len(places))
         q, k, v, *saved = ctx.saved_tensors
         choice, problem, terms, backend = ctx.bound
-        _, want_q, want_k, want_v, *wants = ctx.needs_input_grad
+        _, want_q, want_k, want_v, *wanted = ctx.needs_input_grad
+        wants = _none_wanted(type(terms))
         if places:
             saved, tensors = saved[: -len(places)], saved[-len(places) :]
-            terms = _replaced(terms, places, tensors)
+            terms, wants = _replaced(terms, places, tensors), _replaced(wants, places, wanted)
         if dout is None:
             dout = q.new_zeros(()).expand(saved[0].shape)
-        wants = _replaced(_none_wanted(type(terms)), places, wants)
         # Grad mode is on in here for create_graph=True alone: somebody will differentiate this gradient.
         if torch.is_grad_enabled() or is_transformed() or is_in_old_vmap(dout if dlse is None else dlse):
             call, wanted = (choice.row.backend, problem, (q, k, v), terms), (want_q, want_k, want_v, *wants)
@@ -55,32 +55,28 @@ class Differentiable(torch.autograd.Function):
             else:
                 dq, dk, dv, *grads = gradients_again(*call, saved, dout, dlse, wanted, backend)
             return None, dq, dk, dv, *[grads[place] for place in places]
-        bound = gradients_of(problem, choice.row.backend, dlse is not None)
+        bound = gradients_of(problem, choice.row, dlse is not None)
         wanted = want_q, want_k, want_v, wants
         while True:
             note(bound)
             try:
                 dq, dk, dv, grads = bound.choice.forward(bound.problem, q, k, v, terms, saved, dout, dlse, wanted)
+                if not places:
+                    return None, dq, dk, dv
                 return None, dq, dk, dv, *[grads[place] for place in places]
             except KernelError as error:
                 bound = after_failure(bound._replace(backend=backend), error)
 
 
-_apply_plain = direct_apply(Differentiable)
+shorten_backward(Differentiable)
+train_plain = direct_apply(Differentiable)
+"""`train` of plain tensors, outside of torch.func and without tensors among the terms: what `recall` finds."""
 
 
 def train(bound: Bound, q, k, v) -> tuple:
     """(out, lse or None) of a bound call whose row has `train`, as autograd sees it."""
     terms = bound.terms
-    tensors = [terms[place] for place in _places_of(terms)]
-    found = Differentiable.apply(bound, q, k, v, *tensors)
-    return found if bound.problem.lse else (found, None)
-
-
-def train_plain(bound: Bound, q, k, v) -> tuple:
-    """The same of plain tensors, outside of torch.func and without tensors among the terms: what `recall` finds."""
-    found = _apply_plain(bound, q, k, v)
-    return found if bound.problem.lse else (found, None)
+    return Differentiable.apply(bound, q, k, v, *[terms[place] for place in _places_of(terms)])
 
 
 def run(bound: Bound, q, k, v) -> tuple:
@@ -117,8 +113,6 @@ def _of_each(*call) -> list:
 
 def _replaced(terms: tuple, places: list[int], values: list) -> tuple:
     """`terms`, of its own type, with `values` in `places`."""
-    if not places:
-        return terms
     replaced = list(terms)
     for place, value in zip(places, values, strict=True):
         replaced[place] = value

@@ -60,7 +60,7 @@ bounds: dict[tuple, Bound] = {}
 """Calls over caches, by the dtypes and sizes of their tensors and their settings."""
 
 _NOTHING = None, None, None, None
-_latest_gradients = _NOTHING  # (problem, backend, has_lse, what gradients_of has found for them)
+_latest_gradients = _NOTHING  # (problem, row, has_lse, what gradients_of has found for them)
 
 _MAX_PLANS = 4096
 _CAUSAL = (Window(None, 0),)
@@ -207,14 +207,15 @@ def with_values(bound: Bound, given: dict) -> Bound:
     return _new(Bound, (choice, problem, _new(Terms, values), backend))
 
 
-def gradients_of(problem: Problem, backend: str, has_lse: bool) -> Bound:
-    """`derivative_of` in direction "backward". The latest one is kept: a tiny call notices the hash of a Problem."""
+def gradients_of(problem: Problem, row: dispatch.Row, has_lse: bool) -> Bound:
+    """`derivative_of` what `row` ran, in direction "backward". The latest one is kept: a tiny call notices the hash of
+    a Problem."""
     global _latest_gradients
-    of_problem, of_backend, of_lse, bound = _latest_gradients
-    if of_problem is problem and of_backend == backend and of_lse == has_lse:
+    of_problem, of_row, of_lse, bound = _latest_gradients
+    if of_problem is problem and of_row is row and of_lse == has_lse:
         return bound
-    bound = derivative_of(problem, "backward", backend, has_lse)
-    _latest_gradients = problem, backend, has_lse, bound  # one assignment, for other threads
+    bound = derivative_of(problem, "backward", row.backend, has_lse)
+    _latest_gradients = problem, row, has_lse, bound  # one assignment, for other threads
     return bound
 
 
