@@ -25,6 +25,13 @@ struct Tensor {
       nullptr;  // [batch, heads, rows, 1], float32: what the elements of an int8 row are multiplied by
 
   explicit operator bool() const { return data != nullptr; }
+
+  // The tensor from row `row` of batch entry `batch` on.
+  Tensor from(int64_t batch, int64_t row) const {
+    Tensor t = *this;
+    if (data) t.data += (batch * stride[0] + row * stride[2]) * bytes_of_dtype[(int)dtype];
+    return t;
+  }
 };
 
 // Which blocks of keys a block of queries visits, as it comes from fastattn.BlockMask; int32 [batch, num_heads, rows] and

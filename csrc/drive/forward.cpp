@@ -1,5 +1,6 @@
 // The forward pass of a whole call, of one sequence length or of many.
 #include <algorithm>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <vector>
@@ -28,6 +29,30 @@ Algorithm decode_of(const Kernels& kernels) {
 
 constexpr int64_t most_decode_rows = 4096;  // that a thread has memory for
 
+// The call of queries first ... first + count - 1 alone, without a block mask.
+Operands queries_of(Operands p, int64_t first, int64_t count) {
+  for (Tensor* t : {&p.q, &p.out, &p.lse, &p.lse_parts, &p.out_exact, &p.mask, &p.bias, &p.k_start, &p.k_end})
+    *t = t->from(0, first);
+  p.seqlen_q = count;
+  p.diagonal_lo += first, p.diagonal_hi += first, p.query_start += first;
+  p.dropout_start.query += first;
+  return p;
+}
+
+// Takes from `p` the queries at the end of each head that would leave a panel nearly empty, for `decode` to compute them:
+// the class token of an image, the 49th of a window. By the shape alone, as their bits depend on it. Not where a backward
+// pass follows, which computes all scores in panels: far from zero, scores that are summed in another order do not fit lse.
+std::optional<Operands> take_last_queries(Operands& p, const Kernels& kernels) {
+  constexpr int64_t panels_worth = 4;  // of the time of a panel, what one of these queries takes
+  const int64_t lanes = kernels.blocking(p).lanes, last = p.seqlen_q % lanes, others = p.seqlen_q - last;
+  if (!last || !others || last * panels_worth > lanes) return {};
+  if (p.blocks || p.in_pairs || p.rotary || p.lse_parts) return {};  // decode: no blocks, no pairs, rounds turned keys
+  const Operands first = queries_of(p, 0, others), rest = queries_of(p, others, last);
+  if (kernels.blocking(first).num_splits > 1 || kernels.decode_blocking(rest).num_splits > 1) return {};
+  p = first;
+  return rest;
+}
+
 class ForwardPass {
   const Operands& p;
   const Kernels& kernels;
@@ -36,6 +61,8 @@ class ForwardPass {
   const int64_t element;
   const Units units;
   std::vector<char> partials;  // out, max, sum of every row of every unit; empty without splits
+  std::unique_ptr<ForwardPass> last;
+  int64_t units_per_last = 1;
 
   Partial partial(int64_t unit) {
     const int64_t row = unit * blocking.rows, rows = units.size() * blocking.rows, Dv = p.head_dim_v;
@@ -57,15 +84,22 @@ class ForwardPass {
     if (blocking.num_splits > 1) partials.resize(units.size() * blocking.rows * (p.head_dim_v + 2) * element);
   }
 
+  // The last queries of the heads, computed after the others of their head, while its keys are near.
+  void end_with(const Operands& last_queries, int threads) {
+    last = std::make_unique<ForwardPass>(last_queries, kernels, decode_of(kernels), threads);
+    units_per_last = size() / last->size();
+  }
+
   int64_t size() const { return units.size(); }
   int64_t combinations() const { return blocking.num_splits > 1 ? units.size() / blocking.num_splits : 0; }
-  double flops() const { return 2 * units.pairs * (p.head_dim + p.head_dim_v); }
+  double flops() const { return 2 * units.pairs * (p.head_dim + p.head_dim_v) + (last ? last->flops() : 0); }
   double combine_flops() const { return 4.0 * partials.size() / element; }
 
   void run_unit(int64_t index) {
     const int64_t unit = units.place(index);
     const Partial place = blocking.num_splits > 1 ? partial(unit) : Partial{};
     algorithm.run_unit(p, blocking, units.units[unit], place, thread_scratch(scratch_bytes));
+    if (last && (index + 1) % units_per_last == 0) last->run_unit(index / units_per_last);
   }
   void combine(int64_t index) {
     const int64_t unit = index * blocking.num_splits;
@@ -126,11 +160,13 @@ void forward(Operands& p, int threads) {
   if (p.block_mask) p.blocks = &lists.emplace(p, false).lists;
   p.in_pairs = multiplies_pairs(p);
   const Kernels& kernels = instruction_set().kernels_for(p.q.dtype);
+  const std::optional<Operands> last = take_last_queries(p, kernels);
   const std::vector<double> tile_facts = take_tile_facts(p, kernels);
   const Blocking b = kernels.blocking(p);
   std::vector<char> laid;
   if (b.heads_per_unit == 1) laid = lay_bias(p, kernels, b.lanes);
   ForwardPass pass(p, kernels, prefill_of(kernels), threads);
+  if (last) pass.end_with(*last, threads);
   run(pass, threads);
 }
 
@@ -154,13 +190,19 @@ void forward(Operands& whole, const Sequences& s, int threads) {
     if (placed.sequences[i].q_rows) calls.push_back(placed.operands(i));
   std::vector<std::vector<double>> tile_facts;
   std::vector<ForwardPass> passes;
+  std::vector<std::optional<Operands>> last(calls.size());
   passes.reserve(calls.size());
   for (Operands& p : calls) {
     p.link_factors();
     p.in_pairs = multiplies_pairs(p);
     const bool few = !p.lse_parts && p.seqlen_q * p.group_size() <= few_rows;
-    if (!few) tile_facts.push_back(take_tile_facts(p, kernels));
+    std::optional<Operands>& its_last = last[passes.size()];
+    if (!few) {
+      its_last = take_last_queries(p, kernels);
+      tile_facts.push_back(take_tile_facts(p, kernels));
+    }
     passes.emplace_back(p, kernels, few ? decode_of(kernels) : prefill_of(kernels), threads);
+    if (its_last) passes.back().end_with(*its_last, threads);
   }
   run(passes, threads);
 }

@@ -24,12 +24,6 @@ int64_t entry(const Tensor& list, int64_t i, int64_t row = 0) {
   return list.dtype == DType::int32 ? ((const int32_t*)list.data)[at] : ((const int64_t*)list.data)[at];
 }
 
-// The tensor from row `row` of batch entry `batch` on.
-Tensor from_row(Tensor t, int64_t batch, int64_t row) {
-  if (t) t.data += (batch * t.stride[0] + row * t.stride[2]) * bytes_of_dtype[(int)t.dtype];
-  return t;
-}
-
 // The entries of a list of starts, read once: nobody changes them after the check.
 std::vector<int64_t> read_starts(const Tensor& list, const char* name, int64_t count, int64_t total, bool to_the_end) {
   std::vector<int64_t> starts(count + 1);
@@ -150,14 +144,14 @@ Operands PlacedSequences::operands(int64_t i) const {
   p.batch = 1, p.seqlen_q = one.q_rows, p.seqlen_k = one.k_rows;
   const int64_t offset = one.k_rows - one.q_rows;
   p.diagonal_lo += offset, p.diagonal_hi += offset, p.query_start += offset;
-  for (Tensor* t : {&p.q, &p.out, &p.lse, &p.lse_parts, &p.out_exact}) *t = from_row(*t, one.q_entry, one.q_row);
+  for (Tensor* t : {&p.q, &p.out, &p.lse, &p.lse_parts, &p.out_exact}) *t = t->from(one.q_entry, one.q_row);
   for (Tensor* t : {&p.k, &p.v, &p.k_factors, &p.v_factors}) {
     if (!s.block_table)
-      *t = from_row(*t, one.k_entry, one.k_row);
+      *t = t->from(one.k_entry, one.k_row);
     else if (*t)
       t->pages = &one.pages;
   }
-  p.alibi_slopes = from_row(p.alibi_slopes, i, 0);
+  p.alibi_slopes = p.alibi_slopes.from(i, 0);
   p.seed = (whole.seed + (uint64_t)i) & INT64_MAX;  // as a call of its own with this seed
   return p;
 }
@@ -165,9 +159,9 @@ Operands PlacedSequences::operands(int64_t i) const {
 Gradients PlacedSequences::gradients(const Gradients& whole_gradients, int64_t i) const {
   const Sequence& one = sequences[i];
   Gradients g = whole_gradients;
-  for (Tensor* t : {&g.dout, &g.dlse, &g.dq}) *t = from_row(*t, one.q_entry, one.q_row);
-  for (Tensor* t : {&g.dk, &g.dv}) *t = from_row(*t, one.k_entry, one.k_row);
-  g.dalibi_slopes = from_row(g.dalibi_slopes, i, 0);
+  for (Tensor* t : {&g.dout, &g.dlse, &g.dq}) *t = t->from(one.q_entry, one.q_row);
+  for (Tensor* t : {&g.dk, &g.dv}) *t = t->from(one.k_entry, one.k_row);
+  g.dalibi_slopes = g.dalibi_slopes.from(i, 0);
   return g;
 }
 
