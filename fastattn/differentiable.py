@@ -14,8 +14,8 @@ _new, _Tensor = tuple.__new__, torch.Tensor
 
 
 class Differentiable(torch.autograd.Function):
-    """(out, lse or None) of a call whose row has `train`, as apply(bound, q, k, v, *tensors): those among the terms once
-    more, since autograd sees no tensors inside a tuple. All else that a call has is in `bound`.
+    """(out, lse or None) of a call whose row has `train`, as apply(bound, q, k, v, *tensors): those among the terms
+    once more, since autograd sees no tensors inside a tuple. All else that a call has is in `bound`.
 
     Saves its inputs, out (in float32 where it has 16 bits), and two numbers a row; nothing n x n.
     """

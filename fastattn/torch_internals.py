@@ -46,7 +46,7 @@ def direct_apply(function: type[torch.autograd.Function]):
 
 
 def shorten_backward(function: type[torch.autograd.Function]) -> None:
-    """Has autograd call `function.backward` itself, which torch would look up at each call in two functions of Python."""
+    """Has autograd call `function.backward` itself, which two of torch's own functions would look up at each call."""
     if hasattr(function, "_backward_cls"):
         function._backward_cls.apply = function.backward
 

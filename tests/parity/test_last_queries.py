@@ -1,5 +1,5 @@
-"""The last queries of a head that would leave a panel of lanes nearly empty (the 49th of a window, the class token of an
-image) are computed as few queries are: with the bits that they have alone, and none of the others change."""
+"""The last queries of a head that would leave a panel of lanes nearly empty (the 49th of a window, the class token of
+an image) are computed as few queries are: with the bits that they have alone, and none of the others change."""
 
 import pytest
 import torch
@@ -16,11 +16,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CASES = [
     Case(batch=2, num_heads=3, seqlen_q=49, head_dim=32, bias="per_head"),
     Case(batch=5, num_heads=2, seqlen_q=50, head_dim=32, causal=True, alibi=True),
-    Case(batch=2, num_heads=4, num_heads_k=2, seqlen_q=51, seqlen_k=70, head_dim=20, mask="tensor_per_head", sinks=True),
+    Case(batch=2, num_heads=4, num_heads_k=2, seqlen_q=51, seqlen_k=70, head_dim=20, mask="tensor_per_head"),
     Case(batch=2, num_heads=2, seqlen_q=52, head_dim=24, head_dim_v=40, window_size=(9, 3), softcap=9.0, layout="bshd"),
     Case(batch=1, num_heads=4, seqlen_q=17, head_dim=7, mask="intervals", learned_scale="per_head"),
     Case(batch=2, num_heads=2, seqlen_q=33, seqlen_k=9, head_dim=16, causal=True, bias="distances"),
-    Case(batch=1, num_heads=4, num_heads_k=2, seqlen_q=257, head_dim=64, mask="lengths"),
+    Case(batch=1, num_heads=4, num_heads_k=2, seqlen_q=257, head_dim=64, mask="lengths", sinks=True),
     Case(batch=1, num_heads=8, seqlen_q=577, seqlen_k=600, head_dim=16, bias="full", causal=True),
     Case(batch=1, num_heads=40, seqlen_q=65, seqlen_k=1100, head_dim=16, mask="key_tensor"),
 ]
