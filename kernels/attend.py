@@ -154,9 +154,10 @@ def add_poison(
 
 @triton.jit
 def attend_range(
-    queries, keys, terms, lengths, visited, TILE: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr
+    queries, keys, terms, lengths, visited, TILE: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr,
+    SPECIALIZE: tl.constexpr = False,
 ):  # fmt: skip
-    """The state after the keys of a `KeyRange`."""
+    """The state after the keys of a `KeyRange`. SPECIALIZE: `Config.specialize`."""
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     HIDES: tl.constexpr = FLAGS.HIDES
     before, blocks = masked_blocks(visited, BLOCK_N)
@@ -171,7 +172,7 @@ def attend_range(
             last = visited.hi // BLOCK_N * BLOCK_N
             state = attend(state, queries, keys, terms, lengths, None, last, clean, TILE, DIMS, FLAGS, True, False)
         if not FLAGS.EVERYWHERE:
-            for col in tl.range(visited.common_lo, visited.common_hi, BLOCK_N):
+            for col in tl.range(visited.common_lo, visited.common_hi, BLOCK_N, warp_specialize=SPECIALIZE):
                 state = attend(state, queries, keys, terms, lengths, None, col, clean, TILE, DIMS, FLAGS, False, False)
         again = False
         if HIDES:

@@ -21,8 +21,9 @@ class Device(NamedTuple):
 class Config(NamedTuple):
     """Tile sizes and compiler options of one kernel.
 
-    reload  where registers do not hold the factors of the scores: load both in each step, few columns at a time
-    kpack   how many loads of a factor of a product the threads of CDNA make one: 1 or 2
+    reload      where registers do not hold the factors of the scores: load both in each step, few columns at a time
+    kpack       how many loads of a factor of a product the threads of CDNA make one: 1 or 2
+    specialize  warps of their own load, multiply and rescale in the forward loop without masks; never in a table
     """
 
     BLOCK_M: int
@@ -32,6 +33,7 @@ class Config(NamedTuple):
     waves_per_eu: int = 0
     reload: bool = False
     kpack: int = 1
+    specialize: bool = False
 
     def options(self, device: Device) -> dict:
         """Launch options of Triton."""
@@ -44,6 +46,7 @@ class Config(NamedTuple):
 
 
 WITH_KPACK = ("gfx90a", "gfx942")
+WITH_SPECIALIZED_WARPS = ("sm_100", "sm_103")
 _AMD = ("gfx90a", "gfx942", "gfx950", "gfx11", "gfx12")
 _OLDEST_ON_AMD = (3, 9)
 
@@ -319,6 +322,16 @@ def within(config: Config, block_size: tuple[int, int]) -> Config:
         min(own, size & -size) for own, size in zip((config.BLOCK_M, config.BLOCK_N), block_size, strict=True)
     )
     return config._replace(BLOCK_M=block_m, BLOCK_N=block_n)
+
+
+def can_specialize(config: Config, problem, device: Device) -> bool:
+    """Whether `config` is worth measuring with warps of their own for loads, products and softmax: where tensor memory
+    holds the sums of products, and tensor descriptors load tiles ahead, in a loop without masks."""
+    if device.arch not in WITH_SPECIALIZED_WARPS or problem.dtype == "float32":
+        return False
+    has_loop = problem.mask != "tensor" and problem.bias == "none"
+    in_one_tile = not any(split_head_dim(d, problem.dtype)[1] for d in (problem.head_dim, problem.head_dim_v))
+    return has_loop and in_one_tile and config.BLOCK_N >= 64 and config.num_stages in (2, 3)
 
 
 def _kinds(problem) -> tuple[str, ...]:

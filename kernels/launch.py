@@ -192,11 +192,16 @@ def _kind_of(argument, is_specialized: bool):
     return type(argument)
 
 
-def descriptors(device: Device, k, v, rows: int, constexprs: dict) -> Callable:
-    """A function from k and v to their tensor descriptors (TMA) of [1, 1, rows, width]; to None where the device has no
-    such thing, a head is held in two tiles, or the memory of either tensor does not allow it."""
+def has_descriptors(device: Device, k, v, constexprs: dict) -> bool:
+    """Whether k and v have tensor descriptors (TMA): there is such a thing on the device, a head is held in one tile,
+    and the memory of both tensors allows it."""
     has_tma = device.arch.startswith("sm_") and int(device.arch[3:]) >= 90
-    if not has_tma or constexprs["D1"] or constexprs["E1"] or not all(map(_allows_descriptor, (k, v))):
+    return has_tma and not constexprs["D1"] and not constexprs["E1"] and all(map(_allows_descriptor, (k, v)))
+
+
+def descriptors(device: Device, k, v, rows: int, constexprs: dict) -> Callable:
+    """A function from k and v to their tensor descriptors of [1, 1, rows, width]; to None where there are none."""
+    if not has_descriptors(device, k, v, constexprs):
         return lambda k, v: (None, None)
     return same_descriptors(_descriptor(k, rows, constexprs["D0"]), _descriptor(v, rows, constexprs["E0"]))
 

@@ -49,7 +49,7 @@ def forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     ANY_SIGN: tl.constexpr, LEARNED_SCALE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    RELOAD: tl.constexpr,
+    RELOAD: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     # 1. what is known when this is compiled; which queries, and the keys that they see
     TILE: tl.constexpr = Tile(BLOCK_M, BLOCK_N, RELOAD, PRECISION)
@@ -83,7 +83,7 @@ def forward_kernel(
     # 3. loops
     if counts is None:
         visited = key_range(bounds, lengths.keys, BLOCK_N, FLAGS)
-        state = attend_range(queries, keys, terms, lengths, visited, TILE, DIMS, FLAGS)
+        state = attend_range(queries, keys, terms, lengths, visited, TILE, DIMS, FLAGS, SPECIALIZE)
     else:
         EVERYWHERE: tl.constexpr = FLAGS.EVERYWHERE or FLAGS.BOUNDED
         visits = open_lists(
@@ -146,7 +146,9 @@ def _forward(problem, q, k, v, terms, for_backward: bool):
 def _plan(problem, q, k, v, out, terms, of_mask, device, tiles) -> launch.Plan:
     arguments, constexprs = launch.score_arguments(problem, q, k, v, out, terms)
     constexprs |= lists.constexprs(of_mask, tiles)
-    constexprs |= {"ANY_SIGN": launch.is_of_any_sign(terms.softmax_scale), "RELOAD": tiles.reload}
+    constexprs |= {"ANY_SIGN": launch.is_of_any_sign(terms.softmax_scale)}
+    specialize = tiles.specialize and launch.has_descriptors(device, k, v, constexprs)
+    constexprs |= {"RELOAD": tiles.reload, "SPECIALIZE": specialize}
     of_blocks = (of_mask.strides, of_mask.num_bitmaps) if of_mask else (None, 0)
     programs = triton.cdiv(problem.seqlen_q, tiles.BLOCK_M) * problem.num_heads * problem.batch
     return launch.Plan(

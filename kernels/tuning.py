@@ -112,9 +112,18 @@ def candidates(kernel: str, problem, device: Device) -> Iterator[Config]:
     warps = (4, 8) if kernel != "decode" else (2, 4, 8)
     for block_m, block_n, num_warps, num_stages in product(block_ms, block_ns, warps, (1, 2, 3, 4)):
         tiles = Config(block_m, block_n, num_warps, num_stages, first.waves_per_eu)
-        for candidate in (tiles, tiles._replace(kpack=2)) if device.arch in config.WITH_KPACK else (tiles,):
+        for candidate in _variants(kernel, tiles, problem, device):
             if candidate != first and config.shared_memory(candidate, problem) <= device.smem:
                 yield candidate
+
+
+def _variants(kernel: str, tiles: Config, problem, device: Device) -> Iterator[Config]:
+    """`tiles`, and what else some devices can make of them."""
+    yield tiles
+    if device.arch in config.WITH_KPACK:
+        yield tiles._replace(kpack=2)
+    if kernel == "prefill" and config.can_specialize(tiles, problem, device):
+        yield tiles._replace(specialize=True)
 
 
 @cache

@@ -197,6 +197,55 @@ def test_two_waves(kernels, arch, spec):
     assert all(kernel["registers"] <= 256 and kernel["spills"] == 0 for kernel in kernels.values())
 
 
+# --- warps of their own ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def take(monkeypatch):
+    """take(tiles): the forward kernel has these tiles, with warps of their own."""
+
+    def take(*tiles) -> None:
+        monkeypatch.setitem(tuning.TABLES, "prefill", lambda *args: config.Config(*tiles, specialize=True))
+        tuning.tiles.cache_clear()
+
+    yield take
+    tuning.tiles.cache_clear()
+
+
+SPECIALIZED = (
+    (100, (64, 128, 4, 2), {"head_dim": 64}),
+    (100, (128, 64, 8, 3), {"head_dim": 128, "kwargs": {"causal": True}}),
+    (100, (128, 128, 4, 2), {"head_dim": 128, "backward": True}),
+    (100, (64, 64, 4, 2), {"head_dim": 256, "dtype": torch.float16}),
+    (103, (128, 64, 8, 3), {"head_dim": 128}),
+)
+
+
+@pytest.mark.parametrize(
+    "arch, tiles, call", [SPECIALIZED[0], *(pytest.param(*row, marks=pytest.mark.slow) for row in SPECIALIZED[1:])]
+)
+def test_warps_of_their_own(take, arch, tiles, call):
+    """A candidate of measurements: two warps load, one multiplies, some rescale the sums, the others do the rest."""
+    take(*tiles)
+    with compiling_for(arch) as launches:
+        launching.call(**call)
+    binary = launches[0].binary
+    code, ptx, num_warps = binary.text("ttgir"), binary.text("ptx"), binary.metadata["num_warps"]
+    assert code.count("ttg.warp_specialize(") == 1 and "partition2(" in code and "setmaxnreg" in ptx
+    assert tiles[2] + 4 < num_warps <= 32 and f".reqntid {32 * num_warps}\n" in ptx
+    assert describe(binary)["shared"] <= SHARED_MEMORY[arch]
+
+
+@pytest.mark.parametrize("call, expected", [({}, True), ({"offset": 1}, False), ({"head_dim": 192}, False)])
+def test_warps_of_their_own_need_descriptors(take, call, expected):
+    """What was measured with them serves calls without as well."""
+    take(64, 64, 4, 2)
+    with compiling_for(100), nothing_compiled() as launched:
+        launching.call(**call)
+    ((name, _, _, args),) = launched
+    assert name == "forward_kernel" and args[-1] is expected  # SPECIALIZE
+
+
 # --- mistakes that must be caught ------------------------------------------------------------------------------------
 
 

@@ -204,6 +204,36 @@ def test_candidates_of_one_architecture(device):
     assert "kpack" not in two.options(config.Device("gfx950", 0, 1)) | two.options(config.Device("sm_90", 0, 1))
 
 
+def test_candidates_with_warps_of_their_own(device, tmp_path):
+    """Forward alone, where Triton makes them and there is a loop without masks; read again from the file."""
+    plain = problem_of(128)
+
+    def of(kernel, arch, **changes):
+        facts = config.Device(arch, 227 * 1024, 148)
+        return [tiles for tiles in tuning.candidates(kernel, plain._replace(**changes), facts) if tiles.specialize]
+
+    blackwell = of("prefill", "sm_100")
+    assert len(blackwell) == len(set(blackwell)) == 16 and of("prefill", "sm_103") == blackwell
+    assert {tiles.num_stages for tiles in blackwell} == {2, 3} and {tiles.num_warps for tiles in blackwell} == {4, 8}
+    assert of("prefill", "sm_100", mask="causal") and of("prefill", "sm_100", softcap=True)
+    for changes in ({"dtype": "float32"}, {"bias": "full"}, {"mask": "tensor"}, {"head_dim": 192}, {"head_dim_v": 96}):
+        assert of("prefill", "sm_100", **changes) == []
+    for kernel, arch in (("prefill", "sm_90"), ("prefill", "sm_120"), ("decode", "sm_100"), ("query", "sm_100")):
+        assert of(kernel, arch) == []
+    facts = config.Device("sm_100", 227 * 1024, 148)
+    tuning._write(tuning.file_of(facts), tuning.name_of("prefill", plain), blackwell[0])
+    assert tuning.tiles("prefill", plain, facts) == blackwell[0]
+
+
+def test_candidates_of_three_stages(device):
+    """Wherever they fit: the next tile but one is on its way."""
+    problem = problem_of(64)
+    for kernel in ("prefill", "decode", "key_value", "query"):
+        for arch in ("sm_80", "sm_90", "sm_100", "sm_120"):
+            found = tuning.candidates(kernel, problem, config.Device(arch, config.SMEM[arch], 100))
+            assert {1, 2, 3} <= {tiles.num_stages for tiles in found}
+
+
 def test_tiles_that_compute_something_else_or_nothing_are_not_chosen(device):
     """However fast they are."""
     result, seconds = torch.zeros(8), {}
