@@ -16,7 +16,7 @@ EXT := $(VENV)/.ext
 .PHONY: triton-interpreted triton-singly triton-compiled triton-sanitized triton-executed
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.demo $(EXT)  ## a pretrained text encoder on fastattn, and tables of times, dense and sparse
 	$(PY) examples/demo.py $(ARGS)
