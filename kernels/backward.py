@@ -128,7 +128,8 @@ class BackwardPass:
         def count_programs(tiles):
             return triton.cdiv(problem.seqlen_k, tiles.BLOCK_N) * problem.num_heads_k * problem.batch
 
-        self._launch("key_value", key_value_kernel, count_programs, (delta, bounds, dk, dv), (dk, dv), self.transposed)
+        written = (dk, dv)
+        self._launch("key_value", key_value_kernel, count_programs, (delta, bounds), written, written, self.transposed)
 
     def launch_query(self, name, delta, dq, totals, dslopes, dscale) -> None:
         problem = self.problem
@@ -136,7 +137,8 @@ class BackwardPass:
         def count_programs(tiles):
             return triton.cdiv(problem.seqlen_q, tiles.BLOCK_M) * problem.num_heads * problem.batch
 
-        self._launch(name, query_kernel, count_programs, (delta, dq, totals, dslopes, dscale), (dq,), self.lists)
+        written = (dq, totals, dslopes, dscale)
+        self._launch(name, query_kernel, count_programs, (delta,), written, (dq,), self.lists)
 
     def launch_bias(self, delta, dbias) -> None:
         problem = self.problem
@@ -150,15 +152,15 @@ class BackwardPass:
 
         counts = (problem.batch // b, problem.num_heads // h)
         flags = {"ROWS_SUMMED": rows_summed, "COLS_SUMMED": cols_summed}
-        self._launch("bias", bias_kernel, count_programs, (delta, dbias), (dbias,), self.lists, counts, flags)
+        self._launch("bias", bias_kernel, count_programs, (delta,), (dbias,), (dbias,), self.lists, counts, flags)
 
-    def _launch(self, name, kernel, count_programs, results, strided, lists, counts=(), flags=None) -> None:
-        """results: what the kernel takes between lse_parts and k_start; strided: those of them that have strides;
-        counts: what it takes behind all other arguments."""
+    def _launch(self, name, kernel, count_programs, read, written, strided, lists, counts=(), flags=None) -> None:
+        """read, written: what the kernel takes between lse_parts and k_start; strided: those of written that have
+        strides; counts: what it takes behind all other arguments."""
         problem, terms = self.problem, self.terms
         of_blocks = lists.tensors if lists else block_lists.NOTHING
         tensors = (
-            *self.inputs, self.lse_parts, *results, terms.k_start, terms.k_end, terms.mask, terms.bias,
+            *self.inputs, self.lse_parts, *read, *written, terms.k_start, terms.k_end, terms.mask, terms.bias,
             terms.alibi_slopes, terms.softmax_scale, terms.seed or 0, *of_blocks,
         )  # fmt: skip
 
@@ -176,6 +178,6 @@ class BackwardPass:
 
             table = "query" if name == "totals" else name
             block_size = self.lists and self.lists.block_size
-            return launch.plan_with_best_tiles(table, problem, device, tensors, plan_with, results, block_size)
+            return launch.plan_with_best_tiles(table, problem, device, tensors, plan_with, written, block_size)
 
         launch.run(self.launches, name, tensors, plan)

@@ -77,14 +77,20 @@ def tune(
     """
     measure = measure or triton.testing.do_bench
     first, *others = candidates(kernel, problem, device)
-    launch = launch_with(first)  # tiles of the table have to work
-    launch()
+
+    def launched(candidate: Config) -> Callable:
+        launch = launch_with(candidate)
+        for result in results:  # what a launch leaves out is not what another one wrote
+            result.fill_(float("nan"))
+        launch()
+        return launch
+
+    launch = launched(first)  # tiles of the table have to work
     expected = [x.clone() for x in results]
     times = {first: measure(launch)}
     for candidate in others:
         try:
-            launch = launch_with(candidate)
-            launch()
+            launch = launched(candidate)
             if all(map(_agree, results, expected)):
                 times[candidate] = measure(launch)
         except Exception:  # too much shared memory, or whatever the compiler and the driver raise
@@ -95,9 +101,12 @@ def tune(
 
 
 def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether two results differ by rounding alone, as far as a fast wrong kernel has to be told from a right one."""
+    """Whether two results differ by rounding alone, as far as a fast wrong kernel has to be told from a right one. NaN
+    has to be where NaN is."""
     if found.is_meta:  # compiled for a device that is not there
         return True
+    if not torch.equal(found.isnan(), expected.isnan()):
+        return False
     tolerance = 1e-3 if found.dtype == torch.float32 else 2e-2
     found, expected = (torch.nan_to_num(x.double(), posinf=1e30, neginf=-1e30) for x in (found, expected))
     return bool((found - expected).abs().max() <= tolerance * expected.abs().max()) if found.numel() else True

@@ -1,6 +1,7 @@
 """Tiles whose code no other call takes, executed: each row of the tables, candidates of a measurement; and delta of a
 rounded out. test_executed.py and test_executed_amd.py hold everything else."""
 
+import json
 from functools import cache
 
 import process
@@ -9,6 +10,7 @@ process.require(interpreted=False)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import triton  # noqa: E402
 
 from accuracy import assert_gradients  # noqa: E402
 from cases import Case, inputs  # noqa: E402
@@ -115,6 +117,28 @@ def test_decode_by_two_warps(dtype, arch, monkeypatch):
     change_tiles(monkeypatch, num_warps=2)
     first, _ = forward(DECODING._replace(dtype=dtype), arch=arch)
     assert first.binary.metadata["num_warps"] == 2
+
+
+BIASED = CASE._replace(head_dim=64, bias="per_head", alibi=True, learned_scale="per_head")
+
+
+@pytest.mark.parametrize("case", [DECODING, pytest.param(BIASED, marks=pytest.mark.slow)], ids=str)
+def test_a_measurement(case, monkeypatch, tmp_path):
+    """Each kernel with its table's tiles and with others: all results agree, whatever memory held before."""
+    measured, candidates = [], tuning.candidates
+    monkeypatch.setenv("FASTATTN_AUTOTUNE", "1")
+    monkeypatch.setenv("FASTATTN_TUNED", str(tmp_path))
+    monkeypatch.setattr(tuning, "candidates", lambda *args: list(candidates(*args))[:2])
+    monkeypatch.setattr(triton.testing, "do_bench", lambda call: measured.append(call) or float(len(measured)))
+    if case == DECODING:
+        forward(case, arch=80)
+    else:
+        with executing(80):
+            assert_gradients(case, monkeypatch)
+    (file,) = tmp_path.iterdir()
+    kernels = {name.split()[0] for name in json.loads(file.read_text())}
+    assert kernels == ({"decode"} if case == DECODING else {"prefill", "key_value", "query", "bias"})
+    assert len(measured) == 2 * len(kernels)
 
 
 OF_KPACK = [CASE._replace(head_dim=64), CASE._replace(dtype="float16", head_dim=128), CASE._replace(dtype="float32")]

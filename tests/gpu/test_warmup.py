@@ -235,24 +235,29 @@ def test_candidates_of_three_stages(device):
 
 
 def test_tiles_that_compute_something_else_or_nothing_are_not_chosen(device):
-    """However fast they are."""
-    result, seconds = torch.zeros(8), {}
+    """However fast they are; the third of them is right."""
+    right = torch.tensor([0.0, 2.0, -2.0, float("nan")])
+    kinds = ("right", "wrong", "right", "nothing", "part", "NaN", "fails")
+    result, made = torch.zeros(4), []
 
     def launch_with(tiles):
-        number = len(seconds)
-        seconds[tiles] = [5.0, 1.0, 4.0, 0.5][min(number, 3)]
-        if number == 3:
+        kind = kinds[len(made)]
+        made.append(tiles)
+        if kind == "fails":
             raise RuntimeError("ptxas died")
 
-        def launch():
-            result.fill_(3.0 if number == 1 else 2.0)
-            return tiles
+        def launch() -> float:
+            if kind != "nothing":
+                result[2 * (kind == "part") :] = right[2 * (kind == "part") :] + (kind == "wrong")
+            if kind == "NaN":
+                result[0] = float("nan")
+            return 9.0 if tiles == made[0] else 5.0 if kind == "right" else 1.0
 
         return launch
 
     problem, facts = problem_of(), launch.device_facts(0)
-    table = list(tuning.candidates("prefill", problem, facts))[:4]
+    table = list(tuning.candidates("prefill", problem, facts))[: len(kinds)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuning, "candidates", lambda *args: iter(table))
-        best = tuning.tune("prefill", problem, facts, launch_with, [result], lambda launch: seconds[launch()])
-    assert best == table[2]
+        best = tuning.tune("prefill", problem, facts, launch_with, [result], lambda launch: launch())
+    assert made == table and best == table[2]
