@@ -73,7 +73,8 @@ def look(facts: dict) -> list[Finding]:
         compiler = "" if shutil.which("g++") or shutil.which("clang++") else " (no C++ compiler is on the path)"
         found.append(Finding(True, missing + compiler, "pip install --force-reinstall --no-cache-dir fastattn"))
     elif refusal := cpu.unusable():
-        found.append(Finding(True, refusal, "every call raises this"))
+        text = "unset FASTATTN_CPU_ISA, or call with backend='reference': every other call raises this"
+        found.append(Finding(True, refusal, text))
     elif not facts["openmp"]:
         found.append(
             Finding(True, "torch has loaded no OpenMP runtime: calls run on one thread", "install torch from a wheel")
