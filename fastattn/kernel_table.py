@@ -65,10 +65,7 @@ _TRITON = {
     "rotary": {False},
     **_DENSE,
 }
-_TRITON_DECODE = {
-    **_TRITON, **_FORWARD, "seqlen_q": range(0, MOST_QUERIES + 1), "mask": set(MASK_KINDS) - {"block"},
-    "needs_grad": {False},
-}  # fmt: skip
+_TRITON_DECODE = {**_TRITON, **_FORWARD, "seqlen_q": range(0, MOST_QUERIES + 1), "needs_grad": {False}}
 
 
 def _rows_of(backend: str, forward: str, backward: str, supports: dict) -> tuple[Row, Row]:

@@ -57,6 +57,16 @@ def key_range(bounds, seqlen_k, BLOCK_N: tl.constexpr, FLAGS: tl.constexpr):
 
 
 @triton.jit
+def share_of_range(visited, split, keys_per_split):
+    """The keys of a `KeyRange` that a split takes: those of its place among all keys."""
+    lo, hi = tl.maximum(visited.lo, split * keys_per_split), tl.minimum(visited.hi, (split + 1) * keys_per_split)
+    hi = tl.maximum(lo, hi)
+    common_lo = tl.maximum(tl.minimum(visited.common_lo, hi), lo)
+    common_hi = tl.maximum(tl.minimum(visited.common_hi, hi), lo)
+    return KeyRange(lo, hi, common_lo, common_hi)
+
+
+@triton.jit
 def masked_blocks(visited, BLOCK_N: tl.constexpr):
     """(how many blocks of keys before the common ones need a mask, how many before and after them)"""
     before = tl.cdiv(visited.common_lo - visited.lo, BLOCK_N)

@@ -2,7 +2,8 @@
 
 The rows of a tile are the queries of a whole group of heads, so that a key is read once. Where that makes too few
 programs, the keys are split and `combine_kernel` puts the parts together (Flash-Decoding; Dao, Haziza, Massa, Sizov,
-2023). How many splits follows from heads, lengths and the device, never from the batch.
+2023). How many splits follows from heads, lengths and the device, never from the batch. A split takes a range of keys
+or, of a block mask, a part of the blocks that are listed for its rows.
 """
 
 from typing import NamedTuple
@@ -12,17 +13,20 @@ import triton
 import triton.language as tl
 
 from .. import outputs
-from . import launch, tuning
-from .attend import attend_range, store_rows
-from .bounds import key_range, limits_of, row_bounds
+from . import config, launch, lists, tuning
+from .attend import attend_lists, attend_range, store_rows
+from .bounds import key_range, limits_of, row_bounds, share_of_range
+from .lists import open_lists, share_of_visits
 from .rows import cache_of, lengths_of, row_number, rows_of
 from .scores import flags_of, terms_of
 from .softmax import load_sink, natural_lse, normalizer
-from .state import Dims, KeyRange, Keys, Place, Queries, Tile
+from .state import Dims, Keys, Place, Queries, Tile
 from .tile import load_factor
 
+_COUNTS = ["num_blocks", "num_pages", "num_bitmaps", "keys_per_split", "num_splits", "batch_size"]
 
-@triton.jit(do_not_specialize=[*launch.SIZES, "num_blocks", "num_pages", "keys_per_split", "num_splits", "batch_size"])
+
+@triton.jit(do_not_specialize=[*launch.SIZES, *_COUNTS])
 def decode_kernel(
     q,             # [batch, num_heads, seqlen_q, head_dim]
     k,             # [batch, num_heads_k, seqlen_k, head_dim]
@@ -31,45 +35,44 @@ def decode_kernel(
     lse,           # [batch, num_heads, seqlen_q], contiguous, or None
     k_start, k_end, mask, bias, alibi_slopes, softmax_scale,  # as in prefill.forward_kernel
     seed: tl.int64,
+    counts, indices, bitmap_ids, full_counts, full_indices, bitmaps,  # of a block mask (`lists.lists_of`), or None
     sinks,         # [num_heads], or None
     block_table, k_scale, v_scale,  # as in `Cache`
     table_strides, num_blocks, num_pages, page_size, k_scale_strides, v_scale_strides,
-    keys_per_split, num_splits, batch_size, sink_stride,
+    list_strides, num_bitmaps, keys_per_split, num_splits, batch_size, sink_stride,
     q_strides, k_strides, v_strides, out_strides, start_strides, end_strides, mask_strides, bias_strides,
     slope_strides, scale_stride,
     softcap, diagonal_lo, diagonal_hi, threshold: tl.int64, keep_factor,
     num_heads, group_size, seqlen_q, seqlen_k,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     ANY_SIGN: tl.constexpr, LEARNED_SCALE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    SPLIT: tl.constexpr, RELOAD: tl.constexpr,
+    SPLIT: tl.constexpr, RELOAD: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     # 1. what is known when this is compiled; which queries, and the keys that they see
     TILE: tl.constexpr = Tile(BLOCK_M, BLOCK_N, RELOAD, PRECISION)
     DIMS: tl.constexpr = Dims(HEAD_DIM, D0, D1, HEAD_DIM_V, E0, E1)
     FLAGS: tl.constexpr = flags_of(
-        k_start, k_end, mask, bias, alibi_slopes, None, HAS_LO, HAS_HI, SOFTCAP, DROPOUT, ANY_SIGN, False
+        k_start, k_end, mask, bias, alibi_slopes, counts, HAS_LO, HAS_HI, SOFTCAP, DROPOUT, ANY_SIGN, False
     )
-    num_rows, num_heads_k = group_size * seqlen_q, num_heads // group_size
+    heads_in_tile = 1 if ALONE else group_size
+    num_rows, num_groups = heads_in_tile * seqlen_q, num_heads // heads_in_tile
     num_m = tl.cdiv(num_rows, BLOCK_M)
     split, pid = tl.program_id(0) % num_splits, tl.program_id(0) // num_splits
     row, pid = pid % num_m * BLOCK_M, pid // num_m
-    head_k, batch = pid % num_heads_k, pid // num_heads_k
+    group, batch = pid % num_groups, pid // num_groups
+    head, head_k = group * heads_in_tile, group // group_size if ALONE else group
     lengths = lengths_of(batch, seqlen_q, seqlen_k)
     b, hk = batch.to(tl.int64), head_k.to(tl.int64)
     local_rows, left = tl.arange(0, BLOCK_M), num_rows - row
     packed = tl.minimum(row + local_rows, num_rows - 1)
-    heads, rows = head_k * group_size + packed // seqlen_q, packed % seqlen_q
+    heads, rows = head + packed // seqlen_q, packed % seqlen_q
     h, m = heads.to(tl.int64), rows.to(tl.int64)
     limits = limits_of(k_start, start_strides, k_end, end_strides, diagonal_lo, diagonal_hi, b, h)
     bounds = row_bounds(rows, limits, lengths, HAS_LO, HAS_HI)
-    all_keys = key_range(bounds, lengths.keys, BLOCK_N, FLAGS)
-    lo, hi = tl.maximum(all_keys.lo, split * keys_per_split), tl.minimum(all_keys.hi, (split + 1) * keys_per_split)
-    hi = tl.maximum(lo, hi)
-    common_lo = tl.maximum(tl.minimum(all_keys.common_lo, hi), lo)
-    common_hi = tl.maximum(tl.minimum(all_keys.common_hi, hi), lo)
+    visited = share_of_range(key_range(bounds, lengths.keys, BLOCK_N, FLAGS), split, keys_per_split)
 
     # 2. q, and where the rest is: heads change within a tile
     of_q = rows_of(q, q_strides, b, h, m, WIDE, True)
@@ -82,7 +85,7 @@ def decode_kernel(
         in_cache = b * 0
     of_k, of_v = rows_of(k, k_strides, in_cache, hk, 0, WIDE), rows_of(v, v_strides, in_cache, hk, 0, WIDE)
     keys = Keys(of_k, None, of_v, None, cache)
-    place, positions, places = Place(batch, head_k, heads[:, None]), rows[:, None], local_rows[:, None]
+    place, positions = Place(batch, head_k, heads[:, None]), rows[:, None]
     of_mask = rows_of(mask, mask_strides, b, h, m, WIDE, True)
     of_bias = rows_of(bias, bias_strides, b, h, m, WIDE, True)
     factor = load_factor(of_q, left, BLOCK_M, D0, D1, HEAD_DIM, RELOAD)
@@ -90,11 +93,23 @@ def decode_kernel(
         of_mask, of_bias, alibi_slopes, slope_strides, softmax_scale, scale_stride, softcap, threshold, keep_factor,
         seed, b, h[:, None], LEARNED_SCALE,
     )  # fmt: skip
-    queries = Queries(factor, place, positions, places, left, bounds)
 
     # 3. loops
-    visited = KeyRange(lo, hi, common_lo, common_hi)
-    state = attend_range(queries, keys, terms, lengths, visited, TILE, DIMS, FLAGS)
+    if counts is None:
+        queries = Queries(factor, place, positions, local_rows[:, None], left, bounds)
+        state = attend_range(queries, keys, terms, lengths, visited, TILE, DIMS, FLAGS)
+    else:
+        EVERYWHERE: tl.constexpr = FLAGS.EVERYWHERE or FLAGS.BOUNDED
+        start = row if ALONE else 0  # all queries are of one line where heads share a tile
+        visits = open_lists(
+            (counts, indices, bitmap_ids, full_counts, full_indices, bitmaps), list_strides, num_bitmaps, b,
+            head.to(tl.int64), start, lengths.keys, BLOCK_Q, BLOCK_K, EVERYWHERE,
+        )  # fmt: skip
+        visits = share_of_visits(visits, split, num_splits, keys_per_split, BLOCK_K)
+        queries = Queries(factor, place, positions, positions - start, lengths.queries, bounds)
+        state = attend_lists(
+            queries, keys, terms, lengths, visits, BLOCK_Q, BLOCK_K, TILE, DIMS, FLAGS, EVERYWHERE
+        )  # fmt: skip
 
     # 4. epilogue
     inside = row + local_rows < num_rows
@@ -187,22 +202,27 @@ def forward(problem, q, k, v, terms, cache=PLAIN):
     out, lse, *_ = outputs.empty_results(problem, q, False)
     if not out.numel():
         return out, lse
-    key = () if cache is PLAIN else (len(k), launch.facts_of(*cache))
-    launches = launch.launches_of(("decode", *key, *launch.call_key(problem, q, k, v, terms)))
+    of_mask = lists.lists_of(terms.block_mask)
+    of_cache = () if cache is PLAIN else (len(k), launch.facts_of(*cache))
+    key = ("decode", of_mask and of_mask.key, *of_cache, *launch.call_key(problem, q, k, v, terms))
+    launches = launch.launches_of(key)
     if "splits" not in launches:
-        launches["splits"] = split_keys(problem, launch.device_facts(q.get_device()))
-    keys_per_split, num_splits = launches["splits"]
+        launches["splits"] = splits_of(problem, of_mask, launch.device_facts(q.get_device()))
+    splits = _, num_splits = launches["splits"]
     parts = empty_parts(problem, q, num_splits) if num_splits > 1 else None
     extras = (terms.k_start, terms.k_end, terms.mask, terms.bias, terms.alibi_slopes, terms.softmax_scale)
-    tensors = (q, k, v, out if parts is None else parts, lse, *extras, terms.seed or 0, terms.sinks, *cache)
+    of_blocks, to_write = of_mask.tensors if of_mask else lists.NOTHING, out if parts is None else parts
+    tensors = (q, k, v, to_write, lse, *extras, terms.seed or 0, *of_blocks, terms.sinks, *cache)
 
     def plan():
-        device = launch.device_facts(q.get_device())
+        device, shared = launch.device_facts(q.get_device()), as_shared(problem, of_mask)
 
         def plan_with(tiles):
-            return _plan(problem, q, k, v, out, terms, cache, (keys_per_split, num_splits), device, tiles)
+            return _plan(problem, shared, q, k, v, out, terms, of_mask, cache, splits, device, tiles)
 
-        return launch.plan_with_best_tiles("decode", problem, device, tensors, plan_with, (tensors[3], lse))
+        return launch.plan_with_best_tiles(
+            "decode", shared, device, tensors, plan_with, (to_write, lse), of_mask and of_mask.block_size
+        )
 
     launch.run(launches, "decode", tensors, plan)
     if num_splits > 1:
@@ -217,16 +237,18 @@ def empty_parts(problem, q: torch.Tensor, num_splits: int) -> torch.Tensor:
     return q.new_empty(size, dtype=torch.float32)
 
 
-def _plan(problem, q, k, v, out, terms, cache, splits, device, tiles) -> launch.Plan:
+def _plan(problem, shared, q, k, v, out, terms, of_mask, cache, splits, device, tiles) -> launch.Plan:
     arguments, constexprs = launch.score_arguments(problem, q, k, v, out, terms)
     keys_per_split, num_splits = splits
-    constexprs |= {"BLOCK_M": tiles.BLOCK_M, "BLOCK_N": tiles.BLOCK_N, "SPLIT": num_splits > 1}
+    constexprs |= lists.constexprs(of_mask, tiles)
     constexprs |= {"ANY_SIGN": launch.is_of_any_sign(terms.softmax_scale), "RELOAD": tiles.reload}
+    constexprs |= {"SPLIT": num_splits > 1, "ALONE": shared is not problem}
+    of_blocks = (of_mask.strides, of_mask.num_bitmaps) if of_mask else (None, 0)
     arguments = (
-        *_cache_arguments(k, cache), keys_per_split, num_splits, problem.batch, *launch.strides(terms.sinks, 1),
-        *arguments,
+        *_cache_arguments(k, cache), *of_blocks, keys_per_split, num_splits, problem.batch,
+        *launch.strides(terms.sinks, 1), *arguments,
     )  # fmt: skip
-    programs = num_splits * row_blocks(problem, tiles) * problem.num_heads_k * problem.batch
+    programs = num_splits * row_blocks(shared, tiles) * shared.num_heads_k * problem.batch
     return launch.Plan(decode_kernel, programs, arguments, constexprs, tiles.options(device))
 
 
@@ -256,15 +278,38 @@ def row_blocks(problem, tiles) -> int:
     return triton.cdiv(problem.group_size * problem.seqlen_q, tiles.BLOCK_M)
 
 
-def split_keys(problem, device) -> tuple[int, int]:
-    """(keys in a split, number of splits): two programs a multiprocessor for one sequence, of 256 keys at least.
+def as_shared(problem, of_mask: lists.Lists | None):
+    """`problem` with the heads of keys that programs are made for: one for each head where a group cannot share tiles,
+    since the lists of a block mask are of heads, or of more lines of queries than one."""
+    if of_mask is None:
+        return problem
+    (partial, full, *_), (block_q, _) = of_mask.strides, of_mask.block_size
+    is_shared = partial[1] == full[1] == 0 and problem.seqlen_q <= block_q
+    return problem if is_shared else problem._replace(num_heads_k=problem.num_heads)
 
-    Keys and values of a split are at least twice of what it writes, whose numbers have 32 bits.
-    """
+
+def splits_of(problem, of_mask: lists.Lists | None, device) -> tuple[int, int]:
+    """`split_keys`; for a block mask, whose splits are parts of lists, (the least keys in a split, how many)."""
+    if of_mask is None:
+        return split_keys(problem, device)
+    shared = as_shared(problem, of_mask)
+    _, num_splits = split_keys(shared, device, of_mask.block_size)
+    return least_keys(shared), num_splits
+
+
+def least_keys(problem) -> int:
+    """Of a split: keys and values are at least twice of what it writes, whose numbers have 32 bits."""
+    return max(256, 2 * problem.group_size * problem.seqlen_q)
+
+
+def split_keys(problem, device, block_size=None) -> tuple[int, int]:
+    """(keys in a split, number of splits): two programs a multiprocessor for one sequence."""
     tiles = tuning.tiles("decode", problem, device)
+    if block_size:
+        tiles = config.within(tiles, block_size)
     programs = row_blocks(problem, tiles) * problem.num_heads_k
     wanted = max(1, 2 * device.num_sms // programs)
-    keys = max(256, 2 * problem.group_size * problem.seqlen_q, triton.cdiv(problem.seqlen_k, wanted))
+    keys = max(least_keys(problem), triton.cdiv(problem.seqlen_k, wanted))
     keys = triton.cdiv(keys, tiles.BLOCK_N) * tiles.BLOCK_N
     return keys, max(1, triton.cdiv(problem.seqlen_k, keys))
 

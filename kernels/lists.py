@@ -45,6 +45,26 @@ def open_lists(
 
 
 @triton.jit
+def share_of_visits(visits, split, num_splits, least_keys, ALONG: tl.constexpr):
+    """The blocks of `Visits` that a split takes: as many as the others, of least_keys keys at least, so that the last
+    splits may have none."""
+    listed = visits.listed
+    size = tl.maximum(tl.cdiv(visits.unmasked + visits.masked, num_splits), tl.cdiv(least_keys, ALONG))
+    before = split * size
+    unmasked_before = tl.minimum(before, visits.unmasked)
+    masked_before = tl.minimum(before - unmasked_before, visits.masked)
+    unmasked = tl.minimum(size, visits.unmasked - unmasked_before)
+    masked = tl.minimum(size - unmasked, visits.masked - masked_before)
+    partial_before = tl.minimum(masked_before, listed.count)
+    full_before = unmasked_before + masked_before - partial_before
+    listed = Listed(
+        listed.count - partial_before, listed.indices + partial_before, listed.bitmap_ids + partial_before,
+        listed.full_count - full_before, listed.full_indices + full_before,
+    )  # fmt: skip
+    return Visits(listed, unmasked, masked, visits.whole, visits.blocks, visits.bitmaps, visits.count)
+
+
+@triton.jit
 def unmasked_tile(step, visits, ALONG: tl.constexpr, BLOCK: tl.constexpr):
     """First position of a tile of BLOCK in the loop without masks, in which a block takes ALONG / BLOCK steps."""
     STEPS: tl.constexpr = ALONG // BLOCK

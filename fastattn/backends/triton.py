@@ -61,6 +61,7 @@ def declines(problem) -> str | None:
 
 def decode(problem, q, k, v, terms, *cache):
     """Forward pass of few queries; cache: block_table, k_scale, v_scale of `kernels.decode.Cache`."""
+    _check(terms.block_mask)
     decode, before = _kernel("decode"), _loaded()
     held = (decode.Cache(*cache),) if cache else ()
     found = _launched("decode", before, decode.forward, problem, q, k, v, terms, *held)

@@ -23,6 +23,7 @@ EVERYTHING = Case(
     sinks=True, bias="per_head", mask="tensor_per_head", causal=True,
 )  # fmt: skip
 DECODE = Case(num_heads=4, num_heads_k=2, seqlen_q=1, seqlen_k=1500, head_dim=64, dtype="bfloat16")
+DECODE_BLOCKS = DECODE._replace(num_heads=2, num_heads_k=1, seqlen_q=3, seqlen_k=1100, mask="shared_blocks")
 
 
 def forward(case: Case, edit=lambda name, text: text, arch: int = 80, **options) -> list:

@@ -65,6 +65,8 @@ MORE = (  # other rows of tables that most architectures have in common
     *(Spec("prefill learned scale", head_dim, learned_scale=True) for head_dim in (64, 128, 192, 256)),
     *(Spec("block_sparse everything", head_dim, blocks=True, everything=True) for head_dim in (64, 128, 256)),
     Spec("decode learned scale", 256, seqlen_q=1, learned_scale=True),
+    *(Spec("decode blocks", head_dim, seqlen_q=1, blocks=True) for head_dim in (128, 256)),
+    Spec("decode blocks everything", seqlen_q=1, blocks=True, everything=True),
     *(Spec("decode", head_dim, "float32", seqlen_q=1) for head_dim in (128, 256)),
     *(Spec("decode everything", head_dim, seqlen_q=1, everything=True) for head_dim in (128, 256)),
     *(Spec("backward", head_dim, "float32", backward=True) for head_dim in (128, 256)),

@@ -136,7 +136,7 @@ def test_shared_memory_fits(kernels, arch, spec):
 SMALL_TILES = {  # of sm_90: fewer rows than the 64 that an HGMMA takes, where larger ones spill or do more besides
     *(
         (f"decode{of} D{head_dim} bfloat16", "decode_kernel")
-        for of in ("", " everything", " learned scale")
+        for of in ("", " everything", " learned scale", " blocks", " blocks everything")
         for head_dim in (64, 128, 256)
     ),
     *(

@@ -23,6 +23,7 @@ from executed import (  # noqa: E402
     BLOCKS,
     CAUSAL,
     DECODE,
+    DECODE_BLOCKS,
     EVERYTHING,
     FLOAT32,
     WINDOW,
@@ -62,6 +63,7 @@ FORWARD = [
     WINDOW,
     FLOAT32,
     DECODE,
+    DECODE_BLOCKS,
     CAUSAL._replace(causal=False, dtype="float16", seqlen_k=450),
     CAUSAL._replace(causal=False, head_dim=128, seqlen_k=300),
     CAUSAL._replace(head_dim=80, head_dim_v=40, layout="bshd"),
@@ -75,6 +77,7 @@ FORWARD = [
     DECODE._replace(num_heads_k=1, seqlen_q=3, head_dim=24, dtype="float16", mask="lengths", sinks=True),
     DECODE._replace(dtype="float32", head_dim=128),
     DECODE._replace(num_heads=2, num_heads_k=1, seqlen_q=40, seqlen_k=700, causal=True),
+    DECODE_BLOCKS._replace(mask="blocks", seqlen_q=40, seqlen_k=700, dtype="float16"),
 ]
 CAUSAL_BACKWARD = CAUSAL._replace(seqlen_q=270)
 BACKWARD = [
@@ -94,7 +97,7 @@ BACKWARD = [
 ]
 
 
-@pytest.mark.parametrize("case, arch", runs(FORWARD, {80: FORWARD[:4], 90: (CAUSAL, WINDOW, DECODE)}))
+@pytest.mark.parametrize("case, arch", runs(FORWARD, {80: FORWARD[:5], 90: (CAUSAL, WINDOW, DECODE)}))
 def test_forward(case, arch):
     launches = forward(case, arch=arch)
     assert len(launches) == (2 if case.seqlen_q <= 40 else 1)  # split keys, then `combine`

@@ -22,7 +22,7 @@ from emulator.amd.machine import decode  # noqa: E402
 from emulator.amd.opcodes import BRANCHES  # noqa: E402
 from emulator.amd.opcodes.control import NOTHING  # noqa: E402
 from emulator.device import executing  # noqa: E402
-from executed import BLOCKS, CAUSAL, DECODE, EVERYTHING, FLOAT32, WINDOW, edited, forward  # noqa: E402
+from executed import BLOCKS, CAUSAL, DECODE, DECODE_BLOCKS, EVERYTHING, FLOAT32, WINDOW, edited, forward  # noqa: E402
 
 ARCHS = ("gfx1100", "gfx942")
 APART = {*BRANCHES, *NOTHING, "s_barrier", "s_waitcnt", "s_waitcnt_vscnt"}
@@ -52,6 +52,7 @@ FORWARD = [
     FLOAT32,
     DECODE,
     BLOCKS,
+    DECODE_BLOCKS,
     EVERYTHING,
     CAUSAL._replace(causal=False, dtype="float16", seqlen_k=450),
     CAUSAL._replace(causal=False, head_dim=128, seqlen_k=300),
@@ -64,6 +65,7 @@ FORWARD = [
     EVERYTHING._replace(dtype="float32"),
     DECODE._replace(num_heads_k=1, seqlen_q=3, head_dim=24, dtype="float16", mask="lengths", sinks=True),
     DECODE._replace(dtype="float32", head_dim=128),
+    DECODE_BLOCKS._replace(mask="blocks", dtype="float16"),
 ]
 CAUSAL_BACKWARD = CAUSAL._replace(seqlen_q=130)
 BACKWARD = [
@@ -120,7 +122,8 @@ def assert_all_opcodes_are_checked(launches, arch: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "case, arch", runs(FORWARD, {"gfx1100": (CAUSAL, WINDOW, FLOAT32, DECODE), "gfx942": (CAUSAL, DECODE)})
+    "case, arch",
+    runs(FORWARD, {"gfx1100": (CAUSAL, WINDOW, FLOAT32, DECODE, DECODE_BLOCKS), "gfx942": (CAUSAL, DECODE)}),
 )
 def test_forward(case, arch):
     launches = forward(case, arch=arch)

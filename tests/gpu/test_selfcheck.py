@@ -135,6 +135,7 @@ def test_right_results_are_proven(case, checks, tmp_path, recwarn):
     "case",
     [
         BASE._replace(seqlen_q=1, seqlen_k=300),
+        BASE._replace(seqlen_q=3, seqlen_k=300, mask="shared_blocks"),
         BASE._replace(seqlen_q=3, mask="lengths", bias="full", dtype="float16", causal=False, sinks=True),
     ],
     ids=str,

@@ -9,8 +9,8 @@ import torch  # noqa: E402
 
 import fastattn  # noqa: E402
 from cases import Case  # noqa: E402
-from fastattn import dispatch  # noqa: E402
-from fastattn.kernels import config, decode, launch  # noqa: E402
+from fastattn import BlockMask, Mask, dispatch  # noqa: E402
+from fastattn.kernels import config, decode, launch, lists  # noqa: E402
 from fastattn.problem import Problem  # noqa: E402
 from on_device import DEVICE, assert_forward, on_device  # noqa: E402
 
@@ -95,6 +95,75 @@ def test_a_batch_changes_no_bits():
     both = fastattn.attention(q, k, v, causal=True, backend="triton")
     alone = fastattn.attention(*(x[1:] for x in (q, k, v)), causal=True, backend="triton")
     assert torch.equal(alone, both[1:])
+
+
+# --- block masks -----------------------------------------------------------------------------------------------------
+
+BLOCKS = Case(num_heads=4, num_heads_k=2, seqlen_q=40, seqlen_k=700, head_dim=32, mask="shared_blocks")
+LISTED = [  # "blocks": of each head, in lines of 32 queries; "shared_blocks": of all, in lines of 64
+    BLOCKS._replace(mask="blocks", num_heads=2, num_heads_k=1),
+    BLOCKS._replace(mask="blocks", num_heads=2, num_heads_k=1, batch=2, seqlen_q=3, dtype="bfloat16", causal=True),
+    BLOCKS._replace(mask="blocks", seqlen_q=1, seqlen_k=90),  # one split
+    BLOCKS._replace(window_size=(600, 3), dtype="float16", head_dim_v=24, seqlen_k=1100),
+    BLOCKS._replace(seqlen_q=16, bias="per_head", sinks=True, alibi=True),
+    BLOCKS._replace(seqlen_q=2, learned_scale="per_head", dtype="bfloat16"),
+    BLOCKS._replace(num_heads=2, num_heads_k=1, seqlen_q=70, dropout_p=0.2, softcap=5.0),
+]
+
+
+@pytest.mark.parametrize("case", LISTED, ids=str)
+def test_parity_of_block_masks(case):
+    assert_forward(ROW, case)
+
+
+@pytest.mark.parametrize("changed, heads_in_tile", [
+    ({}, 2),
+    ({"mask": "blocks"}, 1),
+    ({"mask": "blocks", "seqlen_q": 3}, 1),
+    ({"seqlen_q": 70}, 1),  # two lines
+])  # fmt: skip
+def test_heads_share_tiles_where_they_share_one_line(changed, heads_in_tile):
+    (q, k, v), kwargs = on_device(BLOCKS._replace(**changed))
+    problem, of_mask = fastattn.api.bind(q, k, v, **kwargs).problem, lists.lists_of(kwargs["mask"])
+    assert decode.as_shared(problem, of_mask).group_size == heads_in_tile
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_lists_of_one_kind(share):
+    """No blocks, partial ones alone, full ones alone, of which the last reaches past the keys."""
+    (q, k, v), _ = on_device(BLOCKS._replace(num_heads=2, num_heads_k=1, mask=None))
+    seen = torch.rand(1, 1, 40, 700, generator=torch.Generator().manual_seed(0)) < share
+    mask = BlockMask.from_dense(seen, block_size=64).to(DEVICE)
+    out, lse = fastattn.attention(q, k, v, mask=mask, return_lse=True, backend="triton")
+    assert fastattn.last_call().kernel == "triton.decode"
+    expected = fastattn.attention(q, k, v, mask=mask, return_lse=True, backend="reference")
+    torch.testing.assert_close((out, lse), expected)
+
+
+def test_a_batch_changes_no_bits_of_block_masks():
+    """Not even another sequence whose lists are longer."""
+    (q, k, v), _ = on_device(BLOCKS._replace(num_heads=2, num_heads_k=1, batch=2, seqlen_q=3, mask=None))
+    seen = torch.rand(2, 1, 3, 700, generator=torch.Generator().manual_seed(0)) < 0.5
+    seen[0, :, :, 130:] = False
+    both, alone = (BlockMask.from_dense(x, block_size=64).to(DEVICE) for x in (seen, seen[:1]))
+    assert alone.kv_indices.shape[-1] < both.kv_indices.shape[-1]
+    options = {"dropout_p": 0.2, "seed": 1, "backend": "triton"}
+    expected = fastattn.attention(q, k, v, mask=both, **options)[:1]
+    assert fastattn.last_call().kernel == "triton.decode"
+    assert torch.equal(fastattn.attention(*(x[:1] for x in (q, k, v)), mask=alone, **options), expected)
+
+
+@pytest.mark.parametrize("block_size", [64, (16, 32)])
+def test_nan_of_keys_that_few_queries_see_in_blocks(block_size):
+    """The last one, which one query sees, and those before 270, which none does."""
+    (q, k, v), _ = on_device(BLOCKS._replace(num_heads=2, num_heads_k=1, mask=None))
+    mask = BlockMask.from_mask(Mask.window(390, 0), seqlen_q=40, seqlen_k=700, block_size=block_size).to(DEVICE)
+    k[:, :, -1], v[:, :, -1] = float("nan"), float("inf")
+    k[:, :, :270], v[:, :, :270] = float("inf"), float("nan")  # of blocks that are visited, and that are not
+    out = fastattn.attention(q, k, v, mask=mask, backend="triton")
+    assert fastattn.last_call().kernel == "triton.decode" and out[:, :, :-1].isfinite().all()
+    expected = fastattn.attention(q, k, v, mask=mask, backend="reference")
+    torch.testing.assert_close(out, expected, equal_nan=True)
 
 
 def test_packed_sequences():
