@@ -41,6 +41,7 @@ struct BackwardBlocking {
   int64_t split_keys;
   int64_t partial_size;  // elements of the dq of one query head and one split
   bool sums_diagonals;   // whether the gradient of a relative bias is wanted
+  int64_t last_queries;  // those at the end of a head whose products have columns in the lanes (few_queries.h)
 };
 
 // One key range of a key head; of several heads and batches, one after the other, where these share a dense dbias.

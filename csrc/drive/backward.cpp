@@ -8,6 +8,7 @@
 #include "block_lists.h"
 #include "driver.h"
 #include "laid_bias.h"
+#include "last_queries.h"
 #include "parallel.h"
 #include "score_sums.h"
 #include "sequences.h"
@@ -16,6 +17,12 @@ namespace fastattn {
 namespace {
 
 constexpr int64_t max_partial_bytes = 64 << 20;  // a wave of batches whose dq of all splits fit, but one at least
+
+BackwardBlocking blocking_of(const Operands& p, const Gradients& wanted, const Kernels& kernels) {
+  BackwardBlocking b = kernels.backward_blocking(p, wanted);
+  b.last_queries = last_queries(p, kernels);
+  return b;
+}
 
 // A call, or a sequence of one: its units leave their dq in `partials` where its keys are split.
 class BackwardPass {
@@ -39,7 +46,7 @@ class BackwardPass {
       : p(p),
         g(wanted),
         kernels(kernels),
-        b(kernels.backward_blocking(p, wanted)),
+        b(blocking_of(p, wanted, kernels)),
         scratch_bytes(kernels.backward_scratch_bytes(p, b)),
         head_bytes(b.num_splits * b.partial_size * element_bytes(p)),
         sums(p, g, b.num_splits),

@@ -8,6 +8,7 @@
 #include "block_lists.h"
 #include "driver.h"
 #include "laid_bias.h"
+#include "last_queries.h"
 #include "parallel.h"
 #include "sequences.h"
 #include "units.h"
@@ -29,7 +30,7 @@ Algorithm decode_of(const Kernels& kernels) {
 
 constexpr int64_t most_decode_rows = 4096;  // that a thread has memory for
 
-// The call of queries first ... first + count - 1 alone, without a block mask.
+// The call of queries first ... first + count - 1 alone.
 Operands queries_of(Operands p, int64_t first, int64_t count) {
   for (Tensor* t : {&p.q, &p.out, &p.lse, &p.lse_parts, &p.out_exact, &p.mask, &p.bias, &p.k_start, &p.k_end})
     *t = t->from(0, first);
@@ -39,17 +40,12 @@ Operands queries_of(Operands p, int64_t first, int64_t count) {
   return p;
 }
 
-// Takes from `p` the queries at the end of each head that would leave a panel nearly empty, for `decode` to compute them:
-// the class token of an image, the 49th of a window. By the shape alone, as their bits depend on it. Not where a backward
-// pass follows, which computes all scores in panels: far from zero, scores that are summed in another order do not fit lse.
+// Takes `last_queries` from `p`, for `decode` to compute them.
 std::optional<Operands> take_last_queries(Operands& p, const Kernels& kernels) {
-  constexpr int64_t panels_worth = 4;  // of the time of a panel, what one of these queries takes
-  const int64_t lanes = kernels.blocking(p).lanes, last = p.seqlen_q % lanes, others = p.seqlen_q - last;
-  if (!last || !others || last * panels_worth > lanes) return {};
-  if (p.blocks || p.in_pairs || p.rotary || p.lse_parts) return {};  // decode: no blocks, no pairs, rounds turned keys
-  const Operands first = queries_of(p, 0, others), rest = queries_of(p, others, last);
-  if (kernels.blocking(first).num_splits > 1 || kernels.decode_blocking(rest).num_splits > 1) return {};
-  p = first;
+  const int64_t last = last_queries(p, kernels), others = p.seqlen_q - last;
+  if (!last) return {};
+  const Operands rest = queries_of(p, others, last);
+  p.seqlen_q = others;
   return rest;
 }
 

@@ -9,6 +9,7 @@
 // P^T and dS^T stand as [key][query of the block], so that one tile of them is lanes for dQ and scalars for dK and dV.
 #pragma once
 #include "backward_pairs.h"
+#include "few_queries.h"
 #include "query_gradients.h"
 #include "rows/lines_ahead.h"
 #include "scores/skip.h"
@@ -30,6 +31,7 @@ class KeyRange {
   bool any_masked = false, finite = true, skips = false;
   const int64_t D, Dv, k_lo, k_hi;  // keys of the unit
   ScoreGradients<Real, NV> score_gradients;
+  const FewQueries<Real, NV> few;
   int64_t head = 0;          // the query head of this turn
   int64_t lo = 0, keys = 0;  // the tile of this turn
   TileRows<Real> k{}, v{};   // its rows
@@ -58,6 +60,7 @@ class KeyRange {
         k_lo(u.split * b.split_keys),
         k_hi(smaller(p.seqlen_k, k_lo + b.split_keys)),
         score_gradients(p, g, u, b.num_splits, {k_lo, k_hi}, s.key_sum, s.diagonals, s.modifier.rows),
+        few(p, b, s.few),
         in_pairs(p, g, b, u, s, modifier, score_gradients) {
     fetch_next_head();
   }
@@ -99,7 +102,8 @@ class KeyRange {
     for (const Tensor* t : {&p.out, &g.dout}) ahead.add(*t, batch, of, p.seqlen_q, Dv);
     for (const Tensor* t : {&p.k, &g.dk}) ahead.add(*t, batch, of, p.seqlen_k, D);
     for (const Tensor* t : {&p.v, &g.dv}) ahead.add(*t, batch, of, p.seqlen_k, Dv);
-    const int64_t panels = column_panels(p.seqlen_q, NR), columns = column_panels(D, NR) + column_panels(Dv, NR);
+    const int64_t panels = column_panels(p.seqlen_q - b.last_queries, NR),
+                  columns = column_panels(D, NR) + column_panels(Dv, NR);
     ahead.spread(panels * (2 * tiles_of<R>(p.seqlen_k) + tiles_of<R>(D)) + columns * tiles_of<R>(p.seqlen_k));
   }
 
@@ -139,18 +143,22 @@ class KeyRange {
     const int64_t rows = smaller<int64_t>(NR, p.seqlen_q - query);
     const Real scale = (Real)scale_of(p, head), keep_factor = (Real)p.keep_factor;
     prepare_panel(p, u.batch, head, query, rows, NR, panel, s.rows);
-    if (!pairs) copy_rows(query_rows(p, u.batch, head, query, rows, s.rows, D), rows, D, scale, query, s.q_rows);
+    if (!pairs)
+      copy_rows<Real, NV>(b, query_rows(p, u.batch, head, query, rows, s.rows, D), rows, D, scale, query, s.q_rows);
     const TileRows<Real> dout = tile_rows(g.dout, u.batch, head, query, rows, Dv, s.rows, Dv);
-    if (!pairs) copy_rows(dout, rows, Dv, keep_factor, query, s.dout_rows);
+    if (!pairs) copy_rows<Real, NV>(b, dout, rows, Dv, keep_factor, query, s.dout_rows);
     to_lanes(dout, rows, panel.dout);
+    if (few.are(panel.lanes)) few.pack_q(panel.q), few.pack_dout(panel.dout);
     for (int64_t r = 0; r < NR; r++) {
       panel.softmax.top[r] = r < rows ? *(const Real*)at(p.lse_parts, u.batch, head, query + r, 0) : 0;
       panel.softmax.log_sum[r] =
           r < rows ? *(const Real*)at(p.lse_parts, u.batch, head, query + r, 1) : (Real)__builtin_inf();
     }
     find_delta(panel, query, rows);
-    if (p.drops())
+    if (p.drops()) {
       for (int64_t i = 0; i < Dv * NR; i++) panel.dout[i] *= keep_factor;
+      if (few.are(panel.lanes)) few.pack_dout(panel.dout);
+    }
     if (skips) prepare_skipping(panel);
     if (score_gradients.wants_all_queries()) score_gradients.add_rows_alone(panel.softmax, query, rows);
     if constexpr (pairs) in_pairs.pack(panel);
@@ -179,7 +187,8 @@ class KeyRange {
 
   // In the order of the product dP = V dout^T: where a row sees one key and out is its value, dS is exactly 0.
   void find_delta(const GradientPanel<Real>& panel, int64_t query, int64_t rows) {
-    to_lanes(tile_rows(p.out, u.batch, head, query, rows, Dv, s.rows, Dv), rows, s.out);
+    const TileRows<Real> out = tile_rows(p.out, u.batch, head, query, rows, Dv, s.rows, Dv);
+    to_lanes(out, rows, s.out);
     for (int v = 0; v < NV; v++) {
       Vec<Real> sum{};
       for (int64_t d = 0; d < Dv; d++) {
@@ -188,25 +197,12 @@ class KeyRange {
       }
       store(panel.softmax.delta + v * L, sum);
     }
+    if (few.are(panel.lanes)) {
+      few.dp(out, rows, s.dp);
+      for (int64_t r = 0; r < rows; r++) panel.softmax.delta[r] = s.dp[r * NR + r];
+    }
     if (g.dlse)
       for (int64_t r = 0; r < rows; r++) panel.softmax.delta[r] -= *(const Real*)at(g.dlse, u.batch, head, query + r);
-  }
-
-  // Rows from `query` on, times a factor, to their place among the column panels of their block.
-  void copy_rows(TileRows<Real> x, int64_t rows, int64_t columns, Real factor, int64_t query, Real* copies) {
-    const int64_t panels = column_panels(columns, NR), block = query / b.block_rows, first = query % b.block_rows;
-    for (int64_t c = 0; c < panels; c++) {
-      const Real* from = x.data + c * NR;
-      Real* to = copies + ((block * panels + c) * b.block_rows + first) * NR;
-      const int64_t n = smaller<int64_t>(NR, columns - c * NR);
-      for (int64_t r = 0; r < rows; r++, from += x.stride, to += NR) {
-        if (n == NR) {
-          for (int i = 0; i < NR; i += L) store(to + i, load(from + i) * factor);
-        } else {
-          for (int64_t d = 0; d < NR; d++) to[d] = d < n ? from[d] * factor : 0;
-        }
-      }
-    }
   }
 
   void visit_tile() {
@@ -249,7 +245,8 @@ class KeyRange {
       for (int64_t i = 0; i < count; i++) any_masked |= in_pairs.visit_panel(panel[i], i * NR);
       in_pairs.add_to_keys(panel, count, rows, block, tile);
     } else {
-      for (int64_t i = 0; i < count; i++) visit_panel(panel[i], i * NR);
+      for (int64_t i = 0; i < count; i++)
+        few.are(panel[i].lanes) ? visit_panel<true>(panel[i], i * NR) : visit_panel<false>(panel[i], i * NR);
       if (g.dv) add_to_keys(panel, count, rows, s.p, s.dout_rows, Dv, block, tile, s.dv);
       if (g.dk) add_to_keys(panel, count, rows, s.ds, s.q_rows, D, block, tile, s.dk);
     }
@@ -272,6 +269,7 @@ class KeyRange {
   }
 
   // P^T and dS^T of one panel against the tile, and its dQ.
+  template <bool are_few>
   void visit_panel(const GradientPanel<Real>& panel, int64_t column) {
     const Range seen = panel.seen;
     const int64_t n = seen.hi - seen.lo, skipped = n ? seen.lo - lo : keys, stride = s.tile_stride;
@@ -284,16 +282,22 @@ class KeyRange {
     weights += skipped * stride, ds += skipped * stride;
 
     const Real *first_k = k.data + skipped * k.stride, *first_v = v.data + skipped * v.stride;
-    each_tile<R>(n, [&](int64_t j, auto tile) {
-      row_tile<false, Real, tile, NV>(first_k + j * k.stride, k.stride, panel.q, D, s.scores + j * NR);
-      ahead();
-    });
+    if constexpr (are_few)
+      few.scores({first_k, k.stride}, n, s.scores);
+    else
+      each_tile<R>(n, [&](int64_t j, auto tile) {
+        row_tile<false, Real, tile, NV>(first_k + j * k.stride, k.stride, panel.q, D, s.scores + j * NR);
+        ahead();
+      });
     Real* slope = p.softcap > 0.0 ? s.slope : nullptr;
     any_masked |= modifier.apply(panel, seen.lo, seen.hi, skipped, s.scores, slope);
-    each_tile<R>(n, [&](int64_t j, auto tile) {
-      row_tile<false, Real, tile, NV>(first_v + j * v.stride, v.stride, panel.dout, Dv, s.dp + j * NR);
-      ahead();
-    });
+    if constexpr (are_few)
+      few.dp({first_v, v.stride}, n, s.dp);
+    else
+      each_tile<R>(n, [&](int64_t j, auto tile) {
+        row_tile<false, Real, tile, NV>(first_v + j * v.stride, v.stride, panel.dout, Dv, s.dp + j * NR);
+        ahead();
+      });
     if (p.drops()) {
       each_kept<Real, NV>(p, panel, seen.lo, n,
                           [&](int64_t j, int v, auto kept) { store(s.kept + (j * NV + v) * L, (Vec<Real>)kept); });
@@ -305,6 +309,8 @@ class KeyRange {
     if (!g.needs_dq()) return;
     if (careful)
       for (int64_t d = 0; d < D; d++) select_column<Real, NV>(first_k + d, k.stride, ds, stride, n, panel.dq + d * NR);
+    else if constexpr (are_few)
+      few.add_dq({first_k, k.stride}, ds, stride, n, panel.dq);
     else
       each_tile<R>(D, [&](int64_t d, auto tile) {
         column_tile<Real, tile, NV>(first_k + d, k.stride, ds, stride, n, panel.dq + d * NR);

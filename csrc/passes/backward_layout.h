@@ -61,6 +61,14 @@ struct PairScratch {
   int64_t k_stride, v_stride, k_pairs_stride, tile_stride;  // that of P and dS
 };
 
+// What products with few queries want beside (few_queries.h).
+template <class Real>
+struct FewScratch {
+  Real *q, *dout, *out;  // packed rows, and a dq on its way
+  Real* products;        // [queries][stride]
+  int64_t stride;
+};
+
 // The memory of one thread while it computes a unit.
 template <class Real>
 struct BackwardScratch {
@@ -79,6 +87,7 @@ struct BackwardScratch {
   Real* row;   // one, padded
   int64_t k_stride, v_stride, tile_stride, bytes;
   PairScratch pairs;
+  FewScratch<Real> few;
 };
 
 template <class Real>
@@ -122,6 +131,10 @@ BackwardScratch<Real> backward_layout(const Operands& p, const BackwardBlocking&
     x.k_pairs = arena.take<Pair>(packed(pairs_in(keys)) * x.k_pairs_stride);
     x.ds_pairs = arena.take<Pair>(pairs_in(keys) * NR);
   }
+  const int64_t few = b.last_queries, vector = VL<Real>;
+  s.few.stride = round_up(keys, 16) + 16;
+  s.few.q = arena.take<Real>(few * round_up(D, vector)), s.few.dout = arena.take<Real>(few * round_up(Dv, vector));
+  s.few.out = arena.take<Real>(few * round_up(D, vector)), s.few.products = arena.take<Real>(few * s.few.stride);
   s.bytes = arena.used;
   return s;
 }
@@ -129,6 +142,26 @@ BackwardScratch<Real> backward_layout(const Operands& p, const BackwardBlocking&
 template <class Real>
 int64_t backward_scratch_bytes(const Operands& p, const BackwardBlocking& b) {
   return backward_layout<Real>(p, b, nullptr).bytes;
+}
+
+// Rows from `query` on, times a factor, to their place among the column panels of their block.
+template <class Real, int NV>
+void copy_rows(const BackwardBlocking& b, TileRows<Real> x, int64_t rows, int64_t columns, Real factor, int64_t query,
+               Real* copies) {
+  constexpr int L = VL<Real>, NR = NV * L;
+  const int64_t panels = column_panels(columns, NR), block = query / b.block_rows, first = query % b.block_rows;
+  for (int64_t c = 0; c < panels; c++) {
+    const Real* from = x.data + c * NR;
+    Real* to = copies + ((block * panels + c) * b.block_rows + first) * NR;
+    const int64_t n = smaller<int64_t>(NR, columns - c * NR);
+    for (int64_t r = 0; r < rows; r++, from += x.stride, to += NR) {
+      if (n == NR) {
+        for (int i = 0; i < NR; i += L) store(to + i, load(from + i) * factor);
+      } else {
+        for (int64_t d = 0; d < NR; d++) to[d] = d < n ? from[d] * factor : 0;
+      }
+    }
+  }
 }
 
 // Blocks count as wholly seen or not at all.

@@ -129,7 +129,7 @@ class DecodeUnit {
       const Real scale = (Real)(scale_of(p, place.head) * unit);
       for (int64_t d = 0; d < p.head_dim; d++) row[d] *= scale;
     }
-    each_rows([&](int64_t r, auto R) { pack_queries(r, R); });
+    each_rows(rows, [&](int64_t r, auto R) { pack_queries(r, R); });
     clear(s.out, rows * out_size), clear(s.sums, rows * L);
     if (k_copied) memset(s.k, 0, k_block * k_loads.row_bytes());
     if (v_copied) memset(s.v, 0, v_block * v_loads.row_bytes());
@@ -170,15 +170,6 @@ class DecodeUnit {
   }
 
   static void clear(Real* x, int64_t n) { memset(x, 0, n * sizeof(Real)); }
-
-  // body(first row, how many at once) for all rows.
-  template <class Body>
-  void each_rows(const Body& body) {
-    int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) body(r, std::integral_constant<int, 4>{});
-    if (r + 2 <= rows) body(r, std::integral_constant<int, 2>{}), r += 2;
-    if (r < rows) body(r, std::integral_constant<int, 1>{});
-  }
 
   // [loads][R rows][vectors][VL], 0 where a load overlaps the one before it or the row has ended.
   template <int R>
@@ -239,7 +230,7 @@ class DecodeUnit {
       const bool foreseen = !p.k.pages && k.stride == k_loads.row_bytes();  // by hardware, if read one after the other
       for (int64_t j = 0, many = k.head; j < n; j += many, many = smaller(k.each, n - j), run++) {
         const char* further = next ? *next++ : p.k.pages ? nullptr : *run + k_loads.fetch(k.stride).ahead;
-        each_rows([&](int64_t r, auto R) {
+        each_rows(rows, [&](int64_t r, auto R) {
           constexpr int at_once = decltype(R)::value;
           score_rows<Rows, at_once>(*run, k.stride, many, at_once == 1 && foreseen ? nullptr : further, k_loads,
                                     s.q + r * q_size, s.scores + r * s.stride + key + j - whole.lo, s.stride);
@@ -258,7 +249,7 @@ class DecodeUnit {
         add_values<Rows, decltype(R)::value>(v, n, v_loads, s.scores + r * s.stride + at, s.stride, seen, cold,
                                              s.out + r * out_size, out_size);
       };
-      if (!careful) return each_rows([&](int64_t r, auto R) { add(r, R, nullptr); });
+      if (!careful) return each_rows(rows, [&](int64_t r, auto R) { add(r, R, nullptr); });
       for (int64_t r = 0; r < rows; r++) add(r, std::integral_constant<int, 1>{}, s.seen + r * s.stride + at);
     });
   }

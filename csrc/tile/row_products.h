@@ -118,6 +118,15 @@ struct RowLoads {
   Fetch fetch(int64_t stride) const { return {row_bytes(), larger<int64_t>(1, 2048 / row_bytes()) * stride}; }
 };
 
+// body(first row, how many at once) for all rows.
+template <class Body>
+FASTATTN_INLINE void each_rows(int64_t rows, const Body& body) {
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) body(r, std::integral_constant<int, 4>{});
+  if (r + 2 <= rows) body(r, std::integral_constant<int, 2>{}), r += 2;
+  if (r < rows) body(r, std::integral_constant<int, 1>{});
+}
+
 // Accumulators: they hide the latency of a multiply-add, and their sums fill whole vectors.
 template <class Real>
 constexpr int row_chains = VL<Real> > 8 ? VL<Real> : 8;
