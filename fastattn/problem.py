@@ -32,7 +32,7 @@ BY_LENGTHS = (*LENGTHS, "rows_per_key_head")
 _SIZES = ("num_heads", "num_heads_k", "head_dim", "head_dim_v")
 _DEFAULTS = {
     "layout": "dense", "mask": "none", **FACTS, "lse": False, "direction": "forward", "needs_grad": False,
-    "transformed": False,
+    "transformed": False, "device_index": 0,
 }  # fmt: skip
 _FIELDS = ("device", "dtype", *LENGTHS, *_SIZES, *_DEFAULTS)
 _FIRST = _FIELDS.index(LENGTHS[0])
@@ -60,6 +60,7 @@ class Problem(namedtuple("Problem", _FIELDS, defaults=_DEFAULTS.values())):
     needs_grad           a gradient will be asked of the result
     transformed          the call is inside forward-mode differentiation or a torch.func transform (grad, vmap, jvp):
                          `fastattn.transforms` calls the kernel with plain tensors, and batch is that of one sample
+    device_index         which of the devices of its kind holds q, k and v
     """
 
     __slots__ = ()

@@ -42,8 +42,9 @@ def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Problem:
         raise TypeError(f"q has dtype {q.dtype}; supported are {', '.join(FLOATS)}")
     check_one_device(q, k, v)
     return Problem(
-        q.device.type, dtype_name(q.dtype), batch, seqlen_q, seqlen_k, num_heads, num_heads_k, head_dim, head_dim_v
-    )
+        q.device.type, dtype_name(q.dtype), batch, seqlen_q, seqlen_k, num_heads, num_heads_k, head_dim, head_dim_v,
+        device_index=q.device.index or 0,
+    )  # fmt: skip
 
 
 def check_terms(problem: Problem, device: torch.device, tensors: dict, numbers: dict) -> dict:

@@ -51,12 +51,10 @@ postponed: dict[tuple, list] = {}
 
 
 def declines(problem) -> str | None:
-    """None if `decode` serves a call of at most MOST_QUERIES better than `prefill` on the current device, else why."""
+    """None if `decode` serves a call of at most MOST_QUERIES better than `prefill` on its device, else why."""
     if problem.seqlen_q <= FEW_QUERIES:
         return None
-    launch = _kernel("launch")
-    device = launch.device_facts(-1 if launch.interpreted() else launch.current_device())
-    return _kernel("decode").declines(problem, device)
+    return _kernel("decode").declines(problem, _kernel("launch").device_facts(problem.device_index))
 
 
 def decode(problem, q, k, v, terms, *cache):

@@ -133,8 +133,9 @@ def _check_rows(q, k, v, name_k="k", name_v="v") -> Problem:
         raise TypeError(f"q, {name_k}, {name_v} have dtypes {q.dtype}, {k.dtype}, {v.dtype}; they must agree{also}")
     check_one_device(q, k, v)
     return Problem(
-        q.device.type, dtype_name(q.dtype), batch, seqlen_q, rows, num_heads, num_heads_k, head_dim, head_dim_v
-    )
+        q.device.type, dtype_name(q.dtype), batch, seqlen_q, rows, num_heads, num_heads_k, head_dim, head_dim_v,
+        device_index=q.device.index or 0,
+    )  # fmt: skip
 
 
 def _check_places(q, places: dict, count: int) -> None:

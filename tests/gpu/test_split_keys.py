@@ -6,6 +6,7 @@ process.require_runnable()
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
 import fastattn  # noqa: E402
 from cases import Case  # noqa: E402
@@ -61,6 +62,17 @@ def test_explain_and_last_call_say_which():
     assert "refused: seqlen_q=40 (8 programs of prefill for 8 multiprocessors)" in text
     text = fastattn.explain(q[:, :2], k[:, :2, :200], v[:, :2, :200], backend="triton")
     assert "refused: seqlen_k=200 (split, 2 programs; in prefill, 2)" in text
+
+
+def test_the_device_of_the_tensors_decides(monkeypatch):
+    """Whichever is current: of 132 multiprocessors, 8 programs leave most idle; of 8, none."""
+    monkeypatch.setattr(launch, "device_facts", lambda index: H100._replace(num_sms=(132, 8)[index]))
+    for index, name in enumerate(("triton.decode", "triton.prefill")):
+        with FakeTensorMode():
+            q, k, v = (torch.empty(1, 8, s, 64, dtype=torch.half, device=f"cuda:{index}") for s in (40, 4000, 4000))
+            assert fastattn.api.bind(q, k, v, backend="triton").choice.row.name == name
+            refused = "(8 programs of prefill for 8 multiprocessors)" in fastattn.explain(q, k, v, backend="triton")
+            assert refused == (index == 1)
 
 
 CHUNKS = Case(num_heads=2, num_heads_k=1, seqlen_q=40, seqlen_k=601, head_dim=32)
