@@ -43,7 +43,8 @@ def tool(*names: str) -> str:
 
 
 def compiler() -> str:
-    return tool((os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "g++").split()[0])
+    words = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "g++").split()
+    return tool(words[1] if words[0].endswith("ccache") and len(words) > 1 else words[0])  # a cache before the compiler
 
 
 def compile_kernels(folder: Path, cxx: str, isa: str, *flags, machine: str | None = None) -> list[Path]:
