@@ -28,7 +28,7 @@ KINDS = {
     # Keyword arguments of `call`; the kernels that it launches, with the most arguments that the C launcher may have to
     # look at one by one: constants included, strides a tuple each.
     "prefill": ({}, {"forward_kernel": 65}),
-    "decode": ({"seqlen_q": 1, "seqlen_k": 4096}, {"decode_kernel": 64, "combine_kernel": 16}),
+    "decode": ({"seqlen_q": 1, "seqlen_k": 4096}, {"decode_kernel": 74, "combine_kernel": 16}),
     "block_sparse": ({"mask": BLOCKS}, {"forward_kernel": 65}),
     "backward": (
         {"backward": True},
