@@ -3,7 +3,7 @@
 #pragma once
 #include <algorithm>
 
-#include "driver.h"
+#include "kernels.h"
 
 namespace fastattn {
 

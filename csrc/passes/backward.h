@@ -282,22 +282,23 @@ class KeyRange {
     weights += skipped * stride, ds += skipped * stride;
 
     const Real *first_k = k.data + skipped * k.stride, *first_v = v.data + skipped * v.stride;
+    auto multiply_rows = [&](TileRows<Real> x, const Real* lanes, int64_t columns,
+                             Real* to) __attribute__((always_inline)) {
+      each_tile<R>(n, [&](int64_t j, auto tile) {
+        row_tile<false, Real, tile, NV>(x.data + j * x.stride, x.stride, lanes, columns, to + j * NR);
+        ahead();
+      });
+    };
     if constexpr (are_few)
       few.scores({first_k, k.stride}, n, s.scores);
     else
-      each_tile<R>(n, [&](int64_t j, auto tile) {
-        row_tile<false, Real, tile, NV>(first_k + j * k.stride, k.stride, panel.q, D, s.scores + j * NR);
-        ahead();
-      });
+      multiply_rows({first_k, k.stride}, panel.q, D, s.scores);
     Real* slope = p.softcap > 0.0 ? s.slope : nullptr;
     any_masked |= modifier.apply(panel, seen.lo, seen.hi, skipped, s.scores, slope);
     if constexpr (are_few)
       few.dp({first_v, v.stride}, n, s.dp);
     else
-      each_tile<R>(n, [&](int64_t j, auto tile) {
-        row_tile<false, Real, tile, NV>(first_v + j * v.stride, v.stride, panel.dout, Dv, s.dp + j * NR);
-        ahead();
-      });
+      multiply_rows({first_v, v.stride}, panel.dout, Dv, s.dp);
     if (p.drops()) {
       each_kept<Real, NV>(p, panel, seen.lo, n,
                           [&](int64_t j, int v, auto kept) { store(s.kept + (j * NV + v) * L, (Vec<Real>)kept); });

@@ -67,12 +67,13 @@ def test_no_list_leads_out_of_bounds(mask, seqlen_q, seqlen_k, seed):
     assert all(x.shape == y.shape for x, y in zip(results[1:], (q, k, v), strict=False))
 
 
-@pytest.mark.skipif(not process.INTERPRETED, reason="the strict interpreter sees where a kernel reads")
 @pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (0, 2, 3))])
 @pytest.mark.parametrize("mask", BLOCK_SIZES)
-def test_no_list_leads_decoding_out_of_bounds(mask, seed):
+def test_no_list_leads_decoding_out_of_bounds(mask, seed, monkeypatch):
+    """Nor on a device, which may notice only what leads far out."""
+    monkeypatch.setenv("FASTATTN_SELFCHECK", "0")  # such lists mean nothing that could be compared
     case = Case(num_heads=2, num_heads_k=1, seqlen_q=5, seqlen_k=600, head_dim=16, mask=mask, causal=seed % 2 == 1)
-    (q, k, v), kwargs = inputs(case, seed)
+    (q, k, v), kwargs = on_device(case)
     scramble(kwargs["mask"], torch.Generator().manual_seed(seed))
     fastattn.attention(q, k, v, **kwargs, backend="triton")
     assert fastattn.last_call().kernel == "triton.decode"
