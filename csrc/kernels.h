@@ -72,7 +72,7 @@ struct Kernels {
   void (*find_keys)(const Operands&, const Blocking&, Unit&);
   // Computes a unit into out and lse (num_splits == 1) or into its partial result.
   void (*run_unit)(const Operands&, const Blocking&, const Unit&, const Partial&, char* scratch);
-  // Fills Operands::laid_bias, of batch entry 0, for panels of `lanes` rows; scratch: (lanes + 1) * seqlen_k elements.
+  // Fills Operands::laid_bias, of batch entry 0, for panels of `lanes` rows; scratch: lanes * seqlen_k elements.
   void (*lay_bias)(const Operands&, int lanes, char* to, char* scratch);
   // Adds Gradients::laid_bias to dbias; scratch: lanes * seqlen_k elements.
   void (*add_laid_bias)(const Operands&, const Gradients&, int lanes, char* scratch);

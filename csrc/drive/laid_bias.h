@@ -24,7 +24,7 @@ inline std::vector<char> lay_bias(Operands& p, const Kernels& kernels, int lanes
   if ((!p.bias && !p.mask) || !shared(p.bias) || !shared(p.mask) || (alike(p.bias) && alike(p.mask))) return {};
   if (!many_short(p)) return {};
   std::vector<char> laid = laid_bytes(p, p.num_heads, lanes);
-  std::vector<char> scratch((lanes + 1) * p.seqlen_k * element_bytes(p));
+  std::vector<char> scratch(lanes * p.seqlen_k * element_bytes(p));
   kernels.lay_bias(p, lanes, laid.data(), scratch.data());
   p.laid_bias = laid.data();
   return laid;

@@ -116,7 +116,7 @@ class TangentUnit {
   // Whether q's panels have a tangent, which a learned scale gives them too; tS has terms beside its products; tS may
   // be other than 0; a row's mean may be.
   const bool has_tq, adds, moves, has_mean;
-  Operands biased;  // p with the tangent of the bias in the place of bias and mask
+  Operands biased;  // p with the tangent of the bias in the place of the bias
   int64_t rows;
   int panels;
   Modifier<Real, NV> modifier;
@@ -139,7 +139,7 @@ class TangentUnit {
         has_mean(moves || t.sinks),
         biased(p),
         modifier(p, s.modifier, b.heads_per_unit == 1) {
-    biased.bias = t.bias, biased.mask = Tensor{};
+    biased.bias = t.bias;
     rows = smaller<int64_t>(b.rows, b.heads_per_unit * p.seqlen_q - u.row);
     panels = (int)((rows + NR - 1) / NR);
     for (int i = 0; i < panels; i++) {

@@ -1,6 +1,6 @@
-// The additive bias and the bool mask, which is a bias of 0 or -inf; and the gradient of the bias.
+// The additive bias and the bool mask of each pair; and the gradient of the bias.
 #pragma once
-#include "intervals.h"
+#include "mask.h"
 #include "rows/transpose.h"
 #include "tile/softmax.h"
 
@@ -43,29 +43,19 @@ bool add_bias(Real* scores, int64_t keys, const Real* bias, int64_t stride) {
 // The bias of `key` and the panel's first lane, if those of the others follow it in memory, as along diagonals; or null.
 template <class Real>
 const Real* bias_in_lanes(const Operands& p, const Lanes& lanes, int64_t key, int NR) {
-  if (!p.bias || p.mask || p.bias.dtype != dtype_of<Real> || p.bias.stride[2] != 1 || lanes.rows != NR) return nullptr;
+  if (p.bias.dtype != dtype_of<Real> || p.bias.stride[2] != 1 || lanes.rows != NR) return nullptr;
   const QueryRow q = stacked_row(p, lanes.head, lanes.row);
   return q.query + NR <= p.seqlen_q ? (const Real*)at(p.bias, lanes.batch, q.head, q.query, key) : nullptr;
 }
 
-// Fetches what load_bias will want of the next tile: rows lie too far apart for the hardware to foresee.
-FASTATTN_INLINE void prefetch_next(const char* row, const Tensor& t, int64_t keys) {
-  const int64_t bytes = keys * bytes_of(t.dtype);
-  if (t.stride[3] == 1)
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + bytes + i, 0, 2);
-}
-
-// The bias and mask of the lanes for `keys` keys from `key`, transposed to [keys][NR]; -inf where the mask is False.
+// The bias of the lanes for `keys` keys from `key`, transposed to [keys][NR].
 template <class Real>
 void load_bias(const Operands& p, const Lanes& lanes, int64_t key, int64_t keys, int NR, Real* rows, Real* bias) {
-  const Real lowest = (Real)-__builtin_inf();
-  const Tensor& first = p.bias ? p.bias : p.mask;
-  Real* mask_row = rows + (int64_t)NR * keys;
   const QueryRow q = stacked_row(p, lanes.head, lanes.row);
   const bool whole = lanes.rows == NR && q.query + NR <= p.seqlen_q;  // rows of one head, a lane each
-  if (whole && !(p.bias && p.mask) && lies_as<Real>(first)) {
-    const TileRows<Real> tile = rows_in_place<Real>(first, lanes.batch, q.head, q.query, key);
-    for (int64_t r = 0; r < NR; r++) prefetch_next(at(first, lanes.batch, q.head, q.query + r, key), first, keys);
+  if (whole && lies_as<Real>(p.bias)) {
+    const TileRows<Real> tile = rows_in_place<Real>(p.bias, lanes.batch, q.head, q.query, key);
+    for (int64_t r = 0; r < NR; r++) prefetch_next(at(p.bias, lanes.batch, q.head, q.query + r, key), p.bias, keys);
     return transpose(tile.data, tile.stride, (int64_t)NR, keys, bias, (int64_t)NR);
   }
   for (int64_t r = 0; r < NR; r++) {
@@ -75,25 +65,47 @@ void load_bias(const Operands& p, const Lanes& lanes, int64_t key, int64_t keys,
       continue;
     }
     const QueryRow s = stacked_row(p, lanes.head, lanes.row + r);
-    const char* source = at(first, lanes.batch, s.head, s.query, key);
-    prefetch_next(source, first, keys);
-    load_row(source, first.dtype, first.stride[3], keys, row);
-    if (p.bias && p.mask) {
-      load_row(at(p.mask, lanes.batch, s.head, s.query, key), p.mask.dtype, p.mask.stride[3], keys, mask_row);
-      for (int64_t j = 0; j < keys; j++) row[j] = mask_row[j] == lowest ? lowest : row[j];
-    }
+    const char* source = at(p.bias, lanes.batch, s.head, s.query, key);
+    prefetch_next(source, p.bias, keys);
+    load_row(source, p.bias.dtype, p.bias.stride[3], keys, row);
   }
   transpose(rows, keys, (int64_t)NR, keys, bias, (int64_t)NR);
 }
 
+// Bias and mask of a query in one row, -inf where the mask is False; mask_row: [keys].
+template <class Real>
+void load_key_bias(const Operands& p, int64_t batch, QueryRow q, int64_t key, int64_t keys, Real* mask_row,
+                   Real* bias) {
+  const Real lowest = (Real)-__builtin_inf();
+  auto load = [&](const Tensor& t, Real* to) {
+    load_row(at(t, batch, q.head, q.query, key), t.dtype, t.stride[3], keys, to);
+  };
+  load(p.bias ? p.bias : p.mask, bias);
+  if (!p.bias || !p.mask) return;
+  load(p.mask, mask_row);
+  for (int64_t j = 0; j < keys; j++) bias[j] = mask_row[j] == lowest ? lowest : bias[j];
+}
+
+template <class Real, int NV>
+void lay_panels(const Operands& p, Real* panel, Real* scratch) {
+  constexpr int NR = NV * VL<Real>;
+  for (int64_t head = 0; head < p.num_heads; head++)
+    for (int64_t row = 0; row < p.seqlen_q; row += NR, panel += p.seqlen_k * NR) {
+      const Lanes lanes{0, head, row, smaller<int64_t>(NR, p.seqlen_q - row), {}, {}};
+      if (p.bias)
+        load_bias(p, lanes, 0, p.seqlen_k, NR, scratch, panel);
+      else
+        for (int64_t i = 0; i < p.seqlen_k * NR; i++) panel[i] = 0;
+      if (p.mask) mask_rows<Real, NV>(p, lanes, 0, p.seqlen_k, panel);
+    }
+}
+
 template <class Real>
 void lay_bias(const Operands& p, int lanes, char* to, char* scratch) {
-  Real* panel = (Real*)to;
-  for (int64_t head = 0; head < p.num_heads; head++)
-    for (int64_t row = 0; row < p.seqlen_q; row += lanes, panel += p.seqlen_k * lanes) {
-      const int64_t rows = smaller<int64_t>(lanes, p.seqlen_q - row);
-      load_bias(p, {0, head, row, rows, {}, {}}, 0, p.seqlen_k, lanes, (Real*)scratch, panel);
-    }
+  if (lanes == VL<Real>)
+    lay_panels<Real, 1>(p, (Real*)to, (Real*)scratch);
+  else
+    lay_panels<Real, max_vectors>(p, (Real*)to, (Real*)scratch);
 }
 
 // Where the lanes of a panel stand for `key` in a laid bias, and in the sums of its gradient.

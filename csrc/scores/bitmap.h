@@ -1,6 +1,6 @@
 // A BlockMask: which tiles of keys are visited, and the pairs that the bitmap of a block masks.
 #pragma once
-#include "intervals.h"
+#include "mask.h"
 
 namespace fastattn::FASTATTN_ISA {
 
@@ -58,19 +58,9 @@ FASTATTN_INLINE Range set_bits(const uint8_t* bits, int64_t row_bits, int64_t fr
 // Masks the pairs whose bit is 0. bits: those of the panel's first row, in rows of row_bits; the keys start at bit `from`.
 template <class Real, int NV>
 void mask_bits(Real* scores, int64_t keys, const uint8_t* bits, int64_t row_bits, int64_t from, int64_t rows) {
-  typedef typename VecOf<Real>::word Word;
-  constexpr int L = VL<Real>, NR = NV * L;
-  const Vec<Real> lowest = splat((Real)-__builtin_inf());
-  Word words[NR] = {};
-  for (int64_t j = 0; j < keys; j++) {
-    if (j % 32 == 0)
-      for (int64_t r = 0; r < rows; r++) words[r] = bits_of(bits + r * row_bits / 8, row_bits / 8, from + j);
-    for (int v = 0; v < NV; v++) {
-      Real* s = scores + j * NR + v * L;
-      const auto seen = (load_words<Real>(words + v * L) >> (Word)(j % 32) & (Word)1) != 0;
-      store(s, seen ? load(s) : lowest);
-    }
-  }
+  mask_by_words<Real, NV>(scores, keys, rows, [&](int64_t r, int64_t j, int64_t) {
+    return bits_of(bits + r * row_bits / 8, row_bits / 8, from + j);
+  });
 }
 
 // Whether a row sees a key.

@@ -8,13 +8,13 @@ namespace fastattn::FASTATTN_ISA {
 
 template <class Real>
 struct ModifierMemory {
-  Real *rows, *bias, *key_bias;  // [NR + 1][n_block], [n_block][NR], [n_block]
+  Real *rows, *bias, *key_bias;  // [NR][n_block], [n_block][NR], [n_block]
   Real *first, *last;            // [NR], the keys that a lane sees, counted from the tile's first
 };
 
 template <class Real>
 ModifierMemory<Real> take_modifier(Arena& arena, int64_t n_block, int64_t NR) {
-  return {arena.take<Real>((NR + 1) * n_block), arena.take<Real>(n_block * NR), arena.take<Real>(n_block),
+  return {arena.take<Real>(NR * n_block), arena.take<Real>(n_block * NR), arena.take<Real>(n_block),
           arena.take<Real>(NR), arena.take<Real>(NR)};
 }
 
@@ -23,7 +23,7 @@ class Modifier {
   static constexpr int NR = NV * VL<Real>;
   const Operands& p;
   const ModifierMemory<Real> s;
-  bool has_bias, has_key_bias;      // has_key_bias: bias and mask are the same for all rows
+  bool has_key_bias;                // bias and mask are the same for all rows
   const uint8_t* bitmap = nullptr;  // of the tile's block, null if it is full
   int64_t first_key = 0;            // the tile's, counted in its block
 
@@ -32,18 +32,17 @@ class Modifier {
     auto same_for_all_rows = [&](const Tensor& t) {
       return !t || (t.stride[2] == 0 && (t.stride[1] == 0 || one_head));
     };
-    has_bias = p.bias || p.mask;
-    has_key_bias = has_bias && same_for_all_rows(p.bias) && same_for_all_rows(p.mask);
+    has_key_bias = (p.bias || p.mask) && same_for_all_rows(p.bias) && same_for_all_rows(p.mask);
   }
 
   // Masks only lower a score: without any of these, the maximum of the product stays an upper bound.
-  bool raises() const { return has_bias || p.softcap > 0.0 || p.alibi_slopes; }
+  bool raises() const { return p.bias || p.softcap > 0.0 || p.alibi_slopes; }
 
   // Before the first panel of a tile.
   void load_tile(int64_t batch, int64_t head, int64_t row, const KeyTile& tile) {
     use_bitmap(tile.bitmap, tile.lo);
     if (has_key_bias)
-      load_bias(p, Lanes{batch, head, row, 1, {}, {}}, tile.lo, tile.hi - tile.lo, 1, s.rows, s.key_bias);
+      load_key_bias(p, batch, stacked_row(p, head, row), tile.lo, tile.hi - tile.lo, s.rows, s.key_bias);
   }
 
   // null: nothing is masked; lo: the tile's first key.
@@ -54,7 +53,7 @@ class Modifier {
 
   // Whether `apply` may mask some of the keys k0 ... k1 - 1.
   bool may_mask(const Panel<Real>& panel, int64_t k0, int64_t k1) const {
-    return has_bias || bitmap || k0 < panel.lanes.common.lo || k1 > panel.lanes.common.hi;
+    return p.bias || p.mask || bitmap || k0 < panel.lanes.common.lo || k1 > panel.lanes.common.hi;
   }
 
   // From the first to the last key of the tile lo ... hi - 1 that some lane sees; {0, 0} if none is.
@@ -82,13 +81,9 @@ class Modifier {
     } else if (p.laid_bias) {
       masked |= add_bias<Real, NV>(
           scores, keys, (const Real*)p.laid_bias + laid_place(p, panel.lanes.head, panel.lanes.row, k0, NR), NR);
-    } else if (has_bias) {
-      if (const Real* bias = bias_in_lanes<Real>(p, panel.lanes, k0, NR)) {
-        masked |= add_bias<Real, NV>(scores, keys, bias, p.bias.stride[3]);
-      } else {
-        load_bias(p, panel.lanes, k0, keys, NR, s.rows, s.bias);
-        masked |= add_bias<Real, NV>(scores, keys, s.bias, NR);
-      }
+    } else {
+      if (p.bias) masked |= add_rows_of_bias(panel.lanes, k0, keys, scores);
+      if (p.mask) masked |= mask_rows<Real, NV>(p, panel.lanes, k0, keys, scores);
     }
     if (k0 < common.lo || k1 > common.hi) {
       for (int r = 0; r < NR; r++) {
@@ -104,6 +99,14 @@ class Modifier {
       masked = true;
     }
     return masked;
+  }
+
+ private:
+  bool add_rows_of_bias(const Lanes& lanes, int64_t key, int64_t keys, Real* scores) {
+    if (const Real* bias = bias_in_lanes<Real>(p, lanes, key, NR))
+      return add_bias<Real, NV>(scores, keys, bias, p.bias.stride[3]);
+    load_bias(p, lanes, key, keys, NR, s.rows, s.bias);
+    return add_bias<Real, NV>(scores, keys, s.bias, NR);
   }
 };
 
