@@ -95,9 +95,11 @@ FASTATTN_INLINE bool any(typename VecOf<Real>::bits mask) {
 // x * 0 is 0 for finite x, else NaN, which a sum keeps; n is a multiple of the vector length.
 template <class Real>
 bool all_finite(const Real* x, int64_t n) {
-  Vec<Real> poison{}, zero{};
-  for (int64_t i = 0; i < n; i += VL<Real>) poison += load(x + i) * zero;
-  return !any<Real>(poison != zero);
+  constexpr int chains = 4;  // of additions, each of which waits for the one before
+  Vec<Real> poison[chains]{}, zero{};
+  for (int64_t i = 0; i < n; i += chains * VL<Real>)
+    for (int c = 0; c < chains && i + c * VL<Real> < n; c++) poison[c] += load(x + i + c * VL<Real>) * zero;
+  return !any<Real>(poison[0] + poison[1] + (poison[2] + poison[3]) != zero);
 }
 
 // Makes the compiler hold v in a vector register at this point; no instruction.
