@@ -121,6 +121,30 @@ def test_masks_of_the_same_keys_give_the_same_bits(dtype):
 
 @needs_cpu
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("laid", ["side by side", "by columns", "for all heads", "for the batch"])
+@pytest.mark.parametrize("seqlen_k", [1, 31, 32, 33, 64, 131, 133, 165, 200])
+def test_a_bool_mask_gives_the_bits_of_a_bias_of_minus_infinity(seqlen_k, laid, dtype):
+    case = Case(batch=4, num_heads=4, num_heads_k=2, seqlen_q=35, seqlen_k=seqlen_k, head_dim=24, dtype=dtype)
+    (q, k, v), kwargs = inputs(case._replace(bias="per_head"))
+    bias, seen = kwargs["bias"].expand(1, 4, 35, seqlen_k), torch.rand(4, 4, 35, seqlen_k) > 0.4
+    seen[0, :, 5], seen[1, :, 16:32] = False, True  # a row that sees no key, a panel that sees all
+    if laid == "by columns":
+        seen = seen.mT.contiguous().mT
+    elif laid == "for all heads":
+        seen = seen[:, :1]
+    elif laid == "for the batch":
+        seen = seen[:1]
+    for terms, added in (({}, torch.zeros_like(bias)), ({"bias": bias}, bias)):
+        results = []
+        for kwargs in ({"mask": seen, **terms}, {"bias": added.masked_fill(~seen, -INF)}):
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            out, lse = run(*leaves, **kwargs)
+            results.append([out, lse, *torch.autograd.grad(out, leaves, q.new_ones(()).expand(out.shape))])
+        assert_same_bits(*results)
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("seqlen_q", [1, 2, 40, 130])
 @pytest.mark.parametrize("group_size", [2, 4, 5])
 def test_shared_keys_equal_repeated_keys(group_size, seqlen_q, dtype):
