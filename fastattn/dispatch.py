@@ -222,7 +222,7 @@ def rows_of(backend: str | None, layout: str) -> list[Row]:
 
 def isa_of(row: Row, problem: Problem) -> str | None:
     """The instruction set that a row's kernel computes `problem` on, None if it is not compiled for the CPU;
-    RuntimeError if FASTATTN_CPU_ISA names one that cannot run here."""
+    ValueError if FASTATTN_CPU_ISA names one that cannot run here."""
     return None if row.backend != "cpu" or _missing(row) else cpu.isa_of(row.name, problem)
 
 

@@ -7,8 +7,8 @@
 
 namespace fastattn {
 
-// The best instruction set that this machine runs, narrowed by FASTATTN_CPU_ISA; throws std::runtime_error for one that is
-// unknown, not built or not supported here. Decided once.
+// The best instruction set that this machine runs, narrowed by FASTATTN_CPU_ISA; throws std::invalid_argument for one that
+// is unknown, not built or not supported here. Decided once.
 const InstructionSet& instruction_set();
 
 std::vector<std::string> built_names();  // of all that this build has, best first

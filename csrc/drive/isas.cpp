@@ -80,10 +80,10 @@ bool has_amx() {
 void ask_for_tiles() {
   constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM
   if (!syscall(SYS_arch_prctl, request, tile_data)) return;
-  throw std::runtime_error("FASTATTN_CPU_ISA=amx_bf16: the system keeps no tiles for this process (arch_prctl: " +
-                           std::string(std::strerror(errno)) +
-                           "): it must be Linux 5.16 or later and every "
-                           "sigaltstack large enough; unset FASTATTN_CPU_ISA for the best one that runs");
+  throw std::invalid_argument("FASTATTN_CPU_ISA=amx_bf16: the system keeps no tiles for this process (arch_prctl: " +
+                              std::string(std::strerror(errno)) +
+                              "): it must be Linux 5.16 or later and every "
+                              "sigaltstack large enough; unset FASTATTN_CPU_ISA for the best one that runs");
 }
 #endif
 
@@ -143,14 +143,14 @@ const InstructionSet& best_isa() {
     if (wanted && *wanted ? wanted == x.name() : x.supported && x.pays) {
       if (x.supported && x.ask) x.ask();
       if (x.supported) return *x.isa;
-      throw std::runtime_error("FASTATTN_CPU_ISA=" + std::string(wanted) +
-                               ": this CPU does not have it; unset FASTATTN_CPU_ISA for the best one it has");
+      throw std::invalid_argument("FASTATTN_CPU_ISA=" + std::string(wanted) +
+                                  ": this CPU does not have it; unset FASTATTN_CPU_ISA for the best one it has");
     }
     built += (built.empty() ? "" : ", ") + x.name();
   }
-  throw std::runtime_error(wanted && *wanted ? "FASTATTN_CPU_ISA=" + std::string(wanted) +
-                                                   " is not built into this package; built are " + built
-                                             : "no kernels for this CPU; built are " + built);
+  if (!wanted || !*wanted) throw std::runtime_error("no kernels for this CPU; built are " + built);
+  throw std::invalid_argument("FASTATTN_CPU_ISA=" + std::string(wanted) +
+                              " is not built into this package; built are " + built);
 }
 
 #if defined(_SC_LEVEL1_DCACHE_SIZE)

@@ -63,7 +63,7 @@ def unusable() -> str | None:
         return missing
     try:
         isa()
-    except RuntimeError as error:
+    except (ValueError, RuntimeError) as error:
         return str(error)
     return None
 

@@ -1,6 +1,7 @@
 """`python -m fastattn`: its table of commands, and `explain`."""
 
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 import fastattn
 from fastattn import cli
+from isas import needs_cpu
 
 ROOT = Path(fastattn.__file__).parents[1]
 
@@ -49,3 +51,12 @@ def test_a_refusal_is_one_line(capsys):
     assert cli.main(["explain", "1,8,3,5,5,8"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("python -m fastattn explain: q has num_heads=8") and error.count("\n") == 1
+
+
+@needs_cpu
+def test_an_instruction_set_that_is_not_there_is_one_line():
+    command = [sys.executable, "-m", "fastattn", "explain", "1,2,2,4,4,8"]
+    environment = os.environ | {"FASTATTN_CPU_ISA": "sse17"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (1, "") and result.stderr.count("\n") == 1
+    assert "explain: FASTATTN_CPU_ISA=sse17 is not built into this package; built are" in result.stderr

@@ -254,7 +254,7 @@ def test_doctor_where_no_kernel_runs(monkeypatch, capsys):
     """FASTATTN_CPU_ISA names what this CPU lacks: the one command that tells what to do does not end in a traceback."""
 
     def refuse():
-        raise RuntimeError("FASTATTN_CPU_ISA=any: this CPU does not have it")
+        raise ValueError("FASTATTN_CPU_ISA=any: this CPU does not have it")
 
     monkeypatch.setattr(cpu, "isa", refuse)
     plans.forget()
