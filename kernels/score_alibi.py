@@ -5,6 +5,7 @@ import triton.language as tl
 
 from .rows import query_start
 from .softmax import LOG2E
+from .sums import row_sum
 
 
 @triton.jit
@@ -25,4 +26,4 @@ def distances(window, lengths):
 @triton.jit
 def slope_gradient(ds, window, lengths):
     """What each query takes from the gradient of the slope."""
-    return tl.sum(ds * distances(window, lengths), 1)
+    return row_sum(ds * distances(window, lengths))

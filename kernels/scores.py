@@ -13,6 +13,7 @@ from .score_bias import bias_log2, is_seen, load_scores
 from .score_scale import load_scale, scale_gradient, scaled
 from .score_softcap import capped, capped_gradient
 from .state import Flags, Rows, RowSums, Terms
+from .sums import row_sum
 
 
 @triton.jit
@@ -126,7 +127,7 @@ def add_row_sums(sums, product, gradients, window, lengths, WANTED: tl.constexpr
     """`sums` with those of one more tile, where WANTED."""
     total, slope, scale = sums
     if WANTED.total:
-        total += tl.sum(gradients.scores, 1)
+        total += row_sum(gradients.scores)
     if WANTED.slope:
         slope -= slope_gradient(gradients.scores, window, lengths)
     if WANTED.scale:

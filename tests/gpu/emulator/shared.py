@@ -35,10 +35,10 @@ class Copies(NamedTuple):
 
 class Shared:
     """Of several programs of `threads` lanes each, `size` bytes each. `lanes` are numbers of lanes, `warp` of which run
-    as one. lanes_agree: whether those of one warp must store one value to one place; else one of them wins."""
+    as one."""
 
-    def __init__(self, size: int, programs: int, threads: int, unit: int, warp: int = 32, lanes_agree: bool = True):
-        self.size, self.unit, self.dtype, self.lanes_agree = size, unit, np.dtype(f"u{unit}"), lanes_agree
+    def __init__(self, size: int, programs: int, threads: int, unit: int, warp: int = 32):
+        self.size, self.unit, self.dtype = size, unit, np.dtype(f"u{unit}")
         stride = -(-size // 16) * 16
         units = programs * stride // unit
         self.data = np.zeros(units, self.dtype)
@@ -93,8 +93,7 @@ class Shared:
         self.data[units] = data
         self.writers[units] = mark
         self.proxies.write(units)
-        differ = self.data[units] != data
-        if np.any(differ if self.lanes_agree else differ & (self.writers[units] != mark)):
+        if np.any(self.data[units] != data):
             raise Race("two lanes write different values to one place of shared memory")
 
     def _check_write(self, lanes: np.ndarray, units: np.ndarray, data: np.ndarray | None) -> None:

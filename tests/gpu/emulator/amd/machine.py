@@ -80,8 +80,7 @@ class Machine:
         self.registers = Registers(count, code.lanes, self.counters)
         self.waves_of_program = waves
         self.program_of_lane = np.repeat(programs, waves * code.lanes)
-        # lanes round the sums of a row that several of them hold as each has it, before one of them is stored
-        self.shared = Shared(shared, len(programs), waves * code.lanes, code.unit, code.lanes, lanes_agree=False)
+        self.shared = Shared(shared, len(programs), waves * code.lanes, code.unit, code.lanes)
         self.scratch = np.zeros((settings["private_segment_fixed_size"], count * code.lanes), np.uint8)
         self.is_scratch_written = np.zeros(self.scratch.shape, bool)
         for place in range(2):
