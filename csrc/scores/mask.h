@@ -20,7 +20,7 @@ bool mask_by_words(Real* scores, int64_t keys, int64_t rows, const Word& word) {
       const uint32_t w = word(r, j, count);
       words[r] = w, common &= w;
     }
-    if (!(~common << (32 - count))) continue;
+    if (!(~common << (32 - count))) continue;  // every row sees all of them
     masked = true;
     for (int v = 0; v < NV; v++) {
       const auto lanes = load_words<Real>(words + v * L);
@@ -34,14 +34,13 @@ bool mask_by_words(Real* scores, int64_t keys, int64_t rows, const Word& word) {
 }
 
 // Bit j: whether bool j of a row is True; those of 32 keys, of which `count` are there. before: how many lie before.
-FASTATTN_INLINE uint32_t true_bits(const uint8_t* row, int64_t stride, int64_t count, int64_t before) {
+FASTATTN_INLINE uint32_t true_bits(const uint8_t* row, int64_t stride, int64_t count, [[maybe_unused]] int64_t before) {
 #if defined(__AVX2__)
   if (stride == 1 && before + count >= 32) {
     const __m256i bools = _mm256_loadu_si256((const __m256i*)(row + count - 32));
     return ~(uint32_t)_mm256_movemask_epi8(_mm256_cmpeq_epi8(bools, _mm256_setzero_si256())) >> (32 - count);
   }
 #endif
-  (void)before;
   uint32_t word = 0;
   for (int64_t j = 0; j < count; j++) word |= (uint32_t)(row[j * stride] != 0) << j;
   return word;
