@@ -49,8 +49,8 @@ $(APPLICATIONS): $(VENV)/.vision $(EXT)  # a small model trained beside its twin
 test: $(VENV)/.test $(EXT)  ## the tests, without the slow ones, in two processes
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist worksteal tests $(ARGS)
 
-test-all: $(VENV)/.test $(EXT) $(VENV)/zig  ## all tests: builds of wheels, sanitizers, large sizes, Triton, the oldest torch
-	PYTHONPATH=$(VENV)/zig $(PY) -m pytest -q -m "" tests $(ARGS)
+test-all: $(VENV)/.test $(EXT) $(VENV)/zig  ## all tests, hours: wheels, sanitizers, large sizes, Triton, the oldest torch
+	PYTHONPATH=$(VENV)/zig $(MAKE) test ARGS='-m "" $(ARGS)'
 	$(MAKE) test-oldest
 	$(MAKE) test-triton test-triton-versions ARGS='-m "" $(ARGS)'
 
@@ -105,10 +105,10 @@ triton-sanitized:
 triton-executed:
 	$(TRITON_PYTEST) $(EXECUTED) $(ARGS)
 
-# What a kernel may rely on changes from version to version.
+# What a kernel may rely on changes from version to version: the selection shows it.
 test-triton-versions: $(VENV)/.test $(EXT) $(VENV)/triton-3.7.1 $(VENV)/triton-3.8.0
-	$(MAKE) --no-print-directory triton-interpreted TRITON=3.7.1
-	$(MAKE) --no-print-directory triton-interpreted TRITON=3.8.0
+	$(MAKE) --no-print-directory triton-interpreted TRITON=3.7.1 ARGS=
+	$(MAKE) --no-print-directory triton-interpreted TRITON=3.8.0 ARGS=
 	$(MAKE) --no-print-directory triton-compiled TRITON=3.7.1 ARGS=
 	$(MAKE) --no-print-directory triton-compiled TRITON=3.8.0 ARGS=
 

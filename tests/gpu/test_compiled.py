@@ -114,9 +114,10 @@ FEW_SPILLS = 32
 
 
 def assert_no_spills(name: str, kernel: dict, is_large: bool) -> None:
-    """In no loop; with a large tile, few in those with masks."""
+    """In no loop; with a large tile, few in those with masks, and with another Triton's registers in any."""
     first, *others = [loop["spills"] for loop in kernel["loops"]] or [0]
-    assert first == 0 and max(others, default=0) <= (FEW_SPILLS if is_large else 0), name
+    few = FEW_SPILLS if is_large else 0
+    assert first <= (0 if IS_OF_GOLDEN else few) and max(others, default=0) <= few, name
 
 
 @pytest.mark.parametrize("arch, spec", params(CASES))
