@@ -19,8 +19,18 @@ class LinesAhead {
   };
   static constexpr int most = 8;
   Rows tensors[most];
-  int count = 0, tensor = 0, per_visit = 0;
-  int64_t row = 0, offset = 0, lines = 0;
+  int count = 0, tensor = -1, per_visit = 0;
+  int64_t row = 0, lines = 0;
+  const char *next = nullptr, *end = nullptr;  // of the row that is under way
+
+  // Whether there is one more row.
+  bool turn_to_next_row() {
+    if (tensor < 0 || ++row == tensors[tensor].count) row = 0, tensor++;
+    if (tensor == count) return per_visit = 0, false;
+    const Rows& rows = tensors[tensor];
+    next = rows.first + row * rows.stride, end = next + rows.bytes;
+    return true;
+  }
 
  public:
   // The first `rows` rows of a head of the tensor; one that there is no more room for is left out.
@@ -35,14 +45,13 @@ class LinesAhead {
   // Of that many visits, each fetches its part.
   void spread(int64_t visits) { per_visit = (int)((lines + visits - 1) / larger<int64_t>(1, visits)); }
 
+  // Without a member in the inner loop: the compiler keeps those in memory, and each line would wait for the last one's.
   __attribute__((always_inline)) inline void operator()() {
-    for (int i = 0; i < per_visit && tensor < count; i++) {
-      const Rows& rows = tensors[tensor];
-      __builtin_prefetch(rows.first + row * rows.stride + offset, 0, 2);
-      offset += line;
-      if (offset < rows.bytes) continue;
-      offset = 0;
-      if (++row == rows.count) row = 0, tensor++;
+    for (int64_t left = per_visit; left > 0;) {
+      if (next == end && !turn_to_next_row()) return;
+      const char *from = next, *to = from + smaller(left * line, end - from);
+      for (; from < to; from += line) __builtin_prefetch(from, 0, 2), left--;
+      next = smaller(from, end);
     }
   }
 };
