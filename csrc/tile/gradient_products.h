@@ -23,19 +23,6 @@ __attribute__((noinline)) void column_tile(const Element* a, int64_t a_step, con
   add_tile(tile, c, std::make_integer_sequence<int, R * NV>{});
 }
 
-// Calls tile(row, integral_constant R) for register tiles of up to R rows that cover `rows`.
-template <int R, class Tile>
-FASTATTN_INLINE void one_tile(int64_t row, int64_t rows, const Tile& tile) {
-  if (rows == R)
-    tile(row, std::integral_constant<int, R>{});
-  else if constexpr (R > 1)
-    one_tile<R - 1>(row, rows, tile);
-}
-template <int R, class Tile>
-FASTATTN_INLINE void each_tile(int64_t rows, const Tile& tile) {
-  for (int64_t row = 0, n; row < rows; row += n) one_tile<R>(row, n = tile_rows_of<R>(rows - row), tile);
-}
-
 // The same products where a weight of 0 leaves NaN and Inf behind it. a: the weights of one row; b [steps][NR].
 template <class Real, int NV>
 void select_row(const Real* a, const Real* b, int64_t steps, Real* c) {

@@ -37,12 +37,23 @@ template <int R>
 FASTATTN_INLINE int64_t tiles_of(int64_t rows) {
   return (rows + R - 1) / R;
 }
-// The next of `left` rows for them, all of like size: a sliver would idle the pipes. Tile registers want whole ones.
-template <int R>
-FASTATTN_INLINE int64_t tile_rows_of(int64_t left) {
-  if constexpr (has_tiles) return smaller<int64_t>(left, R);
-  const int64_t tiles = tiles_of<R>(left);
-  return (left + tiles - 1) / tiles;
+// Calls tile(row, integral_constant R) for register tiles of up to R rows that cover `rows`.
+template <int R, class Tile>
+FASTATTN_INLINE void one_tile(int64_t row, int64_t rows, const Tile& tile) {
+  if (rows == R)
+    tile(row, std::integral_constant<int, R>{});
+  else if constexpr (R > 1)
+    one_tile<R - 1>(row, rows, tile);
+}
+template <int R, class Tile>
+FASTATTN_INLINE void each_tile(int64_t rows, const Tile& tile) {
+  if constexpr (has_tiles) {  // tile registers want whole ones
+    for (int64_t row = 0; row < rows; row += R) one_tile<R>(row, smaller<int64_t>(rows - row, R), tile);
+  } else if (rows) {  // all of like size, the larger ones first: a sliver would idle the pipes
+    const int64_t tiles = tiles_of<R>(rows), most = (rows + tiles - 1) / tiles;
+    const int64_t of_most = (rows - (most - 1) * tiles) * most;
+    for (int64_t row = 0, n; row < rows; row += n) one_tile<R>(row, n = row < of_most ? most : most - 1, tile);
+  }
 }
 
 // Called after each register tile; see rows/lines_ahead.h.
@@ -52,41 +63,24 @@ struct NothingAhead {
 
 // scores [keys][NR] = K Q^T, and their maxima; `before` is worked off on the way, and `ahead` is called after each tile.
 // steps: elements of a row.
-template <class Real, int NV, int R = MR<NV>, class Element, class Weights, class Ahead = NothingAhead>
+template <class Real, int NV, class Element, class Weights, class Ahead = NothingAhead>
 void scores_product(TileRows<Element> k, int64_t keys, const Element* q, int64_t steps, Real* scores, Real* largest,
                     Weights& before, Ahead&& ahead = {}) {
-  constexpr int NR = NV * VL<Real>;
-  while (keys) {
-    const int64_t rows = tile_rows_of<R>(keys);
-    if (rows == R) {
-      scores_tile<Real, R, NV>(k.data, k.stride, q, steps, scores, largest, before);
-      ahead();
-    } else if constexpr (R > 1) {
-      scores_product<Real, NV, R - 1>(k, rows, q, steps, scores, largest, before, ahead);
-    }
-    k.data += rows * k.stride;
-    scores += rows * NR;
-    keys -= rows;
-  }
+  each_tile<MR<NV>>(keys, [&](int64_t key, auto R) {
+    scores_tile<Real, decltype(R)::value, NV>(k.data + key * k.stride, k.stride, q, steps, scores + key * NV * VL<Real>,
+                                              largest, before);
+    ahead();
+  });
 }
 
 // out [columns][NR] += V^T P^T, or = where it is fresh. steps: rows of v and p.
-template <class Real, int NV, int R = MR<NV>, class Element, class Ahead = NothingAhead>
+template <class Real, int NV, class Element, class Ahead = NothingAhead>
 void out_product(TileRows<Element> v, int64_t columns, const Element* p, int64_t steps, bool fresh, Real* out,
                  Ahead&& ahead = {}) {
-  constexpr int NR = NV * VL<Real>;
-  while (columns) {
-    const int64_t rows = tile_rows_of<R>(columns);
-    if (rows == R) {
-      out_tile<Real, R, NV>(v.data, v.stride, p, steps, fresh, out);
-      ahead();
-    } else if constexpr (R > 1) {
-      out_product<Real, NV, R - 1>(v, rows, p, steps, fresh, out, ahead);
-    }
-    v.data += rows;
-    out += rows * NR;
-    columns -= rows;
-  }
+  each_tile<MR<NV>>(columns, [&](int64_t column, auto R) {
+    out_tile<Real, decltype(R)::value, NV>(v.data + column, v.stride, p, steps, fresh, out + column * NV * VL<Real>);
+    ahead();
+  });
 }
 
 // out += V^T P^T where a masked key contributes nothing, not 0 * NaN; seen: the scores before the softmax.
