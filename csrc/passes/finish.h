@@ -41,8 +41,12 @@ bool finish_lanes(const Operands& p, const Lanes& lanes, const Real* out, const 
   const QueryRow first = stacked_row(p, lanes.head, lanes.row);
   if (!lies_as<Real>(p.out) || p.out_exact || first.query + lanes.rows > p.seqlen_q) return false;
   Real factors[NR];
-  for (int64_t r = 0; r < lanes.rows; r++)
-    factors[r] = finish_softmax(p, lanes.batch, {first.head, first.query + r}, max[r], sum[r]);
+  if (p.sinks || p.lse || p.lse_parts) {
+    for (int64_t r = 0; r < lanes.rows; r++)
+      factors[r] = finish_softmax(p, lanes.batch, {first.head, first.query + r}, max[r], sum[r]);
+  } else {  // the same numbers, in vectors
+    for (int64_t r = 0; r < NR; r++) factors[r] = (Real)((sum[r] == 0 ? 0.0 : 1.0 / sum[r]) * p.keep_factor);
+  }
   Real* to = (Real*)at(p.out, lanes.batch, first.head, first.query);
   transpose(out, (int64_t)NR, p.head_dim_v, lanes.rows, to, p.out.stride[2], TimesEach<Real>{factors});
   return true;
