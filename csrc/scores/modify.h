@@ -87,8 +87,8 @@ class Modifier {
     }
     if (k0 < common.lo || k1 > common.hi) {
       for (int r = 0; r < NR; r++) {
-        s.first[r] = (Real)smaller(larger<int64_t>(panel.lo[r] - k0, 0), keys);
-        s.last[r] = (Real)smaller(larger<int64_t>(panel.hi[r] - k0, 0), keys);
+        s.first[r] = (Real)(int32_t)smaller(larger<int64_t>(panel.lo[r] - k0, 0), keys);
+        s.last[r] = (Real)(int32_t)smaller(larger<int64_t>(panel.hi[r] - k0, 0), keys);
       }
       mask_intervals<Real, NV>(scores, keys, s.first, s.last, common.lo - k0, common.hi - k0);
       masked = true;

@@ -32,6 +32,22 @@ Panel<Real> take_panel(Arena& arena, int64_t head_dim, int64_t NR) {
   return panel;
 }
 
+// The keys of rows of one head between two diagonals, in vectors; false: the rows are others.
+template <class Real>
+bool see_diagonals(const Operands& p, int64_t first, int64_t rows, Panel<Real>& panel) {
+  if (p.k_start || p.k_end || first + rows > p.seqlen_q) return false;
+  const int64_t keys = p.seqlen_k, from = first + p.diagonal_lo, to = first + p.diagonal_hi + 1;
+  int64_t *const lows = panel.lo, *const highs = panel.hi;
+  Range common{0, keys};
+  for (int64_t r = 0; r < rows; r++) {
+    const int64_t lo = larger<int64_t>(0, from + r), hi = smaller(keys, to + r);
+    lows[r] = lo < hi ? lo : 0, highs[r] = lo < hi ? hi : 0;
+    common = {larger(common.lo, lows[r]), smaller(common.hi, highs[r])};
+  }
+  panel.lanes.common = common;
+  return true;
+}
+
 // What the lanes of the panel know of stacked rows first ... first + rows - 1 from `head`.
 template <class Real>
 void place_lanes(const Operands& p, int64_t batch, int64_t head, int64_t first, int64_t rows, int NR,
@@ -41,7 +57,7 @@ void place_lanes(const Operands& p, int64_t batch, int64_t head, int64_t first, 
   for (int64_t r = 0; r < NR; r++) panel.slopes[r] = panel.positions[r] = 0;
   for (int64_t r = 0; r < NR; r++) panel.queries[r] = panel.heads[r] = 0;
   for (int64_t r = 0; r < NR; r++) panel.lo[r] = 0, panel.hi[r] = p.seqlen_k;
-  if (p.sees_all() && !p.alibi_slopes && !p.drops()) return;
+  if (!p.alibi_slopes && !p.drops() && (p.sees_all() || see_diagonals(p, first, rows, panel))) return;
   for (int64_t r = 0; r < rows; r++) {
     const QueryRow s = stacked_row(p, head, first + r);
     const Range range = row_range(p, batch, s.head, s.query);
