@@ -53,7 +53,7 @@ class ForwardPass {
   const Operands& p;
   const Kernels& kernels;
   const Algorithm algorithm;
-  const Blocking blocking;
+  Blocking blocking;
   const int64_t element;
   const Units units;
   std::vector<char> partials;  // out, max, sum of every row of every unit; empty without splits
@@ -83,6 +83,7 @@ class ForwardPass {
   // The last queries of the heads, computed after the others of their head, while its keys are near.
   void end_with(const Operands& last_queries, int threads) {
     last = std::make_unique<ForwardPass>(last_queries, kernels, decode_of(kernels), threads);
+    last->blocking.keys_are_near = true;
     units_per_last = size() / last->size();
   }
 

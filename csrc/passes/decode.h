@@ -238,8 +238,9 @@ class DecodeUnit {
       }
     });
     scale_scores(p.k, whole);
-    for (int64_t j = keys.lo; j < smaller(keys.lo + v_block, keys.hi); j++)  // memory should not rest meanwhile
-      prefetch_row(p.v, u.batch, p.head_k(u.head), j, p.head_dim_v);
+    const int64_t ahead = b.keys_are_near ? 0 : smaller(v_block, keys.hi - keys.lo);
+    for (int64_t j = 0; j < ahead; j++)  // memory should not rest meanwhile
+      prefetch_row(p.v, u.batch, p.head_k(u.head), keys.lo + j, p.head_dim_v);
     for (int64_t r = 0; r < rows; r++) weigh(r, whole, keys);
     scale_scores(p.v, whole);
     each_block(p.v, keys, v_block, v_loads, v_copied ? s.v : nullptr, [&](int64_t key, int64_t n, const RowRuns& v) {
