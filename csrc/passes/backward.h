@@ -189,14 +189,12 @@ class KeyRange {
   void find_delta(const GradientPanel<Real>& panel, int64_t query, int64_t rows) {
     const TileRows<Real> out = tile_rows(p.out, u.batch, head, query, rows, Dv, s.rows, Dv);
     to_lanes(out, rows, s.out);
-    for (int v = 0; v < NV; v++) {
-      Vec<Real> sum{};
-      for (int64_t d = 0; d < Dv; d++) {
-        const int64_t i = (pairs && (d ^ 1) < Dv ? d ^ 1 : d) * NR + v * L;  // the second of a pair first
-        sum += load(panel.dout + i) * load(s.out + i);
-      }
-      store(panel.softmax.delta + v * L, sum);
+    Vec<Real> sums[NV] = {};
+    for (int64_t d = 0; d < Dv; d++) {
+      const int64_t row = (pairs && (d ^ 1) < Dv ? d ^ 1 : d) * NR;  // the second of a pair first
+      for (int v = 0; v < NV; v++) sums[v] += load(panel.dout + row + v * L) * load(s.out + row + v * L);
     }
+    for (int v = 0; v < NV; v++) store(panel.softmax.delta + v * L, sums[v]);
     if (few.are(panel.lanes)) {
       few.dp(out, rows, s.dp);
       for (int64_t r = 0; r < rows; r++) panel.softmax.delta[r] = s.dp[r * NR + r];
@@ -352,13 +350,13 @@ class KeyRange {
     const int64_t panels = column_panels(columns, NR);
     if (any_masked && finite) finite = all_finite(gradient, round_up(k_hi - k_lo, b.n_block) * panels * NR);
     const bool in_place = lies_as<Real>(t) && !turns && columns % NR == 0;
-    for (int64_t key = k_lo; key < k_hi; key++) {
-      const int64_t tile = (key - k_lo) / b.n_block, j = (key - k_lo) % b.n_block;
+    for (int64_t key = k_lo, tile = 0, j = 0; key < k_hi; key++) {
       Real* row = in_place ? (Real*)at(t, u.batch, u.head_k, key) : s.row;
       for (int64_t c = 0; c < panels; c++) {
         const Real* from = gradient + ((tile * panels + c) * b.n_block + j) * NR;
         for (int i = 0; i < NR; i += L) store(row + c * NR + i, load(from + i));
       }
+      if (++j == b.n_block) tile++, j = 0;
       if (in_place) continue;
       if (turns) turn_row<true>(p.rotary, u.batch, key, s.row, columns, s.row);
       store_row(s.row, (Real)1, columns, t, u.batch, u.head_k, key);

@@ -49,7 +49,7 @@ class LinesAhead {
   __attribute__((always_inline)) inline void operator()() {
     for (int64_t left = per_visit; left > 0;) {
       if (next == end && !turn_to_next_row()) return;
-      const char *from = next, *to = from + smaller(left * line, end - from);
+      const char *from = next, *to = from + smaller<int64_t>(left * line, end - from);
       for (; from < to; from += line) __builtin_prefetch(from, 0, 2), left--;
       next = smaller(from, end);
     }
