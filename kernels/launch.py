@@ -51,6 +51,7 @@ current_device = torch.cuda.current_device
 _launches: dict[tuple, dict] = {}
 _MAX_LAUNCHES = 1024
 _loaded: dict[tuple, Loaded] = {}
+_dropped: list[tuple] = []  # keys of code that was loaded, and dropped
 
 
 class Plan(NamedTuple):
@@ -80,7 +81,27 @@ def launches_of(key: tuple) -> dict:
 
 def forget() -> None:
     """For tests: as in a new process."""
-    _launches.clear(), _loaded.clear()
+    _launches.clear(), _loaded.clear(), _dropped.clear()
+
+
+def loaded() -> int:
+    """How many pieces of code have been loaded so far."""
+    return len(_loaded) + len(_dropped)
+
+
+def loaded_since(before: int) -> list[tuple]:
+    """Keys of the code that has been loaded since `loaded()` was `before`, if it is still there."""
+    count = loaded() - before
+    return list(_loaded)[-count:] if count else []
+
+
+def drop(code: list[tuple]) -> None:
+    """Forget loaded code, which the next launch of it loads anew."""
+    for key in code:
+        if key in _loaded:
+            del _loaded[key]
+            _dropped.append(key)
+    _launches.clear()
 
 
 def run(launches: dict, name: str, tensors: tuple, make_plan: Callable[[], Plan]) -> None:

@@ -2,18 +2,21 @@
 torch, in float32, by the formulas of `fastattn.transforms.dense`.
 
 64 query rows (out, lse, dq) and 64 keys (dk, dv), in runs of 16 that are spread over lengths, heads and batch: O(64 n).
-Gradients of terms are not compared. A mismatch is a `KernelError`: the row refuses such calls from then on. What is
-right is remembered in a file (`fastattn.backends.proven`), and no process checks it again.
+Gradients of terms are not compared. A mismatch is a `KernelError`: the row refuses such calls from then on, and others
+load the code anew and check it. What is right is remembered in a file (`fastattn.backends.proven`), and no process
+checks it again.
 """
 
 import math
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 
+from .. import outputs
 from ..dispatch import KernelError
 from ..kernels import launch
 from ..outputs import is_rough
@@ -29,18 +32,33 @@ DEVICES = ["cuda"]
 
 RUNS, RUN = 4, 16
 
+LOOKS = 8
+"""How many calls look at code that none of them can prove, before it is left alone."""
+
+_LARGEST_LSE = torch.finfo(torch.float32).max * math.log(2.0)  # beyond it, there is none in units of log2
+
+_looks: Counter = Counter()  # code -> how many have
+
+UNCOMPARED = ["bias_kernel"]
+"""Kernels whose results nobody compares, and which are not proven."""
+
 
 class Found(NamedTuple):
     """A result of a kernel beside what it should be, over one run.
 
     where      which part of the result it is
-    tolerance  what rounding explains: a bound for each element
+    tolerance  twice what rounding explains: a bound for each element; where it is not finite, anything may stand
     """
 
     where: str
     value: torch.Tensor
     expected: torch.Tensor
     tolerance: torch.Tensor
+
+    @property
+    def result(self) -> str:
+        """ "dq" of "dq[0, 1, 0:16]"."""
+        return self.where.partition("[")[0]
 
 
 def forward(name: str, before: int, problem, qkv: tuple, terms, results: tuple, cache: tuple = ()) -> None:
@@ -59,22 +77,26 @@ def forward(name: str, before: int, problem, qkv: tuple, terms, results: tuple, 
     _check(name, before, problem, out, compare)
 
 
-def backward(before: int, problem, qkv: tuple, terms, saved: tuple, dout, dlse, grads: tuple) -> None:
-    """Check a backward pass likewise. saved: out in float32, lse_parts; grads: dq, dk, dv, None where not wanted."""
+def backward(
+    before: int, problem, qkv: tuple, terms, saved: tuple, dout, dlse, grads: tuple, wants_terms: bool
+) -> None:  # fmt: skip
+    """Check a backward pass likewise. saved: out in float32, lse_parts; grads: dq, dk, dv, None where not wanted;
+    wants_terms: gradients of terms are, so that delta was not made of out."""
     dq, dk, dv = grads
 
     def compare():
         for run in _runs(problem, problem.num_heads, problem.seqlen_q) if dq is not None else ():
-            yield from _compare_dq(problem, qkv, terms, run, (dout, dlse), dq)
+            yield from _compare_dq(problem, qkv, terms, run, (dout, dlse), dq, wants_terms)
         for run in _runs(problem, problem.num_heads_k, problem.seqlen_k) if (dk, dv) != (None, None) else ():
-            yield from _compare_dk_dv(problem, qkv, terms, run, saved, (dout, dlse), (dk, dv))
+            yield from _compare_dk_dv(problem, qkv, terms, run, saved, (dout, dlse), (dk, dv), wants_terms)
 
     _check("backward", before, problem, saved[0], compare)
 
 
 def _check(name: str, before: int, problem, like: torch.Tensor, compare: Callable[[], Iterator[Found]]) -> None:
-    code = list(launch._loaded)[before:] + postponed.pop((name, problem), [])
-    if not code or like.device.type not in DEVICES or os.environ.get("FASTATTN_SELFCHECK") == "0" or not like.numel():
+    code = launch.loaded_since(before) + postponed.pop((name, problem), [])
+    code = [key for key in code if key[0].__name__ not in UNCOMPARED]
+    if not code or like.device.type not in DEVICES or os.environ.get("FASTATTN_SELFCHECK") == "0":
         return
     if launch.is_capturing():  # nothing can be looked at
         postponed[name, problem] = code
@@ -89,7 +111,11 @@ def _check(name: str, before: int, problem, like: torch.Tensor, compare: Callabl
             complaint = _complaint(compare())
     except Exception as error:  # of memory, say: no reason to refuse a kernel
         warnings.warn(f"self-check of {name}: {type(error).__name__}: {error}".splitlines()[0], RuntimeWarning, 2)
-        return
+        complaint = None
+    if complaint is None:
+        _looks.update(code)
+    if complaint or (complaint is None and max(map(_looks.get, code)) < LOOKS):
+        launch.drop(code)  # whatever call comes next with it is checked
     if complaint:
         complaint = f"{name}: self-check: {complaint} (FASTATTN_SELFCHECK=0 runs it all the same)"
         warnings.warn(f"[{problem}] {complaint}", RuntimeWarning, 2)  # the next row may be of this backend, and silent
@@ -100,25 +126,31 @@ def _check(name: str, before: int, problem, like: torch.Tensor, compare: Callabl
 
 
 def _complaint(found: Iterable[Found]) -> str | None:
-    """The figure of the worst mismatch, "" if there is none, None if there is nothing to compare; waits for the device
-    once."""
+    """The figure of the worst mismatch, "" if there is none, None if some result has nothing to compare; waits for the
+    device once."""
     found = list(found)
-    figures = torch.stack([torch.stack(_mismatch(x)) for x in found]).tolist() if found else []
-    if all(is_nan for *_, is_nan in figures):
+    if not found:
         return None
+    figures = torch.stack([torch.stack(_mismatch(x)) for x in found]).tolist()
     (off, allowed, _), worst = max(zip(figures, found, strict=True), key=lambda pair: pair[0][0])
-    return f"{worst.where} is off by {off:.3g} from float32, where rounding explains {allowed:.3g}" if off else ""
+    if off:
+        return f"{worst.where} is off by {off:.3g} from float32, where {allowed:.3g} is twice what rounding explains"
+    compared = {x.result for x, (*_, is_void) in zip(found, figures, strict=True) if not is_void}
+    return "" if compared == {x.result for x in found} else None
 
 
 def _mismatch(found: Found) -> list[torch.Tensor]:
-    """[the largest error that rounding does not explain or 0, what it explains there, whether float32 gives nothing but
-    NaN, beside which anything may stand]"""
-    value, tolerance = found.value.float(), found.tolerance.expand_as(found.expected)
-    expected = found.expected.to(found.value.dtype).float()  # overflows where the result has to
+    """[the largest error that rounding does not explain or 0, what it explains there, whether anything may stand
+    everywhere: beside a NaN of float32, or where the tolerance is not finite]"""
+    dtype, value = found.value.dtype, found.value.float()
+    tolerance = found.tolerance.expand_as(found.expected) + (2.0**-24 if dtype == torch.float16 else 2.0**-120)
+    may_overflow = found.expected.isfinite() & (found.expected.abs() + tolerance > torch.finfo(dtype).max)
+    expected = found.expected.to(dtype).float()  # overflows where the result has to
+    is_free = expected.isnan() | ~tolerance.isfinite() | (may_overflow & value.isinf())
     error = (value - expected).abs()
-    wrong = (value != expected) & ~(error <= tolerance) & ~expected.isnan() & ~tolerance.isnan()
+    wrong = (value != expected) & ~(error <= tolerance) & ~is_free
     error = torch.where(wrong, error.nan_to_num(torch.inf, torch.inf), 0.0).flatten()
-    return [error.amax(), tolerance.flatten()[error.argmax()], expected.isnan().all().float()]
+    return [error.amax(), tolerance.flatten()[error.argmax()], is_free.all().float()]
 
 
 # --- a part of a call ------------------------------------------------------------------------------------------------
@@ -140,7 +172,7 @@ class _Run(NamedTuple):
 
 def _runs(problem, heads: int, length: int) -> list[_Run]:
     """From the first rows of the first head to the last ones of the last."""
-    if 0 in (heads, length, problem.batch):
+    if 0 in (heads, length, problem.batch, problem.seqlen_k):
         return []
     last = problem.batch - 1, heads - 1, max(length - RUN, 0)
     places = [tuple(x * i // (RUNS - 1) for x in last) for i in range(RUNS)]
@@ -187,8 +219,8 @@ def _ranges_of_keys(problem, run: _Run) -> dict:
 
 
 class _Rounding(NamedTuple):
-    """unit: of a product of float32 numbers; share: of a factor of a matrix product and of a result; least: what a
-    weight may lose at least."""
+    """Twice what it takes: unit of a product of float32 numbers; share of a factor of a matrix product and of a result
+    together, half of it of one of them; least of a weight, however small."""
 
     unit: float
     share: float
@@ -244,7 +276,8 @@ def _compare_rows(problem, qkv, terms, cache, run: _Run, results: tuple) -> Iter
     p = _weights(s, lse)
     of_scores = _error_of_scores(call, x, rounding, lse).amax(-1, keepdim=True)
     expected, sums = (dense.weighted(call, block, {**x, "v": v}, p) for v in (x["v"], x["v"].abs()))
-    of_least = rounding.least * x["v"].abs().sum(2, keepdim=True)
+    values = x["v"] if not cache or cache[2] is None else _plain(qkv[2], cache[0], None, block.ranges).float()
+    of_least = rounding.least * _most(call) * values.abs().sum(2, keepdim=True)  # scales of keys are in the weights
     out, exact, of_lse, parts = results
     for name, value in (("out", out), ("out", exact)):
         if value is not None:
@@ -252,23 +285,34 @@ def _compare_rows(problem, qkv, terms, cache, run: _Run, results: tuple) -> Iter
     for value in (of_lse, None if parts is None else _natural(parts[run.index])):
         if value is not None:
             value = value[run.index] if value is of_lse else value
-            yield Found(f"lse{run}", value, lse, 2.0**-12 + of_scores[..., 0])
+            of_lse_itself = (2.0**-12 + of_scores[..., 0]).masked_fill(lse.abs() > _LARGEST_LSE, torch.inf)
+            yield Found(f"lse{run}", value, lse, of_lse_itself)
 
 
-def _compare_dq(problem, qkv, terms, run: _Run, cotangents: tuple, dq) -> Iterator[Found]:
+def _compare_dq(problem, qkv, terms, run: _Run, cotangents: tuple, dq, wants_terms: bool) -> Iterator[Found]:
     call, block, x = _part(problem, qkv, terms, _ranges_of_rows(problem, run))
     dout, dlse = (None if y is None else y[run.index].float() for y in cotangents)
     x, s = _scores(call, block, x)
-    lse = _lse(x, s)
+    lse, rounding = _lse(x, s), _rounding(problem)
     p = _weights(s, lse)
-    delta = (dout * dense.weighted(call, block, x, p)).sum(-1) - (0.0 if dlse is None else dlse)
+    out, sums = (dense.weighted(call, block, {**x, "v": v}, p) for v in (x["v"], x["v"].abs()))
+    delta = (dout * out).sum(-1) - (0.0 if dlse is None else dlse)
     ds, _ = _dscores_and_dv(call, block, x, s, lse, delta, dout)
-    error = _error_of_dscores(call, x, _rounding(problem), p, ds, lse, delta, dout)
+    of_scores = _error_of_scores(call, x, rounding, lse).amax(-1, keepdim=True)
+    of_delta = 4.0 * rounding.unit * ((dout.abs() * sums).sum(-1) + delta.abs())
+    dp = dense.kept(call, block, x, (dout @ x["v"].transpose(2, 3)).abs())
+    of_delta += (of_scores * p * dp).sum(-1)
+    if not wants_terms:
+        of_delta += ((0.5 * rounding.share * p + rounding.least * (p > 0.0)) * dp).sum(-1)
+        of_delta += _error_of_rounded_out(problem, rounding, dout, out)
+    error = _error_of_dscores(call, x, rounding, p, ds, of_scores, of_delta, dout)
     expected = _pulled(call, block, x, "q", ds)
     yield Found(f"dq{run}", dq[run.index], expected, error @ x["k"].abs() * _scale(call, x))
 
 
-def _compare_dk_dv(problem, qkv, terms, run: _Run, saved: tuple, cotangents: tuple, grads: tuple) -> Iterator[Found]:
+def _compare_dk_dv(
+    problem, qkv, terms, run: _Run, saved: tuple, cotangents: tuple, grads: tuple, wants_terms: bool
+) -> Iterator[Found]:
     """From out and lse of the forward pass, whose rows see other keys too."""
     ranges = _ranges_of_keys(problem, run)
     of_blocks = terms.block_mask
@@ -284,13 +328,21 @@ def _compare_dk_dv(problem, qkv, terms, run: _Run, saved: tuple, cotangents: tup
     ds, dv = _dscores_and_dv(call, block, x, s, lse, delta, dout)
     rounding, p = _rounding(problem), _weights(s, lse)
     allowed = torch.where(is_rough(lse).any(), torch.inf, 1.0)  # such an lse gives no weights
+    of_scores = _error_of_scores(call, x, rounding, lse)
     if grads[0] is not None:
-        error = _error_of_dscores(call, x, rounding, p, ds, lse, delta, dout).transpose(2, 3) @ x["q"].abs()
+        of_delta = 4.0 * rounding.unit * ((dout * out).abs().sum(-1) + delta.abs())
+        if (
+            wants_terms
+        ):  # its delta is not that of out, whose error only all keys would tell: as if each had the largest
+            sizes = qkv[2][run.batch, run.head].float().norm(dim=-1)
+            largest = dout.norm(dim=-1) * sizes.where(sizes.isfinite(), 0.0).amax() * _most(call)
+            of_all = 0.5 * rounding.share + 4.0 * rounding.unit + rounding.least * problem.seqlen_k
+            of_delta += (of_all + of_scores.amax(-1)) * largest + _error_of_rounded_out(problem, rounding, dout, out)
+        error = _error_of_dscores(call, x, rounding, p, ds, of_scores, of_delta, dout).transpose(2, 3) @ x["q"].abs()
         error = (error * _scale(call, x)).sum(1, keepdim=True) * allowed
         yield Found(f"dk{run}", grads[0][run.index], _pulled(call, block, x, "k", ds), error)
     if grads[1] is not None:
-        share = rounding.share + _error_of_scores(call, x, rounding, lse)
-        error = (p * _most(call) * share + rounding.least).transpose(2, 3) @ dout.abs()
+        error = (p * (rounding.share + of_scores) + rounding.least).transpose(2, 3) @ dout.abs() * _most(call)
         yield Found(f"dv{run}", grads[1][run.index], dv, error.sum(1, keepdim=True) * allowed)
 
 
@@ -312,11 +364,23 @@ def _pulled(call: Call, block: Block, x: dict, slot: str, ds: torch.Tensor) -> t
     return torch.autograd.grad(s, source, ds)[0]
 
 
-def _error_of_dscores(call: Call, x: dict, rounding: _Rounding, p, ds, lse, delta, dout) -> torch.Tensor:
-    """What rounding may change in dS."""
+def _error_of_dscores(call: Call, x: dict, rounding: _Rounding, p, ds, of_scores, of_delta, dout) -> torch.Tensor:
+    """What rounding may change in dS, given what it may in the scores and in delta; inf where dS may overflow."""
     dp = dout.abs() @ x["v"].abs().transpose(2, 3) * _most(call)
-    share = rounding.share + _error_of_scores(call, x, rounding, lse)
-    return share * ds.abs() + 4.0 * rounding.unit * p * (dp + delta.abs()[..., None]) + rounding.least
+    error = (rounding.share + of_scores) * ds.abs() + p * (4.0 * rounding.unit * dp + of_delta[..., None])
+    scale = (
+        _scale(call, x) if "softmax_scale" in x else p.new_ones(())
+    )  # one of heads is a factor of dS before or after
+    error = error + rounding.least / scale.clamp(2.0**-20, 1.0)
+    largest = torch.finfo(getattr(torch, call.problem.dtype)).max
+    return error.masked_fill((ds.abs() + error) * scale.clamp(1.0) > largest, torch.inf)
+
+
+def _error_of_rounded_out(problem, rounding: _Rounding, dout, out) -> torch.Tensor | float:
+    """What rounding may change in delta where it is made of an out in 16 bits."""
+    if not outputs.ROUNDED_DELTA or problem.dtype == "float32":
+        return 0.0
+    return (dout.abs() * (0.5 * rounding.share * out.abs() + rounding.least)).sum(-1)
 
 
 def _most(call: Call) -> float:

@@ -94,13 +94,13 @@ def backward(problem, q, k, v, terms, saved, dout, dlse, wanted):
     before, call = _loaded(), (problem, q, k, v, terms, saved, dout, dlse, wanted)
     found = _launched("backward", before, _kernel("backward").backward, *call)
     if _loaded() != before or postponed:
-        _selfcheck().backward(before, problem, (q, k, v), terms, saved, dout, dlse, found[:3])
+        _selfcheck().backward(before, problem, (q, k, v), terms, saved, dout, dlse, found[:3], any(wanted[3]))
     return found
 
 
 def _loaded() -> int:
     """How many pieces of code have been loaded: where a call adds one, its results are checked."""
-    return len(_kernel("launch")._loaded)
+    return _kernel("launch").loaded()
 
 
 def _launched(name: str, before: int, function, *call):
@@ -110,8 +110,11 @@ def _launched(name: str, before: int, function, *call):
     except RuntimeError as error:
         from ..dispatch import KernelError  # which imports this module
 
+        launch = _kernel("launch")
+        code = launch.loaded_since(before)
+        launch.drop(code)  # another kind of call that would run it loads it anew, and is checked
         is_known = isinstance(error, (KernelError, torch.cuda.OutOfMemoryError))
-        if is_known or _loaded() == before or _kernel("launch").is_capturing():
+        if is_known or not code or launch.is_capturing():
             raise
         raise KernelError(f"{name}: {type(error).__name__}: {error}".splitlines()[0]) from error
 

@@ -10,7 +10,16 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import fastattn  # noqa: E402
-from cases import Case  # noqa: E402
+from checking import (  # noqa: E402
+    BASE,
+    add_to,
+    attend,
+    begin_process,
+    compiling_device,
+    note_checks,
+    without_cpu,
+    wrong,
+)
 from fastattn import api, dispatch, plans  # noqa: E402
 from fastattn.backends import proven, selfcheck, triton  # noqa: E402
 from fastattn.kernels import backward, decode, launch, prefill, tuning  # noqa: E402
@@ -19,81 +28,16 @@ from strict_interpreter import harden  # noqa: E402
 
 harden()
 
-BASE = Case(batch=2, num_heads=2, num_heads_k=1, seqlen_q=40, seqlen_k=50, head_dim=16, dtype="bfloat16", causal=True)
-
 
 @pytest.fixture(autouse=True)
-def device(monkeypatch, tmp_path):
-    """A device that compiles, and a folder of its own for what is proven."""
-    prepare = launch._prepare
-
-    def load(tensors, plan):
-        described = plan.describe(*tensors[1:3]) if plan.describe else ()
-        kinds = tuple(launch._kind_of(x, True) for x in (*tensors, *described, *plan.arguments))
-        launch._loaded[plan.kernel, -1, kinds, tuple(plan.constexprs.items()), tuple(plan.options.items())] = None
-        return prepare(tensors, plan)
-
-    monkeypatch.setattr(launch, "_prepare", load)
-    monkeypatch.setattr(selfcheck, "DEVICES", ["cpu"])
-    monkeypatch.setenv("FASTATTN_TUNED", str(tmp_path))
-    begin_process()
-    yield
-    begin_process()
-
-
-def begin_process() -> None:
-    launch.forget(), plans.forget(), tuning._read.cache_clear(), proven._read.cache_clear(), triton.postponed.clear()
-
-
-def without_cpu() -> tuple[dispatch.Row, ...]:
-    """The kernels without those that would come first."""
-    return tuple(row for row in dispatch.KERNELS if row.backend != "cpu")
+def device(tmp_path):
+    with compiling_device(tmp_path):
+        yield
 
 
 @pytest.fixture
 def checks(monkeypatch) -> list[str]:
-    """What is compared, from now on."""
-    found, complaint = [], selfcheck._complaint
-
-    def note(compared):
-        compared = list(compared)
-        found.extend(x.where for x in compared)
-        return complaint(compared)
-
-    monkeypatch.setattr(selfcheck, "_complaint", note)
-    return found
-
-
-def attend(case: Case = BASE, needs_grad: bool = False, backend="triton", **more) -> list[torch.Tensor]:
-    """out, lse and gradients of q, k and v."""
-    qkv, kwargs = on_device(case)
-    qkv = [x.requires_grad_(needs_grad) for x in qkv]
-    out, lse = fastattn.attention(*qkv, **kwargs | more, return_lse=True, backend=backend)
-    if not needs_grad:
-        return [out, lse]
-    douts = [torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype) for x in (out, lse)]
-    return [out.detach(), lse.detach(), *torch.autograd.grad((out, lse), qkv, douts)]
-
-
-def wrong(module, name: str, change):
-    """`module.name` whose results are changed in place before anybody sees them."""
-    function = getattr(module, name)
-
-    def run(*args, **kwargs):
-        found = function(*args, **kwargs)
-        change(found)
-        return found
-
-    return run
-
-
-def add_to(place: int, index: tuple, value: float = 0.5):
-    """A fault that changes one row of a result."""
-
-    def change(found) -> None:
-        found[place][index] += value
-
-    return change
+    return note_checks(monkeypatch)
 
 
 # --- what is right ---------------------------------------------------------------------------------------------------
@@ -218,6 +162,41 @@ def test_a_fault_is_refused_with_its_figure(fault, monkeypatch, tmp_path):
     with pytest.raises(fastattn.UnsupportedError, match=message), pytest.warns(RuntimeWarning):
         attend(needs_grad=needs_grad)
     assert not any(json.loads(file.read_text()) for file in tmp_path.iterdir() if not needs_grad)
+
+
+@pytest.mark.parametrize("fault", ["out", "dk"])
+def test_code_that_was_refused_is_checked_in_other_kinds_of_calls(fault, monkeypatch):
+    """All heads run the same code."""
+    module, name, _, _, needs_grad = FAULTS[fault]
+    place = {"out": 0, "dk": 1}[fault]
+    monkeypatch.setattr(module, name, wrong(module, name, lambda found: found[place].mul_(1.5)))
+    for groups in (1, 2, 3):
+        case = BASE._replace(num_heads=2 * groups, num_heads_k=groups)
+        with pytest.raises(fastattn.UnsupportedError, match="self-check"), pytest.warns(RuntimeWarning):
+            attend(case, needs_grad)
+
+
+def test_code_that_cannot_be_launched_is_refused_in_other_kinds_of_calls(monkeypatch):
+    run = launch.run
+
+    def fail(launches, name, *rest):
+        run(launches, name, *rest)
+        raise RuntimeError("no such launch")
+
+    monkeypatch.setattr(launch, "run", fail)
+    for groups in (1, 2):
+        with pytest.raises(fastattn.UnsupportedError, match="no such launch"):
+            attend(BASE._replace(num_heads=2 * groups, num_heads_k=groups))
+
+
+def test_gradients_of_a_bias_are_not_proven(tmp_path):
+    (q, k, v), kwargs = on_device(BASE)
+    bias = torch.zeros(40, 50, requires_grad=True)
+    out = fastattn.attention(q.requires_grad_(), k, v, bias=bias, **kwargs, backend="triton")
+    torch.autograd.grad(out.sum(), (q, bias))
+    (file,) = tmp_path.iterdir()
+    kernels = {text.split()[0] for text in json.loads(file.read_text()).values()}
+    assert kernels == {"forward_kernel", "query_kernel", "delta_kernel"}
 
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("out", "out of a training call")]
@@ -364,10 +343,13 @@ def test_a_check_that_cannot_run_refuses_nothing(monkeypatch, tmp_path):
     def fail(*args):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(selfcheck, "_complaint", fail)
-    with pytest.warns(RuntimeWarning, match="self-check of prefill: MemoryError: no room"):
-        attend()
+    with monkeypatch.context() as patch:
+        patch.setattr(selfcheck, "_complaint", fail)
+        with pytest.warns(RuntimeWarning, match="self-check of prefill: MemoryError: no room"):
+            attend()
     assert fastattn.last_call().kernel == "triton.prefill" and list(tmp_path.iterdir()) == []
+    attend()
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_what_nobody_sees_may_be_nan(recwarn, tmp_path):
@@ -380,10 +362,20 @@ def test_what_nobody_sees_may_be_nan(recwarn, tmp_path):
     assert len(list(tmp_path.iterdir())) == 1 and not [x for x in recwarn if "self-check" in str(x.message)]
 
 
-def test_nan_proves_nothing(checks, tmp_path, recwarn):
-    (q, k, v), kwargs = on_device(BASE)
+def test_nan_proves_nothing(checks, tmp_path, monkeypatch):
+    """So the next call with the same code is checked; after some that have looked in vain, none is."""
+    monkeypatch.setattr(selfcheck, "LOOKS", 2)
+    (q, k, v), kwargs = on_device(BASE._replace(head_dim=8))
+    found = []
+    for _ in range(3):
+        fastattn.attention(q, k * float("nan"), v, **kwargs, backend="triton")
+        found.append(len(checks))
+    assert list(tmp_path.iterdir()) == [] and fastattn.last_call().kernel == "triton.prefill"
+    assert 0 < found[0] < found[1] == found[2]
+    checks.clear(), begin_process()
     fastattn.attention(q, k * float("nan"), v, **kwargs, backend="triton")
-    assert checks and list(tmp_path.iterdir()) == [] and fastattn.last_call().kernel == "triton.prefill"
+    fastattn.attention(q[:1], k[:1], v[:1], **kwargs, backend="triton")
+    assert len(checks) == 2 * found[0] and len(list(tmp_path.iterdir())) == 1
 
 
 def test_candidates_that_are_measured_are_not_proven(monkeypatch, tmp_path, checks):
