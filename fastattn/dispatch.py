@@ -103,7 +103,7 @@ _failures: dict[tuple, str] = {}
 
 
 def _kind_of(problem: Problem) -> tuple:
-    return problem._replace(lse=False, device_index=0).kind  # neither is a reason to compile again
+    return problem._replace(lse=False).kind  # no reason to compile again; another device is
 
 
 def _failure(row: Row, problem: Problem) -> str | None:

@@ -179,6 +179,17 @@ def add_to_keys_of_compiled_graphs(text: str) -> None:
         config.cache_key_tag = f"{tag} {text}".strip()
 
 
+_precision_of = getattr(torch._C, "_get_fp32_precision_getter", None)
+
+
+def are_products_exact() -> bool:
+    """Whether torch's own products of float32 on a GPU keep all bits of their factors: by its newer setting, which the
+    older ones set, too, and where there is none (before torch 2.9) by those."""
+    if _precision_of is None:
+        return torch.get_float32_matmul_precision() == "highest"
+    return _precision_of("cuda", "matmul") != "tf32"  # the older question raises where the settings disagree
+
+
 _cuda_version = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)
 _DRIVERS = Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version")
 

@@ -220,8 +220,9 @@ def forward(problem, q, k, v, terms, cache=PLAIN):
         def plan_with(tiles):
             return _plan(problem, shared, q, k, v, out, terms, of_mask, cache, splits, device, tiles)
 
+        results = (out,) if parts is None else _rows_of_parts(parts, problem.head_dim_v)
         return launch.plan_with_best_tiles(
-            "decode", shared, device, tensors, plan_with, (to_write, lse), of_mask and of_mask.block_size
+            "decode", shared, device, tensors, plan_with, (*results, lse), of_mask and of_mask.block_size
         )
 
     launch.run(launches, "decode", tensors, plan)
@@ -235,6 +236,12 @@ def empty_parts(problem, q: torch.Tensor, num_splits: int) -> torch.Tensor:
     """What the splits write and `combine_kernel` reads."""
     size = num_splits * problem.batch * problem.num_heads * problem.seqlen_q * (problem.head_dim_v + 2)
     return q.new_empty(size, dtype=torch.float32)
+
+
+def _rows_of_parts(parts: torch.Tensor, head_dim_v: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the sums of values [splits and rows, head_dim_v], the largest scores and sums of weights)"""
+    end = parts.numel() // (head_dim_v + 2) * head_dim_v
+    return parts[:end].view(-1, head_dim_v), parts[end:]
 
 
 def _plan(problem, shared, q, k, v, out, terms, of_mask, cache, splits, device, tiles) -> launch.Plan:

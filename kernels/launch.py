@@ -15,6 +15,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..dispatch import KernelError
+from ..torch_internals import are_products_exact
 from . import config, tuning
 from .config import SMEM, Device
 from .triton_internals import (
@@ -121,11 +122,6 @@ def _prepared(name: str, tensors: tuple, make_plan: Callable[[], Plan]) -> Calla
     """A first launch of its kind, compiled for the device of the tensors and loaded there, whichever is current."""
     if interpreted():
         return _prepare(tensors, make_plan())
-    if is_capturing():
-        raise RuntimeError(
-            f"{name}: the first call of its kind compiles its kernels, which a CUDA graph cannot capture; call it once "
-            "before the capture (`python -m fastattn warmup` compiles ahead of time)"
-        )
     device = tensors[0].get_device()
     if refusal := config.refusal(device_facts(device), triton.__version__):
         raise KernelError(refusal)
@@ -133,6 +129,8 @@ def _prepared(name: str, tensors: tuple, make_plan: Callable[[], Plan]) -> Calla
         try:
             return _prepare(tensors, make_plan())
         except Exception as error:  # of Triton's compiler, ptxas, a driver: of any type
+            if is_capturing():
+                raise
             raise KernelError(f"{name}: {type(error).__name__}: {error}".splitlines()[0]) from error
 
 
@@ -143,12 +141,12 @@ def plan_with_best_tiles(
     """plan_with(tiles) for the tiles of the table, or measured ones, or ones that are measured now.
 
     results     the tensors that the kernel writes: where candidates have others than the table's tiles, they are wrong
-    block_size  of a block mask, which the tiles have to divide; nothing is measured then
+    block_size  of a block mask, which the tiles have to divide; nothing is measured then, nor in a capture
     """
     tiles = tuning.tiles(kernel, problem, device)
     if block_size:
         return plan_with(config.within(tiles, block_size))
-    if tuning.is_wanted(kernel, problem, device) and not interpreted():
+    if tuning.is_wanted(kernel, problem, device) and not interpreted() and not is_capturing():
 
         def launch_with(candidate):
             launch = _prepare(tensors, plan_with(candidate))
@@ -186,13 +184,19 @@ _are_specialized = cache(specialized)
 
 
 def _load(tensors, plan: Plan, device: int) -> Loaded:
-    """The kernel that was compiled for such a launch, compiled now if there is none."""
+    """The kernel that was compiled for such a launch, compiled now if there is none; RuntimeError in a capture."""
     described = plan.describe(*tensors[1:3]) if plan.describe else ()
     arguments = (*tensors, *described, *plan.arguments)
     kinds = tuple(map(_kind_of, arguments, _are_specialized(plan.kernel)))
     key = (plan.kernel, device, kinds, tuple(plan.constexprs.items()), tuple(plan.options.items()))
     loaded = _loaded.get(key)
     if loaded is None:
+        if is_capturing():
+            raise RuntimeError(
+                f"{plan.kernel.__name__}: the first call of its kind compiles and loads code, which no CUDA graph can "
+                "capture; call it once before the capture, in each process (`python -m fastattn warmup` compiles ahead "
+                "of time, and loads nothing)"
+            )
         loaded = _loaded[key] = compile_and_load(plan.kernel, arguments, plan.constexprs, plan.options)
     return loaded
 
@@ -261,7 +265,7 @@ def is_wide(*strides: tuple[int, ...]) -> bool:
 
 def precision(problem, device: int) -> str:
     """input_precision of products of float32: IEEE unless torch's own products may use tf32, and the device has it."""
-    if problem.dtype != "float32" or torch.get_float32_matmul_precision() == "highest":
+    if problem.dtype != "float32" or are_products_exact():
         return "ieee"
     arch = device_facts(device).arch
     return "ieee" if arch.startswith("gfx") and arch != "gfx942" else "tf32"

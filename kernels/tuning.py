@@ -7,6 +7,7 @@ so tune with lengths that matter to you (`python -m fastattn warmup`). Without a
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache, lru_cache
 from itertools import product
@@ -27,10 +28,20 @@ TABLES = {
 }
 
 
+NOWHERE = Path(os.devnull)
+"""In place of a folder where there is none: no file can be in it."""
+
+
 def directory() -> Path:
     """Where the files are: FASTATTN_TUNED, or fastattn/tuned in the user's cache folder (XDG_CACHE_HOME, ~/.cache)."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("FASTATTN_TUNED") or cache / "fastattn" / "tuned")
+    if folder := os.environ.get("FASTATTN_TUNED"):
+        return Path(folder)
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "fastattn" / "tuned"
+    try:
+        return Path.home() / ".cache" / "fastattn" / "tuned"
+    except RuntimeError:  # the user has no home
+        return NOWHERE
 
 
 def file_of(device: Device) -> Path:
@@ -91,7 +102,7 @@ def tune(
     for candidate in others:
         try:
             launch = launched(candidate)
-            if all(map(_agree, results, expected)):
+            if all(_agree(x, y, problem.dtype) for x, y in zip(results, expected, strict=True)):
                 times[candidate] = measure(launch)
         except Exception:  # too much shared memory, or whatever the compiler and the driver raise
             continue
@@ -100,16 +111,25 @@ def tune(
     return best
 
 
-def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether two results differ by rounding alone, as far as a fast wrong kernel has to be told from a right one. NaN
-    has to be where NaN is."""
-    if found.is_meta:  # compiled for a device that is not there
+_FLOOR = 2.0**-9
+
+
+def _agree(found: torch.Tensor, expected: torch.Tensor, dtype: str = "") -> bool:
+    """Whether two results of a call in `dtype`, or in their own, differ by rounding alone, as far as a fast wrong
+    kernel has to be told from a right one. NaN and infinities have to be where they are.
+
+    Each row (the last dimension) goes by its own largest entry: late rows of a causal mask are means of many values, so
+    small ones. _FLOOR of all rows' size is for those where everything cancels, such as dq of a query with one key.
+    """
+    if found.is_meta or not found.numel():  # meta: compiled for a device that is not there
         return True
-    if not torch.equal(found.isnan(), expected.isnan()):
-        return False
-    tolerance = 1e-3 if found.dtype == torch.float32 else 2e-2
-    found, expected = (torch.nan_to_num(x.double(), posinf=1e30, neginf=-1e30) for x in (found, expected))
-    return bool((found - expected).abs().max() <= tolerance * expected.abs().max()) if found.numel() else True
+    is_bfloat16 = "bfloat16" in (dtype or str(found.dtype))
+    is_finite = expected.isfinite()
+    is_same = (found == expected) | (found.isnan() & expected.isnan())
+    found, expected = (torch.where(is_finite, x.double(), 0.0) for x in (found, expected))
+    largest, size = expected.abs().amax(-1, keepdim=True), expected.square().mean().sqrt()
+    tolerance = (2e-2 if is_bfloat16 else 4e-3) * largest + _FLOOR * size
+    return bool(torch.where(is_finite, (found - expected).abs() <= tolerance, is_same).all())
 
 
 def candidates(kernel: str, problem, device: Device) -> Iterator[Config]:
@@ -137,16 +157,56 @@ def _variants(kernel: str, tiles: Config, problem, device: Device) -> Iterator[C
 
 @cache
 def _read(path: Path) -> dict[str, Config]:
-    if not path.exists():
+    """What this process knows of a file."""
+    return _parsed(path)
+
+
+def _parsed(path: Path) -> dict[str, Config]:
+    """What stands in a file; without entries that are none, of which a warning tells."""
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    return {name: Config(**fields) for name, fields in json.loads(path.read_text()).items()}
+    except (OSError, ValueError) as error:
+        _warn(f"{path} cannot be read: {type(error).__name__}: {error}; delete it")
+        return {}
+    tiles = {name: _tiles_of(fields) for name, fields in found.items()} if isinstance(found, dict) else {"": None}
+    if None in tiles.values():
+        _warn(f"{path} has entries that are no tiles, which are passed over; delete it, or measure again")
+    return {name: x for name, x in tiles.items() if x is not None}
+
+
+_BLOCKS, _WARPS = {16, 32, 64, 128, 256}, {1, 2, 4, 8, 16}
+
+
+def _tiles_of(fields) -> Config | None:
+    """The Config of these fields, None if they are not those of one."""
+    try:
+        tiles = Config(**fields)
+    except TypeError:  # no dictionary, or one of something else
+        return None
+    is_typed = all(type(x) is Config.__annotations__[name] for name, x in tiles._asdict().items())
+    if not is_typed or {tiles.BLOCK_M, tiles.BLOCK_N} - _BLOCKS or tiles.num_warps not in _WARPS:
+        return None
+    return tiles if tiles.num_stages > 0 and tiles.kpack in (1, 2) else None
 
 
 def _write(path: Path, name: str, best: Config) -> None:
-    _read.cache_clear()  # another process may have written
-    found = {**_read(path), name: best}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(f".{os.getpid()}")
-    scratch.write_text(json.dumps({key: value._asdict() for key, value in sorted(found.items())}, indent=1) + "\n")
-    scratch.replace(path)
-    _read.cache_clear(), tiles.cache_clear()
+    """Remember it, for this process alone where the file cannot be written."""
+    known = _read(path)
+    known.update(_parsed(path))  # another process may have written
+    known[name] = best
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(f".{os.getpid()}")
+        scratch.write_text(json.dumps({key: value._asdict() for key, value in sorted(known.items())}, indent=1) + "\n")
+        scratch.replace(path)
+    except OSError as error:
+        _warn(f"{path} cannot be written: {error}; measured tiles serve this process alone: FASTATTN_TUNED=folder")
+    tiles.cache_clear()
+
+
+@cache
+def _warn(text: str) -> None:
+    """Once in a process."""
+    warnings.warn(text, RuntimeWarning, 2)

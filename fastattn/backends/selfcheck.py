@@ -20,7 +20,7 @@ from .. import outputs
 from ..dispatch import KernelError
 from ..kernels import launch
 from ..outputs import is_rough
-from ..torch_internals import above_autograd
+from ..torch_internals import above_autograd, are_products_exact
 from ..transforms import dense
 from ..transforms.blocks import Block
 from ..transforms.slots import Call
@@ -229,7 +229,7 @@ class _Rounding(NamedTuple):
 
 def _rounding(problem) -> _Rounding:
     is_float32 = problem.dtype == "float32"
-    unit = 2.0**-10 if is_float32 and torch.get_float32_matmul_precision() != "highest" else 2.0**-20
+    unit = 2.0**-10 if is_float32 and not are_products_exact() else 2.0**-20
     eps = torch.finfo(getattr(torch, problem.dtype)).eps
     return _Rounding(unit, 2.0 * max(eps, unit) + 2.0**-16, 2.0**-24 if problem.dtype == "float16" else 0.0)
 

@@ -6,6 +6,7 @@ Signatures: `fastattn.kernel_table.Row`.
 import importlib.metadata
 import importlib.util
 import os
+import re
 from functools import cache
 from types import ModuleType
 
@@ -28,8 +29,11 @@ def unavailable() -> str | None:
     """None if Triton kernels can run here, else why not. What a device cannot do shows at its first call."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
-    version = _version()
-    if tuple(int(x) for x in version.split(".")[:2]) < OLDEST:
+    try:
+        version = _version()
+    except Exception as error:  # of an import: of any type
+        return f"Triton cannot be imported: {type(error).__name__}: {error}"
+    if tuple(int(x) for x in re.findall(r"\d+", version)[:2]) < OLDEST:
         return f"Triton {version} is too old: these kernels take 3.7 and later (pip install -U triton)"
     if not INTERPRETED and not torch.cuda.is_available():
         return "there is no CUDA or ROCm device (with TRITON_INTERPRET=1, Triton interprets calls on CPU tensors)"
@@ -37,8 +41,11 @@ def unavailable() -> str | None:
 
 
 def _version() -> str:
-    """Triton's, without an import of it."""
-    return importlib.metadata.version("triton")
+    """Triton's, without an import of it where its distribution has its name: those for ROCm and Windows have others."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return getattr(importlib.import_module("triton"), "__version__", "0")  # "0": of a folder that is no package
 
 
 @cache
@@ -107,7 +114,7 @@ def _launched(name: str, before: int, function, *call):
     """What the function of a kernel returns. KernelError if code that it has loaded cannot be launched."""
     try:
         return function(*call)
-    except RuntimeError as error:
+    except Exception as error:  # of Triton's launcher or a driver: of any type
         from ..dispatch import KernelError  # which imports this module
 
         launch = _kernel("launch")

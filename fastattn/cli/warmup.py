@@ -12,6 +12,11 @@ from . import shapes
 
 DEVICE = "cpu" if gpu.INTERPRETED else "cuda"
 
+TUNE = (
+    "time candidates, write the best to <device>-triton-<version>.json in FASTATTN_TUNED, or fastattn/tuned in the "
+    "user's cache folder"
+)
+
 
 def add_arguments(parser) -> None:
     """See fastattn/cli/__init__.py."""
@@ -22,7 +27,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--causal", nargs="+", type=int, default=[0, 1], choices=[0, 1], help="default: both")
     parser.add_argument("--backward", action="store_true", help="the gradients of q, k and v too")
-    parser.add_argument("--tune", action="store_true", help="time candidates, write tuned/<device>.json")
+    parser.add_argument("--tune", action="store_true", help=TUNE)
 
 
 def run(options) -> int:
@@ -36,11 +41,14 @@ def run(options) -> int:
     except ImportError:
         raise SystemExit("warmup shows its progress with tqdm, which is not installed: pip install tqdm") from None
 
+    generator = torch.Generator("cuda" if DEVICE == "cuda" else "cpu").manual_seed(0)
     calls = list(itertools.product(options.shapes, options.dtype, options.causal))
     for sizes, dtype, causal in (bar := tqdm(calls, unit="call", file=sys.stderr)):
         bar.set_description(f"{','.join(map(str, sizes))} {dtype}" + (" causal" if causal else ""))
         q, k, v = shapes.zeros(sizes, dtype, DEVICE, options.backward)
+        for x in (q, k, v):  # of zeros, every tile would give what the right ones give
+            x.detach().normal_(generator=generator)
         out = attention(q, k, v, causal=bool(causal), backend="triton")
         if options.backward:
-            torch.autograd.grad(out, (q, k, v), torch.zeros_like(out))
+            torch.autograd.grad(out, (q, k, v), torch.empty_like(out).normal_(generator=generator))
     return 0

@@ -19,7 +19,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 import fastattn  # noqa: E402
 import launch as bench_launch  # noqa: E402
-from fake_device import nothing_compiled  # noqa: E402
+from fake_device import Specialized, nothing_compiled  # noqa: E402
+from fastattn import torch_internals  # noqa: E402
 from fastattn.kernels import config, launch, tuning  # noqa: E402
 from kernel_report import arch_name, compiling_for  # noqa: E402
 from launching import BLOCKS, call, empty, variants  # noqa: E402
@@ -246,6 +247,56 @@ def test_a_first_call_while_a_graph_is_captured(launches, monkeypatch):
         call()
     monkeypatch.undo()
     assert launches == []
+
+
+def test_a_graph_captures_what_is_loaded(launched, monkeypatch):
+    """Of another length, whose launch is prepared in the capture; without a measurement there."""
+    call(backward=True)
+    loaded = len(launched)
+    monkeypatch.setattr(launch, "is_capturing", lambda: True)
+    monkeypatch.setenv("FASTATTN_AUTOTUNE", "1")
+    monkeypatch.setattr(tuning, "tune", lambda *args: pytest.fail("measured in a capture"))
+    call(seqlen_q=320, seqlen_k=320, backward=True)
+    assert len(launched) == 2 * loaded
+    with pytest.raises(RuntimeError, match="each process"):
+        call(head_dim=32)
+
+
+class Strange(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kernel", ["forward_kernel", "key_value_kernel"])
+@pytest.mark.parametrize("kind", [ValueError, OverflowError, KeyError, AssertionError, MemoryError, Strange])
+def test_whatever_a_first_launch_raises_is_a_refusal(launched, kind, kernel, monkeypatch):
+    """Forward and backward, of any type."""
+    run = Specialized.run
+
+    def fail(self, *args):
+        if self.name == kernel:
+            raise kind("boom")
+        return run(self, *args)
+
+    monkeypatch.setattr(Specialized, "run", fail)
+    with pytest.raises(fastattn.UnsupportedError, match=f"{kind.__name__}: .?boom"):
+        call(backward=True)
+
+
+@pytest.mark.parametrize("setting, is_exact", [("tf32", False), ("ieee", True), ("none", True)])
+def test_the_newer_setting_of_products(setting, is_exact, monkeypatch):
+    """After which the older one cannot be asked."""
+    if torch_internals._precision_of is None:
+        pytest.skip("this torch has the older setting alone")
+    try:
+        torch.backends.cuda.matmul.fp32_precision = setting
+        with compiling_for(90) as launches, nothing_compiled() as launched:
+            call(dtype=torch.float32, head_dim=32)
+        assert launches == [] and ("ieee" in launched[0][3]) == is_exact and ("tf32" in launched[0][3]) != is_exact
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+    assert torch.get_float32_matmul_precision() == "highest"
+    monkeypatch.setattr(torch_internals, "_precision_of", None)  # before torch 2.9
+    assert torch_internals.are_products_exact()
 
 
 def test_products_of_float32_are_exact_where_amd_has_no_tf32(monkeypatch):

@@ -43,7 +43,7 @@ def device(monkeypatch, tmp_path):
 
 
 def clear_caches():
-    tuning._read.cache_clear(), tuning.tiles.cache_clear(), launch.forget()
+    tuning._read.cache_clear(), tuning._warn.cache_clear(), tuning.tiles.cache_clear(), launch.forget()
 
 
 def names(launches) -> list[str]:
@@ -261,3 +261,124 @@ def test_tiles_that_compute_something_else_or_nothing_are_not_chosen(device):
         patch.setattr(tuning, "candidates", lambda *args: iter(table))
         best = tuning.tune("prefill", problem, facts, launch_with, [result], lambda launch: launch())
     assert made == table and best == table[2]
+
+
+# --- files that are not as they should be ----------------------------------------------------------------------------
+
+NAME = "prefill bfloat16 D32 none"
+TILES = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+DAMAGED = {
+    "cut off": b'{"prefill',
+    "binary": b"\0\xff\xfe",
+    "a list": b"[]",
+    "null": json.dumps({NAME: None}).encode(),
+    "a field too many": json.dumps({NAME: TILES | {"new": 3}}).encode(),
+    "fields missing": json.dumps({NAME: {"BLOCK_M": 64}}).encode(),
+    "text": json.dumps({NAME: TILES | {"BLOCK_M": "64"}}).encode(),
+    "no power of two": json.dumps({NAME: TILES | {"BLOCK_N": 65}}).encode(),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_file_is_passed_over(device, kind, tmp_path):
+    """Its good entries are not; what is measured then is in it."""
+    file = tmp_path / "tuned" / FILE
+    file.parent.mkdir()
+    file.write_bytes(DAMAGED[kind])
+    facts = launch.device_facts(0)
+    with nothing_compiled() as launched, pytest.warns(RuntimeWarning, match=FILE) as caught:
+        assert cli.main(["warmup", SHAPE, "--causal", "0", "--backward"]) == 0
+        tuning._write(file, NAME + " more", config.Config(**TILES))
+    assert [name for name, *_ in launched] == BACKWARD and len(caught) == 1
+    assert json.loads(file.read_text()) == {NAME + " more": config.Config(**TILES)._asdict()}
+    file.write_text(json.dumps({NAME: TILES, "key_value bfloat16 D32 none": None}))
+    clear_caches()
+    with pytest.warns(RuntimeWarning, match=FILE):
+        assert tuning.tiles("prefill", problem_of(), facts) == config.Config(**TILES)
+        assert tuning.tiles("key_value", problem_of(), facts) == config.key_value(problem_of(), facts)
+
+
+def test_tiles_that_cannot_be_kept_serve_the_process(device, times, tmp_path, monkeypatch):
+    """Each kernel is measured once all the same."""
+    (tmp_path / "tuned").write_text("no folder")
+    with nothing_compiled() as launched, pytest.warns(RuntimeWarning, match=f"{FILE} cannot be written") as caught:
+        assert cli.main(["warmup", SHAPE, "1,4,2,1,512,32", "--causal", "0", "--tune", "--backward"]) == 0
+        measured = len(times)
+        launch.forget(), launched.clear()
+        assert cli.main(["warmup", SHAPE, "--causal", "0", "--tune", "--backward"]) == 0
+    assert len(times) == measured > 0 and [name for name, *_ in launched] == BACKWARD and len(caught) == 1
+    facts = launch.device_facts(0)
+    assert tuning.tiles("prefill", problem_of(), facts) == list(tuning.candidates("prefill", problem_of(), facts))[4]
+
+
+def test_without_a_home(device, times, tmp_path, monkeypatch):
+    """Nothing is kept, unless a folder is named."""
+
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    assert tuning.directory() == tmp_path / "tuned"
+    monkeypatch.delenv("FASTATTN_TUNED")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert tuning.directory() == tmp_path / "fastattn" / "tuned"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    with nothing_compiled() as launched:
+        assert cli.main(["warmup", SHAPE, "--causal", "0"]) == 0
+        with pytest.warns(RuntimeWarning, match="cannot be written"):
+            assert cli.main(["warmup", "1,4,2,64,96,64", "--causal", "0", "--tune"]) == 0
+    assert [name for name, *_ in launched[:1]] == ["forward_kernel"] and len(times) > 0
+
+
+# --- which results are right -----------------------------------------------------------------------------------------
+
+
+def attend(causal: bool, tile: int, seqlen: int, lost: int = 0) -> torch.Tensor:
+    """out of bfloat16, weights rounded as tiles of so many keys have it; the last keys but the first are lost."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, seqlen, 64, generator=generator).bfloat16().float() for _ in range(3))
+    rows, total, sums = torch.arange(seqlen)[:, None], torch.zeros(2, seqlen, 1), torch.zeros(2, seqlen, 64)
+    largest = torch.full((2, seqlen, 1), -torch.inf)
+    for start in range(0, seqlen - lost, tile):
+        s = q @ k[:, start : start + tile].mT / 8.0
+        if causal:
+            s = s.masked_fill(torch.arange(start, start + s.shape[2]) > rows, -torch.inf)
+        new = torch.maximum(largest, s.amax(-1, keepdim=True))
+        p, shrink, largest = torch.exp(s - new), torch.exp(largest - new), new
+        total, sums = total * shrink + p.sum(-1, keepdim=True), sums * shrink
+        sums += p.bfloat16().float() @ v[:, start : start + tile]
+    return (sums / total).bfloat16()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_rounding_is_told_from_a_fault(causal):
+    """By the row: late rows are small beside the first one, and what the last keys add is small."""
+    expected = attend(causal, 64, 1024)
+    for tile in (32, 128):
+        assert tuning._agree(attend(causal, tile, 1024), expected, "bfloat16")
+    without_last, of_another = expected.clone(), expected.clone()
+    without_last[:, -1], of_another[:, -1] = 0.0, expected[:, 500]
+    lost = attend(causal, 64, 1024, lost=64)
+    assert not any(tuning._agree(x, expected, "bfloat16") for x in (without_last, of_another, lost))
+
+
+def test_a_float32_result_of_a_call_in_bfloat16_is_as_rough(device):
+    expected = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    found = expected * (1.0 + 2.0**-7)
+    assert tuning._agree(found, expected, "bfloat16") and not tuning._agree(found, expected, "float32")
+    assert tuning._agree(torch.tensor([[torch.inf, 1.0]]), torch.tensor([[torch.inf, 1.0]]))
+    assert not tuning._agree(torch.tensor([[-torch.inf, 1.0]]), torch.tensor([[torch.inf, 1.0]]))
+
+
+def test_warmup_calls_with_random_numbers(monkeypatch):
+    """The same each time; zeros would make every tile right."""
+    given = []
+    monkeypatch.setattr(warmup, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu, "unavailable", lambda: None)
+    monkeypatch.setattr(
+        warmup, "attention", lambda q, k, v, **options: given.append((q, k, v)) or q * k.sum() * v.sum()
+    )
+    for _ in range(2):
+        assert cli.main(["warmup", "1,2,2,8,8,16", "--dtype", "float32", "--causal", "0", "--backward"]) == 0
+    first, second = given
+    assert all(x.std() > 0.5 for x in first) and all(map(torch.equal, first, second))

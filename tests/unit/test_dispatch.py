@@ -482,3 +482,14 @@ def test_gradients_of_a_backend_by_name_come_from_no_other(broken_rows):
     out = fastattn.attention(q, k, v, softcap=3.0, backend="half")
     with pytest.raises(UnsupportedError, match="no such instruction"):
         out.sum().backward()
+
+
+def test_a_kernel_that_one_device_cannot_prepare_is_asked_on_another(broken_rows):
+    """A compiler's refusal and an old device's are of that device."""
+    first = PROBLEM._replace(direction="forward")
+    second, row = first._replace(device_index=1), dispatch.rows_of("fast", "dense")[0]
+    dispatch.note_failure(row, first, "sm_75 is too old")
+    assert refuse(row, first) == ["sm_75 is too old"] == refuse(row, first._replace(lse=True))
+    assert refuse(row, second) == [] and select(second, "fast").row is row
+    with pytest.raises(UnsupportedError, match="sm_75 is too old"):
+        select(first, "fast")

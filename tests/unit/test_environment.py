@@ -1,9 +1,12 @@
 """What the environment decides: its variables, packages and devices that are missing, and what an import does."""
 
+import importlib
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -119,3 +122,49 @@ print(torch.cuda.is_initialized())
 
 def test_public_names():
     assert all(hasattr(fastattn, name) for name in fastattn.__all__) and fastattn.__all__ == sorted(fastattn.__all__)
+
+
+# --- which Triton there is -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other_distribution(monkeypatch):
+    """Triton as torch for ROCm brings it; returns a function that gives it a version, or an import that fails."""
+
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    def install(version=None, error=None):
+        module = types.ModuleType("triton")
+        if version:
+            module.__version__ = version
+        import_module = importlib.import_module
+
+        def find(name):
+            if name == "triton" and error:
+                raise error
+            return module if name == "triton" else import_module(name)
+
+        monkeypatch.setattr(importlib, "import_module", find)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    dispatch.forget()
+    yield install
+    monkeypatch.undo()
+    dispatch.forget()
+
+
+def test_triton_of_another_distribution(other_distribution, monkeypatch):
+    """Its own version counts, where the distribution's name is not the module's."""
+    monkeypatch.setattr(gpu, "INTERPRETED", True)
+    for version in ("3.7.0", "3.9.0+git1f2e3d", "4.0rc1"):
+        other_distribution(version)
+        assert gpu.unavailable() is None
+    other_distribution("3.6.0+rocm")
+    assert "Triton 3.6.0+rocm is too old" in gpu.unavailable()
+    other_distribution()
+    assert "too old" in gpu.unavailable()  # a folder named triton
+    other_distribution(error=OSError("libtriton.so: no such file"))
+    assert "cannot be imported: OSError: libtriton.so" in gpu.unavailable()
+    assert "refused: Triton cannot be imported" in fastattn.explain(*torch.zeros(3, 1, 2, 4, 8))
