@@ -15,6 +15,8 @@ CHECKED = FORMULAS.keys() | APPROXIMATE.keys()
 
 # Several rounds of each loop: tiles of sm_80 are up to 128 x 128.
 CAUSAL = Case(num_heads=2, num_heads_k=1, seqlen_q=390, head_dim=64, dtype="bfloat16", causal=True)
+# Enough tiles of keys for odd phases of the boxes' barriers too, in a ring of three boxes.
+RING = Case(num_heads=1, seqlen_q=300, seqlen_k=1100, head_dim=64, dtype="bfloat16", causal=True)
 WINDOW = Case(num_heads=2, seqlen_q=530, seqlen_k=557, head_dim=40, dtype="float16", window_size=(400, 3))
 FLOAT32 = Case(num_heads=2, num_heads_k=1, seqlen_q=70, seqlen_k=130, head_dim=16)
 BLOCKS = Case(num_heads=2, seqlen_q=150, seqlen_k=170, head_dim=32, dtype="bfloat16", mask="shared_blocks")

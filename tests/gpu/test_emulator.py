@@ -11,10 +11,9 @@ import torch
 
 from emulator import faults
 from emulator.opcodes import matrix, operation_of
-from emulator.programs import Map, run
 from emulator.registers import TYPES
 from ptx_formulas import APPROXIMATE, FORMULAS, single
-from small_kernels import LOAD, STORE, edited, integers, kernel, launch, result_of
+from small_kernels import LOAD, STORE, edited, integers, launch, result_of
 
 EDGES = {
     "integers": (
@@ -288,64 +287,6 @@ def test_asynchronous_copies():
     assert found.tolist() == [x[lane] if lane % 8 < 4 else 0 for lane in reversed(range(64))]
 
 
-BOX = """
-	mov.b32 %r5, k_param_0;
-	cvt.u64.u32 %rd5, %r5;
-	cvta.param.u64 %rd5, %rd5;
-	mov.b32 %r6, 4096;
-	setp.eq.s32 %p1, %r0, 0;
-	@%p1 mbarrier.init.shared::cta.b64 [%r6], 1;
-	bar.sync 0;
-	@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r6], 1024;
-	fence.proxy.async.shared::cta;
-	bar.sync 0;
-	elect.sync %r7|%p2, -1;
-	mov.b32 %r8, 0;
-	mov.b32 %r9, 3;
-	@%p2 cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%r8], [%rd5, {%r8, %r9}], [%r6];
-{
-	.reg .pred complete;
-	waitLoop:
-	mbarrier.try_wait.parity.shared::cta.b64 complete, [%r6], 0;
-	@!complete bra.uni waitLoop;
-}
-	shl.b32 %r7, %r0, 5;
-	ld.shared.v4.b32 {%r10, %r11, %r12, %r13}, [%r7];
-	ld.shared.v4.b32 {%r14, %r15, %r16, %r17}, [%r7+16];
-	mul.wide.u32 %rd13, %r0, 32;
-	add.s64 %rd14, %rd1, %rd13;
-	st.global.v4.b32 [%rd14], {%r10, %r11, %r12, %r13};
-	st.global.v4.b32 [%rd14+16], {%r14, %r15, %r16, %r17};
-	bar.sync 0;
-	@%p1 mbarrier.inval.shared::cta.b64 [%r6];
-"""
-
-
-def box_of(x: torch.Tensor, body: str = BOX, swizzle: int = 0) -> torch.Tensor:
-    """256 numbers from row 3 of x on, as they lie in shared memory."""
-    width, y = x.shape[1], torch.zeros(256, dtype=torch.int32)
-    text = kernel(body)
-    for line in ("\tld.param.b64 %rd0, [k_param_0];\n", "\tadd.s64 %rd11, %rd0, %rd10;\n"):
-        text = edited(text, line)
-    run(text, [Map(x, (width, 1), (256 // width, width), swizzle), y], (1, 1, 1), 1, 8192)
-    return y
-
-
-@pytest.mark.parametrize("swizzle, pieces", [(0, 8), (1, 2), (2, 4), (3, 8)])
-def test_a_box_of_a_tensor(swizzle, pieces):
-    """Beyond the last row are zeros. The manual's patterns of rows of 2, 4 or 8 pieces of 16 bytes: they change places
-    from 128 bytes to the next."""
-    rows = 64 // pieces
-    x = torch.arange((rows + 1) * pieces * 4, dtype=torch.int32).view(rows + 1, pieces * 4)
-    expected = torch.zeros(rows, pieces, 4, dtype=torch.int32)
-    expected[: rows - 2] = x[3:].view(rows - 2, pieces, 4)
-    found = box_of(x, swizzle=swizzle).view(rows, pieces, 4)
-    for row in range(rows):
-        for piece in range(pieces):
-            place = piece ^ (row * pieces // 8 % pieces if swizzle else 0)
-            assert torch.equal(found[row, place], expected[row, piece])
-
-
 # --- mistakes that must be caught -------------------------------------------------------------------------------------
 
 
@@ -380,6 +321,7 @@ MISTAKES = {
         faults.Diverged,
         "setp.lt.u32 %p1, %r0, 5;\nmov.b32 %r4, 0;\n@%p1 bra $L_1;\nshfl.sync.bfly.b32 %r4, %r0, 1, 31, -1;\n$L_1:\n",
     ),
+    "a loop that never ends": (faults.Deadlock, "$L_1:\nbra.uni $L_1;\n"),
     "an instruction that is not known": (faults.Unknown, "sin.approx.f32 %r4, %r0;\n"),
     "a variant that is not known": (faults.Unknown, "add.sat.s32 %r4, %r0, 1;\n"),
 }  # fmt: skip
@@ -393,21 +335,6 @@ def test_mistake_is_caught(name):
     assert type(caught.value) is fault
     if name != "a copy that nobody waits for":
         assert "line " in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "old, new, fault",
-    [
-        ("mbarrier.try_wait.parity.shared::cta.b64 complete, [%r6], 0;", "mov.pred complete, -1;", faults.NotWaited),
-        ("complete, [%r6], 0;", "complete, [%r6], 1;", faults.NotWaited),
-        ("_, [%r6], 1024;", "_, [%r6], 512;", faults.Deadlock),
-        ("@%p1 mbarrier.init.shared::cta.b64 [%r6], 1;", "", faults.Uninitialized),
-        ("mov.b32 %r8, 0;", "mov.b32 %r8, 128;", faults.OutOfBounds),  # with this swizzle
-    ],
-)
-def test_mistake_with_a_box_is_caught(old, new, fault):
-    with pytest.raises(fault):
-        box_of(torch.zeros(9, 32, dtype=torch.int32), edited(BOX, old, new), swizzle=3)
 
 
 @pytest.mark.parametrize("body", [TWO_WARPS, COPY])

@@ -26,6 +26,7 @@ from executed import (  # noqa: E402
     DECODE_BLOCKS,
     EVERYTHING,
     FLOAT32,
+    RING,
     WINDOW,
     assert_all_opcodes_are_checked,
     assert_all_products_ran,
@@ -64,6 +65,7 @@ FORWARD = [
     FLOAT32,
     DECODE,
     DECODE_BLOCKS,
+    RING,
     CAUSAL._replace(causal=False, dtype="float16", seqlen_k=450),
     CAUSAL._replace(causal=False, head_dim=128, seqlen_k=300),
     CAUSAL._replace(head_dim=80, head_dim_v=40, layout="bshd"),
@@ -97,7 +99,7 @@ BACKWARD = [
 ]
 
 
-@pytest.mark.parametrize("case, arch", runs(FORWARD, {80: FORWARD[:5], 90: (CAUSAL, WINDOW, DECODE)}))
+@pytest.mark.parametrize("case, arch", runs(FORWARD, {80: FORWARD[:5], 90: (CAUSAL, WINDOW, DECODE, RING)}))
 def test_forward(case, arch):
     launches = forward(case, arch=arch)
     assert len(launches) == (2 if case.seqlen_q <= 40 else 1)  # split keys, then `combine`
@@ -244,6 +246,28 @@ def test_fault_of_warpgroups_is_caught(name):
     edit, caught = FAULTS_OF_WARPGROUPS[name]
     with pytest.raises(caught):
         forward(CAUSAL, edit, 90)
+
+
+FAULTS_OF_RINGS = {
+    "the parity of the first round": (
+        edited(r"(try_wait\.parity\S+ complete, \[%r\d+\], )%r\d+", r"\g<1>0"), faults.NotWaited,
+    ),
+    "one box more than there is": (edited(r"(setp\.gt\.s32\s+%p\d+, %r\d+, )2;", r"\g<1>3;", -1), faults.Uninitialized),
+    "each lane arrives": (edited(r"@%p\d+ (mbarrier\.arrive\.expect_tx)", r"\1"), faults.Unknown),
+    "each lane makes the barriers": (edited(r"@%p\d+ (mbarrier\.init)", r"\1"), faults.Unknown),
+    "a barrier in a tile": (edited(r"(mbarrier\.init\S+ \[%r\d+)\]", r"\1+-98304]"), faults.Fault),
+    "a lane of each warp waits": (
+        edited(r"(\.reg \.pred) complete;((?:\n.*)*?\n\s*)(mbarrier\.try_wait)",
+               r"\1 complete;\n\1 one;\2mov.pred complete, -1;\nelect.sync %r0|one, -1;\n@one \3"), faults.NotWaited,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS_OF_RINGS)
+def test_fault_of_a_ring_of_boxes_is_caught(name):
+    edit, caught = FAULTS_OF_RINGS[name]
+    with pytest.raises(caught):
+        forward(RING, edit, 90)
 
 
 @pytest.mark.slow

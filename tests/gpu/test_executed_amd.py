@@ -23,6 +23,7 @@ from emulator.amd.opcodes import BRANCHES  # noqa: E402
 from emulator.amd.opcodes.control import NOTHING  # noqa: E402
 from emulator.device import executing  # noqa: E402
 from executed import BLOCKS, CAUSAL, DECODE, DECODE_BLOCKS, EVERYTHING, FLOAT32, WINDOW, edited, forward  # noqa: E402
+from fastattn import Mask  # noqa: E402
 
 ARCHS = ("gfx1100", "gfx942")
 APART = {*BRANCHES, *NOTHING, "s_barrier", "s_waitcnt", "s_waitcnt_vscnt"}
@@ -185,6 +186,15 @@ def test_fault_is_caught(arch, name):
     edit, caught = FAULTS[arch][name]
     with pytest.raises(caught):
         forward(CAUSAL, edit, arch)
+
+
+def test_one_row_of_a_tile_sees_more_than_the_others():
+    """The tile's bound is in its lane alone: each step of the reduction has to hand it on."""
+    case, end = CAUSAL._replace(num_heads=1, seqlen_q=256, causal=False), torch.ones(1, 1, 256, dtype=torch.int64)
+    end[..., ::64] = 256
+    forward(case, arch="gfx1100", mask=Mask.intervals(None, end))
+    with pytest.raises(AssertionError, match="error .*, allowed"):
+        forward(case, edited(r"row_shr:(\d)", r"row_shl:\1", 0), "gfx1100", mask=Mask.intervals(None, end))
 
 
 @pytest.mark.slow

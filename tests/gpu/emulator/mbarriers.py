@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .faults import Deadlock, NotWaited, OutOfBounds, Uninitialized, Unknown
+from .faults import Deadlock, NotWaited, OutOfBounds, Race, Uninitialized, Unknown
 from .shared import Shared
 from .tensors import Tensors
 
@@ -50,12 +50,18 @@ class Descriptor(NamedTuple):
 
 
 class Barrier:
-    """One of a program: how many arrivals and bytes its phase still waits for, and copies that have not come yet."""
+    """One of a program: how many arrivals and bytes its phase still waits for, copies that have not come yet, and the
+    units of those that came in the phase before.
 
-    def __init__(self, count: int):
+    units: of shared memory, where it lies; mark: of the warp that made it, when it did
+    """
+
+    def __init__(self, count: int, units: np.ndarray, mark: int):
         self.count = self.arrivals = count
+        self.units, self.mark = units, mark
         self.bytes, self.phase = 0, 0
         self.copies: list[tuple[np.ndarray, np.ndarray]] = []
+        self.arrived: list[np.ndarray] = []
 
     def advance(self) -> None:
         if self.arrivals == 0 and self.bytes == 0:
@@ -63,50 +69,77 @@ class Barrier:
 
 
 class Barriers:
-    """Of several programs, by program and address. A copy comes when somebody waits for it, not before."""
+    """Of several programs, by program and address. A copy comes when somebody waits for it, not before.
+
+    Each step is one of lanes, whose program has the barrier.
+    """
 
     def __init__(self, shared: Shared):
         self.shared = shared
         self.barriers: dict[tuple[int, int], Barrier] = {}
 
-    def init(self, program: int, address: int, count: int) -> None:
-        self.barriers[program, address] = Barrier(count)
+    def init(self, lane: int, address: int, count: int) -> None:
+        key = self._key(lane, address)
+        if key in self.barriers:
+            raise Unknown(f"there is a barrier at {address} of shared memory already")
+        self.barriers[key] = Barrier(count, self.shared.place_barrier(lane, address), self.shared.marks[lane])
 
-    def invalidate(self, program: int, address: int) -> None:
-        self._check_done(self.at(program, address))
-        del self.barriers[program, address]
+    def invalidate(self, lane: int, address: int) -> None:
+        barrier = self._known(np.array([lane]), address)
+        self._check_done(barrier)
+        self.shared.free_barrier(lane, barrier.units)
+        del self.barriers[self._key(lane, address)]
 
-    def at(self, program: int, address: int) -> Barrier:
-        if (program, address) not in self.barriers:
-            raise Uninitialized(f"there is no barrier at {address} of shared memory")
-        return self.barriers[program, address]
-
-    def expect(self, program: int, address: int, size: int) -> None:
-        barrier = self.at(program, address)
+    def expect(self, lane: int, address: int, size: int) -> None:
+        barrier = self._used(np.array([lane]), address)
         barrier.bytes += size
         if not barrier.arrivals:
             raise Unknown("more arrivals at a barrier than it counts")
         barrier.arrivals -= 1
         barrier.advance()
 
-    def copy(self, program: int, address: int, lane: int, units: np.ndarray, data: np.ndarray) -> None:
+    def copy(self, lane: int, address: int, units: np.ndarray, data: np.ndarray) -> None:
         lanes = np.full(len(units), lane)
         self.shared.require_fence(lanes, units)
         self.shared.reserve(lanes, units)
-        self.at(program, address).copies.append((units, data))
+        self._used(lanes[:1], address).copies.append((units, data))
 
-    def wait(self, program: int, address: int, parity: int) -> None:
-        """Until the phase of that parity is over."""
-        barrier = self.at(program, address)
-        if barrier.phase % 2 != parity:
-            return
+    def wait(self, lanes: np.ndarray, address: int, parity: int) -> None:
+        """Until the phase of that parity is over. The lanes are of one program."""
+        barrier = self._used(lanes, address)
+        if barrier.phase % 2 == parity:
+            self._finish(barrier, lanes[0])
+        for units in barrier.arrived:
+            self.shared.note_wait(lanes, units)
+
+    def _finish(self, barrier: Barrier, lane: int) -> None:
+        phase, barrier.arrived = barrier.phase, [units for units, _ in barrier.copies]
         for units, data in barrier.copies:
-            self.shared.settle(units, data)
+            self.shared.settle(lane, units, data)
             barrier.bytes -= data.nbytes
         barrier.copies = []
         barrier.advance()
-        if barrier.phase % 2 == parity:
+        if barrier.phase == phase:
             raise Deadlock(f"a wait for {barrier.arrivals} arrivals and {barrier.bytes} bytes that will not come")
+
+    def _key(self, lane: int, address: int) -> tuple[int, int]:
+        return int(self.shared.programs[lane]), address
+
+    def _known(self, lanes: np.ndarray, address: int) -> Barrier:
+        """That was made by these lanes' warp, or before the last barrier of their program."""
+        key = self._key(lanes[0], address)
+        if key not in self.barriers:
+            raise Uninitialized(f"there is no barrier at {address} of shared memory")
+        barrier = self.barriers[key]
+        if np.any((barrier.mark >= self.shared.since[lanes]) & (barrier.mark != self.shared.marks[lanes])):
+            raise Race("an mbarrier that another warp made, with no bar.sync since")
+        return barrier
+
+    def _used(self, lanes: np.ndarray, address: int) -> Barrier:
+        """As known, and no other warp may end it before the next bar.sync."""
+        barrier = self._known(lanes, address)
+        self.shared.note_read(lanes, np.broadcast_to(barrier.units, (len(lanes), barrier.units.shape[1])))
+        return barrier
 
     def check_end(self) -> None:
         for barrier in self.barriers.values():

@@ -2,7 +2,10 @@
 
 import numpy as np
 
-from .faults import Fault
+from .faults import Deadlock, Fault
+
+MOST_BLOCKS = 10_000
+"""That some programs of a launch may run, which takes seconds; those of the quick tests run at most 228."""
 
 
 def run_blocks(machine, everyone: np.ndarray, choose, waits=lambda block, those: False) -> None:
@@ -10,6 +13,7 @@ def run_blocks(machine, everyone: np.ndarray, choose, waits=lambda block, those:
     `machine.leave(block, those)` says which of them go where. waits(block, those): whether others have to come to a
     block first; where all wait, one of them runs all the same, and says what is wrong."""
     waiting = {0: everyone}
+    ran = 0
     with np.errstate(all="ignore"):
         while waiting:
             ready = (n for n, those in waiting.items() if not waits(machine.code.blocks[n], those))
@@ -17,6 +21,9 @@ def run_blocks(machine, everyone: np.ndarray, choose, waits=lambda block, those:
             those = waiting.pop(number)
             choose(those)
             block = machine.code.blocks[number]
+            ran += 1
+            if ran > MOST_BLOCKS:
+                raise Deadlock(f"{MOST_BLOCKS} blocks of code have run, and no end\n  {block.last}")
             machine.code.visited.add(number)
             _run(machine, block)
             for target, chosen in machine.leave(block, those):

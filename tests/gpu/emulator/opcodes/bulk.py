@@ -34,7 +34,7 @@ def _fence(instruction, modifiers):
 
 
 def _barrier(instruction, modifiers):
-    """init, inval, arrive.expect_tx of one lane of a program; try_wait of any."""
+    """init, inval, arrive.expect_tx: of each active lane; try_wait: of whole warps."""
     kind, space, type = modifiers[0], modifiers[-2], modifiers[-1]
     one_of((space, type), (("shared::cta", "b64"),))
     of = {
@@ -45,39 +45,49 @@ def _barrier(instruction, modifiers):
     return of[modifiers[:-2]](*instruction.operands)
 
 
-def _for_each(address, argument, do):
-    """do(barriers, program, address, argument), once for lanes that want the same."""
+def _operands(address, argument):
+    """A function from a machine to (lane, address, argument) of each active lane."""
     address = address_of(address, "u32")
     argument = reader(argument, "u32") if argument is not None else lambda machine: np.uint32(0)
 
-    def step(machine):
+    def read(machine):
         lanes, addresses = lanes_and_addresses(machine, address)
-        arguments = machine.of_active(argument(machine))
-        programs = lanes // machine.threads
-        # whole warps wait for one barrier
-        for each in dict.fromkeys(zip(programs.tolist(), addresses.tolist(), arguments.tolist(), strict=True)):
+        return zip(lanes.tolist(), addresses.tolist(), machine.of_active(argument(machine)).tolist(), strict=True)
+
+    return read
+
+
+def _for_each(address, argument, do):
+    read = _operands(address, argument)
+
+    def step(machine):
+        for each in read(machine):
             do(machine.barriers, *each)
 
     return step
 
 
 def _init(address, count):
-    return _for_each(address, count, lambda barriers, *arguments: barriers.init(*arguments))
+    return _for_each(address, count, lambda barriers, *each: barriers.init(*each))
 
 
 def _invalidate(address):
-    return _for_each(address, None, lambda barriers, program, address, _: barriers.invalidate(program, address))
+    return _for_each(address, None, lambda barriers, lane, address, _: barriers.invalidate(lane, address))
 
 
 def _expect(_, address, size):
-    return _for_each(address, size, lambda barriers, *arguments: barriers.expect(*arguments))
+    return _for_each(address, size, lambda barriers, *each: barriers.expect(*each))
 
 
 def _wait(done, address, parity):
-    wait, write = _for_each(address, parity, lambda barriers, *arguments: barriers.wait(*arguments)), writer(done)
+    read, write = _operands(address, parity), writer(done)
 
     def step(machine):
-        wait(machine)
+        waiting = {}  # whole warps wait for one barrier
+        for lane, address, parity in read(machine):
+            waiting.setdefault((lane // machine.threads, address, parity), []).append(lane)
+        for (_, address, parity), lanes in waiting.items():
+            machine.barriers.wait(np.array(lanes), address, parity)
         write(machine, np.ones(machine.lanes, bool))
 
     return step
@@ -101,7 +111,7 @@ def copy(instruction, modifiers):
             data = descriptor.load(machine.tensors, first, program).view(machine.shared.dtype)
             pieces = descriptor.places(place).astype(np.uint32)
             units = machine.shared.units_of(np.full(len(pieces), lane), pieces, PIECE)
-            machine.barriers.copy(lane // machine.threads, of, lane, units, data)
+            machine.barriers.copy(lane, of, units, data)
 
     return step
 
