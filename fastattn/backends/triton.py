@@ -118,8 +118,8 @@ def _launched(name: str, before: int, function, *call):
         from ..dispatch import KernelError  # which imports this module
 
         launch = _kernel("launch")
-        code = launch.loaded_since(before)
-        launch.drop(code)  # another kind of call that would run it loads it anew, and is checked
+        if code := launch.loaded_since(before):
+            launch.drop(code)  # another kind of call that would run it loads it anew, and is checked
         is_known = isinstance(error, (KernelError, torch.cuda.OutOfMemoryError))
         if is_known or not code or launch.is_capturing():
             raise
