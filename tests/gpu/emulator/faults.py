@@ -1,8 +1,9 @@
 """What a GPU does not notice, or notices too late. The machine adds the instruction and its line."""
 
 
-class Fault(Exception):
-    """A mistake in compiled code, or code that the emulator does not know."""
+class Fault(BaseException):
+    """A mistake in compiled code, or code that the emulator does not know. No Exception: those of a launch are a
+    driver's, for which fastattn refuses the kernel."""
 
 
 class Unknown(Fault):
