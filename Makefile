@@ -78,8 +78,8 @@ TRITON_PY = PYTHONPATH=$(TRITON_PATH):$(VENV)/ttsem:$(VENV)/tinygrad OMP_NUM_THR
 TRITON_PYTEST = $(TRITON_PY) -m pytest -q -p no:cacheprovider
 COMPILED := $(addprefix tests/gpu/test_,compiled.py launch.py stub_driver.py warmup.py)
 SANITIZED := tests/gpu/test_sanitized.py
-EXECUTED := $(addprefix tests/gpu/test_,emulator.py mbarriers.py wgmma.py executed.py emulator_amd.py amd_opcodes.py executed_amd.py \
-	executed_tiles.py)
+EXECUTED := $(addprefix tests/gpu/test_,emulator.py mbarriers.py wgmma.py executed.py emulator_amd.py amd_opcodes.py \
+	executed_amd.py executed_tiles.py)
 NEITHER := tests/gpu/test_bench_gpu.py tests/gpu/test_device.py
 INTERPRETED := $(filter-out $(COMPILED) $(SANITIZED) $(EXECUTED) $(NEITHER),$(sort $(wildcard tests/gpu/test_*.py)))
 

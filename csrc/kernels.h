@@ -15,7 +15,6 @@ struct Blocking {
   int heads_per_unit;  // query heads stacked as rows of one unit: the group if one head does not fill a unit, else 1
   int num_splits;      // key ranges of a row block that are computed apart and combined
   int64_t split_keys;  // keys of such a range, a multiple of n_block
-  bool keys_are_near;  // other queries have just read them; no bit depends on it
 };
 
 // One row block of one key head, against the keys of one split.

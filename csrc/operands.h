@@ -100,6 +100,7 @@ struct Operands {
   BlockMask block_mask{};
   // Products are of pairs of bfloat16, to which weights are rounded: forward and backward.
   bool in_pairs = false;
+  bool keys_are_near = false;          // other queries have just read them
   const BlockLists* blocks = nullptr;  // block_mask, by queries in a forward pass and by keys in a backward pass
   double softmax_scale, softcap;
   int64_t diagonal_lo, diagonal_hi;  // a query sees keys with lo <= key - query <= hi

@@ -52,7 +52,7 @@ current_device = torch.cuda.current_device
 _launches: dict[tuple, dict] = {}
 _MAX_LAUNCHES = 1024
 _loaded: dict[tuple, Loaded] = {}
-_dropped: list[tuple] = []  # keys of code that was loaded, and dropped
+_history: list[tuple] = []  # keys of all code that was ever loaded, in order
 
 
 class Plan(NamedTuple):
@@ -82,26 +82,23 @@ def launches_of(key: tuple) -> dict:
 
 def forget() -> None:
     """For tests: as in a new process."""
-    _launches.clear(), _loaded.clear(), _dropped.clear()
+    _launches.clear(), _loaded.clear(), _history.clear()
 
 
 def loaded() -> int:
     """How many pieces of code have been loaded so far."""
-    return len(_loaded) + len(_dropped)
+    return len(_history)
 
 
 def loaded_since(before: int) -> list[tuple]:
     """Keys of the code that has been loaded since `loaded()` was `before`, if it is still there."""
-    count = loaded() - before
-    return list(_loaded)[-count:] if count else []
+    return [key for key in _history[before:] if key in _loaded]
 
 
 def drop(code: list[tuple]) -> None:
     """Forget loaded code, which the next launch of it loads anew."""
     for key in code:
-        if key in _loaded:
-            del _loaded[key]
-            _dropped.append(key)
+        _loaded.pop(key, None)
     _launches.clear()
 
 
@@ -198,6 +195,7 @@ def _load(tensors, plan: Plan, device: int) -> Loaded:
                 "of time, and loads nothing)"
             )
         loaded = _loaded[key] = compile_and_load(plan.kernel, arguments, plan.constexprs, plan.options)
+        _history.append(key)
     return loaded
 
 

@@ -44,7 +44,8 @@ Operands queries_of(Operands p, int64_t first, int64_t count) {
 std::optional<Operands> take_last_queries(Operands& p, const Kernels& kernels) {
   const int64_t last = last_queries(p, kernels), others = p.seqlen_q - last;
   if (!last) return {};
-  const Operands rest = queries_of(p, others, last);
+  Operands rest = queries_of(p, others, last);
+  rest.keys_are_near = true;
   p.seqlen_q = others;
   return rest;
 }
@@ -53,7 +54,7 @@ class ForwardPass {
   const Operands& p;
   const Kernels& kernels;
   const Algorithm algorithm;
-  Blocking blocking;
+  const Blocking blocking;
   const int64_t element;
   const Units units;
   std::vector<char> partials;  // out, max, sum of every row of every unit; empty without splits
@@ -83,7 +84,6 @@ class ForwardPass {
   // The last queries of the heads, computed after the others of their head, while its keys are near.
   void end_with(const Operands& last_queries, int threads) {
     last = std::make_unique<ForwardPass>(last_queries, kernels, decode_of(kernels), threads);
-    last->blocking.keys_are_near = true;
     units_per_last = size() / last->size();
   }
 

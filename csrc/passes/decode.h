@@ -238,7 +238,7 @@ class DecodeUnit {
       }
     });
     scale_scores(p.k, whole);
-    const int64_t ahead = b.keys_are_near ? 0 : smaller(v_block, keys.hi - keys.lo);
+    const int64_t ahead = p.keys_are_near ? 0 : smaller(v_block, keys.hi - keys.lo);
     for (int64_t j = 0; j < ahead; j++)  // memory should not rest meanwhile
       prefetch_row(p.v, u.batch, p.head_k(u.head), keys.lo + j, p.head_dim_v);
     for (int64_t r = 0; r < rows; r++) weigh(r, whole, keys);

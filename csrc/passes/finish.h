@@ -44,8 +44,9 @@ bool finish_lanes(const Operands& p, const Lanes& lanes, const Real* out, const 
   if (p.sinks || p.lse || p.lse_parts) {
     for (int64_t r = 0; r < lanes.rows; r++)
       factors[r] = finish_softmax(p, lanes.batch, {first.head, first.query + r}, max[r], sum[r]);
-  } else {  // the same numbers, in vectors
-    for (int64_t r = 0; r < NR; r++) factors[r] = (Real)((sum[r] == 0 ? 0.0 : 1.0 / sum[r]) * p.keep_factor);
+  } else {  // no row writes a number of its own: in vectors
+    const double keep_factor = p.keep_factor, no_sink = -__builtin_inf();
+    for (int64_t r = 0; r < NR; r++) factors[r] = (Real)(normalizer(max[r], sum[r], no_sink).factor * keep_factor);
   }
   Real* to = (Real*)at(p.out, lanes.batch, first.head, first.query);
   transpose(out, (int64_t)NR, p.head_dim_v, lanes.rows, to, p.out.stride[2], TimesEach<Real>{factors});

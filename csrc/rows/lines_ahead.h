@@ -19,16 +19,15 @@ class LinesAhead {
   };
   static constexpr int most = 8;
   Rows tensors[most];
-  int count = 0, tensor = -1, per_visit = 0;
+  int count = 0, tensor = 0, per_visit = 0;
   int64_t row = 0, lines = 0;
-  const char *next = nullptr, *end = nullptr;  // of the row that is under way
+  const char *next = nullptr, *end = nullptr;  // of the row before `row` of `tensor`, which is under way
 
-  // Whether there is one more row.
   bool turn_to_next_row() {
-    if (tensor < 0 || ++row == tensors[tensor].count) row = 0, tensor++;
-    if (tensor == count) return per_visit = 0, false;
+    if (tensor == count) return false;
     const Rows& rows = tensors[tensor];
     next = rows.first + row * rows.stride, end = next + rows.bytes;
+    if (++row == rows.count) row = 0, tensor++;
     return true;
   }
 

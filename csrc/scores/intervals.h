@@ -8,9 +8,15 @@ struct Range {
   int64_t lo, hi;
 };
 
+// Of `keys` keys, those from diagonal `lo` to diagonal `hi` of query `query`; an empty range is {0, 0}.
+FASTATTN_INLINE Range between_diagonals(int64_t query, int64_t lo, int64_t hi, int64_t keys) {
+  const Range seen{larger<int64_t>(0, query + lo), smaller(keys, query + hi + 1)};
+  return {seen.lo < seen.hi ? seen.lo : 0, seen.lo < seen.hi ? seen.hi : 0};
+}
+
 // Query `query` of (batch, head) sees keys lo ... hi - 1; an empty range is {0, 0}.
 FASTATTN_INLINE Range row_range(const Operands& p, int64_t batch, int64_t head, int64_t query) {
-  int64_t lo = larger<int64_t>(0, query + p.diagonal_lo), hi = smaller(p.seqlen_k, query + p.diagonal_hi + 1);
+  auto [lo, hi] = between_diagonals(query, p.diagonal_lo, p.diagonal_hi, p.seqlen_k);
   if (p.k_start) lo = larger<int64_t>(lo, *(const int32_t*)at(p.k_start, batch, head, query));
   if (p.k_end) hi = smaller<int64_t>(hi, *(const int32_t*)at(p.k_end, batch, head, query));
   return lo < hi ? Range{lo, hi} : Range{0, 0};

@@ -36,13 +36,13 @@ Panel<Real> take_panel(Arena& arena, int64_t head_dim, int64_t NR) {
 template <class Real>
 bool see_diagonals(const Operands& p, int64_t first, int64_t rows, Panel<Real>& panel) {
   if (p.k_start || p.k_end || first + rows > p.seqlen_q) return false;
-  const int64_t keys = p.seqlen_k, from = first + p.diagonal_lo, to = first + p.diagonal_hi + 1;
+  const int64_t keys = p.seqlen_k, diagonal_lo = p.diagonal_lo, diagonal_hi = p.diagonal_hi;
   int64_t *const lows = panel.lo, *const highs = panel.hi;
   Range common{0, keys};
   for (int64_t r = 0; r < rows; r++) {
-    const int64_t lo = larger<int64_t>(0, from + r), hi = smaller(keys, to + r);
-    lows[r] = lo < hi ? lo : 0, highs[r] = lo < hi ? hi : 0;
-    common = {larger(common.lo, lows[r]), smaller(common.hi, highs[r])};
+    const Range seen = between_diagonals(first + r, diagonal_lo, diagonal_hi, keys);
+    lows[r] = seen.lo, highs[r] = seen.hi;
+    common = {larger(common.lo, seen.lo), smaller(common.hi, seen.hi)};
   }
   panel.lanes.common = common;
   return true;

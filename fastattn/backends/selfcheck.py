@@ -57,7 +57,7 @@ class Found(NamedTuple):
 
     @property
     def result(self) -> str:
-        """ "dq" of "dq[0, 1, 0:16]"."""
+        """Its name, which stands before the place: dq."""
         return self.where.partition("[")[0]
 
 
@@ -333,7 +333,7 @@ def _compare_dk_dv(
         of_delta = 4.0 * rounding.unit * ((dout * out).abs().sum(-1) + delta.abs())
         if (
             wants_terms
-        ):  # its delta is not that of out, whose error only all keys would tell: as if each had the largest
+        ):  # delta is not made of out; what its error is only all keys would tell: as if each had the largest
             sizes = qkv[2][run.batch, run.head].float().norm(dim=-1)
             largest = dout.norm(dim=-1) * sizes.where(sizes.isfinite(), 0.0).amax() * _most(call)
             of_all = 0.5 * rounding.share + 4.0 * rounding.unit + rounding.least * problem.seqlen_k
@@ -368,9 +368,8 @@ def _error_of_dscores(call: Call, x: dict, rounding: _Rounding, p, ds, of_scores
     """What rounding may change in dS, given what it may in the scores and in delta; inf where dS may overflow."""
     dp = dout.abs() @ x["v"].abs().transpose(2, 3) * _most(call)
     error = (rounding.share + of_scores) * ds.abs() + p * (4.0 * rounding.unit * dp + of_delta[..., None])
-    scale = (
-        _scale(call, x) if "softmax_scale" in x else p.new_ones(())
-    )  # one of heads is a factor of dS before or after
+    # one of heads is a factor of dS, before it is rounded or after
+    scale = _scale(call, x) if "softmax_scale" in x else p.new_ones(())
     error = error + rounding.least / scale.clamp(2.0**-20, 1.0)
     largest = torch.finfo(getattr(torch, call.problem.dtype)).max
     return error.masked_fill((ds.abs() + error) * scale.clamp(1.0) > largest, torch.inf)

@@ -41,14 +41,14 @@ def run(options) -> int:
     except ImportError:
         raise SystemExit("warmup shows its progress with tqdm, which is not installed: pip install tqdm") from None
 
-    generator = torch.Generator("cuda" if DEVICE == "cuda" else "cpu").manual_seed(0)
+    torch.manual_seed(0)
     calls = list(itertools.product(options.shapes, options.dtype, options.causal))
     for sizes, dtype, causal in (bar := tqdm(calls, unit="call", file=sys.stderr)):
         bar.set_description(f"{','.join(map(str, sizes))} {dtype}" + (" causal" if causal else ""))
         q, k, v = shapes.zeros(sizes, dtype, DEVICE, options.backward)
         for x in (q, k, v):  # of zeros, every tile would give what the right ones give
-            x.detach().normal_(generator=generator)
+            x.detach().normal_()
         out = attention(q, k, v, causal=bool(causal), backend="triton")
         if options.backward:
-            torch.autograd.grad(out, (q, k, v), torch.empty_like(out).normal_(generator=generator))
+            torch.autograd.grad(out, (q, k, v), torch.empty_like(out).normal_())
     return 0

@@ -39,7 +39,6 @@ REFUSED = {arch for arch in ARCHS if config.refusal(config.Device(arch_name(arch
 CASES = [(arch, str(spec)) for arch, spec in kernel_report.CASES if arch not in REFUSED]
 GOLDEN = kernel_report.read_golden()
 IS_OF_GOLDEN = GOLDEN["triton"] == triton.__version__
-of_golden = pytest.mark.skipif(not IS_OF_GOLDEN, reason=f"the figures are of Triton {GOLDEN['triton']}")
 
 
 def to_compile(cases) -> list:
@@ -78,7 +77,7 @@ def of_16_bits(spec: str) -> bool:
     return "float32" not in spec
 
 
-@of_golden
+@pytest.mark.skipif(not IS_OF_GOLDEN, reason=f"the figures are of Triton {GOLDEN['triton']}")
 @pytest.mark.parametrize("arch, spec", to_compile(CASES))
 def test_golden(compiled, arch, spec):
     """A difference is no failure of the kernel: read it, and if it is meant, `make kernel-report`."""
@@ -200,7 +199,6 @@ BARS = {  # least static tensor-core bound
 }
 
 
-@of_golden
 @pytest.mark.parametrize("arch, spec", params(BARS))
 def test_static_bound(kernels, arch, spec):
     (kernel,) = [kernel for kernel in kernels.values() if kernel["loops"]]

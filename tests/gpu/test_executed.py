@@ -181,13 +181,6 @@ FAULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_fault_is_caught(name):
-    edit, caught = FAULTS[name]
-    with pytest.raises(caught):
-        forward(CAUSAL, edit)
-
-
 FAULTS_OF_TENSOR_MAPS = {
     "no wait": (edited(r"mbarrier\.try_wait.*;", "mov.pred complete, -1;"), faults.NotWaited),
     "a wait for the phase before": (
@@ -198,13 +191,6 @@ FAULTS_OF_TENSOR_MAPS = {
     "other rows": (edited(r"(bulk\.tensor.*\{%r\d+, )%r\d+,", r"\g<1>%r0,"), (AssertionError, faults.Fault)),
     "a swizzle with another bit": (edited(r"(xor\.b32\s+%r\d+, %r\d+, )64;", r"\g<1>32;", 0), AssertionError),
 }  # fmt: skip
-
-
-@pytest.mark.parametrize("name", FAULTS_OF_TENSOR_MAPS)
-def test_fault_of_tensor_maps_is_caught(name):
-    edit, caught = FAULTS_OF_TENSOR_MAPS[name]
-    with pytest.raises(caught):
-        forward(CAUSAL, edit, 120)
 
 
 DESCRIPTOR = 0x4000004000000000
@@ -241,13 +227,6 @@ FAULTS_OF_WARPGROUPS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FAULTS_OF_WARPGROUPS)
-def test_fault_of_warpgroups_is_caught(name):
-    edit, caught = FAULTS_OF_WARPGROUPS[name]
-    with pytest.raises(caught):
-        forward(CAUSAL, edit, 90)
-
-
 FAULTS_OF_RINGS = {
     "the parity of the first round": (
         edited(r"(try_wait\.parity\S+ complete, \[%r\d+\], )%r\d+", r"\g<1>0"), faults.NotWaited,
@@ -263,11 +242,23 @@ FAULTS_OF_RINGS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FAULTS_OF_RINGS)
-def test_fault_of_a_ring_of_boxes_is_caught(name):
-    edit, caught = FAULTS_OF_RINGS[name]
+PLANTED = (
+    (80, CAUSAL, FAULTS), (120, CAUSAL, FAULTS_OF_TENSOR_MAPS), (90, CAUSAL, FAULTS_OF_WARPGROUPS),
+    (90, RING, FAULTS_OF_RINGS),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "arch, case, edit, caught",
+    [
+        pytest.param(arch, case, *fault, id=f"sm_{arch} {name}")
+        for arch, case, faults_of in PLANTED
+        for name, fault in faults_of.items()
+    ],
+)
+def test_fault_is_caught(arch, case, edit, caught):
     with pytest.raises(caught):
-        forward(RING, edit, 90)
+        forward(case, edit, arch)
 
 
 @pytest.mark.slow

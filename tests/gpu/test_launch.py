@@ -285,8 +285,6 @@ def test_whatever_a_first_launch_raises_is_a_refusal(launched, kind, kernel, mon
 @pytest.mark.parametrize("setting, is_exact", [("tf32", False), ("ieee", True), ("none", True)])
 def test_the_newer_setting_of_products(setting, is_exact, monkeypatch):
     """After which the older one cannot be asked."""
-    if torch_internals._precision_of is None:
-        pytest.skip("this torch has the older setting alone")
     try:
         torch.backends.cuda.matmul.fp32_precision = setting
         with compiling_for(90) as launches, nothing_compiled() as launched:
