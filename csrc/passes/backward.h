@@ -11,7 +11,6 @@
 #include "backward_pairs.h"
 #include "few_queries.h"
 #include "query_gradients.h"
-#include "rows/lines_ahead.h"
 #include "scores/skip.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -61,9 +60,7 @@ class KeyRange {
         k_hi(smaller(p.seqlen_k, k_lo + b.split_keys)),
         score_gradients(p, g, u, b.num_splits, {k_lo, k_hi}, s.key_sum, s.diagonals, s.modifier.rows),
         few(p, b, s.few),
-        in_pairs(p, g, b, u, s, modifier, score_gradients) {
-    fetch_next_head();
-  }
+        in_pairs(p, g, b, u, s, modifier, score_gradients, ahead) {}
 
   // partial: null, or the unit's dq of its first query head, those of the others `stride` bytes apart. False: there is
   // NaN or Inf in some gradient, maybe from behind a mask.
@@ -75,6 +72,7 @@ class KeyRange {
       head = u.head_k * group_size + i;
       score_gradients.start_head(head, range);
       place_panels(partial ? (Real*)(partial + i * stride) : nullptr);
+      fetch_next_head();
       for (lo = k_lo; lo < k_hi; lo += b.n_block) visit_tile();
       prepare_the_rest();
       finish_dq(!partial);
@@ -102,9 +100,12 @@ class KeyRange {
     for (const Tensor* t : {&p.out, &g.dout}) ahead.add(*t, batch, of, p.seqlen_q, Dv);
     for (const Tensor* t : {&p.k, &g.dk}) ahead.add(*t, batch, of, p.seqlen_k, D);
     for (const Tensor* t : {&p.v, &g.dv}) ahead.add(*t, batch, of, p.seqlen_k, Dv);
-    const int64_t panels = column_panels(p.seqlen_q - b.last_queries, NR),
-                  columns = column_panels(D, NR) + column_panels(Dv, NR);
-    ahead.spread(panels * (2 * tiles_of<R>(p.seqlen_k) + tiles_of<R>(D)) + columns * tiles_of<R>(p.seqlen_k));
+    int64_t visits = (column_panels(D, NR) + column_panels(Dv, NR)) * tiles_of<R>(p.seqlen_k);
+    for (int64_t query = 0; query < p.seqlen_q - b.last_queries; query += NR) {
+      const Range seen = s.panels[query / NR].lanes.visited;
+      visits += 2 * tiles_of<R>(larger<int64_t>(0, seen.hi - seen.lo)) + tiles_of<R>(D);
+    }
+    ahead.spread(visits);
   }
 
   static void clear(Real* x, int64_t n) {
@@ -136,32 +137,38 @@ class KeyRange {
       for (int64_t query = 0; query < p.seqlen_q; query += b.block_rows) prepare_block(query);
   }
 
-  // Rows query ... of the head into the panel and the row copies. Those of q come scaled for dk, those of dout by what
-  // dropout gives the weights that it leaves, for dv and dP.
+  // Rows query ... of the head into the panel and the row copies.
   void prepare(int64_t query) {
     GradientPanel<Real>& panel = s.panels[query / NR];
     const int64_t rows = smaller<int64_t>(NR, p.seqlen_q - query);
+    place_lanes(p, u.batch, head, query, rows, NR, panel);
+    const Real* parts = (const Real*)at(p.lse_parts, u.batch, head, query);
+    for (int64_t r = 0; r < NR; r++) panel.softmax.top[r] = 0, panel.softmax.log_sum[r] = (Real)__builtin_inf();
+    for (int64_t r = 0; r < rows; r++, parts += p.lse_parts.stride[2])
+      panel.softmax.top[r] = parts[0], panel.softmax.log_sum[r] = parts[p.lse_parts.stride[3]];
+    if (!pairs || skips) load_reals(panel, query, rows);
+    if (skips) prepare_skipping(panel);
+    if constexpr (pairs) {
+      in_pairs.pack(panel);
+      find_delta(panel, query, rows);
+    }
+    if (score_gradients.wants_all_queries()) score_gradients.add_rows_alone(panel.softmax, query, rows);
+  }
+
+  // Those rows as Real. q is scaled for dk, and dout by what dropout gives the weights that it leaves, for dv and dP.
+  void load_reals(GradientPanel<Real>& panel, int64_t query, int64_t rows) {
     const Real scale = (Real)scale_of(p, head), keep_factor = (Real)p.keep_factor;
-    prepare_panel(p, u.batch, head, query, rows, NR, panel, s.rows);
+    load_lanes(p, NR, panel, s.rows);
     if (!pairs)
       copy_rows<Real, NV>(b, query_rows(p, u.batch, head, query, rows, s.rows, D), rows, D, scale, query, s.q_rows);
     const TileRows<Real> dout = tile_rows(g.dout, u.batch, head, query, rows, Dv, s.rows, Dv);
     if (!pairs) copy_rows<Real, NV>(b, dout, rows, Dv, keep_factor, query, s.dout_rows);
     to_lanes(dout, rows, panel.dout);
     if (few.are(panel.lanes)) few.pack_q(panel.q), few.pack_dout(panel.dout);
-    for (int64_t r = 0; r < NR; r++) {
-      panel.softmax.top[r] = r < rows ? *(const Real*)at(p.lse_parts, u.batch, head, query + r, 0) : 0;
-      panel.softmax.log_sum[r] =
-          r < rows ? *(const Real*)at(p.lse_parts, u.batch, head, query + r, 1) : (Real)__builtin_inf();
-    }
-    find_delta(panel, query, rows);
-    if (p.drops()) {
-      for (int64_t i = 0; i < Dv * NR; i++) panel.dout[i] *= keep_factor;
-      if (few.are(panel.lanes)) few.pack_dout(panel.dout);
-    }
-    if (skips) prepare_skipping(panel);
-    if (score_gradients.wants_all_queries()) score_gradients.add_rows_alone(panel.softmax, query, rows);
-    if constexpr (pairs) in_pairs.pack(panel);
+    if (!pairs) find_delta(panel, query, rows);
+    if (!p.drops()) return;
+    for (int64_t i = 0; i < Dv * NR; i++) panel.dout[i] *= keep_factor;
+    if (few.are(panel.lanes)) few.pack_dout(panel.dout);
   }
 
   // Rows of dout or out into lanes; those that are no rows are 0.
@@ -185,14 +192,24 @@ class KeyRange {
     }
   }
 
+  // Column d of a panel's dout, of its vector v.
+  static Vec<Real> dout_lanes(const GradientPanel<Real>& panel, int64_t d, int v) {
+    if constexpr (pairs) {
+      const Pairs both = load_pairs((const Pair*)panel.dout + d / 2 * NR + v * L);
+      return (Vec<Real>)(d % 2 ? both & 0xffff0000u : both << 16);
+    } else {
+      return load(panel.dout + d * NR + v * L);
+    }
+  }
+
   // In the order of the product dP = V dout^T: where a row sees one key and out is its value, dS is exactly 0.
   void find_delta(const GradientPanel<Real>& panel, int64_t query, int64_t rows) {
     const TileRows<Real> out = tile_rows(p.out, u.batch, head, query, rows, Dv, s.rows, Dv);
     to_lanes(out, rows, s.out);
     Vec<Real> sums[NV] = {};
-    for (int64_t d = 0; d < Dv; d++) {
-      const int64_t row = (pairs && (d ^ 1) < Dv ? d ^ 1 : d) * NR;  // the second of a pair first
-      for (int v = 0; v < NV; v++) sums[v] += load(panel.dout + row + v * L) * load(s.out + row + v * L);
+    for (int64_t i = 0; i < Dv; i++) {
+      const int64_t d = pairs && (i ^ 1) < Dv ? i ^ 1 : i;  // the second of a pair first
+      for (int v = 0; v < NV; v++) sums[v] += dout_lanes(panel, d, v) * load(s.out + d * NR + v * L);
     }
     for (int v = 0; v < NV; v++) store(panel.softmax.delta + v * L, sums[v]);
     if (few.are(panel.lanes)) {

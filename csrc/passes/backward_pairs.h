@@ -3,6 +3,7 @@
 // queries for dK and dV, and interleaved pairs of keys for dQ.
 #pragma once
 #include "backward_layout.h"
+#include "rows/lines_ahead.h"
 #include "scores/dropout.h"
 #include "tile/pair_gradients.h"
 
@@ -18,13 +19,15 @@ class PairRange : TilesInUse {
   const BackwardScratch<float>& s;
   Modifier<float, NV>& modifier;
   ScoreGradients<float, NV>& sums;
+  LinesAhead& ahead;
   int64_t head = 0, lo = 0, keys = 0;  // of the tile
   TileRows<Pair> k{}, v{};
 
  public:
   PairRange(const Operands& p, const Gradients& g, const BackwardBlocking& b, const KeyUnit& u,
-            const BackwardScratch<float>& s, Modifier<float, NV>& modifier, ScoreGradients<float, NV>& sums)
-      : p(p), g(g), b(b), u(u), s(s), modifier(modifier), sums(sums) {}
+            const BackwardScratch<float>& s, Modifier<float, NV>& modifier, ScoreGradients<float, NV>& sums,
+            LinesAhead& ahead)
+      : p(p), g(g), b(b), u(u), s(s), modifier(modifier), sums(sums), ahead(ahead) {}
 
   void load_tile(int64_t query_head, int64_t first, int64_t count) {
     const PairScratch& x = s.pairs;
@@ -46,21 +49,23 @@ class PairRange : TilesInUse {
     const PairScratch& x = s.pairs;
     const int64_t n = seen.hi - seen.lo, skipped = n ? seen.lo - lo : keys, stride = 2 * x.tile_stride;
     uint16_t *weights = (uint16_t*)s.p + column, *ds = (uint16_t*)s.ds + column;
-    for (int64_t j = 0; j < keys; j++)
-      if (j < skipped || j >= skipped + n)
+    auto clear = [&](int64_t from, int64_t to) {
+      for (int64_t j = from; j < to; j++)
         memset(weights + j * stride, 0, NR * sizeof *ds), memset(ds + j * stride, 0, NR * sizeof *ds);
+    };
+    clear(0, skipped), clear(skipped + n, keys);
     if (!n) return false;
 
     const Softmax<float>& softmax = panel.softmax;
     const float factor = (float)(scale_of(p, head) * product_unit(p));
     NoAside nothing;
     pair_product<NV>({k.data + skipped * k.stride, k.stride}, n, (const Pair*)panel.q, pairs_in(p.head_dim), factor,
-                     s.scores, nothing);
+                     s.scores, nothing, ahead);
     float* slope = p.softcap > 0.0 ? s.slope : nullptr;
     const bool masked = modifier.apply(panel, seen.lo, seen.hi, skipped, s.scores, slope);
     PairExp<NV> exps(s.scores, n, softmax, pairs_in(p.head_dim_v));
     pair_product<NV>({v.data + skipped * v.stride, v.stride}, n, (const Pair*)panel.dout, pairs_in(p.head_dim_v),
-                     (float)p.keep_factor, s.dp, exps);
+                     (float)p.keep_factor, s.dp, exps, ahead);
     exps.finish();
     if (p.drops())
       each_kept<float, NV>(p, panel, seen.lo, n,
@@ -87,6 +92,7 @@ class PairRange : TilesInUse {
     const Pair* of_keys = x.k_pairs + skipped / 2 * x.k_pairs_stride;
     each_tile<R>(p.head_dim, [&](int64_t d, auto tile) {
       column_tile<float, tile, NV>(of_keys + d, x.k_pairs_stride, x.ds_pairs, NR, pairs_in(n), panel.dq + d * NR);
+      ahead();
     });
     return masked;
   }
@@ -112,6 +118,7 @@ class PairRange : TilesInUse {
                       steps = pairs_in(smaller(seeing.hi * NR, rows)) - first;
         const Pair* w = (const Pair*)weights + j * stride + first;
         pair_tile<true, size, NV>(w, stride, from + first * NR, steps, factor, to + j * NR, nothing);
+        ahead();
       });
     }
   }
@@ -119,10 +126,8 @@ class PairRange : TilesInUse {
   // Rows of q or dout as they are in memory: to lanes, pairs of columns; and to the column panels, pairs of queries.
   void pack_rows(const Tensor& t, int64_t columns, GradientPanel<float>& panel, float* lanes, float* copies) {
     const int64_t head = panel.lanes.head, query = panel.lanes.row, rows = panel.lanes.rows;
-    const int64_t n = pairs_in(columns), panels = column_panels(columns, NR);
-    memset((void*)s.rows, 0, NR * n * sizeof(Pair));
-    copy_pair_rows(t, u.batch, head, query, rows, columns, (Pair*)s.rows, n);
-    transpose_pairs((const Pair*)s.rows, NR, n, (Pair*)lanes);
+    const int64_t panels = column_panels(columns, NR);
+    pairs_to_lanes(t, u.batch, head, query, rows, columns, NR, (Pair*)s.rows, (Pair*)lanes);
     const int64_t block = query / b.block_rows, r = query % b.block_rows;
     for (int64_t c = 0; c < panels; c++) {
       Pair* to = (Pair*)copies + ((block * panels + c) * b.block_rows + r) / 2 * NR;

@@ -80,12 +80,13 @@ inline void find_keys(const Operands& p, const Blocking& b, Unit& u) {
 }
 
 // A panel before its first key: rows first ... first + rows - 1 of the unit. tmp: room for [NR][head_dim]; key_row: for
-// one.
-template <class Real, int NV>
+// one. in_pairs: its q as Real is wanted only where tiles may be skipped.
+template <class Real, int NV, bool in_pairs = false>
 void start_panel(const Operands& p, const Unit& u, int64_t first, int64_t rows, ForwardPanel<Real>& panel, Real* tmp,
                  Real* key_row) {
   constexpr int NR = NV * VL<Real>;
-  prepare_panel(p, u.batch, u.head, u.row + first, rows, NR, panel, tmp);
+  place_lanes(p, u.batch, u.head, u.row + first, rows, NR, panel);
+  if (!in_pairs || p.alibi_slopes || skips_in_head(p, panel.slopes[0])) load_lanes(p, NR, panel, tmp);
   for (int r = 0; r < NR; r++) panel.run.max[r] = (Real)-__builtin_inf();
   if (p.alibi_slopes) look_ahead<Real, NV>(p, panel, tmp, key_row, panel.run.max);
   for (int r = 0; r < NR; r++) {
@@ -158,7 +159,7 @@ class ForwardUnit {
     copies_k = panels > few_panels && crowds(p.k), copies_v = panels > few_panels && crowds(p.v);
     for (int i = 0; i < panels; i++) {
       ForwardPanel<Real>& panel = s.panels[i];
-      start_panel<Real, NV>(p, u, i * NR, smaller<int64_t>(NR, rows - i * NR), panel, s.rows, s.k);
+      start_panel<Real, NV, pairs>(p, u, i * NR, smaller<int64_t>(NR, rows - i * NR), panel, s.rows, s.k);
       skips = skips_in_head(p, panel.slopes[0]);
       if (skips) find_norms<Real, NV>(p, panel);
       if constexpr (pairs) start_pairs<NV>(p, panel, s.rows);
@@ -255,7 +256,12 @@ class ForwardUnit {
       ahead.add(p.q, batch, head + i, p.seqlen_q, p.head_dim);
       ahead.add(p.out, batch, head + i, p.seqlen_q, p.head_dim_v);
     }
-    ahead.spread(panels * (tiles_of<R>(p.seqlen_k) + tiles_of<R>(p.head_dim_v)));
+    int64_t visits = panels * tiles_of<R>(p.head_dim_v);
+    for (int i = 0; i < panels; i++) {
+      const Range seen = s.panels[i].lanes.visited;
+      visits += tiles_of<R>(larger<int64_t>(0, seen.hi - seen.lo));
+    }
+    ahead.spread(visits);
   }
 
   LoadedTile load_tile(const KeyTile& tile) {

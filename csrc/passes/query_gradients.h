@@ -21,9 +21,7 @@ void store_dq(const Operands& p, const Gradients& g, int64_t batch, int64_t head
     if (g.scale_sums)
       g.scale_sums[(batch * p.num_heads + head) * p.seqlen_q + query + r] =
           scale_gradient(p, batch, head, query + r, row);
-    if (!g.dq) continue;
-    for (int64_t d = 0; d < p.head_dim; d++) row[d] *= scale;
-    store_row(row, (Real)1, p.head_dim, g.dq, batch, head, query + r);
+    if (g.dq) store_row(row, scale, p.head_dim, g.dq, batch, head, query + r);
   }
 }
 

@@ -71,6 +71,21 @@ FASTATTN_INLINE uint16_t to_float16(float x) {
 #endif
 }
 
+// The same of a vector.
+FASTATTN_INLINE void store_bfloat16(Vec<float> x, uint16_t* to) {
+  typedef typename VecOf<float>::words Words;
+  const Words bits = (Words)x;
+  const Words rounded = x == x ? (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16 : bits >> 16 | 64u;
+#if defined(FASTATTN_AVX2)  // what GCC 12 takes apart one by one
+  const __m256i halves = _mm256_packus_epi32((__m256i)rounded, (__m256i)rounded);
+  _mm_storeu_si128((__m128i*)to, _mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0x08)));
+#else
+  typedef uint16_t Narrow __attribute__((vector_size(VL<float> * 2)));
+  const Narrow narrow = __builtin_convertvector(rounded, Narrow);
+  memcpy(to, &narrow, sizeof narrow);
+#endif
+}
+
 // The next VL elements of a row of 16-bit floats or bools, as floats.
 template <class Narrow>
 FASTATTN_INLINE VecOf<float>::bits widen(const Narrow* x) {
@@ -163,9 +178,14 @@ void store_row(const Real* row, Real factor, int64_t n, char* target, DType dtyp
     case DType::float64:
       for (int64_t i = 0; i < n; i++) ((double*)target)[i * stride] = (double)(row[i] * factor);
       return;
-    case DType::bfloat16:
-      for (int64_t i = 0; i < n; i++) ((uint16_t*)target)[i * stride] = to_bfloat16((float)(row[i] * factor));
+    case DType::bfloat16: {
+      uint16_t* x = (uint16_t*)target;
+      int64_t i = 0;
+      if constexpr (sizeof(Real) == 4)
+        for (; stride == 1 && i + VL<float> <= n; i += VL<float>) store_bfloat16(load(row + i) * factor, x + i);
+      for (; i < n; i++) x[i * stride] = to_bfloat16((float)(row[i] * factor));
       return;
+    }
     case DType::float16: {
       int64_t i = 0;
 #if defined(__F16C__)

@@ -56,9 +56,17 @@ inline void pack_columns(const Tensor& t, int64_t batch, int64_t head, int64_t r
     }
 }
 
-// rows [NR][pairs] to lanes [pairs][NR].
-FASTATTN_INLINE void transpose_pairs(const Pair* rows, int64_t NR, int64_t pairs, Pair* lanes) {
-  transpose((const float*)rows, pairs, NR, pairs, (float*)lanes, NR);
+// rows [NR], `stride` pairs apart, to lanes [pairs][NR].
+FASTATTN_INLINE void transpose_pairs(TileRows<Pair> rows, int64_t NR, int64_t pairs, Pair* lanes) {
+  transpose((const float*)rows.data, rows.stride, NR, pairs, (float*)lanes, NR);
+}
+// The same of rows row ... row + count - 1, at most NR, with zeros behind them; buffer: room for [NR][pairs].
+inline void pairs_to_lanes(const Tensor& t, int64_t batch, int64_t head, int64_t row, int64_t count, int64_t columns,
+                           int64_t NR, Pair* buffer, Pair* lanes) {
+  const int64_t pairs = pairs_in(columns);
+  const bool fills = count == NR;
+  if (!fills) memset((void*)(buffer + count * pairs), 0, (NR - count) * pairs * sizeof(Pair));
+  transpose_pairs(pair_rows(t, batch, head, row, count, columns, buffer, pairs, !fills), NR, pairs, lanes);
 }
 
 }  // namespace fastattn::FASTATTN_ISA

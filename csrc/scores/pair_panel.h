@@ -10,18 +10,22 @@ namespace fastattn::FASTATTN_ISA {
 template <int NV>
 void start_pairs(const Operands& p, Panel<float>& panel, float* rows) {
   constexpr int NR = NV * PL;
+  const Lanes& lanes = panel.lanes;
   const int64_t pairs = pairs_in(p.head_dim);
-  Pair* copies = (Pair*)rows;
-  memset((void*)copies, 0, NR * pairs * sizeof(Pair));
+  Pair *copies = (Pair*)rows, *q = (Pair*)panel.q;
   float* factors = panel.q + pairs * NR;
-  for (int64_t r = 0; r < NR; r++) {
-    factors[r] = 0;
-    if (r >= panel.lanes.rows) continue;
-    const QueryRow s = stacked_row(p, panel.lanes.head, panel.lanes.row + r);
-    copy_pair_rows(p.q, panel.lanes.batch, s.head, s.query, 1, p.head_dim, copies + r * pairs, pairs);
-    factors[r] = (float)(scale_of(p, s.head) * product_unit(p));
+  for (int64_t r = 0; r < NR; r++)
+    factors[r] =
+        r < lanes.rows ? (float)(scale_of(p, stacked_row(p, lanes.head, lanes.row + r).head) * product_unit(p)) : 0;
+  const QueryRow top = stacked_row(p, lanes.head, lanes.row);
+  if (top.query + lanes.rows <= p.seqlen_q)
+    return pairs_to_lanes(p.q, lanes.batch, top.head, top.query, lanes.rows, p.head_dim, NR, copies, q);
+  memset((void*)copies, 0, NR * pairs * sizeof(Pair));
+  for (int64_t r = 0; r < lanes.rows; r++) {
+    const QueryRow s = stacked_row(p, lanes.head, lanes.row + r);
+    copy_pair_rows(p.q, lanes.batch, s.head, s.query, 1, p.head_dim, copies + r * pairs, pairs);
   }
-  transpose_pairs(copies, NR, pairs, (Pair*)panel.q);
+  transpose_pairs({copies, pairs}, NR, pairs, q);
 }
 
 // Leaves what is not finite out of [count][columns] pairs: 0.

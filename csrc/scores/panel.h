@@ -71,11 +71,11 @@ void place_lanes(const Operands& p, int64_t batch, int64_t head, int64_t first, 
   }
 }
 
-// Those rows into the lanes of the panel; tmp: room for [NR][head_dim], where they stay, scaled, if ALiBi looks ahead.
+// The rows of q of a panel that knows its lanes into them; tmp: room for [NR][head_dim], where they stay, scaled, if ALiBi
+// looks ahead.
 template <class Real>
-void prepare_panel(const Operands& p, int64_t batch, int64_t head, int64_t first, int64_t rows, int NR,
-                   Panel<Real>& panel, Real* tmp) {
-  place_lanes(p, batch, head, first, rows, NR, panel);
+void load_lanes(const Operands& p, int NR, Panel<Real>& panel, Real* tmp) {
+  const int64_t batch = panel.lanes.batch, head = panel.lanes.head, first = panel.lanes.row, rows = panel.lanes.rows;
   const double unit = product_unit(p);
   const QueryRow top = stacked_row(p, head, first);
   if (rows == NR && top.query + NR <= p.seqlen_q && lies_as<Real>(p.q) && !p.rotary && !p.alibi_slopes) {
@@ -94,6 +94,13 @@ void prepare_panel(const Operands& p, int64_t batch, int64_t head, int64_t first
   }
   for (int64_t i = rows * p.head_dim; i < NR * p.head_dim; i++) tmp[i] = 0;
   transpose(tmp, p.head_dim, (int64_t)NR, p.head_dim, panel.q, (int64_t)NR);
+}
+
+template <class Real>
+void prepare_panel(const Operands& p, int64_t batch, int64_t head, int64_t first, int64_t rows, int NR,
+                   Panel<Real>& panel, Real* tmp) {
+  place_lanes(p, batch, head, first, rows, NR, panel);
+  load_lanes(p, NR, panel, tmp);
 }
 
 }  // namespace fastattn::FASTATTN_ISA

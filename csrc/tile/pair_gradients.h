@@ -53,11 +53,13 @@ __attribute__((noinline)) void pair_tile(const Pair* a, int64_t a_row, const Pai
     store_tile(tile, c, all);
 }
 
-// C [rows][NR] = factor A B for any number of rows.
-template <int NV, class Aside>
-void pair_product(TileRows<Pair> a, int64_t rows, const Pair* b, int64_t steps, float factor, float* c, Aside& aside) {
+// C [rows][NR] = factor A B for any number of rows; `ahead` is called after each tile.
+template <int NV, class Aside, class Ahead = NothingAhead>
+void pair_product(TileRows<Pair> a, int64_t rows, const Pair* b, int64_t steps, float factor, float* c, Aside& aside,
+                  Ahead&& ahead = {}) {
   each_tile<MR<NV>>(rows, [&](int64_t j, auto size) {
     pair_tile<false, size, NV>(a.data + j * a.stride, a.stride, b, steps, factor, c + j * NV * PL, aside);
+    ahead();
   });
 }
 
