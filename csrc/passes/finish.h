@@ -24,33 +24,41 @@ Real finish_softmax(const Operands& p, int64_t batch, const QueryRow& row, Real 
   return (Real)(n.factor * p.keep_factor);
 }
 
+template <class Real>
+void store_out(const Operands& p, int64_t batch, const QueryRow& row, const Real* out, Real factor) {
+  for (const Tensor* t : {&p.out, &p.out_exact})
+    if (*t) store_row(out, factor, p.head_dim_v, *t, batch, row.head, row.query);
+}
+
 // Rows [rows][head_dim_v], not yet normalized, into out and lse.
 template <class Real>
 void finish_rows(const Operands& p, const Lanes& lanes, const Real* out, const Real* max, const Real* sum) {
   for (int64_t r = 0; r < lanes.rows; r++) {
-    const QueryRow s = stacked_row(p, lanes.head, lanes.row + r);
-    const Real factor = finish_softmax(p, lanes.batch, s, max[r], sum[r]);
-    for (const Tensor* t : {&p.out, &p.out_exact})
-      if (*t) store_row(out + r * p.head_dim_v, factor, p.head_dim_v, *t, lanes.batch, s.head, s.query);
+    const QueryRow row = stacked_row(p, lanes.head, lanes.row + r);
+    store_out(p, lanes.batch, row, out + r * p.head_dim_v, finish_softmax(p, lanes.batch, row, max[r], sum[r]));
   }
 }
 
-// The same from lanes, out [head_dim_v][NR], where the rows lie side by side as Real; false: they do not.
+// The same from lanes, out [head_dim_v][NR]; rows: room for [NR][head_dim_v].
 template <class Real, int NR>
-bool finish_lanes(const Operands& p, const Lanes& lanes, const Real* out, const Real* max, const Real* sum) {
-  const QueryRow first = stacked_row(p, lanes.head, lanes.row);
-  if (!lies_as<Real>(p.out) || p.out_exact || first.query + lanes.rows > p.seqlen_q) return false;
+void finish_lanes(const Operands& p, const Lanes& lanes, const Real* out, const Real* max, const Real* sum,
+                  Real* rows) {
   Real factors[NR];
   if (p.sinks || p.lse || p.lse_parts) {
     for (int64_t r = 0; r < lanes.rows; r++)
-      factors[r] = finish_softmax(p, lanes.batch, {first.head, first.query + r}, max[r], sum[r]);
+      factors[r] = finish_softmax(p, lanes.batch, stacked_row(p, lanes.head, lanes.row + r), max[r], sum[r]);
   } else {  // no row writes a number of its own: in vectors
     const double keep_factor = p.keep_factor, no_sink = -__builtin_inf();
     for (int64_t r = 0; r < NR; r++) factors[r] = (Real)(normalizer(max[r], sum[r], no_sink).factor * keep_factor);
   }
-  Real* to = (Real*)at(p.out, lanes.batch, first.head, first.query);
-  transpose(out, (int64_t)NR, p.head_dim_v, lanes.rows, to, p.out.stride[2], TimesEach<Real>{factors});
-  return true;
+  const QueryRow first = stacked_row(p, lanes.head, lanes.row);
+  if (lies_as<Real>(p.out) && !p.out_exact && first.query + lanes.rows <= p.seqlen_q) {  // side by side
+    Real* to = (Real*)at(p.out, lanes.batch, first.head, first.query);
+    return transpose(out, (int64_t)NR, p.head_dim_v, lanes.rows, to, p.out.stride[2], TimesEach<Real>{factors});
+  }
+  transpose(out, (int64_t)NR, p.head_dim_v, (int64_t)NR, rows, p.head_dim_v);
+  for (int64_t r = 0; r < lanes.rows; r++)
+    store_out(p, lanes.batch, stacked_row(p, lanes.head, lanes.row + r), rows + r * p.head_dim_v, factors[r]);
 }
 
 // Partial results of a row block, split after split: out [splits][rows][Dv], max and sum [splits][rows].

@@ -142,6 +142,7 @@ class ForwardUnit {
   int tiles = 0, items = 0;
   int64_t skipped_pairs = 0;
   int64_t fetched = 0;
+  bool comes_fetched = false;  // the unit before has fetched what this one reads
   LinesAhead ahead;
   Pending<Real, Element, Weights> pending;
 
@@ -193,12 +194,11 @@ class ForwardUnit {
       ForwardPanel<Real>& panel = s.panels[i];
       const Running<Real>& run = panel.run;
       clear_if_fresh(panel, Dv * NR);
-      if (b.num_splits == 1 && finish_lanes<Real, NR>(p, panel.lanes, panel.out, run.max, run.sum)) continue;
-      transpose(panel.out, (int64_t)NR, Dv, (int64_t)NR, s.rows, Dv);
       if (b.num_splits == 1) {
-        finish_rows(p, panel.lanes, s.rows, run.max, run.sum);
+        finish_lanes<Real, NR>(p, panel.lanes, panel.out, run.max, run.sum, s.rows);
         continue;
       }
+      transpose(panel.out, (int64_t)NR, Dv, (int64_t)NR, s.rows, Dv);
       const int64_t row = (int64_t)i * NR, n = panel.lanes.rows * sizeof(Real);
       memcpy((Real*)partial.out + row * Dv, s.rows, n * Dv);
       memcpy((Real*)partial.max + row, run.max, n);
@@ -246,7 +246,8 @@ class ForwardUnit {
   // A short head leaves no time to wait for what the next one reads and writes.
   void fetch_next_head() {
     const bool one_visit = p.seqlen_k <= b.n_block && p.seqlen_q * b.heads_per_unit <= b.rows && !p.blocks;
-    if (!one_visit || !exceeds_caches(p)) return;
+    comes_fetched = one_visit && exceeds_caches(p);
+    if (!comes_fetched) return;
     int64_t batch = u.batch, head = u.head + b.heads_per_unit;
     if (head >= p.num_heads) batch++, head = 0;
     if (batch >= p.batch) return;
@@ -285,7 +286,7 @@ class ForwardUnit {
     const LoadedTile loaded{
         tile, key_rows(p, u.batch, head_k, tile.lo, keys, s.k, s.k_stride, copies_k),
         tile_rows(p.v, u.batch, head_k, tile.lo, keys, p.head_dim_v, v_copies, s.v_stride, copies_v)};
-    if (panels <= few_panels) {  // waits for memory: in the order of addresses, which the products do not keep
+    if (panels <= few_panels && !comes_fetched) {  // waits for memory: in the order of addresses, unlike the products
       if (loaded.k.data != s.k) touch(loaded.k, keys, p.head_dim);
       if (loaded.v.data != v_copies) touch(loaded.v, keys, p.head_dim_v);
     }
