@@ -96,10 +96,10 @@ class KeyRange {
     const int64_t next = u.batch * p.num_heads + u.head_k + (same_head ? p.num_heads : 1);
     const int64_t batch = next / p.num_heads, of = next % p.num_heads;
     if (batch >= p.batch) return;
-    for (const Tensor* t : {&p.q, &g.dq}) ahead.add(*t, batch, of, p.seqlen_q, D);
-    for (const Tensor* t : {&p.out, &g.dout}) ahead.add(*t, batch, of, p.seqlen_q, Dv);
-    for (const Tensor* t : {&p.k, &g.dk}) ahead.add(*t, batch, of, p.seqlen_k, D);
-    for (const Tensor* t : {&p.v, &g.dv}) ahead.add(*t, batch, of, p.seqlen_k, Dv);
+    for (const Tensor* t : {&p.q, &g.dq}) ahead.add(*t, batch, of, 0, p.seqlen_q, D);
+    for (const Tensor* t : {&p.out, &g.dout}) ahead.add(*t, batch, of, 0, p.seqlen_q, Dv);
+    for (const Tensor* t : {&p.k, &g.dk}) ahead.add(*t, batch, of, 0, p.seqlen_k, D);
+    for (const Tensor* t : {&p.v, &g.dv}) ahead.add(*t, batch, of, 0, p.seqlen_k, Dv);
     int64_t visits = (column_panels(D, NR) + column_panels(Dv, NR)) * tiles_of<R>(p.seqlen_k);
     for (int64_t query = 0; query < p.seqlen_q - b.last_queries; query += NR) {
       const Range seen = s.panels[query / NR].lanes.visited;

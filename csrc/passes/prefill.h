@@ -141,7 +141,6 @@ class ForwardUnit {
   bool any_masked = false, skips = false;
   int tiles = 0, items = 0;
   int64_t skipped_pairs = 0;
-  int64_t fetched = 0;
   bool comes_fetched = false;  // the unit before has fetched what this one reads
   LinesAhead ahead;
   Pending<Real, Element, Weights> pending;
@@ -165,7 +164,7 @@ class ForwardUnit {
       if (skips) find_norms<Real, NV>(p, panel);
       if constexpr (pairs) start_pairs<NV>(p, panel, s.rows);
     }
-    fetch_next_head();
+    fetch_next_unit();
   }
 
   // NaN or Inf in v shows in out whatever its weight, 0 * NaN being NaN. False: behind some mask there may be one.
@@ -234,39 +233,35 @@ class ForwardUnit {
     return any;
   }
 
-  // The queries of the unit that follows, some with each tile: a narrow mask leaves no time to wait for them.
-  void prefetch_next_queries() {
-    constexpr int64_t at_once = 32;
-    const int64_t first = u.row + b.rows + fetched,
-                  last = smaller(smaller(first + at_once, u.row + 2 * b.rows), p.seqlen_q);
-    for (int64_t r = first; r < last; r++) prefetch_row(p.q, u.batch, u.head, r, p.head_dim);
-    fetched += at_once;
-  }
-
-  // A short head leaves no time to wait for what the next one reads and writes.
-  void fetch_next_head() {
-    const bool one_visit = p.seqlen_k <= b.n_block && p.seqlen_q * b.heads_per_unit <= b.rows && !p.blocks;
-    comes_fetched = one_visit && exceeds_caches(p);
-    if (!comes_fetched) return;
-    int64_t batch = u.batch, head = u.head + b.heads_per_unit;
+  // What the unit that follows reads and writes: its queries and, where a head is one visit, its keys and values.
+  void fetch_next_unit() {
+    const int64_t Dv = p.head_dim_v, stacked = b.heads_per_unit * p.seqlen_q;
+    if (b.num_splits > 1 || !exceeds_caches(p)) return;
+    comes_fetched = p.seqlen_k <= b.n_block && stacked <= b.rows && !p.blocks;
+    int64_t batch = u.batch, head = u.head, first = u.row + b.rows;
+    if (first >= stacked) first = 0, head += b.heads_per_unit;
     if (head >= p.num_heads) batch++, head = 0;
     if (batch >= p.batch) return;
-    ahead.add(p.k, batch, p.head_k(head), p.seqlen_k, p.head_dim);
-    ahead.add(p.v, batch, p.head_k(head), p.seqlen_k, p.head_dim_v);
-    for (int64_t i = 0; i < b.heads_per_unit; i++) {
-      ahead.add(p.q, batch, head + i, p.seqlen_q, p.head_dim);
-      ahead.add(p.out, batch, head + i, p.seqlen_q, p.head_dim_v);
+    if (comes_fetched) {
+      ahead.add(p.k, batch, p.head_k(head), 0, p.seqlen_k, p.head_dim);
+      ahead.add(p.v, batch, p.head_k(head), 0, p.seqlen_k, Dv);
     }
-    int64_t visits = panels * tiles_of<R>(p.head_dim_v);
+    for (int64_t row = first, rows; row < smaller(first + b.rows, stacked); row += rows) {
+      const QueryRow top = stacked_row(p, head, row);
+      rows = smaller(smaller(first + b.rows, stacked) - row, p.seqlen_q - top.query);
+      ahead.add(p.q, batch, top.head, top.query, rows, p.head_dim);
+      for (const Tensor* t : {&p.out, &p.out_exact}) ahead.add(*t, batch, top.head, top.query, rows, Dv);
+    }
+    int64_t visits = 0;
     for (int i = 0; i < panels; i++) {
       const Range seen = s.panels[i].lanes.visited;
-      visits += tiles_of<R>(larger<int64_t>(0, seen.hi - seen.lo));
+      const int64_t keys = p.blocks ? u.keys : larger<int64_t>(0, seen.hi - seen.lo);
+      visits += tiles_of<R>(keys) + (keys + b.n_block - 1) / b.n_block * tiles_of<R>(Dv);
     }
     ahead.spread(visits);
   }
 
   LoadedTile load_tile(const KeyTile& tile) {
-    prefetch_next_queries();
     const int64_t head_k = p.head_k(u.head), keys = tile.hi - tile.lo;
     modifier.load_tile(u.batch, u.head, u.row, tile);
     Real* v_copies = s.v[tiles % 2];
