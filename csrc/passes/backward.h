@@ -8,6 +8,7 @@
 //
 // P^T and dS^T stand as [key][query of the block], so that one tile of them is lanes for dQ and scalars for dK and dV.
 #pragma once
+#include "backward_ahead.h"
 #include "backward_pairs.h"
 #include "few_queries.h"
 #include "query_gradients.h"
@@ -41,6 +42,9 @@ class KeyRange {
   };
   std::conditional_t<pairs, PairRange<NV>, Nothing> in_pairs;
   int64_t skipped_pairs = 0;
+  const bool one_visit;  // one tile and one block of one head are all that the unit has
+  KeySums<Real, NV> dk, dv;
+  bool any_came = false;  // of those sums
   LinesAhead ahead;
 
  public:
@@ -60,26 +64,28 @@ class KeyRange {
         k_hi(smaller(p.seqlen_k, k_lo + b.split_keys)),
         score_gradients(p, g, u, b.num_splits, {k_lo, k_hi}, s.key_sum, s.diagonals, s.modifier.rows),
         few(p, b, s.few),
-        in_pairs(p, g, b, u, s, modifier, score_gradients, ahead) {}
+        in_pairs(p, g, b, u, s, modifier, score_gradients, ahead),
+        one_visit(p.seqlen_k <= b.n_block && p.seqlen_q <= b.block_rows && p.group_size() == 1 && !p.blocks),
+        dk(g.dk, s.dk, D, b.n_block, (bool)p.rotary, one_visit && !careful, pairs),
+        dv(g.dv, s.dv, Dv, b.n_block, false, one_visit && !careful, pairs) {}
 
   // partial: null, or the unit's dq of its first query head, those of the others `stride` bytes apart. False: there is
   // NaN or Inf in some gradient, maybe from behind a mask.
   bool run(char* partial, int64_t stride) {
     const int64_t range = round_up(k_hi - k_lo, b.n_block), group_size = p.group_size();
-    clear(s.dk, range * column_panels(D, NR) * NR);
-    clear(s.dv, range * column_panels(Dv, NR) * NR);
+    if (!dk.fresh) dk.clear(range), dv.clear(range);
     for (int64_t i = 0; i < group_size && p.seqlen_q; i++) {  // no query: no bias of a query to load
       head = u.head_k * group_size + i;
       score_gradients.start_head(head, range);
       place_panels(partial ? (Real*)(partial + i * stride) : nullptr);
-      fetch_next_head();
+      if (one_visit && exceeds_caches(p)) ahead = next_head_ahead<Real, NV>(p, g, b, u, s.panels);
       for (lo = k_lo; lo < k_hi; lo += b.n_block) visit_tile();
       prepare_the_rest();
       finish_dq(!partial);
       score_gradients.finish_head([&](int64_t query) { return s.panels[query / NR].sums; });
     }
-    finish_keys(g.dk, s.dk, D, (bool)p.rotary);
-    finish_keys(g.dv, s.dv, Dv, false);
+    if (dk.fresh && !any_came) dk.clear(range), dv.clear(range);
+    finish_keys(dk), finish_keys(dv);
     if (finite || !any_masked || careful) {
       if (skipped_pairs) __atomic_fetch_add(p.skipped_pairs, skipped_pairs, __ATOMIC_RELAXED);
       return true;
@@ -88,26 +94,6 @@ class KeyRange {
   }
 
  private:
-  // A short head leaves no time to wait for what the next one reads and writes.
-  void fetch_next_head() {
-    const bool one_visit = p.seqlen_k <= b.n_block && p.seqlen_q <= b.block_rows && p.group_size() == 1 && !p.blocks;
-    if (!one_visit || !exceeds_caches(p)) return;
-    const bool same_head = u.batches > 1 && u.heads_k == 1;  // of the next batch entry
-    const int64_t next = u.batch * p.num_heads + u.head_k + (same_head ? p.num_heads : 1);
-    const int64_t batch = next / p.num_heads, of = next % p.num_heads;
-    if (batch >= p.batch) return;
-    for (const Tensor* t : {&p.q, &g.dq}) ahead.add(*t, batch, of, 0, p.seqlen_q, D);
-    for (const Tensor* t : {&p.out, &g.dout}) ahead.add(*t, batch, of, 0, p.seqlen_q, Dv);
-    for (const Tensor* t : {&p.k, &g.dk}) ahead.add(*t, batch, of, 0, p.seqlen_k, D);
-    for (const Tensor* t : {&p.v, &g.dv}) ahead.add(*t, batch, of, 0, p.seqlen_k, Dv);
-    int64_t visits = (column_panels(D, NR) + column_panels(Dv, NR)) * tiles_of<R>(p.seqlen_k);
-    for (int64_t query = 0; query < p.seqlen_q - b.last_queries; query += NR) {
-      const Range seen = s.panels[query / NR].lanes.visited;
-      visits += 2 * tiles_of<R>(larger<int64_t>(0, seen.hi - seen.lo)) + tiles_of<R>(D);
-    }
-    ahead.spread(visits);
-  }
-
   static void clear(Real* x, int64_t n) {
     for (int64_t i = 0; i < n; i += L) store(x + i, Vec<Real>{});
   }
@@ -254,16 +240,19 @@ class KeyRange {
     }
     if (!any) return;
     prepare_block(query);
+    if (!one_visit && exceeds_caches(p))
+      ahead = block_ahead<Real, NV>(p, g, b, u, s, head, query, {lo, lo + keys}, lo + keys == k_hi);
     if (skips && !any_counts(panel, count)) return;
     const int64_t block = query / b.block_rows, tile = (lo - k_lo) / b.n_block;
+    any_came = true;
     if constexpr (pairs) {
       for (int64_t i = 0; i < count; i++) any_masked |= in_pairs.visit_panel(panel[i], i * NR);
-      in_pairs.add_to_keys(panel, count, rows, block, tile);
+      in_pairs.add_to_keys(panel, count, rows, block, tile, dk, dv);
     } else {
       for (int64_t i = 0; i < count; i++)
         few.are(panel[i].lanes) ? visit_panel<true>(panel[i], i * NR) : visit_panel<false>(panel[i], i * NR);
-      if (g.dv) add_to_keys(panel, count, rows, s.p, s.dout_rows, Dv, block, tile, s.dv);
-      if (g.dk) add_to_keys(panel, count, rows, s.ds, s.q_rows, D, block, tile, s.dk);
+      if (g.dv) add_to_keys(panel, count, rows, s.p, s.dout_rows, Dv, block, tile, dv);
+      if (g.dk) add_to_keys(panel, count, rows, s.ds, s.q_rows, D, block, tile, dk);
     }
   }
 
@@ -334,18 +323,20 @@ class KeyRange {
       });
   }
 
-  // gradient [key][columns] += weights [key][query] rows [query][columns], for the tile and the block.
+  // sums [key][columns] += weights [key][query] rows [query][columns], for the tile and the block; = if they are fresh.
   void add_to_keys(const GradientPanel<Real>* panel, int64_t panels, int64_t rows, const Real* weights,
-                   const Real* copies, int64_t columns, int64_t block, int64_t tile, Real* gradient) {
-    const int64_t column = column_panels(columns, NR);
+                   const Real* copies, int64_t columns, int64_t block, int64_t tile, const KeySums<Real, NV>& sums) {
+    const int64_t column = column_panels(columns, NR), to_row = sums.stride();
     for (int64_t c = 0; c < column; c++) {
       const Real* from = copies + (block * column + c) * b.block_rows * NR;
-      Real* to = gradient + (tile * column + c) * b.n_block * NR;
+      Real* to = sums.place(u, lo, tile, c);
       each_tile<R>(keys, [&](int64_t j, auto size) {
         const Range seeing = panels_that_see(panel, panels, lo + j, lo + j + size);
         const int64_t first = seeing.lo * NR, steps = smaller(seeing.hi * NR, rows) - first;
         const Real *w = weights + j * s.tile_stride + first, *x = from + first * NR;
-        if (careful)
+        if (sums.fresh)
+          apart_tile<Real, size, NV>(w, s.tile_stride, x, steps, to + j * to_row, to_row);
+        else if (careful)
           for (int r = 0; r < size; r++) select_row<Real, NV>(w + r * s.tile_stride, x, steps, to + (j + r) * NR);
         else
           row_tile<true, Real, size, NV>(w, s.tile_stride, x, steps, to + j * NR);
@@ -362,22 +353,11 @@ class KeyRange {
     }
   }
 
-  void finish_keys(const Tensor& t, const Real* gradient, int64_t columns, bool turns) {
-    if (!t) return;
-    const int64_t panels = column_panels(columns, NR);
-    if (any_masked && finite) finite = all_finite(gradient, round_up(k_hi - k_lo, b.n_block) * panels * NR);
-    const bool in_place = lies_as<Real>(t) && !turns && columns % NR == 0;
-    for (int64_t key = k_lo, tile = 0, j = 0; key < k_hi; key++) {
-      Real* row = in_place ? (Real*)at(t, u.batch, u.head_k, key) : s.row;
-      for (int64_t c = 0; c < panels; c++) {
-        const Real* from = gradient + ((tile * panels + c) * b.n_block + j) * NR;
-        for (int i = 0; i < NR; i += L) store(row + c * NR + i, load(from + i));
-      }
-      if (++j == b.n_block) tile++, j = 0;
-      if (in_place) continue;
-      if (turns) turn_row<true>(p.rotary, u.batch, key, s.row, columns, s.row);
-      store_row(s.row, (Real)1, columns, t, u.batch, u.head_k, key);
-    }
+  void finish_keys(KeySums<Real, NV>& sums) {
+    if (!sums.wanted()) return;
+    const Range range{k_lo, k_hi};
+    if (any_masked && finite && any_came) finite = sums.finite(u, range);
+    sums.finish(p, u, range, any_came, s.row);
   }
 };
 

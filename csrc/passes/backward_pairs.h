@@ -3,6 +3,7 @@
 // queries for dK and dV, and interleaved pairs of keys for dQ.
 #pragma once
 #include "backward_layout.h"
+#include "key_sums.h"
 #include "rows/lines_ahead.h"
 #include "scores/dropout.h"
 #include "tile/pair_gradients.h"
@@ -97,27 +98,31 @@ class PairRange : TilesInUse {
     return masked;
   }
 
-  // dV += P dout and dK += dS q, over the panels of a block. What has been left out of the rows comes in as a factor.
-  void add_to_keys(const GradientPanel<float>* panel, int64_t count, int64_t rows, int64_t block, int64_t tile) {
+  // dV += P dout and dK += dS q, over the panels of a block, or = where those are fresh. What has been left out of the rows
+  // comes in as a factor.
+  void add_to_keys(const GradientPanel<float>* panel, int64_t count, int64_t rows, int64_t block, int64_t tile,
+                   const KeySums<float, NV>& dk, const KeySums<float, NV>& dv) {
     const float scale = (float)scale_of(p, head), keep_factor = (float)p.keep_factor;
-    if (g.dv) add_product(panel, count, rows, s.p, s.dout_rows, p.head_dim_v, block, tile, keep_factor, s.dv);
-    if (g.dk) add_product(panel, count, rows, s.ds, s.q_rows, p.head_dim, block, tile, scale, s.dk);
+    if (g.dv) add_product(panel, count, rows, s.p, s.dout_rows, p.head_dim_v, block, tile, keep_factor, dv);
+    if (g.dk) add_product(panel, count, rows, s.ds, s.q_rows, p.head_dim, block, tile, scale, dk);
   }
 
  private:
   void add_product(const GradientPanel<float>* panel, int64_t count, int64_t rows, const float* weights,
-                   const float* copies, int64_t columns, int64_t block, int64_t tile, float factor, float* gradient) {
+                   const float* copies, int64_t columns, int64_t block, int64_t tile, float factor,
+                   const KeySums<float, NV>& gradient) {
     const int64_t column = column_panels(columns, NR), stride = s.pairs.tile_stride;
     NoAside nothing;
     for (int64_t c = 0; c < column; c++) {
       const Pair* from = (const Pair*)copies + (block * column + c) * b.block_rows / 2 * NR;
-      float* to = gradient + (tile * column + c) * b.n_block * NR;
+      float* to = gradient.place(u, lo, tile, c);
       each_tile<R>(keys, [&](int64_t j, auto size) {
         const Range seeing = panels_that_see(panel, count, lo + j, lo + j + size);
         const int64_t first = start_of_pairs(seeing.lo * NR, 0) / 2,
                       steps = pairs_in(smaller(seeing.hi * NR, rows)) - first;
         const Pair* w = (const Pair*)weights + j * stride + first;
-        pair_tile<true, size, NV>(w, stride, from + first * NR, steps, factor, to + j * NR, nothing);
+        auto add = gradient.fresh ? pair_tile<false, size, NV, NoAside> : pair_tile<true, size, NV, NoAside>;
+        add(w, stride, from + first * NR, steps, factor, to + j * NR, nothing);
         ahead();
       });
     }

@@ -15,6 +15,19 @@ __attribute__((noinline)) void row_tile(const Real* a, int64_t a_row, const Real
     store_tile(tile, c, all);
 }
 
+// C = A B, as `row_tile`; the rows of C at c_row.
+template <class Real, int R, int NV, int... I>
+FASTATTN_INLINE void store_apart(const Tile<Real, R, NV>& tile, Real* c, int64_t c_row,
+                                 std::integer_sequence<int, I...>) {
+  (store(c + I / NV * c_row + I % NV * VL<Real>, tile.c[I]), ...);
+}
+template <class Real, int R, int NV>
+__attribute__((noinline)) void apart_tile(const Real* a, int64_t a_row, const Real* b, int64_t steps, Real* c,
+                                          int64_t c_row) {
+  auto tile = multiply<Real, R, NV>(a, a_row, 1, b, NV * VL<Real>, steps, [] {});
+  store_apart(tile, c, c_row, std::make_integer_sequence<int, R * NV>{});
+}
+
 // C += A B: the rows of A beside each other, its steps at a_step. dQ. Of Real or of pairs (Element).
 template <class Real, int R, int NV, class Element>
 __attribute__((noinline)) void column_tile(const Element* a, int64_t a_step, const Element* b, int64_t b_step,
