@@ -21,7 +21,7 @@ from fastattn.cli.timing import Contender, Peak, in_turn
 from oracle import Results, above_ceiling, errors, results, truth, worst, wrong
 from peers import SEED, dropout_of_peers
 from rows import Result, Row
-from work import Work, tensors
+from work import STEPS, Work, tensors
 
 SPARSE = "dense_vs_sparse.py"
 
@@ -49,7 +49,14 @@ def _comparisons() -> tuple[Comparison, ...]:
     scaling += [*backward, Work(Case(seqlen_q=4096, head_dim=64), "backward")]
     found = [Comparison("threads", work, n, work, 1) for work in scaling for n in sorted({2, cores}) if 1 < n <= cores]
     found += [Comparison("bias or mask", Work(cases[1]._replace(**extra)), 1, long[1], 1) for extra in EXTRAS]
-    for base, dtypes in ((long, ("bfloat16", "float16")), (backward, ("bfloat16",))):
+    wide = [Case(num_heads=8, seqlen_q=1024, head_dim=128), Case(num_heads=4, seqlen_q=2048, head_dim=128)]
+    in_bfloat16 = [
+        *map(Work, wide),
+        *backward,
+        Work(wide[0], "backward"),
+        *(Work(x, "forward+backward") for x in STEPS),
+    ]
+    for base, dtypes in ((long, ("bfloat16", "float16")), (in_bfloat16, ("bfloat16",))):
         found += [
             Comparison("16-bit", work._replace(case=work.case._replace(dtype=dtype)), 1, work, 1)
             for work in base
@@ -60,7 +67,7 @@ def _comparisons() -> tuple[Comparison, ...]:
     return (*found, Comparison("window", Work(whole._replace(window_size=(256, 0))), 1, Work(whole), 1))
 
 
-EXTRAS = ({"bias": "shared"}, {"mask": "tensor"})
+EXTRAS = ({"bias": "shared"}, {"bias": "per_head"}, {"mask": "tensor"})
 COMPARISONS = _comparisons()
 TINY = tuple(Work(Case(seqlen_q=1, head_dim=16), passes) for passes in ("forward", "forward+backward"))
 MEMORY = tuple(

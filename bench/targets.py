@@ -16,7 +16,14 @@ SWIN, LISTS, TEXTS, TOKENS = (
     {"batch": batch, "seqlen_q": s} for batch, s in ((256, 49), (256, 50), (32, 32), (32, 64))
 )
 HALF = DENSE | {"dtype": {"bfloat16", "float16"}}
-BFLOAT16 = D64 | {"dtype": "bfloat16"}
+IN_BFLOAT16 = {"dtype": "bfloat16"}
+BFLOAT16 = D64 | IN_BFLOAT16
+PAIRS, REALS = {"isa": {"avx512_bf16", "neon_bf16"}}, {"isa": {"avx512", "avx2", "neon", "scalar"}}
+STEPS = (
+    ("S=512 causal", 1.5, CAUSAL | {"seqlen_q": 512}),
+    ("B8 H12 S128 D64", 1.3, MINILM | {"head_dim": 64}),
+    ("B32 H12 S64 D32", 1.2, PLAIN | {"threads": 1} | TOKENS),
+)
 WINDOW = {"threads": 1, "seqlen_q": 4096, "window_size": {(256, 0)}}
 DECODE = {"seqlen_q": 16, "seqlen_k": 4096}
 ONE_HEAD = {"batch": 1, "num_heads": 1, "seqlen_q": 4096}
@@ -32,7 +39,7 @@ VERY_LONG = {"seqlen_q": 16384}
 class Target(NamedTuple):
     """`metric` of every row of `kind` that matches `where` is to be at least (or at most) `bound`.
 
-    where    field of the work or of its case, or "threads" -> the value, or a container of values
+    where    field of the work or of its case, "threads" or "isa" -> the value, or a container of values
     """
 
     what: str
@@ -97,12 +104,20 @@ TARGETS = (
     _share("B8 H12 S128 D32 dense", 0.80, FORWARD | MINILM),
     _share("B8 H12 S128 D32 causal", 0.70, FORWARD | MINILM | {"causal": True}),
     _threads("two threads, S>=1024", 1.9, FORWARD | {"seqlen_q": LONG}),
-    _rate("16-bit, S>=1024", "of our own float32 rate", 0.9, "16-bit", FORWARD | HALF),
+    _share("D=64, causal, S=512", 0.85, FORWARD | CAUSAL | {"seqlen_q": 512}),
+    _rate("16-bit, S>=1024, in float32", "of our own float32 rate", 0.9, "16-bit", FORWARD | HALF | REALS),
+    *(
+        _rate(f"bfloat16, D={head_dim}, S>=1024, in pairs", "of our own float32 rate", bound, "16-bit", where | PAIRS)
+        for head_dim, bound, where in ((64, 1.65, FORWARD | BFLOAT16), (128, 1.75, FORWARD | D128 | IN_BFLOAT16))
+    ),
+    _ratio("bfloat16, S>=1024, in pairs", 1.9, FORWARD | DENSE | IN_BFLOAT16 | PAIRS),
     Target("16-bit, S>=1024", "x the error of SDPA", 1.0, "grid", FORWARD | HALF, "error vs sdpa", at_most=True),
-    _rate("window 256 of S=4096", "of our dense rate per pair", 0.8, "window", FORWARD | WINDOW),
+    _rate("window 256 of S=4096", "of our dense rate per pair", 0.88, "window", FORWARD | WINDOW),
     _ratio("window 256 of S=4096", 3.5, FORWARD | WINDOW, "x FlexAttention", "vs flex"),
     _ratio("window 256 of S=4096", 18.0, FORWARD | WINDOW, "x SDPA with the mask"),
-    _time("bias or bool mask [1,1,S,S], S=2048", 1.25, "bias or mask", FORWARD),
+    _time("bool mask [1,1,S,S], S=2048", 1.10, "bias or mask", FORWARD | {"mask": "tensor"}),
+    _time("bias [1,1,S,S], S=2048", 1.12, "bias or mask", FORWARD | {"bias": "shared"}),
+    _time("bias [1,H,S,S], S=2048", 1.15, "bias or mask", FORWARD | {"bias": "per_head"}),
     _threads("Sq=16, Sk=4096, B1 H4, two threads", 1.7, FORWARD | DECODE),
     Target("tiny call (1,1,1,16)", "x the speed of SDPA's call", 1.0, "overhead", FORWARD, "vs sdpa"),
     _memory("S=16384 H4 D64, causal + bias row", 64.0, FORWARD | VERY_LONG),
@@ -111,8 +126,36 @@ TARGETS = (
     _share("backward, D=128, S>=1024, dense", 0.80, BACKWARD | D128),
     _ratio("backward, D=128, S>=1024, dense", 1.3, BACKWARD | D128),
     _ratio("backward, D=64, causal, S=1024", 1.9, BACKWARD | CAUSAL | {"seqlen_q": 1024}),
-    _ratio("backward, D=64, bfloat16, S>=1024", 7.0, BACKWARD | BFLOAT16),
-    _rate("backward, D=64, bfloat16, S>=1024", "of our own float32 rate", 0.85, "16-bit", BACKWARD | BFLOAT16),
+    _share("backward, D=64, causal, S=512", 0.80, BACKWARD | CAUSAL | {"seqlen_q": 512}),
+    _ratio("backward, D=64, bfloat16, S>=1024, in float32", 7.0, BACKWARD | BFLOAT16 | REALS),
+    _rate(
+        "backward, D=64, bfloat16, S>=1024, in float32",
+        "of our own float32 rate",
+        0.85,
+        "16-bit",
+        BACKWARD | BFLOAT16 | REALS,
+    ),
+    *(
+        target
+        for head_dim, eager in ((64, 1.1), (128, 1.0))
+        for where in (BACKWARD | DENSE | IN_BFLOAT16 | PAIRS | {"head_dim": head_dim, "seqlen_q": 1024},)
+        for target in (
+            _rate(
+                f"backward, D={head_dim}, bfloat16, S=1024, in pairs", "of our own float32 rate", 1.8, "16-bit", where
+            ),
+            _ratio(f"backward, D={head_dim}, bfloat16, S=1024, in pairs", eager, where, "x eager", "vs eager"),
+            _ratio(f"backward, D={head_dim}, bfloat16, S=1024, in pairs", 1.9, where),
+        )
+    ),
+    *(
+        target
+        for what, bound, case in STEPS
+        for where in (STEP | case | IN_BFLOAT16 | PAIRS,)
+        for target in (
+            _rate(f"forward + backward, {what}, in pairs", "of our own float32 rate", bound, "16-bit", where),
+            _ratio(f"forward + backward, {what}, in pairs", 1.0, where, "x eager", "vs eager"),
+        )
+    ),
     _ratio("forward + backward, dropout 0.1, S=2048", 4.0, DROPOUT, "x SDPA with dropout"),
     _time("a step with a growing cache, over a repeated one", 1.02, "growing", FORWARD),
     _time("forward + backward, dropout 0.1, S=2048", 1.3, "dropout", DROPOUT),
@@ -188,7 +231,7 @@ def _judge_one(target: Target, rows: list[Row]) -> dict:
 
 
 def _matches(row: Row, where: dict) -> bool:
-    facts = row.spec | {"threads": row.threads}
+    facts = row.spec | {"threads": row.threads, "isa": row.isa}
     return all(
         facts[key] in wanted if isinstance(wanted, (set, range)) else facts[key] == wanted
         for key, wanted in where.items()

@@ -88,16 +88,25 @@ FORWARD = tuple(Work(case) for case in GRID)
 """What is timed beside the peers in inference."""
 
 
+STEPS = (
+    Case(num_heads=8, seqlen_q=512, head_dim=64, causal=True),
+    Case(batch=8, num_heads=12, seqlen_q=128, head_dim=64),
+    Case(batch=32, num_heads=12, seqlen_q=64, head_dim=32),
+)
+"""Steps of a training that are short, timed in 16 bits."""
+
+
 def _training() -> tuple[Work, ...]:
     long = [Case(num_heads=8, seqlen_q=s, head_dim=64) for s in (1024, 2048)]
     wide = [Case(num_heads=8, seqlen_q=1024, head_dim=128), Case(num_heads=4, seqlen_q=2048, head_dim=128)]
     cases = [Case(batch=8, num_heads=12, seqlen_q=128, head_dim=32), *long, *wide]
     cases += [case._replace(causal=True) for case in cases]
-    cases += [case._replace(dtype="bfloat16") for case in long]
+    cases += [Case(num_heads=8, seqlen_q=512, head_dim=64, causal=True)]
+    cases += [case._replace(dtype="bfloat16") for case in (*long, wide[0])]
     cases += [long[0]._replace(bias="per_head")]
     cases += SHORT
-    whole = Work(long[1], "forward+backward")
-    return (*(Work(case, "backward") for case in cases), whole, whole._replace(case=long[1]._replace(dropout_p=0.1)))
+    steps = [long[1], long[1]._replace(dropout_p=0.1), *(case._replace(dtype="bfloat16") for case in STEPS)]
+    return (*(Work(case, "backward") for case in cases), *(Work(case, "forward+backward") for case in steps))
 
 
 TRAINING = _training()
