@@ -240,7 +240,7 @@ class KeyRange {
     }
     if (!any) return;
     prepare_block(query);
-    if (!one_visit && exceeds_caches(p))
+    if (!one_visit && !p.blocks && exceeds_caches(p))
       ahead = block_ahead<Real, NV>(p, g, b, u, s, head, query, {lo, lo + keys}, lo + keys == k_hi);
     if (skips && !any_counts(panel, count)) return;
     const int64_t block = query / b.block_rows, tile = (lo - k_lo) / b.n_block;

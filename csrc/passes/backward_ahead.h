@@ -36,8 +36,8 @@ LinesAhead next_head_ahead(const Operands& p, const Gradients& g, const Backward
   return ahead;
 }
 
-// Of several visits, beside the one of keys with the block of queries `query` ...: what the block after it will be
-// prepared from, and where gradients that are complete then will go.
+// Of several visits, which no list names, beside that of keys with the block of queries `query` ...: what the next block
+// will be prepared from, and where gradients that are complete then will go.
 template <class Real, int NV>
 LinesAhead block_ahead(const Operands& p, const Gradients& g, const BackwardBlocking& b, const KeyUnit& u,
                        const BackwardScratch<Real>& s, int64_t head, int64_t query, Range keys, bool last_keys) {
