@@ -102,7 +102,9 @@ def grid_row(work: Work, threads: int, peers: tuple, budget: float, peak: Peak) 
 def _judge_shares(row: Row, dtype: str) -> None:
     """Our share becomes a metric, unless somebody above the peak shows that it is none."""
     above = [name for name, result in row.results.items() if (result.share or 0.0) > 1.0]
-    if "16" in dtype:  # a peer may use 16-bit dot products, which no loop of float32 multiply-adds is a bound for
+    if "16" in dtype:  # of 16-bit dot products, which no loop of float32 multiply-adds is a bound for
+        if row.isa and row.isa.endswith("bf16"):
+            above = [name for name in above if name != "fastattn"]
         row.flags += [f"{name} is above the float32 FMA peak, as 16-bit dot products can be" for name in above]
         above = [name for name in above if name == "fastattn"]
     row.flags += [f"{name} is above the measured peak: no share of this row counts" for name in above]

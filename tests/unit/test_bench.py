@@ -241,8 +241,8 @@ def test_targets_take_the_worst_row_and_ignore_a_peak_that_is_too_low(monkeypatc
 
 
 def test_a_peer_above_the_float32_peak_spoils_no_16_bit_share():
-    def shares(dtype, **shares):
-        row = Row("grid", "", 1, "", {}, results={name: Result(share=share) for name, share in shares.items()})
+    def shares(dtype, isa="avx512", **shares):
+        row = Row("grid", "", 1, "", {}, isa=isa, results={name: Result(share=share) for name, share in shares.items()})
         suites._judge_shares(row, dtype)
         return row.metrics.get("share"), bool(row.flags)
 
@@ -250,6 +250,8 @@ def test_a_peer_above_the_float32_peak_spoils_no_16_bit_share():
     assert shares("float32", fastattn=0.8, eager=1.2) == (None, True)
     assert shares("bfloat16", fastattn=0.8, eager=1.2) == (0.8, True)
     assert shares("bfloat16", fastattn=1.1, eager=0.9) == (None, True)
+    assert shares("bfloat16", "avx512_bf16", fastattn=1.6, eager=0.9) == (1.6, False)
+    assert shares("bfloat16", "avx512_bf16", fastattn=1.6, eager=1.2) == (1.6, True)
 
 
 def test_every_target_has_rows_in_the_plan():
