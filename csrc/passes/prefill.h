@@ -233,11 +233,12 @@ class ForwardUnit {
     return any;
   }
 
-  // What the unit that follows reads and writes: its queries and, where a head is one visit, its keys and values.
+  // What the unit that follows reads and writes: its queries and, where a head is one visit, its keys and values. Several
+  // threads share units out as they come: there it may be another's, which costs nothing that shows.
   void fetch_next_unit() {
     const int64_t Dv = p.head_dim_v, stacked = b.heads_per_unit * p.seqlen_q;
     if (b.num_splits > 1 || !exceeds_caches(p)) return;
-    comes_fetched = p.seqlen_k <= b.n_block && stacked <= b.rows && !p.blocks;
+    comes_fetched = p.seqlen_k <= b.n_block && stacked <= b.rows && !p.blocks && !p.k.pages && !p.v.pages;
     int64_t batch = u.batch, head = u.head, first = u.row + b.rows;
     if (first >= stacked) first = 0, head += b.heads_per_unit;
     if (head >= p.num_heads) batch++, head = 0;

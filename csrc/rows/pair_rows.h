@@ -64,9 +64,9 @@ FASTATTN_INLINE void transpose_pairs(TileRows<Pair> rows, int64_t NR, int64_t pa
 inline void pairs_to_lanes(const Tensor& t, int64_t batch, int64_t head, int64_t row, int64_t count, int64_t columns,
                            int64_t NR, Pair* buffer, Pair* lanes) {
   const int64_t pairs = pairs_in(columns);
-  const bool fills = count == NR;
-  if (!fills) memset((void*)(buffer + count * pairs), 0, (NR - count) * pairs * sizeof(Pair));
-  transpose_pairs(pair_rows(t, batch, head, row, count, columns, buffer, pairs, !fills), NR, pairs, lanes);
+  const bool in_place = count == NR && (uintptr_t)at(t, batch, head, row) % alignof(float) == 0;  // read as words
+  if (count < NR) memset((void*)(buffer + count * pairs), 0, (NR - count) * pairs * sizeof(Pair));
+  transpose_pairs(pair_rows(t, batch, head, row, count, columns, buffer, pairs, !in_place), NR, pairs, lanes);
 }
 
 }  // namespace fastattn::FASTATTN_ISA

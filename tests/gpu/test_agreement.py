@@ -157,7 +157,7 @@ def test_agreement(number):
             for a, b in ((x, y), (same_dtype[name], truth))
         )
         own = slack_of(x, q) if name[0] == "d" else SLACK[str(x.dtype).removeprefix("torch.")]
-        own *= 2.0 if name == "dsoftmax_scale" else 1.0  # delta's rounding error comes in times scores that are not small
+        own *= 2.0 if name == "dsoftmax_scale" else 1.0  # the rounding error of delta comes in times whole scores
         slack = 2.0 * own  # each may use the one of its own suite
         assert distance <= 4.0 * reference + slack, (
             f"{name}: {distance:.3g} apart, the reference errs by {reference:.3g}"

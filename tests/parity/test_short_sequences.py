@@ -92,3 +92,19 @@ def test_nan_behind_a_mask_adds_nothing_to_the_gradient_of_a_shared_bias():
     found = gradients(q, k, v, kwargs, dout, of_scores=True)
     for name in ("q", "bias"):
         assert_same_bits(found[name], expected[name])
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_bits_do_not_depend_on_the_address(dtype):
+    """Of rows that begin at an odd element, between two words of 16-bit numbers."""
+
+    def results(offset):
+        generator = torch.Generator().manual_seed(0)
+        shape, memory = (2, 3, 64, 40), torch.empty(4, offset + 2 * 3 * 64 * 40, dtype=getattr(torch, dtype))
+        *leaves, dout = (row[offset:].view(shape).copy_(torch.randn(shape, generator=generator)) for row in memory)
+        leaves = [x.requires_grad_() for x in leaves]
+        out, _ = run(*leaves, causal=True)
+        return out.detach(), *torch.autograd.grad(out, leaves, dout)
+
+    assert_same_bits(results(1), results(0))
