@@ -21,7 +21,7 @@ def measure(peak: Peak) -> dict:
     caches        bytes, by level
     fma           by dtype and threads: multiply-adds on registers, at what the instruction set in use can do
     fma_by_isa    float32, one thread
-    dot16         peak of 16-bit dot products; None: no kernel of this package uses such instructions
+    dot16         peak of 16-bit dot products; None: not measured
     matmul        torch.matmul by dtype, one thread: what torch's own libraries reach
     read          by threads: plain loads in order of addresses, of the L2's size, the L3's, and of memory
     """

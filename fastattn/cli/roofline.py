@@ -24,6 +24,8 @@ def shares(row: dict, limits: dict, peak: Peak, dtype: str) -> dict:
     by_memory = row["flops"] / row["bytes"] * bandwidth
     found |= {"roof_gflops": min(rate / 1e9, by_memory), "bound": level if by_memory < rate / 1e9 else "compute"}
     above = ["above its roof: the caches held more than assumed, or the machine moved"]
+    if (row["isa"] or "").endswith("bf16"):
+        above = ["above float32's peak, as products of pairs of bfloat16 can be"]
     notes = row["notes"] + (above if gflops > 1.05 * found["roof_gflops"] else [])
     return found | {"share": found["gflops"] / found["roof_gflops"], "notes": notes}
 

@@ -11,7 +11,7 @@ import torch
 import fastattn
 from fastattn import cli, plans
 from fastattn.backends import cpu
-from fastattn.cli import bench, compare, doctor, limits, machine, ratios, regimes, trace
+from fastattn.cli import bench, compare, doctor, limits, machine, ratios, regimes, roofline, trace
 
 ROOT = Path(fastattn.__file__).parents[1]
 
@@ -94,6 +94,20 @@ def test_limits_of_this_machine(monkeypatch):
     found = limits.measure(Peak(seconds=1e-4))
     assert found["fma"][f"float32 x {torch.get_num_threads()}"] > 0 and json.dumps(found)
     assert all(rate > 0 for rates in found["read"].values() for rate in rates.values())
+
+
+@pytest.mark.parametrize(
+    ("isa", "note"), [("avx512_bf16", "products of pairs"), ("avx512", "above its roof"), (None, "above")]
+)
+def test_what_is_above_the_roof(isa, note):
+    class HalfOfWhatIsReached:
+        def near(self, dtype, threads):
+            return 1e9, None
+
+    row = {"flops": 2e9, "bytes": 1, "ms": [1e3], "threads": 1, "isa": isa, "notes": []}
+    found = roofline.shares(row, {"read": {"1": {"memory": 1e9}}}, HalfOfWhatIsReached(), "bfloat16")
+    assert found["share"] == 2.0 and found["bound"] == "compute"
+    assert [note in text for text in found["notes"]] == [True]
 
 
 def test_facts_are_plain_values():
