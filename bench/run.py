@@ -163,7 +163,7 @@ def selected(plan: list[tuple[str, Callable]], only: list[str] | None) -> list[t
 
 
 def _options(argv: list[str]) -> argparse.Namespace:
-    parser = parser_with(__doc__, "a subset, short budgets, no FlexAttention: under a minute")
+    parser = parser_with(__doc__, "a subset, short budgets, no FlexAttention: about three minutes")
     add = parser.add_argument
     add("--suite", nargs="+", choices=[*PICTURES], default=[*PICTURES], help="default both")
     add("--threads", type=int, nargs="+", default=[1], help="of the grid, default 1 (thread scaling has its own rows)")

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 
 import fastattn
-from cases import Case
+from cases import LONG, WIDE, Case
 from fastattn import BlockMask, Mask
-from fastattn.cli.timing import Contender, Peak, in_turn
+from fastattn.cli.timing import Contender, Peak, in_turn, multiplies_pairs
 from oracle import Results, above_ceiling, errors, results, truth, worst, wrong
 from peers import SEED, dropout_of_peers
 from rows import Result, Row
@@ -42,28 +42,22 @@ class Comparison(NamedTuple):
 
 def _comparisons() -> tuple[Comparison, ...]:
     cores = os.cpu_count() or 1
-    cases = [Case(num_heads=8, seqlen_q=s, head_dim=64) for s in (1024, 2048)]
-    long, backward = [Work(case) for case in cases], [Work(case, "backward") for case in cases]
-    scaling = [*long, *(Work(case._replace(causal=True)) for case in cases)]
+    long, backward = [Work(case) for case in LONG], [Work(case, "backward") for case in LONG]
+    scaling = [*long, *(Work(case._replace(causal=True)) for case in LONG)]
     scaling += [Work(Case(num_heads=4, seqlen_q=16, seqlen_k=4096, head_dim=64))]
     scaling += [*backward, Work(Case(seqlen_q=4096, head_dim=64), "backward")]
     found = [Comparison("threads", work, n, work, 1) for work in scaling for n in sorted({2, cores}) if 1 < n <= cores]
-    found += [Comparison("bias or mask", Work(cases[1]._replace(**extra)), 1, long[1], 1) for extra in EXTRAS]
-    wide = [Case(num_heads=8, seqlen_q=1024, head_dim=128), Case(num_heads=4, seqlen_q=2048, head_dim=128)]
-    in_bfloat16 = [
-        *map(Work, wide),
-        *backward,
-        Work(wide[0], "backward"),
-        *(Work(x, "forward+backward") for x in STEPS),
-    ]
+    found += [Comparison("bias or mask", Work(LONG[1]._replace(**extra)), 1, long[1], 1) for extra in EXTRAS]
+    steps = [Work(case, "forward+backward") for case in STEPS]
+    in_bfloat16 = [*map(Work, WIDE), *backward, Work(WIDE[0], "backward"), *steps]
     for base, dtypes in ((long, ("bfloat16", "float16")), (in_bfloat16, ("bfloat16",))):
         found += [
             Comparison("16-bit", work._replace(case=work.case._replace(dtype=dtype)), 1, work, 1)
             for work in base
             for dtype in dtypes
         ]
-    step, whole = Work(cases[1], "forward+backward"), Case(num_heads=8, seqlen_q=4096, head_dim=64)
-    found += [Comparison("dropout", step._replace(case=cases[1]._replace(dropout_p=0.1)), 1, step, 1)]
+    step, whole = Work(LONG[1], "forward+backward"), Case(num_heads=8, seqlen_q=4096, head_dim=64)
+    found += [Comparison("dropout", step._replace(case=LONG[1]._replace(dropout_p=0.1)), 1, step, 1)]
     return (*found, Comparison("window", Work(whole._replace(window_size=(256, 0))), 1, Work(whole), 1))
 
 
@@ -103,7 +97,7 @@ def _judge_shares(row: Row, dtype: str) -> None:
     """Our share becomes a metric, unless somebody above the peak shows that it is none."""
     above = [name for name, result in row.results.items() if (result.share or 0.0) > 1.0]
     if "16" in dtype:  # of 16-bit dot products, which no loop of float32 multiply-adds is a bound for
-        if row.isa and row.isa.endswith("bf16"):
+        if multiplies_pairs(row.isa):
             above = [name for name in above if name != "fastattn"]
         row.flags += [f"{name} is above the float32 FMA peak, as 16-bit dot products can be" for name in above]
         above = [name for name in above if name == "fastattn"]

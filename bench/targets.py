@@ -19,11 +19,7 @@ HALF = DENSE | {"dtype": {"bfloat16", "float16"}}
 IN_BFLOAT16 = {"dtype": "bfloat16"}
 BFLOAT16 = D64 | IN_BFLOAT16
 PAIRS, REALS = {"isa": {"avx512_bf16", "neon_bf16"}}, {"isa": {"avx512", "avx2", "neon", "scalar"}}
-STEPS = (
-    ("S=512 causal", 1.5, CAUSAL | {"seqlen_q": 512}),
-    ("B8 H12 S128 D64", 1.3, MINILM | {"head_dim": 64}),
-    ("B32 H12 S64 D32", 1.2, PLAIN | {"threads": 1} | TOKENS),
-)
+IN_REALS = "backward, D=64, bfloat16, S>=1024, in float32"
 WINDOW = {"threads": 1, "seqlen_q": 4096, "window_size": {(256, 0)}}
 DECODE = {"seqlen_q": 16, "seqlen_k": 4096}
 ONE_HEAD = {"batch": 1, "num_heads": 1, "seqlen_q": 4096}
@@ -85,6 +81,13 @@ def _memory(what: str, bound: float, where: dict) -> Target:
     return Target(what, "MiB of extra memory", bound, "memory", where, "extra MiB", at_most=True)
 
 
+def _in_pairs(what: str, rate: float, eager: float, where: dict) -> tuple[Target, Target]:
+    """Of products of pairs of bfloat16, against ours in float32 and eager torch in bfloat16."""
+    what, where = f"{what}, in pairs", where | IN_BFLOAT16 | PAIRS
+    ours = _rate(what, "of our own float32 rate", rate, "16-bit", where)
+    return ours, _ratio(what, eager, where, "x eager", "vs eager")
+
+
 TARGETS = (
     _share("D=64, S>=1024, dense", 0.82, FORWARD | D64),
     _ratio("D=64, S>=1024, dense", 1.4, FORWARD | D64),
@@ -127,35 +130,14 @@ TARGETS = (
     _ratio("backward, D=128, S>=1024, dense", 1.3, BACKWARD | D128),
     _ratio("backward, D=64, causal, S=1024", 1.9, BACKWARD | CAUSAL | {"seqlen_q": 1024}),
     _share("backward, D=64, causal, S=512", 0.80, BACKWARD | CAUSAL | {"seqlen_q": 512}),
-    _ratio("backward, D=64, bfloat16, S>=1024, in float32", 7.0, BACKWARD | BFLOAT16 | REALS),
-    _rate(
-        "backward, D=64, bfloat16, S>=1024, in float32",
-        "of our own float32 rate",
-        0.85,
-        "16-bit",
-        BACKWARD | BFLOAT16 | REALS,
-    ),
-    *(
-        target
-        for head_dim, eager in ((64, 1.1), (128, 1.0))
-        for where in (BACKWARD | DENSE | IN_BFLOAT16 | PAIRS | {"head_dim": head_dim, "seqlen_q": 1024},)
-        for target in (
-            _rate(
-                f"backward, D={head_dim}, bfloat16, S=1024, in pairs", "of our own float32 rate", 1.8, "16-bit", where
-            ),
-            _ratio(f"backward, D={head_dim}, bfloat16, S=1024, in pairs", eager, where, "x eager", "vs eager"),
-            _ratio(f"backward, D={head_dim}, bfloat16, S=1024, in pairs", 1.9, where),
-        )
-    ),
-    *(
-        target
-        for what, bound, case in STEPS
-        for where in (STEP | case | IN_BFLOAT16 | PAIRS,)
-        for target in (
-            _rate(f"forward + backward, {what}, in pairs", "of our own float32 rate", bound, "16-bit", where),
-            _ratio(f"forward + backward, {what}, in pairs", 1.0, where, "x eager", "vs eager"),
-        )
-    ),
+    _ratio(IN_REALS, 7.0, BACKWARD | BFLOAT16 | REALS),
+    _rate(IN_REALS, "of our own float32 rate", 0.85, "16-bit", BACKWARD | BFLOAT16 | REALS),
+    *_in_pairs("backward, D=64, bfloat16, S=1024", 1.8, 1.1, BACKWARD | D64 | {"seqlen_q": 1024}),
+    *_in_pairs("backward, D=128, bfloat16, S=1024", 1.8, 1.0, BACKWARD | D128 | {"seqlen_q": 1024}),
+    _ratio("backward, bfloat16, S=1024, in pairs", 1.9, BACKWARD | DENSE | IN_BFLOAT16 | PAIRS | {"seqlen_q": 1024}),
+    *_in_pairs("forward + backward, S=512 causal", 1.5, 1.0, STEP | CAUSAL | {"seqlen_q": 512}),
+    *_in_pairs("forward + backward, B8 H12 S128 D64", 1.3, 1.0, STEP | MINILM | {"head_dim": 64}),
+    *_in_pairs("forward + backward, B32 H12 S64 D32", 1.2, 1.0, STEP | PLAIN | {"threads": 1} | TOKENS),
     _ratio("forward + backward, dropout 0.1, S=2048", 4.0, DROPOUT, "x SDPA with dropout"),
     _time("a step with a growing cache, over a repeated one", 1.02, "growing", FORWARD),
     _time("forward + backward, dropout 0.1, S=2048", 1.3, "dropout", DROPOUT),

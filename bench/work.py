@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from cases import GRID, SHORT, Case, inputs, visited_pairs
+from cases import GRID, LONG, SHORT, WIDE, Case, inputs, visited_pairs
 from sparsity import block_mask
 
 
@@ -97,15 +97,13 @@ STEPS = (
 
 
 def _training() -> tuple[Work, ...]:
-    long = [Case(num_heads=8, seqlen_q=s, head_dim=64) for s in (1024, 2048)]
-    wide = [Case(num_heads=8, seqlen_q=1024, head_dim=128), Case(num_heads=4, seqlen_q=2048, head_dim=128)]
-    cases = [Case(batch=8, num_heads=12, seqlen_q=128, head_dim=32), *long, *wide]
+    cases = [Case(batch=8, num_heads=12, seqlen_q=128, head_dim=32), *LONG, *WIDE]
     cases += [case._replace(causal=True) for case in cases]
     cases += [Case(num_heads=8, seqlen_q=512, head_dim=64, causal=True)]
-    cases += [case._replace(dtype="bfloat16") for case in (*long, wide[0])]
-    cases += [long[0]._replace(bias="per_head")]
+    cases += [case._replace(dtype="bfloat16") for case in (*LONG, WIDE[0])]
+    cases += [LONG[0]._replace(bias="per_head")]
     cases += SHORT
-    steps = [long[1], long[1]._replace(dropout_p=0.1), *(case._replace(dtype="bfloat16") for case in STEPS)]
+    steps = [LONG[1], LONG[1]._replace(dropout_p=0.1), *(case._replace(dtype="bfloat16") for case in STEPS)]
     return (*(Work(case, "backward") for case in cases), *(Work(case, "forward+backward") for case in steps))
 
 

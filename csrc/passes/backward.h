@@ -73,7 +73,7 @@ class KeyRange {
   // NaN or Inf in some gradient, maybe from behind a mask.
   bool run(char* partial, int64_t stride) {
     const int64_t range = round_up(k_hi - k_lo, b.n_block), group_size = p.group_size();
-    if (!dk.fresh) dk.clear(range), dv.clear(range);
+    dk.start({k_lo, k_hi}), dv.start({k_lo, k_hi});
     for (int64_t i = 0; i < group_size && p.seqlen_q; i++) {  // no query: no bias of a query to load
       head = u.head_k * group_size + i;
       score_gradients.start_head(head, range);
@@ -84,7 +84,6 @@ class KeyRange {
       finish_dq(!partial);
       score_gradients.finish_head([&](int64_t query) { return s.panels[query / NR].sums; });
     }
-    if (dk.fresh && !any_came) dk.clear(range), dv.clear(range);
     finish_keys(dk), finish_keys(dv);
     if (finite || !any_masked || careful) {
       if (skipped_pairs) __atomic_fetch_add(p.skipped_pairs, skipped_pairs, __ATOMIC_RELAXED);

@@ -1,4 +1,5 @@
 // dk or dv of a unit: summed in memory of its own and stored in the end, or, where each key has one sum, as that comes.
+// start, then add to (or store at) `place`, then `finite` and `finish`.
 #pragma once
 #include "backward_layout.h"
 #include "rows/rotary.h"
@@ -32,8 +33,8 @@ class KeySums {
 
   bool wanted() const { return (bool)t; }
 
-  void clear(int64_t keys) {
-    for (int64_t i = 0; i < round_up(keys, n_block) * panels * NR; i += L) store(memory + i, Vec<Real>{});
+  void start(Range keys) {
+    if (!fresh) clear(keys);
   }
 
   // Where column panel c of `key`, the first of a tile, goes; those of the keys that follow go `stride` further.
@@ -56,9 +57,10 @@ class KeySums {
     return all;
   }
 
-  // To the tensor, if they are not there. row: room for one.
+  // To the tensor, if they are not there; zeros if none came. row: room for one.
   void finish(const Operands& p, const KeyUnit& u, Range keys, bool any_came, Real* row) {
     if (any_came && direct) return;
+    if (!any_came && fresh) clear(keys);
     for (int64_t key = keys.lo, tile = 0, j = 0; key < keys.hi; key++) {
       Real* to = in_place ? (Real*)at(t, u.batch, u.head_k, key) : row;
       for (int64_t c = 0; c < panels; c++) {
@@ -70,6 +72,11 @@ class KeySums {
       if (turns) turn_row<true>(p.rotary, u.batch, key, row, columns, row);
       store_row(row, (Real)1, columns, t, u.batch, u.head_k, key);
     }
+  }
+
+ private:
+  void clear(Range keys) {
+    for (int64_t i = 0; i < round_up(keys.hi - keys.lo, n_block) * panels * NR; i += L) store(memory + i, Vec<Real>{});
   }
 };
 

@@ -128,7 +128,8 @@ class StatisticsUnit {
     for (int i = 0; i < panels; i++) {
       StatisticsPanel<Real>& panel = s.panels[i];
       const int64_t first = u.row + i * NR, count = smaller<int64_t>(NR, rows - i * NR);
-      prepare_panel(p, u.batch, u.head, first, count, NR, panel, s.rows);
+      place_lanes(p, u.batch, u.head, first, count, NR, panel);
+      load_lanes(p, NR, panel, s.rows);
       for (int64_t r = 0; r < NR; r++) {
         const bool is_row = r < count;
         panel.top[r] = is_row ? *(const Real*)at(p.lse_parts, u.batch, u.head, first + r, 0) : 0;

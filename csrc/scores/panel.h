@@ -96,11 +96,4 @@ void load_lanes(const Operands& p, int NR, Panel<Real>& panel, Real* tmp) {
   transpose(tmp, p.head_dim, (int64_t)NR, p.head_dim, panel.q, (int64_t)NR);
 }
 
-template <class Real>
-void prepare_panel(const Operands& p, int64_t batch, int64_t head, int64_t first, int64_t rows, int NR,
-                   Panel<Real>& panel, Real* tmp) {
-  place_lanes(p, batch, head, first, rows, NR, panel);
-  load_lanes(p, NR, panel, tmp);
-}
-
 }  // namespace fastattn::FASTATTN_ISA

@@ -8,7 +8,7 @@ inputs and outputs, once; where they fit into a cache, the rate of that cache is
 import statistics
 from pathlib import Path
 
-from .timing import Peak
+from .timing import Peak, multiplies_pairs
 
 WIDTH = 50
 
@@ -24,7 +24,7 @@ def shares(row: dict, limits: dict, peak: Peak, dtype: str) -> dict:
     by_memory = row["flops"] / row["bytes"] * bandwidth
     found |= {"roof_gflops": min(rate / 1e9, by_memory), "bound": level if by_memory < rate / 1e9 else "compute"}
     above = ["above its roof: the caches held more than assumed, or the machine moved"]
-    if (row["isa"] or "").endswith("bf16"):
+    if multiplies_pairs(row["isa"]):
         above = ["above float32's peak, as products of pairs of bfloat16 can be"]
     notes = row["notes"] + (above if gflops > 1.05 * found["roof_gflops"] else [])
     return found | {"share": found["gflops"] / found["roof_gflops"], "notes": notes}

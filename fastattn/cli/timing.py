@@ -133,6 +133,11 @@ def peak_by_isa() -> dict[str, float]:
     return rates
 
 
+def multiplies_pairs(isa: str | None) -> bool:
+    """Whether products are of pairs of bfloat16 there, which may be above float32's peak."""
+    return isa is not None and isa.endswith("_bf16")
+
+
 def matmul_rate(dtype: str, threads: int, size: int = 512) -> float:
     """FLOP/s of torch.matmul on square matrices, best of five."""
     a = torch.ones(size, size, dtype=getattr(torch, dtype))

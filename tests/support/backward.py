@@ -69,16 +69,28 @@ def slack_of(gradient, q) -> float:
     return SLACK[str(gradient.dtype).removeprefix("torch.")]
 
 
-def sizes_of_slope_sums(q, k, v, kwargs, dout, dlse) -> torch.Tensor:
-    """Of the terms of both signs that dalibi_slopes sums, in float64."""
+def gradient_of_scores(q, k, v, kwargs, dout, dlse) -> torch.Tensor:
+    """[B, H, Sq, Sk]: of a bias of each score, by the reference."""
     scores = (*q.shape[:3], k.shape[2])
-    bias = kwargs.get("bias", torch.zeros(()).double())
+    bias = kwargs.get("bias", torch.zeros((), dtype=q.dtype))
     if is_relative(kwargs):
         bias = spread(bias.vector.flip(-1), Place(scores[3] - scores[2], *scores[2:]))
     bias = bias.expand(scores).clone()
-    dscores = gradients(q, k, v, kwargs | {"bias": bias}, dout, dlse, "reference", of_scores=True)["bias"]
-    distance = alibi_bias(torch.ones(scores[1]).double(), Place(scores[3] - scores[2], *scores[2:]))
-    return (dscores * distance).abs().sum((2, 3)).sum_to_size(kwargs["alibi_slopes"].shape)
+    return gradients(q, k, v, kwargs | {"bias": bias}, dout, dlse, "reference", of_scores=True)["bias"]
+
+
+def sizes_of_slope_sums(q, k, v, kwargs, dout, dlse) -> torch.Tensor:
+    """Of the terms of both signs that dalibi_slopes sums, in float64."""
+    distance = alibi_bias(torch.ones(q.shape[1]).double(), Place(k.shape[2] - q.shape[2], q.shape[2], k.shape[2]))
+    terms = gradient_of_scores(q, k, v, kwargs, dout, dlse) * distance
+    return terms.abs().sum((2, 3)).sum_to_size(kwargs["alibi_slopes"].shape)
+
+
+def sizes_of_scale_sums(q, k, v, kwargs, dout, dlse) -> torch.Tensor:
+    """Of those that dsoftmax_scale sums."""
+    products = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(2, 3)
+    terms = gradient_of_scores(q, k, v, kwargs, dout, dlse) * products
+    return terms.abs().sum((2, 3)).sum_to_size(kwargs["softmax_scale"].shape)
 
 
 def assert_parity(case, qkv=None, kwargs=None, **options):

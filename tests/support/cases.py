@@ -224,16 +224,18 @@ SHORT = (
 """Windows of an image (Swin), lists of a recommender, batches of short texts."""
 
 
+LONG = tuple(Case(num_heads=8, seqlen_q=s, head_dim=64) for s in (1024, 2048))
+WIDE = Case(num_heads=8, seqlen_q=1024, head_dim=128), Case(num_heads=4, seqlen_q=2048, head_dim=128)
+
+
 def _bench_grid() -> tuple[Case, ...]:
-    long = [Case(num_heads=8, seqlen_q=s, head_dim=64) for s in (512, 1024, 2048)]
-    wide = [Case(num_heads=8, seqlen_q=1024, head_dim=128), Case(num_heads=4, seqlen_q=2048, head_dim=128)]
-    grid = [Case(batch=8, num_heads=12, seqlen_q=128, head_dim=32)]
-    grid += long + wide
+    grid = [Case(batch=8, num_heads=12, seqlen_q=128, head_dim=32), Case(num_heads=8, seqlen_q=512, head_dim=64)]
+    grid += (*LONG, *WIDE)
     grid += [case._replace(causal=True) for case in grid]
-    grid += [case._replace(dtype="bfloat16") for case in (*long[1:], *wide)]
-    grid += [case._replace(dtype="float16") for case in (*long[1:], wide[0])]
+    grid += [case._replace(dtype="bfloat16") for case in (*LONG, *WIDE)]
+    grid += [case._replace(dtype="float16") for case in (*LONG, WIDE[0])]
     grid += [Case(num_heads=8, seqlen_q=4096, head_dim=64, window_size=(256, 0))]
-    grid += [long[2]._replace(bias="shared"), long[2]._replace(mask="tensor")]
+    grid += [LONG[1]._replace(bias="shared"), LONG[1]._replace(mask="tensor")]
     grid += [Case(num_heads=4, seqlen_q=16, seqlen_k=4096, head_dim=64)]
     return (*grid, *SHORT)
 
