@@ -49,7 +49,8 @@ $(APPLICATIONS): $(VENV)/.vision $(EXT)  # a small model trained beside its twin
 test: $(VENV)/.test $(EXT)  ## the tests, without the slow ones, in two processes
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist worksteal tests $(ARGS)
 
-test-all: $(VENV)/.test $(EXT) $(VENV)/zig  ## all tests, hours: wheels, sanitizers, large sizes, Triton, the oldest torch
+# With the models and the data that some tests read, and skip without.
+test-all: $(VENV)/.test $(EXT) $(VENV)/zig $(VENV)/.vision $(VENV)/.speech  ## all tests, hours: wheels, sanitizers, large sizes, Triton, the oldest torch
 	PYTHONPATH=$(VENV)/zig $(MAKE) test ARGS='-m "" $(ARGS)'
 	$(MAKE) test-oldest
 	$(MAKE) test-triton test-triton-versions ARGS='-m "" $(ARGS)'

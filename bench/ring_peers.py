@@ -40,7 +40,7 @@ class OwnBlocks:
     @staticmethod
     def backward(dout, q, k, v, out, lse, causal):
         _, problem, terms, _ = fastattn.api.bind(q, k, v, causal=causal)
-        saved, wanted = (out, lse_parts(lse, lse.dtype)), (True, True, True, _NOT_WANTED)
+        saved, wanted = (out, lse_parts(lse, lse.dtype, "cpu")), (True, True, True, _NOT_WANTED)
         return cpu.backward(problem, q, k, v, terms, saved, dout, None, wanted)[:3]
 
 

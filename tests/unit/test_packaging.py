@@ -198,9 +198,11 @@ def wheel(sdist, tmp_path_factory) -> Path:
         return built[0]
     compiler()
     folder = tmp_path_factory.mktemp("wheel")
-    start = time.monotonic()
+    before = os.times()
     output(*WHEEL, folder, sdist, FASTATTN_BUILD_EXT="1", **outside(tmp_path_factory.mktemp("outside")))
-    assert time.monotonic() - start < 90, "a build must take less than 90 s on two cores"
+    took = [now - then for now, then in zip(os.times(), before, strict=True)]
+    # CPU time, which other work on the machine does not change
+    assert took[2] + took[3] < 2 * 90, "a build must take less than 90 s on two cores"
     return next(folder.glob("*.whl"))
 
 
