@@ -55,7 +55,6 @@ void load_bias(const Operands& p, const Lanes& lanes, int64_t key, int64_t keys,
   const bool whole = lanes.rows == NR && q.query + NR <= p.seqlen_q;  // rows of one head, a lane each
   if (whole && lies_as<Real>(p.bias)) {
     const TileRows<Real> tile = rows_in_place<Real>(p.bias, lanes.batch, q.head, q.query, key);
-    for (int64_t r = 0; r < NR; r++) prefetch_next(at(p.bias, lanes.batch, q.head, q.query + r, key), p.bias, keys);
     return transpose(tile.data, tile.stride, (int64_t)NR, keys, bias, (int64_t)NR);
   }
   for (int64_t r = 0; r < NR; r++) {
@@ -65,9 +64,7 @@ void load_bias(const Operands& p, const Lanes& lanes, int64_t key, int64_t keys,
       continue;
     }
     const QueryRow s = stacked_row(p, lanes.head, lanes.row + r);
-    const char* source = at(p.bias, lanes.batch, s.head, s.query, key);
-    prefetch_next(source, p.bias, keys);
-    load_row(source, p.bias.dtype, p.bias.stride[3], keys, row);
+    load_row(at(p.bias, lanes.batch, s.head, s.query, key), p.bias.dtype, p.bias.stride[3], keys, row);
   }
   transpose(rows, keys, (int64_t)NR, keys, bias, (int64_t)NR);
 }

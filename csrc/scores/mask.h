@@ -46,22 +46,13 @@ FASTATTN_INLINE uint32_t true_bits(const uint8_t* row, int64_t stride, int64_t c
   return word;
 }
 
-// Fetches what the next tile will want of a bias or a mask: rows lie too far apart for the hardware to foresee.
-FASTATTN_INLINE void prefetch_next(const char* row, const Tensor& t, int64_t keys) {
-  const int64_t bytes = keys * bytes_of(t.dtype);
-  if (t.stride[3] == 1)
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + bytes + i, 0, 2);
-}
-
 // Masks what the mask of the lanes does not let see of `keys` keys from `key`; whether that is anything.
 template <class Real, int NV>
 bool mask_rows(const Operands& p, const Lanes& lanes, int64_t key, int64_t keys, Real* scores) {
   const uint8_t* rows[NV * VL<Real>];
   for (int64_t r = 0; r < lanes.rows; r++) {
     const QueryRow s = stacked_row(p, lanes.head, lanes.row + r);
-    const char* row = at(p.mask, lanes.batch, s.head, s.query, key);
-    prefetch_next(row, p.mask, keys);
-    rows[r] = (const uint8_t*)row;
+    rows[r] = (const uint8_t*)at(p.mask, lanes.batch, s.head, s.query, key);
   }
   const int64_t stride = p.mask.stride[3];
   return mask_by_words<Real, NV>(scores, keys, lanes.rows, [&](int64_t r, int64_t j, int64_t count) {

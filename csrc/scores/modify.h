@@ -3,6 +3,7 @@
 #include "bias.h"
 #include "bitmap.h"
 #include "panel.h"
+#include "rows/lines_ahead.h"
 
 namespace fastattn::FASTATTN_ISA {
 
@@ -43,6 +44,19 @@ class Modifier {
     use_bitmap(tile.bitmap, tile.lo);
     if (has_key_bias)
       load_key_bias(p, batch, stacked_row(p, head, row), tile.lo, tile.hi - tile.lo, s.rows, s.key_bias);
+  }
+
+  // If it reads rows of a bias or a mask for a panel and `keys`: has `ahead` fetch those instead, and the same rows of what
+  // is read `also`. They lie too far apart for the hardware to foresee.
+  void fetch(LinesAhead& ahead, const Lanes& lanes, Range keys, int64_t visits, const Tensor& also = {}) const {
+    keys = {larger(keys.lo, lanes.visited.lo), smaller(keys.hi, lanes.visited.hi)};
+    if (!(p.bias || p.mask) || has_key_bias || p.laid_bias || keys.lo >= keys.hi) return;
+    const QueryRow first = stacked_row(p, lanes.head, lanes.row);
+    const int64_t of_its_head = smaller(lanes.rows, p.seqlen_q - first.query);
+    ahead = {};
+    for (const Tensor* t : {&p.bias, &p.mask, &also})
+      ahead.add(*t, lanes.batch, first.head, first.query, of_its_head, keys.hi - keys.lo, keys.lo);
+    ahead.spread(visits);
   }
 
   // null: nothing is masked; lo: the tile's first key.
