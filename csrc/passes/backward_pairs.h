@@ -64,30 +64,25 @@ class PairRange : TilesInUse {
                      s.scores, nothing, ahead);
     float* slope = p.softcap > 0.0 ? s.slope : nullptr;
     const bool masked = modifier.apply(panel, seen.lo, seen.hi, skipped, s.scores, slope);
-    PairExp<NV> exps(s.scores, n, softmax, pairs_in(p.head_dim_v));
-    pair_product<NV>({v.data + skipped * v.stride, v.stride}, n, (const Pair*)panel.dout, pairs_in(p.head_dim_v),
-                     (float)p.keep_factor, s.dp, exps, ahead);
-    exps.finish();
     if (p.drops())
       each_kept<float, NV>(p, panel, seen.lo, n,
                            [&](int64_t j, int v, auto kept) { store(s.kept + (j * NV + v) * PL, (Vec<float>)kept); });
-    auto weighed = [&](int64_t j, int v) {
-      const int64_t place = (j * NV + v) * PL;
-      return weigh_vector(load(s.scores + place), load(s.dp + place), p.drops() ? s.kept + place : nullptr,
-                          softmax.log_sum + v * PL, softmax.delta + v * PL);
-    };
-    const RoundedWeights to{weights + skipped * stride, ds + skipped * stride, stride, x.ds_pairs};
+    PairExp<NV> exps(s.scores, n, softmax, pairs_in(p.head_dim_v));
+    const TileRows<Pair> seen_v{v.data + skipped * v.stride, v.stride};
+    const PanelWeights<NV> of{s.scores, p.drops() ? s.kept : nullptr, softmax};
+    const RoundedWeights<NV> to{weights + skipped * stride, ds + skipped * stride, stride, x.ds_pairs};
+    const Pair* dout = (const Pair*)panel.dout;
     if (slope || sums.wants_scores()) {
+      pair_product<NV>(seen_v, n, dout, pairs_in(p.head_dim_v), (float)p.keep_factor, s.dp, exps, ahead);
+      exps.finish();
       for (int64_t i = 0; i < n * NV; i++) {
-        const Weighed one = weighed(i / NV, (int)(i % NV));
+        const Weighed one = of.weighed(i / NV, (int)(i % NV), load(s.dp + i * PL));
         store(s.scores + i * PL, one.p), store(s.dp + i * PL, one.ds);
       }
       sums.add(panel, panel.sums, seen, s.dp, NR, slope);
-      round_weights<NV>(n, to, [&](int64_t j, int v) {
-        return Weighed{load(s.scores + (j * NV + v) * PL), load(s.dp + (j * NV + v) * PL)};
-      });
+      round_weights(n, s.scores, s.dp, to);
     } else {
-      round_weights<NV>(n, to, weighed);
+      weighed_product(seen_v, n, dout, pairs_in(p.head_dim_v), (float)p.keep_factor, exps, of, to, ahead);
     }
     if (!g.needs_dq()) return masked;
     const Pair* of_keys = x.k_pairs + skipped / 2 * x.k_pairs_stride;
