@@ -27,6 +27,11 @@ def pytest_collection_finish():
     gc.freeze()  # what is imported and collected stays: the collections that tests ask for need not look at it
 
 
+def pytest_collectstart():
+    """What a module makes as it is imported is the same each time, too."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def deterministic_torch():
     torch.manual_seed(0)
