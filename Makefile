@@ -49,7 +49,7 @@ $(APPLICATIONS): $(VENV)/.vision $(EXT)  # a small model trained beside its twin
 test: $(VENV)/.test $(EXT)  ## the tests, without the slow ones, in two processes
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist worksteal tests $(ARGS)
 
-# With the models and the data that some tests read, and skip without.
+# With the models and the data of which some tests know what comes out.
 test-all: $(VENV)/.test $(EXT) $(VENV)/zig $(VENV)/.vision $(VENV)/.speech  ## all tests, hours: wheels, sanitizers, large sizes, Triton, the oldest torch
 	PYTHONPATH=$(VENV)/zig $(MAKE) test ARGS='-m "" $(ARGS)'
 	$(MAKE) test-oldest

@@ -150,6 +150,8 @@ struct Gradients {
   double *slope_sums = nullptr, *sink_sums = nullptr, *scale_sums = nullptr, *diagonal_sums = nullptr;  // tensor_terms
 
   bool dense_bias() const { return dbias && dbias.stride[2] && dbias.stride[3]; }
+  // What a visit adds dS to, or null.
+  const Tensor* dbias_rows() const { return dense_bias() && !laid_bias ? &dbias : nullptr; }
   bool needs_dq() const { return dq || scale_sums; }
 };
 

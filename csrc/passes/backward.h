@@ -245,24 +245,20 @@ class KeyRange {
     const int64_t block = query / b.block_rows, tile = (lo - k_lo) / b.n_block;
     any_came = true;
     for (int64_t i = 0; i < count; i++) {
-      if (!one_visit) fetch_scores_after(panel[i]);
+      if (!one_visit)
+        modifier.fetch_after(ahead, s.panels, column_panels(p.seqlen_q, NR), query / NR + i, {lo, lo + keys}, b.n_block,
+                             2 * tiles_of<R>(keys) + tiles_of<R>(D), g.dbias_rows());
       if constexpr (pairs)
         any_masked |= in_pairs.visit_panel(panel[i], i * NR);
       else
         few.are(panel[i].lanes) ? visit_panel<true>(panel[i], i * NR) : visit_panel<false>(panel[i], i * NR);
     }
-    if constexpr (pairs) return in_pairs.add_to_keys(panel, count, rows, block, tile, dk, dv);
-    if (g.dv) add_to_keys(panel, count, rows, s.p, s.dout_rows, Dv, block, tile, dv);
-    if (g.dk) add_to_keys(panel, count, rows, s.ds, s.q_rows, D, block, tile, dk);
-  }
-
-  // What modifies the scores of the panel that comes next, of the next tile where this is the last one, and where their
-  // gradient goes.
-  void fetch_scores_after(const GradientPanel<Real>& panel) {
-    const bool last = panel.lanes.row + NR >= p.seqlen_q;
-    const Range next{last ? lo + keys : lo, smaller(k_hi, lo + (last ? 2 : 1) * b.n_block)};
-    modifier.fetch(ahead, last ? s.panels[0].lanes : (&panel + 1)->lanes, next, 2 * tiles_of<R>(keys) + tiles_of<R>(D),
-                   g.dense_bias() && !g.laid_bias ? g.dbias : Tensor{});
+    if constexpr (pairs) {
+      in_pairs.add_to_keys(panel, count, rows, block, tile, dk, dv);
+    } else {
+      if (g.dv) add_to_keys(panel, count, rows, s.p, s.dout_rows, Dv, block, tile, dv);
+      if (g.dk) add_to_keys(panel, count, rows, s.ds, s.q_rows, D, block, tile, dk);
+    }
   }
 
   // Takes what a panel gets only zeros from out of what it sees; whether anything is left. What may be masked only goes

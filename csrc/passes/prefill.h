@@ -311,7 +311,9 @@ class ForwardUnit {
     accumulate();
 
     const bool masked = modifier.apply(panel, k0, k1, skipped, scores);
-    fetch_scores_after(panel, tile.keys, tiles_of<R>(keys) + tiles_of<R>(p.head_dim_v));
+    if (!comes_fetched)
+      modifier.fetch_after(ahead, s.panels, panels, &panel - s.panels, {tile.keys.lo, tile.keys.hi}, b.n_block,
+                           tiles_of<R>(keys) + tiles_of<R>(p.head_dim_v));
     follow_max<Real, NV, pairs>(scores, keys, modifier.raises(), masked, s.largest, panel.run, panel.out,
                                 panel.fresh ? 0 : p.head_dim_v);
     for (int r = 0; r < NR; r++) s.tile_sum[r] = 0;
@@ -329,14 +331,6 @@ class ForwardUnit {
     pending.select = careful && (masked || pairs);
     if (pending.select) memcpy(s.seen, scores, keys * NR * sizeof(Real));
     any_masked |= masked;
-  }
-
-  // What modifies the scores of the panel that comes next, of the next tile where this is the last one.
-  void fetch_scores_after(const ForwardPanel<Real>& panel, const KeyTile& keys, int64_t visits) {
-    if (comes_fetched) return;
-    const bool last = &panel == s.panels + panels - 1;
-    const Lanes& next = last ? s.panels[0].lanes : (&panel + 1)->lanes;
-    modifier.fetch(ahead, next, last ? Range{keys.hi, keys.hi + b.n_block} : Range{keys.lo, keys.hi}, visits);
   }
 
   void accumulate() {

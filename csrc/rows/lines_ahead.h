@@ -32,11 +32,11 @@ class LinesAhead {
   }
 
  public:
-  // Rows row ... row + rows - 1 of a head of the tensor, of each `columns` from `column` on; those that there is no more
-  // room for are left out.
+  // Rows row ... row + rows - 1 of a head of the tensor, of each `columns` from `column` on, where those are neighbours;
+  // rows that there is no more room for are left out.
   void add(const Tensor& t, int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t columns,
            int64_t column = 0) {
-    if (!t || t.pages || !rows || count == most) return;
+    if (!t || t.pages || t.stride[3] != 1 || !rows || count == most) return;
     const int64_t size = bytes_of(t.dtype), bytes = columns * size, stride = t.stride[2] * size;
     Rows added{at(t, batch, head, row, column), rows, stride, bytes};
     if (stride == bytes) added = {added.first, 1, 0, rows * bytes};

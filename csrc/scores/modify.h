@@ -25,6 +25,7 @@ class Modifier {
   const Operands& p;
   const ModifierMemory<Real> s;
   bool has_key_bias;                // bias and mask are the same for all rows
+  bool reads_rows;                  // of a bias or a mask, a row a query
   const uint8_t* bitmap = nullptr;  // of the tile's block, null if it is full
   int64_t first_key = 0;            // the tile's, counted in its block
 
@@ -34,6 +35,8 @@ class Modifier {
       return !t || (t.stride[2] == 0 && (t.stride[1] == 0 || one_head));
     };
     has_key_bias = (p.bias || p.mask) && same_for_all_rows(p.bias) && same_for_all_rows(p.mask);
+    auto has_rows = [](const Tensor& t) { return t && t.stride[2] && t.stride[3] == 1; };
+    reads_rows = !has_key_bias && !p.laid_bias && (has_rows(p.bias) || has_rows(p.mask));
   }
 
   // Masks only lower a score: without any of these, the maximum of the product stays an upper bound.
@@ -46,16 +49,23 @@ class Modifier {
       load_key_bias(p, batch, stacked_row(p, head, row), tile.lo, tile.hi - tile.lo, s.rows, s.key_bias);
   }
 
-  // If it reads rows of a bias or a mask for a panel and `keys`: has `ahead` fetch those instead, and the same rows of what
-  // is read `also`. They lie too far apart for the hardware to foresee.
-  void fetch(LinesAhead& ahead, const Lanes& lanes, Range keys, int64_t visits, const Tensor& also = {}) const {
-    keys = {larger(keys.lo, lanes.visited.lo), smaller(keys.hi, lanes.visited.hi)};
-    if (!(p.bias || p.mask) || has_key_bias || p.laid_bias || keys.lo >= keys.hi) return;
-    const QueryRow first = stacked_row(p, lanes.head, lanes.row);
-    const int64_t of_its_head = smaller(lanes.rows, p.seqlen_q - first.query);
+  // While panel i visits the tile of `keys`: has `ahead` fetch what the visit that follows will read of bias and mask,
+  // and the same rows of `also`, in place of what it had. That visit is the next panel's, or, after the last, the first
+  // one's of the next tile. Rows of a bias lie too far apart for the hardware to foresee.
+  template <class AnyPanel>
+  void fetch_after(LinesAhead& ahead, const AnyPanel* panels, int64_t count, int64_t i, Range keys, int64_t n_block,
+                   int64_t visits, const Tensor* also = nullptr) const {
+    if (!reads_rows) return;
+    const bool last = i + 1 == count;
+    const Lanes& next = panels[last ? 0 : i + 1].lanes;
+    if (last) keys = {keys.hi, keys.hi + n_block};
+    keys = {larger(keys.lo, next.visited.lo), smaller(keys.hi, next.visited.hi)};
+    if (keys.lo >= keys.hi) return;
+    const QueryRow first = stacked_row(p, next.head, next.row);
+    const int64_t of_its_head = smaller(next.rows, p.seqlen_q - first.query);
     ahead = {};
-    for (const Tensor* t : {&p.bias, &p.mask, &also})
-      ahead.add(*t, lanes.batch, first.head, first.query, of_its_head, keys.hi - keys.lo, keys.lo);
+    for (const Tensor* t : {&p.bias, &p.mask, also})
+      if (t) ahead.add(*t, next.batch, first.head, first.query, of_its_head, keys.hi - keys.lo, keys.lo);
     ahead.spread(visits);
   }
 

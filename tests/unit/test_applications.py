@@ -132,9 +132,9 @@ def test_packed_sessions_with_recency_are_cheaper_and_better(application, tmp_pa
 @of("time_series")
 def test_a_bias_by_distance_learns_the_year_sooner(application, tmp_path):
     outcome = application.main(["--out", str(tmp_path)])
-    if outcome.data == "a generated series":
-        pytest.skip(outcome.data)  # as good as periodic: a year ago is all there is to learn
     early = {name: sum(losses[50:100]) for name, losses in outcome.losses.items()}
     assert early[application.OURS] < 0.9 * early[application.PLAIN]
-    assert outcome.ppm[application.OURS] < min(outcome.ppm[application.PLAIN], outcome.ppm[application.NAIVE])
-    assert outcome.detected[application.OURS] > outcome.detected[application.NAIVE]
+    # a generated series is as good as periodic: what was a year ago cannot be bettered
+    best = outcome.ppm[application.OURS] < min(outcome.ppm[application.PLAIN], outcome.ppm[application.NAIVE])
+    assert "generated" in outcome.data or best
+    assert "generated" in outcome.data or outcome.detected[application.OURS] > outcome.detected[application.NAIVE]
