@@ -71,7 +71,7 @@ class DecodeUnit {
   const Unit& u;
   const RowLoads<Rows> k_loads, v_loads;
   const int64_t rows, k_block, v_block, q_size, out_size;
-  const bool k_copied, v_copied, careful;
+  const bool far, k_copied, v_copied, careful;  // far: keys and values come from memory
   const DecodeScratch<Real> s;
   bool any_masked = false;
 
@@ -108,8 +108,9 @@ class DecodeUnit {
         v_block(block_keys(v_loads.row_bytes())),
         q_size(k_loads.vectors() * L),
         out_size(v_loads.vectors() * L),
-        k_copied(p.rotary || p.k.stride[3] != 1 || p.head_dim < Rows::step || uneven(p.k)),
-        v_copied(p.v.stride[3] != 1 || p.head_dim_v < Rows::step || uneven(p.v)),
+        far(!p.keys_are_near && exceeds_caches(p)),
+        k_copied(p.rotary || scattered(p.k, p.head_dim)),
+        v_copied(scattered(p.v, p.head_dim_v)),
         careful(careful),
         s(layout(p, b, memory)) {
     const double unit = product_unit(p);
@@ -164,9 +165,10 @@ class DecodeUnit {
   }
 
  private:
-  // Whether runs of rows may begin off the grid of the chains.
-  static bool uneven(const Tensor& t) {
-    return t.pages && (t.pages->size % row_chains<Real> || t.pages->first % row_chains<Real>);
+  // Whether rows are not read as they lie but copied: their elements lie apart, they are too short, or they lie apart
+  // themselves, and far: hardware foresees none of those, and an L1 has room for few.
+  bool scattered(const Tensor& t, int64_t columns) const {
+    return t.pages || t.stride[3] != 1 || columns < Rows::step || (far && t.stride[2] > columns);
   }
 
   static void clear(Real* x, int64_t n) { memset(x, 0, n * sizeof(Real)); }
@@ -185,28 +187,22 @@ class DecodeUnit {
           }
   }
 
-  // body(first key, keys, their rows) for the blocks of keys lo ... hi - 1.
+  // body(first key, keys, their rows, bytes from one to the next) for the blocks of keys lo ... hi - 1.
   template <class Body>
   void each_block(const Tensor& t, Range keys, int64_t block, const RowLoads<Rows>& loads, char* copies,
                   const Body& body) {
-    constexpr int most = 64 / row_chains<Real> + 1;
     const int64_t head_k = p.head_k(u.head);
-    const char *runs[most] = {copies}, *ahead[most];
-    for (int64_t key = keys.lo; key < keys.hi;) {
-      const int64_t n = smaller((key / block + 1) * block, keys.hi) - key;
-      if (copies) {
-        copy_rows(t, u.batch, head_k, key, n, loads.columns, copies, loads.row_bytes());
-        if (p.rotary && &t == &p.k) turn_copies(key, n, copies, loads.row_bytes());
-        body(key, n, RowRuns{runs, n, n, loads.row_bytes(), nullptr});
-      } else {
-        RowRuns rows = runs_of(t, u.batch, head_k, key, n, runs);
-        // The page behind this one is somewhere else: nothing but the table foresees it.
-        if (t.pages && n == block && key + 2 * n <= keys.hi &&
-            runs_of(t, u.batch, head_k, key + n, n, ahead).head == rows.head)
-          rows.ahead = ahead;
-        body(key, n, rows);
+    for (int64_t key = keys.lo, n; key < keys.hi; key += n) {
+      n = smaller((key / block + 1) * block, keys.hi) - key;
+      if (!copies) {
+        body(key, n, at(t, u.batch, head_k, key), t.stride[2] * bytes_of(t.dtype));
+        continue;
       }
-      key += n;
+      for (int64_t j = key + n; j < smaller(key + 2 * n, keys.hi); j++)
+        prefetch_row(t, u.batch, head_k, j, loads.columns);
+      copy_rows(t, u.batch, head_k, key, n, loads.columns, copies, loads.row_bytes());
+      if (p.rotary && &t == &p.k) turn_copies(key, n, copies, loads.row_bytes());
+      body(key, n, copies, loads.row_bytes());
     }
   }
 
@@ -225,34 +221,31 @@ class DecodeUnit {
   void visit(Range keys) {
     constexpr int chains = row_chains<Real>;
     const Range whole{keys.lo / chains * chains, keys.hi};  // lanes have their place on the grid
-    each_block(p.k, whole, k_block, k_loads, k_copied ? s.k : nullptr, [&](int64_t key, int64_t n, const RowRuns& k) {
-      const char *const *run = k.first, *const *next = k.ahead;
-      const bool foreseen = !p.k.pages && k.stride == k_loads.row_bytes();  // by hardware, if read one after the other
-      for (int64_t j = 0, many = k.head; j < n; j += many, many = smaller(k.each, n - j), run++) {
-        const char* further = next ? *next++ : p.k.pages ? nullptr : *run + k_loads.fetch(k.stride).ahead;
-        each_rows(rows, [&](int64_t r, auto R) {
-          constexpr int at_once = decltype(R)::value;
-          score_rows<Rows, at_once>(*run, k.stride, many, at_once == 1 && foreseen ? nullptr : further, k_loads,
-                                    s.q + r * q_size, s.scores + r * s.stride + key + j - whole.lo, s.stride);
-        });
-      }
-    });
+    const bool cold = far && !k_copied && rows > 1;         // one row reads them in the order that hardware foresees
+    each_block(p.k, whole, k_block, k_loads, k_copied ? s.k : nullptr,
+               [&](int64_t key, int64_t n, const char* k, int64_t stride) {
+                 each_rows(rows, [&](int64_t r, auto R) {
+                   score_rows<Rows, decltype(R)::value>(k, stride, n, cold && r == 0, k_loads, s.q + r * q_size,
+                                                        s.scores + r * s.stride + key - whole.lo, s.stride);
+                 });
+               });
     scale_scores(p.k, whole);
     const int64_t ahead = p.keys_are_near ? 0 : smaller(v_block, keys.hi - keys.lo);
     for (int64_t j = 0; j < ahead; j++)  // memory should not rest meanwhile
       prefetch_row(p.v, u.batch, p.head_k(u.head), keys.lo + j, p.head_dim_v);
     for (int64_t r = 0; r < rows; r++) weigh(r, whole, keys);
     scale_scores(p.v, whole);
-    each_block(p.v, keys, v_block, v_loads, v_copied ? s.v : nullptr, [&](int64_t key, int64_t n, const RowRuns& v) {
-      const int64_t at = key - whole.lo;
-      auto add = [&](int64_t r, auto R, const Real* seen) {
-        const bool cold = r == 0 && (v.ahead || !p.v.pages);
-        add_values<Rows, decltype(R)::value>(v, n, v_loads, s.scores + r * s.stride + at, s.stride, seen, cold,
-                                             s.out + r * out_size, out_size);
-      };
-      if (!careful) return each_rows(rows, [&](int64_t r, auto R) { add(r, R, nullptr); });
-      for (int64_t r = 0; r < rows; r++) add(r, std::integral_constant<int, 1>{}, s.seen + r * s.stride + at);
-    });
+    each_block(p.v, keys, v_block, v_loads, v_copied ? s.v : nullptr,
+               [&](int64_t key, int64_t n, const char* v, int64_t stride) {
+                 auto add = [&](int64_t r, auto R, const Real* seen) {
+                   const Real* weights = s.scores + r * s.stride + key - whole.lo;
+                   add_values<Rows, decltype(R)::value>(v, stride, n, v_loads, weights, s.stride, seen,
+                                                        far && !v_copied && r == 0, s.out + r * out_size, out_size);
+                 };
+                 if (!careful) return each_rows(rows, [&](int64_t r, auto R) { add(r, R, nullptr); });
+                 for (int64_t r = 0; r < rows; r++)
+                   add(r, std::integral_constant<int, 1>{}, s.seen + r * s.stride + key - whole.lo);
+               });
   }
 
   // The scores of keys, or weights of values, times the factors of these rows.

@@ -32,13 +32,11 @@ class FewQueries {
   void add_dq(TileRows<Real> k, const Real* ds, int64_t stride, int64_t keys, Real* dq) const {
     for (int64_t r = 0; r < count; r++)
       for (int64_t j = 0; j < keys; j++) s.products[r * s.stride + j] = ds[j * stride + r];
-    const char* first = (const char*)k.data;
-    const RowRuns rows{&first, keys, keys, k.stride * (int64_t)sizeof(Real), nullptr};
     const int64_t size = q_loads.vectors() * L;
     memset(s.out, 0, count * size * sizeof(Real));
     each_rows(count, [&](int64_t r, auto R) {
-      add_values<Rows, decltype(R)::value>(rows, keys, q_loads, s.products + r * s.stride, s.stride, nullptr, false,
-                                           s.out + r * size, size);
+      add_values<Rows, decltype(R)::value>((const char*)k.data, k.stride * (int64_t)sizeof(Real), keys, q_loads,
+                                           s.products + r * s.stride, s.stride, nullptr, false, s.out + r * size, size);
     });
     for (int64_t i = 0; i < q_loads.count; i++)
       for (int lane = 0; lane < L; lane++)
@@ -58,7 +56,7 @@ class FewQueries {
 
   void multiply(const RowLoads<Rows>& loads, const Real* packed, TileRows<Real> rows, int64_t keys, Real* to) const {
     each_rows(count, [&](int64_t r, auto R) {
-      score_rows<Rows, decltype(R)::value>((const char*)rows.data, rows.stride * (int64_t)sizeof(Real), keys, nullptr,
+      score_rows<Rows, decltype(R)::value>((const char*)rows.data, rows.stride * (int64_t)sizeof(Real), keys, false,
                                            loads, packed + r * loads.vectors() * L, s.products + r * s.stride,
                                            s.stride);
     });

@@ -28,25 +28,6 @@ FASTATTN_INLINE bool runs_on(const Tensor& t, int64_t row, int64_t count) {
   return !t.pages || (t.pages->first + row) % t.pages->size + count <= t.pages->size;
 }
 
-// Rows one after the other in runs, `stride` bytes apart within: `head` rows in the first, `each` in those that follow.
-// ahead: null, or the runs of as many rows further on, which lie alike and will be wanted next.
-struct RowRuns {
-  const char* const* first;
-  int64_t head, each, stride;
-  const char* const* ahead;
-};
-
-// `count` rows from `row` on; to: room for a run for each page that they touch.
-FASTATTN_INLINE RowRuns runs_of(const Tensor& t, int64_t batch, int64_t head, int64_t row, int64_t count,
-                                const char** to) {
-  const int64_t stride = t.stride[2] * bytes_of(t.dtype);
-  to[0] = at(t, batch, head, row);
-  if (!t.pages) return {to, count, count, stride, nullptr};
-  const int64_t size = t.pages->size, rows = smaller(size - (t.pages->first + row) % size, count);
-  for (int64_t j = rows, i = 1; j < count; j += size) to[i++] = at(t, batch, head, row + j);
-  return {to, rows, size, stride, nullptr};
-}
-
 // Whether the lines of a tile of rows share so few sets of an L1 that they throw each other out.
 FASTATTN_INLINE bool crowds(const Tensor& t) { return t.stride[2] && t.stride[2] * bytes_of(t.dtype) % 512 == 0; }
 

@@ -3,8 +3,8 @@
 //   score_rows   s[row][key] = q[row] . k[key]           key after key, each a chain of multiply-adds over the columns
 //   add_values   out[row] += sum of w[row][key] v[key]   columns stay in registers for the keys of a block
 //
-// Whatever reads a row in pieces loads all its lines first, in the order of their addresses: that is what makes hardware
-// fetch ahead. Each sum has one order, however many rows are computed at once.
+// Whatever reads rows in pieces loads all their lines first, by one instruction and in the order of their addresses: that
+// is what makes hardware fetch ahead. Each sum has one order, however many rows are computed at once.
 #pragma once
 #include "gather_products.h"
 #include "rows/rows.h"
@@ -70,26 +70,19 @@ FASTATTN_INLINE typename Rows::Raw load_raw(const char* p) {
   return x;
 }
 
-// Has memory fetched that is about to be read in pieces, for each row anew: by plain loads of its lines, whose order
-// hardware continues, or by prefetch instructions for a row further on, which in runs on end lies `ahead`. Zen 4 is better at
-// the former, Zen 3 at the latter.
-struct Fetch {
-  static constexpr bool by_loads = FASTATTN_WIDTH == 64;
-  int64_t bytes, ahead;
+// Rows of so many bytes, `stride` apart, that are about to be read in pieces.
+struct ColdRows {
+  int64_t bytes, stride;  // 0 bytes: there are none
 
-  __attribute__((always_inline)) inline void now(const char* row) const {
-#pragma GCC unroll 4
-    for (int64_t i = 0; i < bytes; i += 64) (void)*(const volatile char*)(row + i);
-  }
-  __attribute__((always_inline)) inline void later(const char* row) const {
-#pragma GCC unroll 4
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i);
-  }
-  __attribute__((always_inline)) inline void operator()(const char* row, const char* further) const {
-    if constexpr (by_loads)
-      now(row);
-    else
-      later(further);
+  // Loads each half line of `rows` rows, in loops that are not unrolled: what hardware foresees is what one instruction
+  // loads next. It fetches no further than it is led by such loads, and prefetch instructions mislead it.
+  __attribute__((always_inline)) inline void touch(const char* row, int64_t rows) const {
+    const int64_t each = stride == bytes ? bytes * rows : bytes;
+    if (stride == bytes) rows = 1;
+#pragma GCC unroll 1
+    for (int64_t r = 0; r < rows; r++, row += stride)
+#pragma GCC unroll 1
+      for (int64_t i = 0; i < each; i += 32) (void)*(const volatile char*)(row + i);
   }
 };
 
@@ -114,8 +107,6 @@ struct RowLoads {
   bool is_fresh(int64_t load, int column) const { return first(load) + column >= load * Rows::step; }
   int64_t vectors() const { return count * Rows::vectors; }
   int64_t row_bytes() const { return padded * Rows::size; }
-  // Of whole rows, 2 KiB ahead.
-  Fetch fetch(int64_t stride) const { return {row_bytes(), larger<int64_t>(1, 2048 / row_bytes()) * stride}; }
 };
 
 // body(first row, how many at once) for all rows.
@@ -131,17 +122,19 @@ FASTATTN_INLINE void each_rows(int64_t rows, const Body& body) {
 template <class Real>
 constexpr int row_chains = VL<Real> > 8 ? VL<Real> : 8;
 
-// Adds one load of each of the tile's keys times that of each of its rows; q: [rows][vectors][VL].
+// Adds one load of each of the tile's keys, which lie `apart` from the first, times that of each of its rows; q:
+// [rows][vectors][VL].
 template <class Rows, int R, int KB, int... I, int... J>
-FASTATTN_INLINE void dot_step(Tile<typename Rows::Real, R * KB, 1>& tile, const char* const* keys, int64_t offset,
+FASTATTN_INLINE void dot_step(Tile<typename Rows::Real, R * KB, 1>& tile, const char* key, const int64_t* apart,
                               typename Rows::Raw fresh, const typename Rows::Real* q, std::integer_sequence<int, I...>,
                               std::integer_sequence<int, J...>) {
   using Real = typename Rows::Real;
   constexpr int L = VL<Real>, V = Rows::vectors;
-  const typename Rows::Raw x[KB] = {(load_raw<Rows>(keys[J] + offset) & fresh)...};
+  typename Rows::Raw x[KB] = {(load_raw<Rows>(key + apart[J]) & fresh)...};
+  (keep(x[J]), ...);  // loaded once, as `one`
   auto row = [&](int r, auto v) __attribute__((always_inline)) {
     Vec<Real> one = load(q + (r * V + v) * L);
-    keep(one);  // loaded once, and not by each multiply-add
+    keep(one);  // and not by each multiply-add
     ((tile.c[r * KB + J] += Rows::template vector<decltype(v)::value>(x[J]) * one), ...);
   };
   (row(I, std::integral_constant<int, 0>{}), ...);
@@ -155,14 +148,17 @@ FASTATTN_INLINE void store_sums(const Tile<Real, N, 1>& tile, Real* sums, std::i
   (store(sums + I * VL<Real>, sums_of<Real, I * VL<Real>>(tile)), ...);
 }
 
-// One key after the other, as their addresses go: `keep` holds the compiler off from mixing them.
+// One key after the other, as their addresses go: `keep` holds the compiler off from mixing them. In a loop over the keys
+// where that pays (see `ColdRows::touch`): 512 bits of float32 and float16, not the twice as many steps of others.
 template <class Rows, int... J>
 FASTATTN_INLINE void dot_keys(Tile<typename Rows::Real, (int)sizeof...(J), 1>& tile, const char* k, int64_t stride,
                               int64_t last, const RowLoads<Rows>& loads, const typename Rows::Real* q,
                               std::integer_sequence<int, J...>) {
   using Real = typename Rows::Real;
   constexpr int L = VL<Real>, V = Rows::vectors;
-  auto one = [&](Vec<Real>& sum, const char* key) __attribute__((always_inline)) {
+  auto one = [&](int64_t j) __attribute__((always_inline)) {
+    const char* key = k + smaller(j, last) * stride;
+    Vec<Real> sum{};
     auto add = [&](typename Rows::Raw x, const Real* at) __attribute__((always_inline)) {
       sum += Rows::template vector<0>(x) * load(at);
       if constexpr (V == 2) sum += Rows::template vector<1>(x) * load(at + L);
@@ -175,14 +171,21 @@ FASTATTN_INLINE void dot_keys(Tile<typename Rows::Real, (int)sizeof...(J), 1>& t
     for (; i < loads.whole; i++) add(load_raw<Rows>(key + i * Rows::step * Rows::size), q + i * V * L);
     if (i < loads.count) add(load_raw<Rows>(key + loads.offset(i)) & loads.fresh, q + i * V * L);
     keep(sum);
+    return sum;
   };
-  (one(tile.c[J], k + smaller<int64_t>(J, last) * stride), ...);
+  if constexpr (FASTATTN_WIDTH == 64 && V == 1) {
+    Real sums[sizeof...(J) * L];
+    for (int64_t j = 0; j < (int64_t)sizeof...(J); j++) store(sums + j * L, one(j));
+    ((tile.c[J] = load(sums + J * L)), ...);
+  } else {
+    ((tile.c[J] = one(J)), ...);
+  }
 }
 
 // s [R rows][s_stride] of `keys` keys, and of as many more as make up whole chains: these are of no meaning.
-// further: null, or as many rows that will be wanted later.
+// cold: nobody has read the keys; one row alone does not ask.
 template <class Rows, int R>
-__attribute__((noinline)) void score_rows(const char* k, int64_t stride, int64_t keys, const char* further,
+__attribute__((noinline)) void score_rows(const char* k, int64_t stride, int64_t keys, bool cold,
                                           const RowLoads<Rows>& loads, const typename Rows::Real* q,
                                           typename Rows::Real* s, int64_t s_stride) {
   using Real = typename Rows::Real;
@@ -191,63 +194,58 @@ __attribute__((noinline)) void score_rows(const char* k, int64_t stride, int64_t
   constexpr std::make_integer_sequence<int, KB> some;
   constexpr std::make_integer_sequence<int, R> each_row;
   constexpr std::make_integer_sequence<int, N / L> sums;
-  const Fetch fetch = loads.fetch(stride);
+  const ColdRows rows{loads.row_bytes(), stride};
+  int64_t apart[KB];
+  for (int i = 0; i < KB; i++) apart[i] = smaller<int64_t>(i, keys - 1) * stride;
   for (int64_t j = 0; j < keys; j += KB) {
     Tile<Real, N, 1> tile{};
     if constexpr (R == 1) {
-      if (further)
-        for (int i = 0; i < KB; i++) fetch.later(further + (j + i) * stride);
       dot_keys<Rows>(tile, k + j * stride, stride, keys - 1 - j, loads, q, all);
       store_sums<Real>(tile, s + j, sums);
     } else {
-      const char* key[KB];
-      for (int i = 0; i < KB; i++) key[i] = k + smaller(j + i, keys - 1) * stride;
-      if (Fetch::by_loads || further)
-        for (int i = 0; i < KB; i++) fetch(key[i], further + (j + i) * stride);
+      const int64_t first = smaller(j, larger<int64_t>(keys - KB, 0));  // some keys once more rather than less than KB
+      const char* key = k + first * stride;
+      if (cold) rows.touch(key, smaller<int64_t>(KB, keys));
       const typename Rows::Raw old = ~(loads.fresh ^ loads.fresh);
       for (int64_t i = 0; i < loads.whole; i++)
-        dot_step<Rows, R, KB>(tile, key, i * Rows::step * Rows::size, old, q + i * R * V * L, each_row, some);
+        dot_step<Rows, R, KB>(tile, key + i * Rows::step * Rows::size, apart, old, q + i * R * V * L, each_row, some);
       if (loads.whole < loads.count)
-        dot_step<Rows, R, KB>(tile, key, loads.offset(loads.whole), loads.fresh, q + loads.whole * R * V * L, each_row,
-                              some);
+        dot_step<Rows, R, KB>(tile, key + loads.offset(loads.whole), apart, loads.fresh, q + loads.whole * R * V * L,
+                              each_row, some);
       Real lanes[N];
       store_sums<Real>(tile, lanes, sums);
-      for (int r = 0; r < R; r++) memcpy(s + r * s_stride + j, lanes + r * KB, KB * sizeof(Real));
+      for (int r = 0; r < R; r++) memcpy(s + r * s_stride + first, lanes + r * KB, KB * sizeof(Real));
     }
   }
 }
 
-// out [R][out_stride] += weights of `C` loads of columns, `offset` bytes from where the rows begin. seen: null, or the
-// scores of one row, of which -inf masks: such a key adds nothing, not 0 * NaN.
+// out [R][out_stride] += weights of `C` loads of columns, from v on. seen: null, or the scores of one row, of which -inf
+// masks: such a key adds nothing, not 0 * NaN.
 template <class Rows, int R, int C, int... I, int... J>
-FASTATTN_INLINE void add_value_columns(const RowRuns& rows, int64_t offset, int64_t keys, const typename Rows::Real* w,
-                                       int64_t w_stride, const typename Rows::Real* seen, Fetch fetch,
+FASTATTN_INLINE void add_value_columns(const char* v, int64_t stride, int64_t keys, const typename Rows::Real* w,
+                                       int64_t w_stride, const typename Rows::Real* seen, ColdRows cold,
                                        typename Rows::Real* out, int64_t out_stride,
                                        std::integer_sequence<int, I...> all, std::integer_sequence<int, J...>) {
   using Real = typename Rows::Real;
   constexpr int V = Rows::vectors, N = sizeof...(I), columns = C * V, L = VL<Real>;
+  constexpr int64_t touched = R > 1 ? 4 : 1;  // rows at once
   Tile<Real, N, 1> tile{};
-  const char *const *run = rows.first, *const *next = rows.ahead;
-  for (int64_t j = 0, end = rows.head; j < keys; end = smaller(end + rows.each, keys), run++) {
-    const char *v = *run + offset, *further = next ? *next++ + offset : v + fetch.ahead;
-    for (; j < end; j++, v += rows.stride, further += rows.stride) {
-      if (fetch.bytes) fetch(v, further);
-      if (R == 1 && seen && seen[j] == (Real)-__builtin_inf()) continue;
-      const typename Rows::Raw x[C] = {load_raw<Rows>(v + J * Rows::step * Rows::size)...};
-      ((tile.c[I] += Rows::template vector<I % V>(x[I % columns / V]) * splat(w[I / columns * w_stride + j])), ...);
-      pin<Real, N, 1>(tile, all);
-    }
+  for (int64_t j = 0; j < keys; j++, v += stride) {
+    if (cold.bytes && j % touched == 0) cold.touch(v, smaller(touched, keys - j));
+    if (R == 1 && seen && seen[j] == (Real)-__builtin_inf()) continue;
+    const typename Rows::Raw x[C] = {load_raw<Rows>(v + J * Rows::step * Rows::size)...};
+    ((tile.c[I] += Rows::template vector<I % V>(x[I % columns / V]) * splat(w[I / columns * w_stride + j])), ...);
+    pin<Real, N, 1>(tile, all);
   }
   Real* to[R];
   for (int r = 0; r < R; r++) to[r] = out + r * out_stride;
   ((store(to[I / columns] + I % columns * L, load(to[I / columns] + I % columns * L) + tile.c[I])), ...);
 }
 template <class Rows, int R, int C>
-__attribute__((noinline)) void add_values_of(const RowRuns& rows, int64_t offset, int64_t keys,
-                                             const typename Rows::Real* w, int64_t w_stride,
-                                             const typename Rows::Real* seen, Fetch fetch, typename Rows::Real* out,
-                                             int64_t out_stride) {
-  add_value_columns<Rows, R, C>(rows, offset, keys, w, w_stride, seen, fetch, out, out_stride,
+__attribute__((noinline)) void add_values_of(const char* v, int64_t stride, int64_t keys, const typename Rows::Real* w,
+                                             int64_t w_stride, const typename Rows::Real* seen, ColdRows cold,
+                                             typename Rows::Real* out, int64_t out_stride) {
+  add_value_columns<Rows, R, C>(v, stride, keys, w, w_stride, seen, cold, out, out_stride,
                                 std::make_integer_sequence<int, R * C * Rows::vectors>{},
                                 std::make_integer_sequence<int, C>{});
 }
@@ -259,24 +257,22 @@ constexpr int value_loads =
 
 // out [R][out_stride] += w v over a block of keys: in passes, the first of which touches the rows.
 template <class Rows, int R, int C = value_loads<Rows, R>>
-FASTATTN_INLINE int64_t add_values(const RowRuns& rows, int64_t keys, const RowLoads<Rows>& loads,
+FASTATTN_INLINE int64_t add_values(const char* v, int64_t stride, int64_t keys, const RowLoads<Rows>& loads,
                                    const typename Rows::Real* w, int64_t w_stride, const typename Rows::Real* seen,
                                    bool cold, typename Rows::Real* out, int64_t out_stride, int64_t done = 0) {
   constexpr int L = VL<typename Rows::Real>, V = Rows::vectors;
-  // One row, or by loads: whole rows in the first pass. Else each pass its columns of the block that follows.
-  constexpr bool whole_rows = R == 1 || Fetch::by_loads;
-  auto fetch = [&](int64_t columns) __attribute__((always_inline)) {
-    const bool in_order = columns == loads.count && rows.stride == loads.row_bytes() && !rows.ahead;
-    if (!cold || (whole_rows && (done || in_order))) return Fetch{0, 0};
-    return whole_rows ? loads.fetch(rows.stride) : Fetch{columns * Rows::step * Rows::size, keys * rows.stride};
+  // The first pass touches whole rows, unless it reads all of them itself, in their order.
+  auto touched = [&](int64_t columns) __attribute__((always_inline)) {
+    const bool in_order = columns == loads.count && stride == loads.row_bytes();
+    return ColdRows{cold && !done && !in_order ? loads.row_bytes() : 0, stride};
   };
   for (; done + C <= loads.whole; done += C)
-    add_values_of<Rows, R, C>(rows, done * Rows::step * Rows::size, keys, w, w_stride, seen, fetch(C),
+    add_values_of<Rows, R, C>(v + done * Rows::step * Rows::size, stride, keys, w, w_stride, seen, touched(C),
                               out + done * V * L, out_stride);
   if constexpr (C > 1)
-    return add_values<Rows, R, C / 2>(rows, keys, loads, w, w_stride, seen, cold, out, out_stride, done);
+    return add_values<Rows, R, C / 2>(v, stride, keys, loads, w, w_stride, seen, cold, out, out_stride, done);
   if (done < loads.count)
-    add_values_of<Rows, R, 1>(rows, loads.offset(done), keys, w, w_stride, seen, fetch(1), out + done * V * L,
+    add_values_of<Rows, R, 1>(v + loads.offset(done), stride, keys, w, w_stride, seen, touched(1), out + done * V * L,
                               out_stride);
   return loads.count;
 }
