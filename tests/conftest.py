@@ -28,7 +28,7 @@ def pytest_collection_finish():
 
 
 def pytest_collectstart():
-    """What a module makes as it is imported is the same each time, too."""
+    """Random tensors that a module makes as it is imported are the same each time, too."""
     torch.manual_seed(0)
 
 

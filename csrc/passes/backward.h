@@ -245,9 +245,10 @@ class KeyRange {
     const int64_t block = query / b.block_rows, tile = (lo - k_lo) / b.n_block;
     any_came = true;
     for (int64_t i = 0; i < count; i++) {
-      if (!one_visit)
+      const Range seen = panel[i].seen;
+      if (!one_visit && seen.hi)
         modifier.fetch_after(ahead, s.panels, column_panels(p.seqlen_q, NR), query / NR + i, {lo, lo + keys}, b.n_block,
-                             2 * tiles_of<R>(keys) + tiles_of<R>(D), g.dbias_rows());
+                             2 * tiles_of<R>(seen.hi - seen.lo) + (g.needs_dq() ? tiles_of<R>(D) : 0), g.dbias_rows());
       if constexpr (pairs)
         any_masked |= in_pairs.visit_panel(panel[i], i * NR);
       else

@@ -1,5 +1,5 @@
-// Memory that the next unit will want, fetched beside the products of this one: a few lines at a time, for many at once
-// hold up the loads of the products.
+// Memory that the next unit or panel will want, fetched beside the products of this one: a few lines at a time, for many
+// at once hold up the loads of the products.
 #pragma once
 #include "rows.h"
 
@@ -37,6 +37,7 @@ class LinesAhead {
   void add(const Tensor& t, int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t columns,
            int64_t column = 0) {
     if (!t || t.pages || t.stride[3] != 1 || !rows || count == most) return;
+    if (t.stride[2] == 0) rows = 1;
     const int64_t size = bytes_of(t.dtype), bytes = columns * size, stride = t.stride[2] * size;
     Rows added{at(t, batch, head, row, column), rows, stride, bytes};
     if (stride == bytes) added = {added.first, 1, 0, rows * bytes};

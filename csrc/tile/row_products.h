@@ -228,10 +228,9 @@ FASTATTN_INLINE void add_value_columns(const char* v, int64_t stride, int64_t ke
                                        std::integer_sequence<int, I...> all, std::integer_sequence<int, J...>) {
   using Real = typename Rows::Real;
   constexpr int V = Rows::vectors, N = sizeof...(I), columns = C * V, L = VL<Real>;
-  constexpr int64_t touched = R > 1 ? 4 : 1;  // rows at once
   Tile<Real, N, 1> tile{};
   for (int64_t j = 0; j < keys; j++, v += stride) {
-    if (cold.bytes && j % touched == 0) cold.touch(v, smaller(touched, keys - j));
+    if (cold.bytes) cold.touch(v, 1);
     if (R == 1 && seen && seen[j] == (Real)-__builtin_inf()) continue;
     const typename Rows::Raw x[C] = {load_raw<Rows>(v + J * Rows::step * Rows::size)...};
     ((tile.c[I] += Rows::template vector<I % V>(x[I % columns / V]) * splat(w[I / columns * w_stride + j])), ...);

@@ -125,14 +125,14 @@ def assert_as_in_one_place(team: Team, problem: Sharded, **options) -> list[dict
         x, y = found[f"d{name}"], same_dtype[name]
         assert (x.shape, x.dtype) == (y.shape, y.dtype), name
         size = expected.abs().clamp(min=1.0)
-        of_many_terms = {"alibi_slopes": sizes_of_slope_sums, "softmax_scale": sizes_of_scale_sums}.get(name)
-        floor = of_many_terms(*doubles) * 2**-24 / size if of_many_terms else 0.0
+        sizes_of_sums = {"alibi_slopes": sizes_of_slope_sums, "softmax_scale": sizes_of_scale_sums}.get(name)
+        floor = sizes_of_sums(*doubles) * 2**-24 / size if sizes_of_sums else 0.0
         is_of_all = name == "bias" and problem.case.bias == "key"
         if is_of_all or name in ("alibi_slopes", "sinks", "softmax_scale"):  # parts are rounded, and then added up
             floor = floor + sum(part[f"d{name}"].double().abs() for part in parts) * torch.finfo(x.dtype).eps / size
         errors, reference_errors = ((z.double() - expected).abs() / size for z in (x, y))
         largest, reference_error = (e.amax() if e.numel() else 0.0 for e in (errors - floor, reference_errors))
-        if of_many_terms:  # to one number: the reference may be lucky, where one process is not
+        if sizes_of_sums:  # a few sums of many terms: the reference may be lucky where one process is not
             alone = gradients(q, k, v, kwargs, dout.to(q.dtype), dlse, "cpu", of_scores=True)[name]
             reference_error = max(reference_error, ((alone.double() - expected).abs() / size).amax())
         allowed = 2.0 * reference_error + slack_of(x, q)

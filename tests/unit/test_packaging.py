@@ -200,9 +200,9 @@ def wheel(sdist, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     before = os.times()
     output(*WHEEL, folder, sdist, FASTATTN_BUILD_EXT="1", **outside(tmp_path_factory.mktemp("outside")))
-    after = os.times()  # CPU time is the build's own, whatever else the machine does
+    after = os.times()  # CPU time: other work on the machine may take half of the clock's
     took = after.children_user - before.children_user + after.children_system - before.children_system
-    assert took < 2 * 90, f"a build must take less than 90 s on two cores, not {took:.0f} s of CPU time"
+    assert took < 2 * 90, f"a build must take less than 180 s of CPU time, 90 s on two cores, not {took:.0f} s"
     return next(folder.glob("*.whl"))
 
 
