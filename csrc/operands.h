@@ -101,6 +101,7 @@ struct Operands {
   // Products are of pairs of bfloat16, to which weights are rounded: forward and backward.
   bool in_pairs = false;
   bool keys_are_near = false;          // other queries have just read them
+  double sequences_bytes = 0;          // `bytes` of all sequences of which this is one
   const BlockLists* blocks = nullptr;  // block_mask, by queries in a forward pass and by keys in a backward pass
   double softmax_scale, softcap;
   int64_t diagonal_lo, diagonal_hi;  // a query sees keys with lo <= key - query <= hi
@@ -118,6 +119,12 @@ struct Operands {
   // Query heads that share a key head, and the key head of a query head; most often without a division.
   int64_t group_size() const { return num_heads == num_heads_k ? 1 : num_heads / num_heads_k; }
   int64_t head_k(int64_t head) const { return num_heads == num_heads_k ? head : head / group_size(); }
+  // Of the rows of q, k, v and out.
+  double bytes() const {
+    const double of_queries = (double)num_heads * seqlen_q * bytes_of_dtype[(int)q.dtype];
+    const double of_keys = (double)num_heads_k * seqlen_k * bytes_of_dtype[(int)k.dtype];
+    return batch * (of_queries + of_keys) * (head_dim + head_dim_v);
+  }
   // The factors of int8 rows are part of this call.
   void link_factors() { k.factors = k_factors ? &k_factors : nullptr, v.factors = v_factors ? &v_factors : nullptr; }
   // Whether rows are bfloat16 as they lie in memory, so that products of pairs may read them.

@@ -46,6 +46,7 @@ PlacedSequences::PlacedSequences(const Operands& whole, const Sequences& s) : wh
   sequences.resize(s.count);
   place_queries();
   s.is_cache || s.block_table ? place_in_cache() : place_keys();
+  for (int64_t i = 0; i < s.count; i++) bytes += operands(i).bytes();
   if (!whole.rotary.pairs) return;
   for (const Sequence& one : sequences)
     if (one.k_rows > whole.rotary.positions || one.q_rows > one.k_rows)
@@ -151,6 +152,7 @@ Operands PlacedSequences::operands(int64_t i) const {
     else if (*t)
       t->pages = &one.pages;
   }
+  p.sequences_bytes = bytes;
   p.alibi_slopes = p.alibi_slopes.from(i, 0);
   p.seed = (whole.seed + (uint64_t)i) & INT64_MAX;  // as a call of its own with this seed
   return p;

@@ -17,6 +17,7 @@ class PlacedSequences {
   const Operands& whole;
   const Sequences& s;
   std::vector<std::vector<int64_t>> tables;  // copies, so that what has been checked stays so
+  double bytes = 0;                          // of all sequences, once they are placed
 
   void place_queries();
   void place_keys();

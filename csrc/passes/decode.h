@@ -198,7 +198,7 @@ class DecodeUnit {
         body(key, n, at(t, u.batch, head_k, key), t.stride[2] * bytes_of(t.dtype));
         continue;
       }
-      for (int64_t j = key + n; j < smaller(key + 2 * n, keys.hi); j++)
+      for (int64_t j = key + n; far && j < smaller(key + 2 * n, keys.hi); j++)
         prefetch_row(t, u.batch, head_k, j, loads.columns);
       copy_rows(t, u.batch, head_k, key, n, loads.columns, copies, loads.row_bytes());
       if (p.rotary && &t == &p.k) turn_copies(key, n, copies, loads.row_bytes());
@@ -230,7 +230,7 @@ class DecodeUnit {
                  });
                });
     scale_scores(p.k, whole);
-    const int64_t ahead = p.keys_are_near ? 0 : smaller(v_block, keys.hi - keys.lo);
+    const int64_t ahead = far ? smaller(v_block, keys.hi - keys.lo) : 0;
     for (int64_t j = 0; j < ahead; j++)  // memory should not rest meanwhile
       prefetch_row(p.v, u.batch, p.head_k(u.head), keys.lo + j, p.head_dim_v);
     for (int64_t r = 0; r < rows; r++) weigh(r, whole, keys);

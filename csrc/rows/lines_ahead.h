@@ -5,11 +5,8 @@
 
 namespace fastattn::FASTATTN_ISA {
 
-// Whether the tensors of the call are more than an L2 has room for.
-inline bool exceeds_caches(const Operands& p) {
-  const double rows = (double)p.num_heads * p.seqlen_q + (double)p.num_heads_k * p.seqlen_k;
-  return p.batch * rows * (p.head_dim + p.head_dim_v) * bytes_of(p.q.dtype) > (1 << 20);
-}
+// Whether the rows of the call, and of the other sequences of its call, are more than an L2 has room for.
+inline bool exceeds_caches(const Operands& p) { return larger(p.bytes(), p.sequences_bytes) > (1 << 20); }
 
 class LinesAhead {
   static constexpr int64_t line = 64;

@@ -163,6 +163,19 @@ def test_bits_do_not_depend_on_threads_or_the_batch(variant, dtype):
 
 
 @dtypes
+@pytest.mark.parametrize("heads", [2, 4, 8])
+def test_bits_do_not_depend_on_the_size_of_the_call(heads, dtype):
+    """Rows of a large call are touched, or copied if they lie apart; those of a small one are read as they lie."""
+    (q, k, v), _ = inputs(Case(batch=40, num_heads=heads, num_heads_k=2, seqlen_k=201, head_dim=72, dtype=dtype))
+    for keys, values in ((k, v), (next(caches(k)), next(caches(v)))):
+        whole = decode(q, keys, values)
+        for b in (0, 39):
+            assert_same_bits(decode(q[b : b + 1], k[b : b + 1], v[b : b + 1]), [x[b : b + 1] for x in whole])
+            alone = decode(q[b : b + 1], keys[b : b + 1], values[b : b + 1])
+            assert_same_bits(alone, [x[b : b + 1] for x in whole])
+
+
+@dtypes
 def test_a_row_does_not_depend_on_the_rows_beside_it(dtype):
     """Query heads of one key head, speculative queries: alone, each has the same bits."""
     (q, k, v), _ = inputs(LONG._replace(batch=1, seqlen_q=3, seqlen_k=1500, dtype=dtype))
