@@ -102,15 +102,18 @@ bool all_finite(const Real* x, int64_t n) {
   return !any<Real>(poison[0] + poison[1] + (poison[2] + poison[3]) != zero);
 }
 
-// Makes the compiler hold v in a vector register at this point; no instruction.
+// Makes the compiler hold v in a vector register at this point; no instruction. What is narrower than a register stays
+// as it is: Clang has none for it.
 template <class V>
 FASTATTN_INLINE void keep(V& v) {
-#if defined(FASTATTN_EMULATED)
-  (void)v;
-#elif defined(__x86_64__)
-  asm volatile("" : "+v"(v));
+#if !defined(FASTATTN_EMULATED)
+  if constexpr (sizeof(V) >= 16) {
+#if defined(__x86_64__)
+    asm volatile("" : "+v"(v));
 #elif defined(__aarch64__)
-  asm volatile("" : "+w"(v));
+    asm volatile("" : "+w"(v));
+#endif
+  }
 #endif
 }
 
