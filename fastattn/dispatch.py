@@ -25,6 +25,10 @@ class KernelError(RuntimeError):
     """A kernel could not be compiled or loaded for the device of its tensors: the next row is asked then."""
 
 
+class WrongResultError(KernelError):
+    """What a kernel computed is wrong, of which a warning has told already."""
+
+
 def check_backend(backend: str | None, argument: str) -> str | None:
     """`backend` itself if it is known or None; ValueError otherwise."""
     if backend is not None and not (isinstance(backend, str) and backend in BACKENDS):
@@ -149,12 +153,12 @@ def refuse(row: Row, problem: Problem) -> list[str]:
 
 def reason_for(row: Row, problem: Problem, backend: str | None) -> str:
     """Why the rows of other backends before `row` refused, "" if there are none: which of its own kernels a backend
-    runs is no news to anybody."""
+    runs is no news to anybody, unless one of them has failed."""
     passed_over = []
     for other in rows_of(backend, problem.layout):
         if other.name == row.name:
             break
-        if other.backend != row.backend and _is_of_direction(other, problem):
+        if _is_of_direction(other, problem) and (other.backend != row.backend or _failure(other, problem)):
             passed_over.append(f"{other.name}: {', '.join(refuse(other, problem))}")
     return "; ".join(passed_over)
 

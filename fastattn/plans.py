@@ -1,5 +1,6 @@
 """Plans: what is found out once about a kind of call, whatever its lengths, and is looked up in later ones."""
 
+import warnings
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -87,11 +88,16 @@ def _forget_plans() -> None:
 
 
 def after_failure(bound: Bound, error: dispatch.KernelError) -> Bound:
-    """The call on the next kernel that takes it. The one that could not be prepared is not asked again."""
-    choice, problem, terms, backend = bound
-    dispatch.note_failure(choice.row, problem, str(error))
+    """The call on the next kernel that takes it. The one that could not be prepared is not asked again, and a
+    RuntimeWarning tells of it where nothing else will."""
+    failed, problem, terms, backend = bound
+    dispatch.note_failure(failed.row, problem, str(error))
     _forget_plans()
     choice = dispatch.first_that_takes(dispatch.choices_of(problem, backend), problem)
+    is_told = choice is None or choice.is_fallback or isinstance(error, dispatch.WrongResultError)
+    if not is_told:
+        text = f"{failed.row.name}: {error}; such calls go to {choice.row.name} from now on"
+        warnings.warn(text, RuntimeWarning, 3)
     return _new(Bound, (choice, problem, terms, backend))
 
 

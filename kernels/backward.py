@@ -38,11 +38,12 @@ def backward(problem, q, k, v, terms, saved, dout, dlse, wanted):
         exact = row_sums(any(wants))  # weights were rounded to 16 bits in out, which these gradients would show
         if exact is not None:
             call.launch_query("totals", None, None, exact, None, None)
-        num_m = -(-problem.seqlen_q // call.block_m)
+        num_m = -(-problem.seqlen_q // (min(tuning.BLOCKS) if tuning.is_on() else call.block_m))  # room for any tiles
         bounds = torch.empty((*rows[:2], num_m, 4), dtype=torch.int32, device=q.device)
-        call.launch_delta(out, dlse, exact, delta, dsinks, bounds)
+        of_delta = (out, dlse, exact, delta, dsinks, bounds)
+        call.launch_delta(call.block_m, *of_delta)
         if (want_k or want_v) and problem.seqlen_k:
-            call.launch_key_value(delta, bounds, dk, dv)
+            call.launch_key_value(of_delta, dk, dv)
         if want_q or wants.alibi_slopes or wants.softmax_scale:
             call.launch_query("query", delta, dq, None, dslopes, dscale)
         if wants.bias and dbias.numel():
@@ -94,11 +95,12 @@ class BackwardPass:
         return launch.device_facts(self.lse_parts.get_device())
 
     def _block_m(self) -> int:
-        """Queries of a block in key_value_kernel, of which delta_kernel notes what it sees; tuning leaves it alone."""
+        """Queries of a block in key_value_kernel, of which delta_kernel notes what it sees."""
         tiles = tuning.tiles("key_value", self.problem, self._device())
         return (config.within(tiles, self.lists.block_size) if self.lists else tiles).BLOCK_M
 
-    def launch_delta(self, out, dlse, exact, delta, dsinks, bounds) -> None:
+    def launch_delta(self, block_m, out, dlse, exact, delta, dsinks, bounds) -> None:
+        """bounds: of blocks of block_m queries."""
         problem, terms, dout = self.problem, self.terms, self.inputs[3]
         sinks = None if dsinks is None else terms.sinks
         tensors = (
@@ -114,22 +116,34 @@ class BackwardPass:
             )  # fmt: skip
             constexprs = {
                 "HEAD_DIM_V": problem.head_dim_v, "BLOCK_D": triton.next_power_of_2(problem.head_dim_v),
-                "BLOCK_M": self.block_m, "WIDE": launch.is_wide(*arguments[:2]), **launch.diagonal_flags(lo, hi),
+                "BLOCK_M": block_m, "WIDE": launch.is_wide(*arguments[:2]), **launch.diagonal_flags(lo, hi),
             }  # fmt: skip
             # a product fused into the sum of two lanes would round it as one of them does, and each of them stores it
             options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
-            return launch.Plan(delta_kernel, bounds.numel() // 4, arguments, constexprs, options)
+            programs = triton.cdiv(problem.seqlen_q, block_m) * problem.num_heads * problem.batch
+            return launch.Plan(delta_kernel, programs, arguments, constexprs, options)
 
-        launch.run(self.launches, "delta", tensors, plan)
+        launch.run(self.launches, f"delta {block_m}", tensors, plan)
 
-    def launch_key_value(self, delta, bounds, dk, dv) -> None:
-        problem = self.problem
+    def launch_key_value(self, of_delta, dk, dv) -> None:
+        """of_delta: what launch_delta took behind block_m."""
+        problem, (*_, delta, _, bounds) = self.problem, of_delta
+
+        def note_bounds(tiles):
+            """Of blocks of as many queries as these tiles have, which differ where tiles are measured."""
+            if tiles.BLOCK_M != self.block_m:
+                self.launch_delta(tiles.BLOCK_M, *of_delta)
+                self.block_m = tiles.BLOCK_M
 
         def count_programs(tiles):
             return triton.cdiv(problem.seqlen_k, tiles.BLOCK_N) * problem.num_heads_k * problem.batch
 
         written = (dk, dv)
-        self._launch("key_value", key_value_kernel, count_programs, (delta, bounds), written, written, self.transposed)
+        self._launch(
+            "key_value", key_value_kernel, count_programs, (delta, bounds), written, written, self.transposed,
+            make_ready=note_bounds,
+        )  # fmt: skip
+        self.launches["block_m"] = self.block_m
 
     def launch_query(self, name, delta, dq, totals, dslopes, dscale) -> None:
         problem = self.problem
@@ -154,9 +168,11 @@ class BackwardPass:
         flags = {"ROWS_SUMMED": rows_summed, "COLS_SUMMED": cols_summed}
         self._launch("bias", bias_kernel, count_programs, (delta,), (dbias,), (dbias,), self.lists, counts, flags)
 
-    def _launch(self, name, kernel, count_programs, read, written, strided, lists, counts=(), flags=None) -> None:
+    def _launch(
+        self, name, kernel, count_programs, read, written, strided, lists, counts=(), flags=None, make_ready=None
+    ) -> None:
         """read, written: what the kernel takes between lse_parts and k_start; strided: those of written that have
-        strides; counts: what it takes behind all other arguments."""
+        strides; counts: what it takes behind all other arguments; make_ready: of launch.plan_with_best_tiles."""
         problem, terms = self.problem, self.terms
         of_blocks = lists.tensors if lists else block_lists.NOTHING
         tensors = (
@@ -178,6 +194,8 @@ class BackwardPass:
 
             table = "query" if name == "totals" else name
             block_size = self.lists and self.lists.block_size
-            return launch.plan_with_best_tiles(table, problem, device, tensors, plan_with, written, block_size)
+            return launch.plan_with_best_tiles(
+                table, problem, device, tensors, plan_with, written, block_size, make_ready
+            )
 
         launch.run(self.launches, name, tensors, plan)

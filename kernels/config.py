@@ -1,5 +1,6 @@
 """Which tile sizes a kernel takes: `config` is a pure function of the problem, the device's facts and a table."""
 
+import re
 from typing import NamedTuple
 
 
@@ -53,14 +54,17 @@ _OLDEST_ON_AMD = (3, 9)
 
 def refusal(device: Device, version: str) -> str | None:
     """None if Triton of this version can compile these kernels for the device, else why not."""
-    arch, of_triton = device.arch, tuple(int(x) for x in version.split(".")[:2])
+    arch, of_triton = device.arch, tuple(int(x) for x in re.findall(r"\d+", version)[:2])  # "4.0rc1" is 4, 0
     if arch.startswith("sm_") and int(arch[3:]) < 80:
         return f"{device.name or arch} is {arch}, and Triton compiles for sm_80 and later (Ampere)"
     if arch.startswith("gfx") and not arch.startswith(_AMD):
         return f"{device.name or arch} is {arch}, and these kernels know {', '.join(_AMD)}"
     if arch.startswith("gfx") and of_triton < _OLDEST_ON_AMD:
-        # triton-lang/triton issue 11313: its range analysis may delete a branch of nested loops
-        return f"Triton {version} may compile nested loops wrongly on AMD; 3.9 does not"
+        # its range analysis may delete a branch of nested loops
+        return (
+            f"Triton {version} may compile nested loops wrongly on AMD (triton-lang/triton issue 11313); these kernels "
+            "take 3.9 and later there"
+        )
     return None
 
 

@@ -133,23 +133,35 @@ def _prepared(name: str, tensors: tuple, make_plan: Callable[[], Plan]) -> Calla
 
 def plan_with_best_tiles(
     kernel: str, problem, device: Device, tensors: tuple, plan_with: Callable[[config.Config], Plan],
-    results: tuple, block_size=None,
+    results: tuple, block_size=None, make_ready: Callable[[config.Config], None] | None = None,
 ) -> Plan:  # fmt: skip
     """plan_with(tiles) for the tiles of the table, or measured ones, or ones that are measured now.
 
     results     the tensors that the kernel writes: where candidates have others than the table's tiles, they are wrong
-    block_size  of a block mask, which the tiles have to divide; nothing is measured then, nor in a capture
+    block_size  of a block mask, which the tiles have to divide; nothing is measured then
+    make_ready  called with tiles before a launch with them is prepared, and last with those of the result: it brings
+                what other kernels write into `tensors` for them
+
+    RuntimeError where tiles would have to be measured in a capture.
     """
+    make_ready = make_ready or (lambda tiles: None)
     tiles = tuning.tiles(kernel, problem, device)
     if block_size:
         return plan_with(config.within(tiles, block_size))
-    if tuning.is_wanted(kernel, problem, device) and not interpreted() and not is_capturing():
+    if tuning.is_wanted(kernel, problem, device) and not interpreted():
+        if is_capturing():
+            raise RuntimeError(
+                f"{kernel}: FASTATTN_AUTOTUNE=1 measures tiles in the first call of a kind, which no CUDA graph can "
+                "capture; call it once before the capture, or unset FASTATTN_AUTOTUNE"
+            )
 
         def launch_with(candidate):
+            make_ready(candidate)
             launch = _prepare(tensors, plan_with(candidate))
             return lambda: launch(tensors)
 
         tiles = tuning.tune(kernel, problem, device, launch_with, [x for x in results if x is not None])
+    make_ready(tiles)
     return plan_with(tiles)
 
 

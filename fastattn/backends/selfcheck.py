@@ -2,7 +2,7 @@
 torch, in float32, by the formulas of `fastattn.transforms.dense`.
 
 64 query rows (out, lse, dq) and 64 keys (dk, dv), in runs of 16 that are spread over lengths, heads and batch: O(64 n).
-Gradients of terms are not compared. A mismatch is a `KernelError`: the row refuses such calls from then on, and others
+Gradients of terms are not compared. A mismatch is a `WrongResultError`: the row refuses such calls from then on, and others
 load the code anew and check it. What is right is remembered in a file (`fastattn.backends.proven`), and no process
 checks it again.
 """
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from .. import outputs
-from ..dispatch import KernelError
+from ..dispatch import WrongResultError
 from ..kernels import launch
 from ..outputs import is_rough
 from ..torch_internals import above_autograd, are_products_exact
@@ -62,7 +62,7 @@ class Found(NamedTuple):
 
 
 def forward(name: str, before: int, problem, qkv: tuple, terms, results: tuple, cache: tuple = ()) -> None:
-    """Check a forward pass whose launches have loaded code, if that is not proven; KernelError if a result is wrong.
+    """Check a forward pass whose launches have loaded code, if that is not proven; WrongResultError if one is wrong.
 
     name     of the kernel; before: how many pieces of code had been loaded before the call
     results  (out, lse or None), of a call for backward also out in float32 and lse_parts
@@ -119,7 +119,7 @@ def _check(name: str, before: int, problem, like: torch.Tensor, compare: Callabl
     if complaint:
         complaint = f"{name}: self-check: {complaint} (FASTATTN_SELFCHECK=0 runs it all the same)"
         warnings.warn(f"[{problem}] {complaint}", RuntimeWarning, 2)  # the next row may be of this backend, and silent
-        raise KernelError(complaint)
+        raise WrongResultError(complaint)
     # with autotuning, candidates are among the code that did not write the results
     if complaint is not None and os.environ.get("FASTATTN_AUTOTUNE") != "1":
         proven.add(device, signatures)

@@ -4,6 +4,7 @@ How long that takes is a measurement: `python bench/launch.py`.
 """
 
 import gc
+import warnings
 import weakref
 from contextlib import contextmanager
 
@@ -237,7 +238,8 @@ def test_a_device_that_triton_does_not_compile_for(launches, arch, message, monk
 
 def test_amd_wants_the_triton_that_mends_its_loops():
     device = config.Device("gfx1100", 64 << 10, 40, "Radeon")
-    assert "3.9 does not" in config.refusal(device, "3.8.0") and config.refusal(device, "3.9.0") is None
+    assert "3.9 and later" in config.refusal(device, "3.8.0") and config.refusal(device, "3.9.0") is None
+    assert config.refusal(device, "4.0rc1") is None and "3.9 and later" in config.refusal(device, "3.8rc2")
     assert config.refusal(config.Device("sm_90", 1, 1), "3.7.1") is None
 
 
@@ -250,16 +252,39 @@ def test_a_first_call_while_a_graph_is_captured(launches, monkeypatch):
 
 
 def test_a_graph_captures_what_is_loaded(launched, monkeypatch):
-    """Of another length, whose launch is prepared in the capture; without a measurement there."""
+    """Of another length, whose launch is prepared in the capture; nothing is measured there."""
     call(backward=True)
     loaded = len(launched)
     monkeypatch.setattr(launch, "is_capturing", lambda: True)
-    monkeypatch.setenv("FASTATTN_AUTOTUNE", "1")
-    monkeypatch.setattr(tuning, "tune", lambda *args: pytest.fail("measured in a capture"))
     call(seqlen_q=320, seqlen_k=320, backward=True)
     assert len(launched) == 2 * loaded
     with pytest.raises(RuntimeError, match="each process"):
         call(head_dim=32)
+    monkeypatch.setenv("FASTATTN_AUTOTUNE", "1")
+    monkeypatch.setattr(tuning, "tune", lambda *args: pytest.fail("measured in a capture"))
+    with pytest.raises(RuntimeError, match="measures tiles in the first call .* call it once before the capture"):
+        call(seqlen_q=340, seqlen_k=340)
+    monkeypatch.setattr(tuning, "is_wanted", lambda *args: False)  # as where they have been measured
+    call(seqlen_q=340, seqlen_k=340, backward=True)
+
+
+def test_a_kernel_that_fails_beside_another_of_its_backend(launched, monkeypatch):
+    """Nothing falls back to the reference, so a warning of its own tells of it, once, and last_call() from then on."""
+    run = Specialized.run
+
+    def fail(self, *args):
+        if self.name == "decode_kernel":
+            raise ValueError("boom")
+        return run(self, *args)
+
+    monkeypatch.setattr(Specialized, "run", fail)
+    with pytest.warns(RuntimeWarning, match=r"^triton\.decode: decode: ValueError: boom; .*go to triton\.prefill"):
+        call(seqlen_q=1, seqlen_k=4096)
+    assert fastattn.last_call().kernel == "triton.prefill" and "decode: ValueError: boom" in fastattn.last_call().reason
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(seqlen_q=1, seqlen_k=4096)
+    assert [name for name, *_ in launched] == ["forward_kernel"] * 2
 
 
 class Strange(Exception):

@@ -16,11 +16,11 @@ import triton  # noqa: E402
 from triton import knobs  # noqa: E402
 
 import fastattn  # noqa: E402
-from fake_device import nothing_compiled  # noqa: E402
+from fake_device import Specialized, nothing_compiled  # noqa: E402
 from fastattn import cli  # noqa: E402
 from fastattn.backends import triton as gpu  # noqa: E402
 from fastattn.cli import warmup  # noqa: E402
-from fastattn.kernels import config, launch, tuning  # noqa: E402
+from fastattn.kernels import backward, config, launch, tuning  # noqa: E402
 from kernel_report import compiling_for  # noqa: E402
 
 ROOT = Path(fastattn.__file__).parents[1]
@@ -169,6 +169,31 @@ def test_a_sweep_adds_to_the_file(device, times, tmp_path):
     assert json.loads((tmp_path / "tuned" / FILE).read_text()).keys() == found.keys() | {
         "decode bfloat16 D32 none 2x1 rows"
     }
+
+
+@pytest.mark.parametrize("fastest", [32, 64])
+def test_bounds_are_those_of_each_candidate(device, fastest, tmp_path, monkeypatch):
+    """key_value_kernel takes what delta_kernel has noted of blocks of its tiles' queries, also of the best ones."""
+    noted, seen = [], []
+    place = backward.key_value_kernel.arg_names.index("BLOCK_M")
+
+    def run(self, x, y, z, stream, function, metadata, of_launch, before, after, *args):
+        if self.name == "delta_kernel":
+            noted.append(64 * 4 // x)  # queries of four heads, over programs
+        elif self.name == "key_value_kernel":
+            seen.append((noted[-1], args[place]))
+
+    def do_bench(call):
+        call()
+        return float(bool(seen) and seen[-1] != (fastest, fastest))
+
+    monkeypatch.setattr(Specialized, "run", run)
+    monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+    with nothing_compiled():
+        cli.main(["warmup", "1,4,2,64,96,128", "--causal", "1", "--tune", "--backward"])
+    assert set(seen) == {(32, 32), (64, 64)} and seen[-1] == (fastest, fastest)
+    found = json.loads((tmp_path / "tuned" / FILE).read_text())
+    assert found["key_value bfloat16 D128 causal"]["BLOCK_M"] == fastest
 
 
 def test_what_does_not_fit_is_not_chosen(device, monkeypatch):
