@@ -82,6 +82,7 @@ SANITIZED := tests/gpu/test_sanitized.py
 EXECUTED := $(addprefix tests/gpu/test_,emulator.py mbarriers.py wgmma.py executed.py emulator_amd.py amd_opcodes.py \
 	executed_amd.py executed_tiles.py)
 NEITHER := tests/gpu/test_bench_gpu.py tests/gpu/test_device.py
+ON_DEVICE := $(addprefix tests/gpu/test_,parity.py kernels_lists.py split_keys.py sequences.py paged.py device.py)
 INTERPRETED := $(filter-out $(COMPILED) $(SANITIZED) $(EXECUTED) $(NEITHER),$(sort $(wildcard tests/gpu/test_*.py)))
 
 # What both kinds of tests need; with --jobs 2 it compiles while it installs.
@@ -129,7 +130,7 @@ $(VENV)/libraries: $(VENV)/.torch
 	$(PIP) --quiet --no-deps --target $@ $(LIBRARIES)
 
 test-gpu: $(VENV)/.test $(EXT)  ## the Triton kernels on this machine's GPU, with the triton that came with torch
-	$(PY) -m pytest -q -m "" tests/gpu/test_parity.py tests/gpu/test_kernels_lists.py tests/gpu/test_device.py $(ARGS)
+	$(PY) -m pytest -q -m "" $(ON_DEVICE) $(ARGS)
 
 bench: $(VENV)/.bench $(EXT)  ## time the kernels beside their peers; ARGS=--help
 	$(PY) bench/run.py $(ARGS)

@@ -1,7 +1,7 @@
 """The Triton kernels on a GPU: right or not, and how fast beside torch's and flash-attn's: `make bench-gpu`.
 
 Writes bench-gpu.json and bench-gpu.png, in less than ten minutes; docs/gpu_first_run.md says how to read them. Each
-contender is compared with float32 on a block of queries before it is timed; a wrong one is not timed. Rates count the
+contender is compared with float32, on two whole heads, before it is timed; a wrong one is not timed. Rates count the
 (query, key) pairs that the mask leaves; shares are of the matrix product and the copy of the same run.
 """
 
@@ -24,16 +24,16 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 import fastattn
 import gpu_parity
 from fastattn.torch_internals import driver_version
 from gpu_bounds import static_bound
+from gpu_heads import error, expected
 from plots import draw_gpu
 
 PASSES = ("forward", "forward+backward")
-CHECKED = 64
-"""Queries that are compared, the last ones of the first head: the reference is O(n^2)."""
 
 
 class Shape(NamedTuple):
@@ -69,8 +69,8 @@ class Shape(NamedTuple):
 
 
 def shapes(full: bool = False) -> tuple[Shape, ...]:
-    """16384 tokens and 2048 channels, as flash-attn's authors measure; decoding; a sliding window. The telling ones
-    come first. full: more lengths, and float16."""
+    """16384 tokens and 2048 channels, as flash-attn's authors measure; decoding, and 64 tokens of a prompt against what
+    is before them; a sliding window. The telling ones come first. full: more lengths, and float16."""
 
     def dense(seqlen, head_dim, dtype="bfloat16"):
         heads = 2048 // head_dim
@@ -79,6 +79,7 @@ def shapes(full: bool = False) -> tuple[Shape, ...]:
 
     made = [*dense(8192, 128), *dense(8192, 64)]
     made += [Shape("decode", batch, 32, 8, 1, seqlen, 128, "bfloat16") for batch in (1, 64) for seqlen in (8192, 1024)]
+    made += [Shape("decode", 1, 32, 8, 64, 8192, 128, "bfloat16", causal=True)]
     made += [*dense(2048, 128), made[0]._replace(suite="sparse", window=1023)]
     if full:
         made += [made[0]._replace(suite="sparse", window=255), *dense(512, 128), *dense(2048, 64), *dense(512, 64)]
@@ -102,6 +103,8 @@ def sdpa(backend: SDPBackend) -> Callable:
         if shape.window is not None:
             return "no window"
         options = {"is_causal": shape.causal, "enable_gqa": shape.num_heads != shape.num_heads_k}
+        if shape.causal and shape.seqlen_q != shape.seqlen_k:  # is_causal counts from the first key
+            options |= {"is_causal": False, "attn_mask": causal_lower_right(shape.seqlen_q, shape.seqlen_k)}
 
         def call():
             with sdpa_kernel(backend):
@@ -119,9 +122,11 @@ def sdpa(backend: SDPBackend) -> Callable:
 def flex(shape: Shape, q, k, v) -> Callable | str:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    before = shape.seqlen_k - shape.seqlen_q
+
     def causal(b, h, i, j):
-        seen = i >= j
-        return seen if shape.window is None else seen & (i - j <= shape.window)
+        seen = i + before >= j
+        return seen if shape.window is None else seen & (i + before - j <= shape.window)
 
     torch._dynamo.reset()  # or the recompile limit turns later shapes into errors
     block_mask = None
@@ -202,27 +207,20 @@ def tensors(shape: Shape, device: str, passes: str) -> list[torch.Tensor]:
     ]
 
 
-def error(shape: Shape, out: torch.Tensor, q, k, v) -> float:
-    """Largest distance of the last queries of the first head from the reference in float32."""
-    rows = min(CHECKED, shape.seqlen_q)
-    group = shape.num_heads // shape.num_heads_k
-    q, k, v = (x.detach()[:1, :1].float() for x in (q[:, ::group], k, v))
-    window = None if shape.window is None else (shape.window, None)
-    expected = fastattn.attention(q[:, :, -rows:], k, v, causal=shape.causal, window_size=window, backend="reference")
-    return (out.detach()[:1, :1, -rows:].float() - expected).abs().max().item()
-
-
 def measure(shape: Shape, passes: str, device: str, peak: dict[str, float], arch: str = "") -> Iterator[dict]:
     """One line for each contender: why it was refused, or its figures. Ours has the static bound of its code for `arch`
     beside its share of the matrix product, and where it fails the traceback: a bug, of which the report tells."""
     q, k, v = tensors(shape, device, passes)
+    dout = torch.randn(q.shape, dtype=q.dtype, device=device, generator=torch.Generator(device).manual_seed(1))
+    right: list = []
     for name, prepare in CONTENDERS.items():
         line = {**shape._asdict(), "passes": passes, "contender": name}
         try:
             call = prepare(shape, q, k, v)
-            figures = (
-                {"refused": call} if isinstance(call, str) else _figures(shape, passes, device, peak, call, q, k, v)
-            )
+            figures = {"refused": call}
+            if not isinstance(call, str):
+                right = right or expected(shape, passes, q, k, v, dout)
+                figures = _figures(shape, passes, device, peak, _of_passes(call, passes, (q, k, v), dout), right)
         except Exception as failure:
             figures = {"refused": f"{type(failure).__name__}: {failure}".splitlines()[0]}
             figures |= {"traceback": traceback.format_exc()} if name == OURS else {}
@@ -231,17 +229,23 @@ def measure(shape: Shape, passes: str, device: str, peak: dict[str, float], arch
         yield line | figures
 
 
-def _figures(shape: Shape, passes: str, device: str, peak: dict[str, float], call: Callable, q, k, v) -> dict:
-    distance = error(shape, call(), q, k, v)
-    if not distance <= 8 * torch.finfo(q.dtype).eps:
-        return {"refused": f"wrong by {distance:.3g}", "error": distance}
-    timed, dout = call, torch.randn_like(q)
-    if passes != "forward":
+def _of_passes(call: Callable, passes: str, qkv: tuple, dout: torch.Tensor) -> Callable:
+    """What is compared and timed: RESULTS of a direction."""
+    if passes == "forward":
+        return lambda: (call(),)
 
-        def timed():
-            return torch.autograd.grad(call(), (q, k, v), dout)
+    def both():
+        out = call()
+        return out, *torch.autograd.grad(out, qkv, dout)
 
-    time = seconds(timed, device)
+    return both
+
+
+def _figures(shape: Shape, passes: str, device: str, peak: dict[str, float], call: Callable, right: list) -> dict:
+    distance, name = error(shape, call(), right)
+    if not distance <= gpu_parity.ALLOWED[shape.dtype]:
+        return {"refused": f"{name} is wrong by {distance:.3g} of its size", "error": distance}
+    time = seconds(call, device)
     tflops, gbps = shape.flops(passes) / time / 1e12, shape.bytes / time / 1e9
     return {
         "error": distance,

@@ -2,9 +2,9 @@
 torch, in float32, by the formulas of `fastattn.transforms.dense`.
 
 64 query rows (out, lse, dq) and 64 keys (dk, dv), in runs of 16 that are spread over lengths, heads and batch: O(64 n).
-Gradients of terms are not compared. A mismatch is a `WrongResultError`: the row refuses such calls from then on, and others
-load the code anew and check it. What is right is remembered in a file (`fastattn.backends.proven`), and no process
-checks it again.
+Gradients of terms are not compared. A mismatch is a `WrongResultError`: the row refuses such calls from then on, and
+others load the code anew and check it. What is right is remembered in a file (`fastattn.backends.proven`), and no
+process checks it again.
 """
 
 import math

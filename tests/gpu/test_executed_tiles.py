@@ -119,26 +119,33 @@ def test_decode_by_two_warps(dtype, arch, monkeypatch):
     assert first.binary.metadata["num_warps"] == 2
 
 
-BIASED = CASE._replace(head_dim=64, bias="per_head", alibi=True, learned_scale="per_head")
+BIASED = CASE._replace(head_dim=64, causal=True, bias="per_head", alibi=True, learned_scale="per_head")
 
 
-@pytest.mark.parametrize("case", [DECODING, pytest.param(BIASED, marks=pytest.mark.slow)], ids=str)
-def test_a_measurement(case, monkeypatch, tmp_path):
+OF_BACKWARD = pytest.param(BIASED, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("fastest", ["first", "last"])
+@pytest.mark.parametrize("case", [DECODING, OF_BACKWARD], ids=str)
+def test_a_measurement(case, fastest, monkeypatch, tmp_path):
     """Each kernel with its table's tiles and with others: all results agree, whatever memory held before."""
     measured, candidates = [], tuning.candidates
+    sign = 1.0 if fastest == "first" else -1.0
     monkeypatch.setenv("FASTATTN_AUTOTUNE", "1")
     monkeypatch.setenv("FASTATTN_TUNED", str(tmp_path))
     monkeypatch.setattr(tuning, "candidates", lambda *args: list(candidates(*args))[:2])
-    monkeypatch.setattr(triton.testing, "do_bench", lambda call: measured.append(call) or float(len(measured)))
+    monkeypatch.setattr(triton.testing, "do_bench", lambda call: measured.append(call) or sign * len(measured))
     if case == DECODING:
         forward(case, arch=80)
     else:
         with executing(80):
             assert_gradients(case, monkeypatch)
     (file,) = tmp_path.iterdir()
-    kernels = {name.split()[0] for name in json.loads(file.read_text())}
-    assert kernels == ({"decode"} if case == DECODING else {"prefill", "key_value", "query", "bias"})
-    assert len(measured) == 2 * len(kernels)
+    tiles = {name.split()[0]: config.Config(**fields) for name, fields in json.loads(file.read_text()).items()}
+    assert tiles.keys() == ({"decode"} if case == DECODING else {"prefill", "key_value", "query", "bias"})
+    assert len(measured) == 2 * len(tiles)
+    if case != DECODING:  # delta_kernel notes what blocks of as many queries see
+        assert tiles["key_value"].BLOCK_M == (32 if fastest == "first" else 64)
 
 
 OF_KPACK = [CASE._replace(head_dim=64), CASE._replace(dtype="float16", head_dim=128), CASE._replace(dtype="float32")]
