@@ -2,7 +2,9 @@
 
 import re
 
-from accuracy import assert_accuracy
+import pytest
+
+from accuracy import assert_accuracy, assert_gradients
 from cases import Case, inputs
 from emulator.device import executing
 from emulator.machine import decode
@@ -26,6 +28,19 @@ EVERYTHING = Case(
 )  # fmt: skip
 DECODE = Case(num_heads=4, num_heads_k=2, seqlen_q=1, seqlen_k=1500, head_dim=64, dtype="bfloat16")
 DECODE_BLOCKS = DECODE._replace(num_heads=2, num_heads_k=1, seqlen_q=3, seqlen_k=1100, mask="shared_blocks")
+
+
+# Each dtype with each of two bounds, the last tiles not full.
+ODD = [
+    Case(num_heads=2, num_heads_k=1, seqlen_q=77, seqlen_k=151, head_dim=64, dtype=dtype, **bounds)
+    for dtype in ("bfloat16", "float16", "float32")
+    for bounds in ({"causal": True}, {"window_size": (100, 3)})
+]
+ODD_BLOCKS = [case._replace(mask="blocks") for case in ODD]
+ODD_DECODING = [
+    case._replace(num_heads=4, num_heads_k=2, seqlen_q=seqlen_q, seqlen_k=1501) for case in ODD for seqlen_q in (1, 3)
+]
+ODD_BLOCKS_DECODING = [case._replace(mask="blocks", seqlen_k=501) for case in ODD_DECODING]
 
 
 def forward(case: Case, edit=lambda name, text: text, arch: int = 80, **options) -> list:
@@ -68,14 +83,21 @@ def assert_all_opcodes_are_checked(launches) -> None:
         assert {opcode for opcode in opcodes if opcode.split(".")[0] not in apart} - CHECKED == set()
 
 
-def edited(pattern: str, replacement: str, which: int | None = None):
-    """An edit of the forward kernel: all places of the pattern, or one of them."""
+def backward(case: Case, edit, arch: int | str, monkeypatch) -> None:
+    """Gradients that are executed and compared with those of the reference."""
+    with executing(arch, edit):
+        assert_gradients(case, monkeypatch)
+
+
+def edited(pattern: str, replacement: str, which: int | None = None, kernel: str = "forward_kernel"):
+    """An edit of a kernel: all places of the pattern, or one of them."""
 
     def edit(name: str, text: str) -> str:
         found = list(re.finditer(pattern, text))
-        if name != "forward_kernel":
+        if name != kernel:
             return text
-        assert found
+        if not found:
+            pytest.fail(f"{name} has no {pattern!r}")  # an assertion would be a launch that fails: the next kernel runs
         for match in reversed(found if which is None else [found[which]]):
             text = text[: match.start()] + match.expand(replacement) + text[match.end() :]
         return text

@@ -26,11 +26,16 @@ from executed import (  # noqa: E402
     DECODE_BLOCKS,
     EVERYTHING,
     FLOAT32,
+    ODD,
+    ODD_BLOCKS,
+    ODD_BLOCKS_DECODING,
+    ODD_DECODING,
     RING,
     WINDOW,
     assert_all_opcodes_are_checked,
     assert_all_products_ran,
     assert_products_have_their_registers_alone,
+    backward,
     edited,
     forward,
 )
@@ -81,6 +86,7 @@ FORWARD = [
     DECODE._replace(num_heads=2, num_heads_k=1, seqlen_q=40, seqlen_k=700, causal=True),
     DECODE_BLOCKS._replace(mask="blocks", seqlen_q=40, seqlen_k=700, dtype="float16"),
 ]
+FORWARD += ODD + ODD_BLOCKS + ODD_DECODING + ODD_BLOCKS_DECODING
 CAUSAL_BACKWARD = CAUSAL._replace(seqlen_q=270)
 BACKWARD = [
     CAUSAL_BACKWARD,
@@ -99,7 +105,11 @@ BACKWARD = [
 ]
 
 
-@pytest.mark.parametrize("case, arch", runs(FORWARD, {80: FORWARD[:5], 90: (CAUSAL, WINDOW, DECODE, RING)}))
+ODD_BACKWARD = ODD + ODD_BLOCKS
+QUICK = {80: (*FORWARD[:5], ODD_BLOCKS[-1], ODD_BLOCKS_DECODING[-1]), 90: (CAUSAL, WINDOW, DECODE, RING)}
+
+
+@pytest.mark.parametrize("case, arch", runs(FORWARD, QUICK))
 def test_forward(case, arch):
     launches = forward(case, arch=arch)
     assert len(launches) == (2 if case.seqlen_q <= 40 else 1)  # split keys, then `combine`
@@ -111,7 +121,11 @@ def test_forward(case, arch):
     assert_all_opcodes_are_checked(launches)
 
 
-@pytest.mark.parametrize("case, arch", runs(BACKWARD, {80: BACKWARD[:2], 90: BACKWARD[:1]}, (80, 90, *OTHERS)))
+@pytest.mark.parametrize(
+    "case, arch",
+    runs(BACKWARD, {80: BACKWARD[:2], 90: BACKWARD[:1]}, (80, 90, *OTHERS))
+    + runs(ODD_BACKWARD, {80: ODD_BACKWARD[-1:]}),
+)
 def test_backward(case, arch, monkeypatch):
     with executing(arch) as launches:
         assert_gradients(case, monkeypatch)
@@ -157,9 +171,42 @@ def test_numbers_that_a_mask_hides(arch):
     assert_accuracy(actual, q, k, v, **kwargs)
 
 
+@pytest.mark.parametrize("arch", [80, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (90, *OTHERS))])
+def test_products_in_tf32(arch, monkeypatch):
+    """Of float32 where torch may round its own, too: 11 bits of each factor, which errors show from both sides."""
+    case = FLOAT32._replace(head_dim=64, causal=True)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with executing(arch) as launches:
+            found = results_of(case, torch.float32, "triton")
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    assert sum("tf32" in launch.binary.text("ptx") for launch in launches) == 3  # all but delta_kernel
+    for x, y in zip(found, results_of(case, torch.float64, "reference"), strict=True):
+        assert 1e-5 < ((x - y).abs().max() / y.abs().max()).item() < 2.0**-8
+
+
+def results_of(case: Case, dtype: torch.dtype, backend: str) -> list[torch.Tensor]:
+    """out, and gradients of q, k and v."""
+    qkv, kwargs = inputs(case)
+    leaves = [x.to(dtype).requires_grad_() for x in qkv]
+    out = attention(*leaves, **kwargs, backend=backend)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
 # --- mistakes that must be caught ------------------------------------------------------------------------------------
 
 
+PREDICATES = {
+    "rows that are not there": (edited(r"@%p\d+ ld\.global\.v4", "ld.global.v4"), faults.OutOfBounds),
+    "rows that are not there, written": (edited(r"@%p\d+ st\.global\.v4", "st.global.v4"), faults.OutOfBounds),
+    "a bound that is one off": (edited(r"setp\.lt\.s32", "setp.le.s32"), faults.OutOfBounds),
+}  # fmt: skip
+FACTORS = (
+    edited(r"(mma.*\{ )(%r\d+), (%r\d+)( \}, \{ %r\d+, %r\d+, %r\d+, %r\d+ \};)", r"\1\3, \2\4", 3), AssertionError
+)  # fmt: skip
 FAULTS = {
     "no wait": (edited(r"cp\.async\.wait_group\s+\d+;", ""), faults.NotWaited),
     "a wait for one group less": (edited(r"cp\.async\.wait_group\s+0;", "cp.async.wait_group 1;", 0), faults.NotWaited),
@@ -170,14 +217,11 @@ FAULTS = {
     "shared memory by bytes": (edited(r"(xor\.b32\s+%r\d+, %r\d+, )96;", r"\g<1>8;", 0), faults.Misaligned),
     "a row further in shared memory": (edited(r"(ldmatrix.*\[%r\d+)(\+\d+)?\];", r"\g<1>+128];", 20), AssertionError),
     "a row further in k": (
-        edited(r"(cp\.async\.cg.*\[ %rd\d+ \+ )0", r"\g<1>128", 0), (faults.OutOfBounds, AssertionError),
+        edited(r"(cp\.async\.cg.*\[ %rd\d+ \+ )0", r"\g<1>128", 0), faults.OutOfBounds,
     ),
-    "rows that are not there": (edited(r"@%p\d+ ld\.global\.v4", "ld.global.v4"), faults.OutOfBounds),
-    "rows that are not there, written": (edited(r"@%p\d+ st\.global\.v4", "st.global.v4"), faults.OutOfBounds),
-    "factors in another order": (edited(r"(mma.*\{ )(%r\d+), (%r\d+)( \}, \{ %r\d+, %r\d+, %r\d+, %r\d+ \};)",
-                                        r"\1\3, \2\4", 3), AssertionError),
+    "factors in another order": FACTORS,
     "the maximum of half a row": (edited(r"(shfl\.sync\.bfly\.b32\s+%r\d+, %r\d+, )2,", r"\g<1>1,"), faults.Race),
-    "a bound that is one off": (edited(r"setp\.lt\.s32", "setp.le.s32"), (faults.Fault, AssertionError)),
+    **PREDICATES,
 }  # fmt: skip
 
 
@@ -188,8 +232,10 @@ FAULTS_OF_TENSOR_MAPS = {
     ),
     "fewer bytes than come": (edited(r"(expect_tx\S+ _, \[%r\d+\], )\d+", r"\g<1>4096"), faults.Deadlock),
     "a tile that is overwritten while it is read": (edited(r"bar\.sync\s+0;", ""), faults.Race),
-    "other rows": (edited(r"(bulk\.tensor.*\{%r\d+, )%r\d+,", r"\g<1>%r0,"), (AssertionError, faults.Fault)),
+    "other rows": (edited(r"(bulk\.tensor.*\{%r\d+, )%r\d+,", r"\g<1>0,"), AssertionError),
     "a swizzle with another bit": (edited(r"(xor\.b32\s+%r\d+, %r\d+, )64;", r"\g<1>32;", 0), AssertionError),
+    "factors in another order": FACTORS,
+    **PREDICATES,
 }  # fmt: skip
 
 
@@ -215,14 +261,17 @@ FAULTS_OF_WARPGROUPS = {
     "a tile that is overwritten while it is read": (edited(r"bar\.sync\s+0;", ""), faults.Race),
     "a swizzle of other bits": (described(DESCRIPTOR ^ 3 << 62, 0), AssertionError),
     "rows in other places": (described(DESCRIPTOR - (32 << 32), 0), AssertionError),
-    "a row further in q": (described(DESCRIPTOR + 8, 1), (faults.Fault, AssertionError)),
+    "a row further in q": (described(DESCRIPTOR + 8, 1), AssertionError),
     "a row further in k": (described(DESCRIPTOR + 8, 0), AssertionError),
     "a row further in v": (
-        edited(r"(wgmma\.mma_async.*\}, )(%rd\d+)(, .*)", r"add.s64 \2, \2, 8;\n\1\2\3", 0),
-        (faults.Fault, AssertionError),
+        edited(r"(wgmma\.mma_async.*\}, )(%rd\d+)(, .*)", r"add.s64 \2, \2, 8;\n\1\2\3", 0), faults.OutOfBounds,
     ),
     "a part of the head's columns": (described(DESCRIPTOR + 2, 0), AssertionError),
-    "a factor that is not transposed": (edited(r"(mma_async.* 1, 1, )1;", r"\g<1>0;"), (faults.Fault, AssertionError)),
+    "a factor that is not transposed": (edited(r"(mma_async.* 1, 1, )1;", r"\g<1>0;"), faults.Race),  # with an mbarrier
+    "factors in another order": (
+        edited(r"(wgmma\.mma_async.*\}, )(%rd\d+), (%rd\d+)(, .*)", r"\1\3, \2\4"), faults.OutOfBounds,
+    ),
+    **PREDICATES,
     "sums that are not kept": (edited(r"(mma_async.*), %p\d+, 1, 1, 1;", r"\1, 0, 1, 1, 1;", -1), AssertionError),
 }  # fmt: skip
 
@@ -234,7 +283,7 @@ FAULTS_OF_RINGS = {
     "one box more than there is": (edited(r"(setp\.gt\.s32\s+%p\d+, %r\d+, )2;", r"\g<1>3;", -1), faults.Uninitialized),
     "each lane arrives": (edited(r"@%p\d+ (mbarrier\.arrive\.expect_tx)", r"\1"), faults.Unknown),
     "each lane makes the barriers": (edited(r"@%p\d+ (mbarrier\.init)", r"\1"), faults.Unknown),
-    "a barrier in a tile": (edited(r"(mbarrier\.init\S+ \[%r\d+)\]", r"\1+-98304]"), faults.Fault),
+    "a barrier in a tile": (edited(r"(mbarrier\.init\S+ \[%r\d+)\]", r"\1+-98304]"), faults.Race),
     "a lane of each warp waits": (
         edited(r"(\.reg \.pred) complete;((?:\n.*)*?\n\s*)(mbarrier\.try_wait)",
                r"\1 complete;\n\1 one;\2mov.pred complete, -1;\nelect.sync %r0|one, -1;\n@one \3"), faults.NotWaited,
@@ -242,9 +291,18 @@ FAULTS_OF_RINGS = {
 }  # fmt: skip
 
 
+FAULTS_OF_BLOCKS = {
+    "a block mask, no wait": (edited(r"cp\.async\.wait_group\s+\d+;", ""), faults.NotWaited),
+    "a block mask, no barrier": (edited(r"bar\.sync\s+0;", "", -1), faults.Race),
+    "a block mask, a row further in k": (
+        edited(r"(cp\.async\.cg.*\[ %rd\d+ \+ )0", r"\g<1>64", 4), AssertionError,
+    ),
+}  # fmt: skip
+
+
 PLANTED = (
-    (80, CAUSAL, FAULTS), (120, CAUSAL, FAULTS_OF_TENSOR_MAPS), (90, CAUSAL, FAULTS_OF_WARPGROUPS),
-    (90, RING, FAULTS_OF_RINGS),
+    (80, CAUSAL, FAULTS), (80, BLOCKS, FAULTS_OF_BLOCKS), (120, CAUSAL, FAULTS_OF_TENSOR_MAPS),
+    (90, CAUSAL, FAULTS_OF_WARPGROUPS), (90, RING, FAULTS_OF_RINGS),
 )  # fmt: skip
 
 
@@ -259,6 +317,26 @@ PLANTED = (
 def test_fault_is_caught(arch, case, edit, caught):
     with pytest.raises(caught):
         forward(case, edit, arch)
+
+
+OTHER_FAULTS = {
+    "no wait": (r"cp\.async\.wait_group\s+\d+;", "", None, faults.NotWaited),
+    "no barrier": (r"bar\.sync\s+0;", "", None, faults.Race),
+    "a row further in k": (r"(cp\.async\.cg.*\[ %rd\d+ \+ )0", r"\g<1>128", 0, AssertionError),
+    "rows that are not there": (r"@%p\d+ ld\.global\.v4", "ld.global.v4", None, faults.OutOfBounds),
+}
+
+
+@pytest.mark.parametrize("arch", [80, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (90, 120))])
+@pytest.mark.parametrize("kernel", ["decode_kernel", "key_value_kernel", "query_kernel"])
+@pytest.mark.parametrize("name", OTHER_FAULTS)
+def test_fault_of_another_kernel_is_caught(kernel, name, arch, monkeypatch):
+    *edit, caught = OTHER_FAULTS[name]
+    with pytest.raises(caught):
+        if kernel == "decode_kernel":
+            forward(DECODE, edited(*edit, kernel), arch)
+        else:
+            backward(CAUSAL._replace(seqlen_q=130), edited(*edit, kernel), arch, monkeypatch)
 
 
 @pytest.mark.slow
