@@ -30,17 +30,15 @@ DECODE = Case(num_heads=4, num_heads_k=2, seqlen_q=1, seqlen_k=1500, head_dim=64
 DECODE_BLOCKS = DECODE._replace(num_heads=2, num_heads_k=1, seqlen_q=3, seqlen_k=1100, mask="shared_blocks")
 
 
-# Each dtype with each of two bounds, the last tiles not full.
-ODD = [
+# Each dtype with each of two bounds, the last tiles not full: alone, over block masks, decoding, decoding over them.
+_ODD = [
     Case(num_heads=2, num_heads_k=1, seqlen_q=77, seqlen_k=151, head_dim=64, dtype=dtype, **bounds)
     for dtype in ("bfloat16", "float16", "float32")
     for bounds in ({"causal": True}, {"window_size": (100, 3)})
 ]
-ODD_BLOCKS = [case._replace(mask="blocks") for case in ODD]
-ODD_DECODING = [
-    case._replace(num_heads=4, num_heads_k=2, seqlen_q=seqlen_q, seqlen_k=1501) for case in ODD for seqlen_q in (1, 3)
-]
-ODD_BLOCKS_DECODING = [case._replace(mask="blocks", seqlen_k=501) for case in ODD_DECODING]
+_DECODING = [case._replace(num_heads=4, num_heads_k=2, seqlen_q=n, seqlen_k=1501) for case in _ODD for n in (1, 3)]
+ODD_BACKWARD = [*_ODD, *(case._replace(mask="blocks") for case in _ODD)]
+ODD_FORWARD = [*ODD_BACKWARD, *_DECODING, *(case._replace(mask="blocks", seqlen_k=501) for case in _DECODING)]
 
 
 def forward(case: Case, edit=lambda name, text: text, arch: int = 80, **options) -> list:

@@ -26,10 +26,8 @@ from executed import (  # noqa: E402
     DECODE_BLOCKS,
     EVERYTHING,
     FLOAT32,
-    ODD,
-    ODD_BLOCKS,
-    ODD_BLOCKS_DECODING,
-    ODD_DECODING,
+    ODD_BACKWARD,
+    ODD_FORWARD,
     RING,
     WINDOW,
     assert_all_opcodes_are_checked,
@@ -86,7 +84,7 @@ FORWARD = [
     DECODE._replace(num_heads=2, num_heads_k=1, seqlen_q=40, seqlen_k=700, causal=True),
     DECODE_BLOCKS._replace(mask="blocks", seqlen_q=40, seqlen_k=700, dtype="float16"),
 ]
-FORWARD += ODD + ODD_BLOCKS + ODD_DECODING + ODD_BLOCKS_DECODING
+FORWARD += ODD_FORWARD
 CAUSAL_BACKWARD = CAUSAL._replace(seqlen_q=270)
 BACKWARD = [
     CAUSAL_BACKWARD,
@@ -105,8 +103,7 @@ BACKWARD = [
 ]
 
 
-ODD_BACKWARD = ODD + ODD_BLOCKS
-QUICK = {80: (*FORWARD[:5], ODD_BLOCKS[-1], ODD_BLOCKS_DECODING[-1]), 90: (CAUSAL, WINDOW, DECODE, RING)}
+QUICK = {80: (*FORWARD[:5], ODD_BACKWARD[-1], ODD_FORWARD[-1]), 90: (CAUSAL, WINDOW, DECODE, RING)}
 
 
 @pytest.mark.parametrize("case, arch", runs(FORWARD, QUICK))

@@ -28,10 +28,8 @@ from executed import (  # noqa: E402
     DECODE_BLOCKS,
     EVERYTHING,
     FLOAT32,
-    ODD,
-    ODD_BLOCKS,
-    ODD_BLOCKS_DECODING,
-    ODD_DECODING,
+    ODD_BACKWARD,
+    ODD_FORWARD,
     WINDOW,
     backward,
     edited,
@@ -97,8 +95,8 @@ BACKWARD = [
     WINDOW._replace(dtype="bfloat16", head_dim=256, seqlen_q=90, seqlen_k=130),
     BLOCKS._replace(mask="blocks", dtype="float16", head_dim=64, causal=True),
 ]
-FORWARD += ODD + ODD_BLOCKS + ODD_DECODING + ODD_BLOCKS_DECODING
-BACKWARD += ODD + ODD_BLOCKS
+FORWARD += ODD_FORWARD
+BACKWARD += ODD_BACKWARD
 
 
 def is_product(opcode: str) -> bool:
