@@ -1,6 +1,8 @@
 """Calls whose launches are executed (tests/gpu/emulator/) and compared with float64, and edits of what is executed."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -94,10 +96,23 @@ def edited(pattern: str, replacement: str, which: int | None = None, kernel: str
         found = list(re.finditer(pattern, text))
         if name != kernel:
             return text
-        if not found:
-            pytest.fail(f"{name} has no {pattern!r}")  # an assertion would be a launch that fails: the next kernel runs
+        # Not an assertion, which a test of a mistake may take for the error that it waits for.
+        if not found or which is not None and not -len(found) <= which < len(found):
+            pytest.fail(f"{name} has {len(found)} of {pattern!r}, not number {which}")
+        before = text
         for match in reversed(found if which is None else [found[which]]):
             text = text[: match.start()] + match.expand(replacement) + text[match.end() :]
+        if text == before:
+            pytest.fail(f"{name} stays as it is with {replacement!r} for {pattern!r}")
         return text
 
     return edit
+
+
+@contextmanager
+def caught(error: type[BaseException]) -> Iterator[None]:
+    """Inside, exactly this error is raised, no subclass; an AssertionError is that of a comparison with float64."""
+    of_comparison = r"error .*, allowed|^is(nan|posinf|neginf)\b"
+    with pytest.raises(error, match=of_comparison if error is AssertionError else None) as found:
+        yield
+    assert found.type is error
