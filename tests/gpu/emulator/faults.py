@@ -30,6 +30,10 @@ class Unfenced(Fault):
     """An asynchronous instruction takes what others wrote, with no fence between."""
 
 
+class Misused(Fault):
+    """An mbarrier is made where there is one, or arrived at more often than it counts."""
+
+
 class Race(Fault):
     """Two warps (or programs), one of them writing, that no barrier orders."""
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .faults import Deadlock, NotWaited, OutOfBounds, Race, Uninitialized, Unknown
+from .faults import Deadlock, Misused, NotWaited, OutOfBounds, Race, Uninitialized
 from .shared import Shared
 from .tensors import Tensors
 
@@ -81,7 +81,7 @@ class Barriers:
     def init(self, lane: int, address: int, count: int) -> None:
         key = self._key(lane, address)
         if key in self.barriers:
-            raise Unknown(f"there is a barrier at {address} of shared memory already")
+            raise Misused(f"there is a barrier at {address} of shared memory already")
         self.barriers[key] = Barrier(count, self.shared.place_barrier(lane, address), self.shared.marks[lane])
 
     def invalidate(self, lane: int, address: int) -> None:
@@ -94,7 +94,7 @@ class Barriers:
         barrier = self._used(np.array([lane]), address)
         barrier.bytes += size
         if not barrier.arrivals:
-            raise Unknown("more arrivals at a barrier than it counts")
+            raise Misused("more arrivals at a barrier than it counts")
         barrier.arrivals -= 1
         barrier.advance()
 
