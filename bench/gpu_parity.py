@@ -1,4 +1,4 @@
-"""Whether the Triton kernels are right on this device, in a minute: a few calls of each kind beside the reference.
+"""Whether the Triton kernels are right on this device: a few calls of each kind beside the reference.
 
 `make test-gpu` compares many more. The reference computes in float32; ALLOWED says how far from it a result may be.
 """
@@ -63,11 +63,14 @@ def results(device: str, calls: dict[str, Callable] | None = None) -> list[dict]
 
 
 def share_off(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """How far a result [..., rows, dim], or an lse [batch, heads, rows], is from the expected one: the root of the mean
-    square of the difference over that of the expected one, in the block of ROWS rows of a head where it is largest.
+    """How far a result [..., rows, dim], or an lse [batch, heads, rows], is from the expected one. The larger of two:
 
-    Each block goes by its own size: late rows of a causal mask are means of many values, so small ones, and what is
-    allowed to the first rows would hide that the last ones are all wrong. Infinities have to be where they are.
+    the largest difference over the largest element of all;
+    the root of the mean square of the difference over that of the expected one, in the block of ROWS rows of a head
+    where it is largest. Each block goes by its own size: late rows of a causal mask are means of many values, so small
+    ones, and what is allowed to the first rows would hide that the last ones are all wrong.
+
+    Infinities have to be where they are.
     """
     if expected.dim() == 3:
         found, expected = found[..., None], expected[..., None]
@@ -75,7 +78,8 @@ def share_off(found: torch.Tensor, expected: torch.Tensor) -> float:
     difference = torch.where(found == expected, 0.0, (found - expected).abs()).nan_to_num(torch.inf, torch.inf)
     sizes = expected.nan_to_num(0.0, 0.0, 0.0)
     floor = 1e-6 * sizes.square().mean().sqrt() + 1e-30  # of blocks where all is 0
-    shares = [
+    shares = [difference.max() / (sizes.abs().max() + 1e-30)]
+    shares += [
         (one.square().mean((-2, -1)).sqrt() / (size.square().mean((-2, -1)).sqrt() + floor)).max()
         for one, size in zip(difference.split(ROWS, -2), sizes.split(ROWS, -2), strict=True)
     ]

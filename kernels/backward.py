@@ -38,7 +38,7 @@ def backward(problem, q, k, v, terms, saved, dout, dlse, wanted):
         exact = row_sums(any(wants))  # weights were rounded to 16 bits in out, which these gradients would show
         if exact is not None:
             call.launch_query("totals", None, None, exact, None, None)
-        num_m = -(-problem.seqlen_q // (min(tuning.BLOCKS) if tuning.is_on() else call.block_m))  # room for any tiles
+        num_m = -(-problem.seqlen_q // call.block_m)  # of no candidate are there more
         bounds = torch.empty((*rows[:2], num_m, 4), dtype=torch.int32, device=q.device)
         of_delta = (out, dlse, exact, delta, dsinks, bounds)
         call.launch_delta(call.block_m, *of_delta)

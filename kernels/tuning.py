@@ -74,14 +74,9 @@ def name_of(kernel: str, problem) -> str:
     return " ".join([kernel, problem.dtype, dims, problem.mask, *terms])
 
 
-def is_on() -> bool:
-    """Whether FASTATTN_AUTOTUNE=1 lets tiles be measured."""
-    return os.environ.get("FASTATTN_AUTOTUNE") == "1"
-
-
 def is_wanted(kernel: str, problem, device: Device) -> bool:
-    """Whether it asks for a measurement that is not there yet."""
-    return is_on() and name_of(kernel, problem) not in _read(file_of(device))
+    """Whether FASTATTN_AUTOTUNE=1 asks for a measurement that is not there yet."""
+    return os.environ.get("FASTATTN_AUTOTUNE") == "1" and name_of(kernel, problem) not in _read(file_of(device))
 
 
 def tune(
@@ -142,8 +137,8 @@ def candidates(kernel: str, problem, device: Device) -> Iterator[Config]:
     first = TABLES[kernel](problem, device)
     yield first
     block_ms = (64, 128) if kernel in ("prefill", "query") else (first.BLOCK_M,)
-    if kernel == "key_value":  # 64 x 128 is FlexAttention's for head_dim 128
-        block_ms = sorted({first.BLOCK_M, 64}, reverse=True)
+    if kernel == "key_value" and first.BLOCK_M < 64:  # 64 x 128 is FlexAttention's for head_dim 128
+        block_ms = (64, first.BLOCK_M)  # never fewer: there is room for the bounds of as many blocks as the table's
     block_ns = (32, 64, 128) if kernel != "decode" else (first.BLOCK_N,)
     warps = (4, 8) if kernel != "decode" else (2, 4, 8)
     for block_m, block_n, num_warps, num_stages in product(block_ms, block_ns, warps, (1, 2, 3, 4)):
@@ -183,7 +178,7 @@ def _parsed(path: Path) -> dict[str, Config]:
     return {name: x for name, x in tiles.items() if x is not None}
 
 
-BLOCKS, _WARPS = {16, 32, 64, 128, 256}, {1, 2, 4, 8, 16}
+_BLOCKS, _WARPS = {16, 32, 64, 128, 256}, {1, 2, 4, 8, 16}
 
 
 def _tiles_of(fields) -> Config | None:
@@ -193,7 +188,7 @@ def _tiles_of(fields) -> Config | None:
     except TypeError:  # no dictionary, or one of something else
         return None
     is_typed = all(type(x) is Config.__annotations__[name] for name, x in tiles._asdict().items())
-    if not is_typed or {tiles.BLOCK_M, tiles.BLOCK_N} - BLOCKS or tiles.num_warps not in _WARPS:
+    if not is_typed or {tiles.BLOCK_M, tiles.BLOCK_N} - _BLOCKS or tiles.num_warps not in _WARPS:
         return None
     return tiles if tiles.num_stages > 0 and tiles.kpack in (1, 2) else None
 

@@ -14,7 +14,8 @@ pytest.register_assert_rewrite(*(path.stem for path in Path(__file__).parent.glo
 for name in ("FASTATTN_BACKEND", "FASTATTN_FALLBACK"):
     os.environ.pop(name, None)
 
-from fastattn.calls import fallbacks  # noqa: E402  (after the environment is clean)
+from fastattn import plans  # noqa: E402  (after the environment is clean)
+from fastattn.calls import fallbacks  # noqa: E402
 
 
 def pytest_configure(config):
@@ -39,6 +40,13 @@ def deterministic_torch():
     torch.utils.deterministic.fill_uninitialized_memory = True  # torch.empty is full of NaN
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def plans_of_the_test():
+    """What is known of kinds of calls ends with the test, which may change the table of kernels."""
+    yield
+    plans.forget()
 
 
 @pytest.fixture

@@ -96,11 +96,11 @@ def sizes_of_scale_sums(q, k, v, kwargs, dout, dlse) -> torch.Tensor:
 SIZES_OF_SUMS = {"alibi_slopes": sizes_of_slope_sums, "softmax_scale": sizes_of_scale_sums}
 
 
-def assert_parity(case, qkv=None, kwargs=None, **options):
+def assert_parity(case, qkv=None, kwargs=None, sums=("alibi_slopes",), **options):
     """Each gradient's error is at most twice the reference's in the same dtype, against the reference in float64.
 
-    Those of alibi_slopes and of a learned scale may also be half an ulp of the sum of the sizes of their terms: few
-    results of very many terms, so that the reference's error is a matter of luck, and another on another CPU.
+    Those of `sums` may also be half an ulp of the sum of the sizes of their terms: few results of very many terms, so
+    that the reference's error is a matter of luck, and another on another CPU.
     """
     (q, k, v), kwargs = (qkv, kwargs) if qkv else inputs(case)
     dout, dlse = cotangents(q, v)
@@ -113,7 +113,7 @@ def assert_parity(case, qkv=None, kwargs=None, **options):
         x, y = actual[name], same_dtype[name]
         assert (x.shape, x.dtype) == (y.shape, y.dtype), name
         size = expected.abs().clamp(min=1.0)
-        floor = SIZES_OF_SUMS[name](*doubles) * 2**-24 / size if name in SIZES_OF_SUMS else 0.0
+        floor = SIZES_OF_SUMS[name](*doubles) * 2**-24 / size if name in sums else 0.0
         errors, reference_errors = ((z.double() - expected).abs() / size for z in (x, y))
         largest, reference_error = (e.amax() if e.numel() else 0.0 for e in (errors - floor, reference_errors))
         allowed = 2.0 * reference_error + slack_of(x, q)
